@@ -1,0 +1,22 @@
+"""Encode queries and passages and search: output/dual_params.bin -> output/res.top50.
+
+    CUDA_VISIBLE_DEVICES=0 nohup python3 do_dual_infer.py > process_do_dual_infer.log 2>&1 &
+    python do_dual_infer.py --debug        # seconds on a CPU, after do_dual_train.py --debug
+
+Settings: torch_src/inference_de_hparams.py, or `--name value`; `--help` lists them.
+"""
+
+import sys
+
+from torch_src import dual_infer
+
+
+def enter(topk=50, bs=1000):
+    """topk: passages kept for each query, and re-ranked later. bs: queries searched at once. Options win over
+    both.
+    """
+    return dual_infer.main(sys.argv[1:], topk=topk, bs=bs)
+
+
+if __name__ == "__main__":
+    sys.exit(enter(topk=50, bs=1000))

@@ -1,0 +1,14 @@
+"""Train the dual encoder: train/dual.train.tsv -> output/dual_params.bin.
+
+    CUDA_VISIBLE_DEVICES=0 nohup python3 do_dual_train.py > process_do_dual_train.log 2>&1 &
+    python do_dual_train.py --debug        # a few minutes on a CPU, no download
+
+Settings: torch_src/dual_hparams.py, or `--name value`; `--help` lists them.
+"""
+
+import sys
+
+from torch_src import dual_train
+
+if __name__ == "__main__":
+    sys.exit(dual_train.main(sys.argv[1:]))

@@ -1,0 +1,74 @@
+"""Device, precision and threads: chosen once, the same for training and inference, CPU and CUDA."""
+
+import resource
+import sys
+from contextlib import nullcontext
+
+import torch
+
+from torch_src.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of `auto`, `cpu`, `cuda` or `cuda:N`; UserError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch sees no CUDA device (a CPU build of torch, or no driver)")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: only {torch.cuda.device_count()} CUDA devices are visible")
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Return bf16, fp16 or fp32: what was asked, or for `auto` the fastest that the device does well."""
+    if name == "auto":
+        if device.type == "cuda":
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16: no fast kernels for it on a CPU; use bf16 or fp32")
+    return name
+
+
+def _cpu_has_bf16() -> bool:
+    # Without the instructions bf16 is emulated and slower than fp32. Known by the kernel's list alone
+    # (Linux).
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            flags = next((line for line in file if line.startswith("flags")), "").split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def autocast(device: torch.device, precision: str):
+    """Return the context in which a model runs; weights stay fp32, scores and losses are taken to fp32 by
+    hand.
+    """
+    if precision == "fp32":
+        return nullcontext()
+    # The weight cache of autocast would hold casts over a whole step of many chunks: it saves time, so it
+    # stays on.
+    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def set_threads(threads: int) -> int:
+    """Set the CPU threads of this process (0: what torch chooses) and return the number in force."""
+    if threads:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Return the peak so far in 10^9 bytes: of the GPU's memory on CUDA, else of this process's resident
+    memory.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,136 @@
+"""Settings of do_dual_train.py. Edit a default here, or pass `--name value`."""
+
+from dataclasses import dataclass
+
+from torch_src.hparams import POOLINGS, PRECISIONS, SAMPLE_DIR, TINY_MODEL, check_choice, check_range, under
+
+# What the weights fix: saved in dual_hparams.json, read from there by inference.
+FIXED_BY_WEIGHTS = (
+    "share_encoder", "pooling", "normalize", "query_prefix", "passage_prefix",
+    "q_max_seq_len", "p_max_seq_len", "remove_spaces", "vocab_path",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DualHparams:
+    """Train the dual encoder: train/dual.train.tsv -> output/dual_params.bin."""
+
+    # the knobs most people change first
+    pretrained_model_path: str = (
+        "torch_pretrained_models/ernie-gram-zh"  # folder or hub name of any AutoModel encoder
+    )
+    vocab_path: str = (
+        ""  # a WordPiece vocab.txt in place of the model's own tokenizer; empty: the model's own
+    )
+    epoch: int = 10  # passes over the training queries
+    batch_size: int = 32  # queries a step and micro-batch, each with its positive and hard negatives
+    lr: float = 3e-5  # peak learning rate of AdamW
+
+    # files
+    data_dir: str = (
+        "dureader-retrieval-baseline-dataset"  # folder of the official layout; empty paths below follow it
+    )
+    train_set: str = ""  # training rows, 6 columns; empty: data_dir/train/dual.train.tsv
+    dev_set: str = ""  # dev queries with answers (JSON lines); empty: data_dir/dev/dev.json
+    passage_dir: str = ""  # the collection, part-00.. or all_doc; empty: data_dir/passage-collection
+    passage_ids: str = ""  # row -> pid (JSON); empty: passage_dir/passage2id.map.json
+    dev_candidates: str = (
+        ""  # extra passages of the dev pool; empty: data_dir/auxiliary/dev.retrieval.top50.res.tsv
+    )
+    output_dir: str = "output"  # where everything is written
+
+    # what goes in
+    q_max_seq_len: int = 32  # tokens, [CLS] and [SEP] included
+    p_max_seq_len: int = 384  # tokens, [CLS] and [SEP] included
+    query_prefix: str = ""  # put before every query, e.g. "query: " for E5
+    passage_prefix: str = ""  # put before every passage, e.g. "passage: " for E5
+    remove_spaces: bool = False  # remove ASCII spaces from every text, as the official baseline does
+    hard_negatives: int = 1  # hard negatives a query and step, drawn afresh each epoch
+
+    # the model
+    share_encoder: bool = False  # one tower for queries and passages
+    pooling: str = "cls"  # cls, mean or pooler
+    normalize: bool = False  # scale vectors to length 1 (then set temperature below 1)
+    dropout: float | None = (
+        None  # probability in layers and attention; default: what the model's config.json says
+    )
+    temperature: float = 1.0  # scores are divided by it in the loss; 0.01 to 0.05 with normalize
+
+    # optimisation
+    warmup_proportion: float = 0.1  # share of the steps in which lr rises from 0; then it falls linearly to 0
+    weight_decay: float = 0.0  # AdamW, on weight matrices only (not biases and norms)
+    max_grad_norm: float = 1.0  # gradient norm is clipped to this
+    accumulation_steps: int = 1  # micro-batches of batch_size queries summed into one update
+    max_steps: int = 0  # stop after so many updates; 0: epoch decides
+    tokens_per_batch: int = (
+        4096  # padded tokens in one forward pass: a step's texts run in length-sorted chunks
+    )
+
+    # evaluation while training
+    eval_every: int = 0  # updates between dev retrievals; 0: once an epoch; -1: never
+    dev_random_passages: int = 20000  # random passages of the collection in the dev pool
+    early_stop: int = 0  # stop after so many dev retrievals without a better MRR@10; 0: never
+
+    # the run
+    precision: str = "auto"  # auto, bf16, fp16 or fp32
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    threads: int = 0  # CPU threads of this process; 0: what torch chooses
+    seed: int = 42  # weights, dropout, order and draws
+    log_every: int = 20  # updates between log lines
+    force: bool = False  # train again although the result is up to date, and from the start
+    debug: bool = False  # a few minutes on a CPU with no download: sample data, small random model
+
+    @property
+    def train_set_path(self) -> str:
+        return under(self.data_dir, self.train_set, "train/dual.train.tsv")
+
+    @property
+    def dev_set_path(self) -> str:
+        return under(self.data_dir, self.dev_set, "dev/dev.json")
+
+    @property
+    def passage_dir_path(self) -> str:
+        return under(self.data_dir, self.passage_dir, "passage-collection")
+
+    @property
+    def passage_ids_path(self) -> str:
+        return under(self.passage_dir_path, self.passage_ids, "passage2id.map.json")
+
+    @property
+    def dev_candidates_path(self) -> str:
+        return under(self.data_dir, self.dev_candidates, "auxiliary/dev.retrieval.top50.res.tsv")
+
+    @property
+    def params_path(self) -> str:
+        return under(self.output_dir, "", "dual_params.bin")
+
+    def check(self) -> None:
+        """UserError for a value out of range."""
+        check_choice("pooling", self.pooling, POOLINGS)
+        check_choice("precision", self.precision, PRECISIONS)
+        for name in ("epoch", "batch_size", "accumulation_steps", "tokens_per_batch", "log_every"):
+            check_range(name, getattr(self, name), 1)
+        for name in (
+            "hard_negatives",
+            "max_steps",
+            "dev_random_passages",
+            "early_stop",
+            "threads",
+            "weight_decay",
+        ):
+            check_range(name, getattr(self, name), 0)
+        for name in ("q_max_seq_len", "p_max_seq_len"):
+            check_range(name, getattr(self, name), 3)
+        for name in ("lr", "temperature", "max_grad_norm"):
+            check_range(name, getattr(self, name), 1e-12)
+        check_range("warmup_proportion", self.warmup_proportion, 0, 1)
+        if self.dropout is not None:
+            check_range("dropout", self.dropout, 0, 0.9)
+        check_range("eval_every", self.eval_every, -1)
+
+
+# --debug lowers these defaults; an explicit option still wins.
+DEBUG = dict(
+    data_dir=SAMPLE_DIR, output_dir="output/debug", pretrained_model_path=TINY_MODEL,
+    epoch=30, batch_size=32, lr=5e-4, p_max_seq_len=160, precision="fp32",
+)  # fmt: skip

@@ -1,0 +1,106 @@
+"""Small things every program needs: log lines, atomic files, exit statuses."""
+
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch_src.errors import UserError
+
+
+def say(line: str) -> None:
+    """Print one log line at once: under nohup a line kept in a buffer is a line lost when the run
+    is killed.
+    """
+    print(line, flush=True)
+
+
+def warn(line: str) -> None:
+    """Print one warning; the word stands first so that `grep WARNING train.log` finds all of them."""
+    say(f"WARNING: {line}")
+
+
+def exit_status(program) -> int:
+    """Run `program()` and return the process's exit status: 0, 2 for a user's mistake, 130 when
+    interrupted.
+    """
+    try:
+        program()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command carries on", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+@contextmanager
+def atomic_write(path, mode: str = "w"):
+    """Yield a file that becomes `path` only when the block ends well: tmp + fsync + rename, the folder too.
+
+    A reader sees the old file or the whole new one, never a half; after a failure the old one is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One process at a time writes a given file, but two may meet on a shared folder: keep their tmp files
+    # apart.
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(tmp, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path, value) -> None:
+    """Write `value` as readable JSON, atomically."""
+    with atomic_write(path) as file:
+        json.dump(value, file, ensure_ascii=False, indent=1)
+        file.write("\n")
+
+
+def read_json(path) -> dict:
+    """Return the JSON object in `path`. UserError names the file when it is missing, torn or not an
+    object.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def require(path, what: str, mend: str = "") -> str:
+    """Return `path` when it exists, else UserError naming what it is and the mend."""
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file or folder ({what})" + (f"; {mend}" if mend else ""))
+    return str(path)
+
+
+def duration(seconds: float) -> str:
+    """`1h52m`, `3m07s` or `4.2s`."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{rest:02d}s"

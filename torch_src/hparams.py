@@ -1,0 +1,96 @@
+"""Settings: parse the command line into a frozen dataclass, print it, save it.
+
+Each program has one dataclass in its own *_hparams module; the trailing comment of a field is its help text.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import tyro
+
+from torch_src.errors import UserError
+from torch_src.helpers import say, write_json
+
+SAMPLE_DIR = "script/sample_data"
+TINY_MODEL = (
+    f"{SAMPLE_DIR}/tiny_bert"  # configuration and vocabulary only: its weights are drawn from the seed
+)
+POOLINGS = ("cls", "mean", "pooler")
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+
+
+def parse(settings: type, argv: list[str], debug_defaults: dict):
+    """Return `settings` filled from `argv`; with `--debug` the defaults are `debug_defaults`, an option still
+    wins.
+
+    An unknown, misspelt or wrongly typed option prints what was expected and exits with status 2 (tyro).
+    """
+    defaults = settings()
+    if is_debug(settings, argv):
+        defaults = dataclasses.replace(defaults, **debug_defaults)
+    doc = (settings.__doc__ or "").strip()
+    parsed = tyro.cli(
+        settings,
+        args=argv,
+        default=defaults,
+        use_underscores=True,
+        description=doc,
+        prog=Path(sys.argv[0]).name,
+    )
+    parsed.check()
+    return parsed
+
+
+def is_debug(settings: type, argv: list[str]) -> bool:
+    """Return whether --debug is on: asked of the command line alone, before the defaults are known."""
+    asked = [word.replace("-", "_") for word in argv if word in ("--debug", "--no_debug", "--no-debug")]
+    return asked[-1] == "__debug" if asked else settings().debug
+
+
+def describe(hp) -> list[str]:
+    """Return one line a setting; a star marks what differs from the default in the file."""
+    defaults = type(hp)()
+    lines = []
+    for field in dataclasses.fields(hp):
+        value, default = getattr(hp, field.name), getattr(defaults, field.name)
+        mark = "*" if value != default else " "
+        lines.append(
+            f"{mark} {field.name} = {value!r}" + (f"   (default {default!r})" if mark == "*" else "")
+        )
+    return lines
+
+
+def announce(title: str, hp) -> None:
+    """Print the program's name and its settings."""
+    say(f"{title}   settings (* differs from the default):")
+    for line in describe(hp):
+        say(f"  {line}")
+    if hp.debug:
+        say(
+            f"--debug: the sample collection and a small model with random weights; "
+            f"results go to {hp.output_dir}"
+        )
+
+
+def save(hp, path, **more) -> None:
+    """Write all settings (and `more`) as JSON beside the result they made."""
+    write_json(path, {**dataclasses.asdict(hp), **more})
+
+
+def check_choice(name: str, value, allowed) -> None:
+    """UserError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise UserError(f"--{name} {value}: expected one of {', '.join(map(str, allowed))}")
+
+
+def check_range(name: str, value, low, high=float("inf")) -> None:
+    """UserError unless low <= value <= high."""
+    if not low <= value <= high:
+        limit = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+        raise UserError(f"--{name} {value}: must be {limit}")
+
+
+def under(folder: str, path: str, default: str) -> str:
+    """Return `path` when it was given, else `default` inside `folder`."""
+    return path or str(Path(folder) / default)

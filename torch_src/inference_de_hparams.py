@@ -1,0 +1,93 @@
+"""Settings of do_dual_infer.py. Edit a default here, or pass `--name value`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch_src.hparams import POOLINGS, PRECISIONS, SAMPLE_DIR, check_choice, check_range, under
+
+PRETRAINED = "none"  # --dual_params none: the pretrained model as it is, without fine-tuning (zero-shot)
+
+
+@dataclass(frozen=True)
+class InferenceDeHparams:
+    """Encode queries and passages, search, write the run: output/dual_params.bin -> output/res.top50."""
+
+    # the knobs most people change first
+    dual_params: str = (
+        ""  # trained weights; empty: output_dir/dual_params.bin; "none": the pretrained model as it is
+    )
+    pretrained_model_path: str | None = None  # default: the model dual_params was trained from
+    vocab_path: str | None = None  # default: the tokenizer dual_params was trained with
+    batch_size: int = 128  # texts in one forward pass, at most
+    topk: int | None = None  # passages kept for each query; default: enter() in do_dual_infer.py
+    bs: int | None = None  # queries searched at once; default: enter() in do_dual_infer.py
+
+    # files
+    data_dir: str = (
+        "dureader-retrieval-baseline-dataset"  # folder of the official layout; empty paths below follow it
+    )
+    dev_q: str = ""  # queries, 4 columns; empty: data_dir/dev/dev.q.format
+    dev_q2qid: str = (
+        ""  # query text -> qid (JSON), checked against dev_q; empty: beside dev_q; "none": not checked
+    )
+    passage_dir: str = ""  # the collection, part-00.. or all_doc; empty: data_dir/passage-collection
+    passage_ids: str = (
+        ""  # row -> pid (JSON), checked for length; empty: passage_dir/passage2id.map.json; "none": not
+    )
+    output_dir: str = "output"  # where everything is written
+
+    # fixed by the weights: the default is what they were trained with, anything else is refused
+    share_encoder: bool | None = None  # one tower for queries and passages
+    pooling: str | None = None  # cls, mean or pooler
+    normalize: bool | None = None  # scale vectors to length 1
+    query_prefix: str | None = None  # put before every query
+    passage_prefix: str | None = None  # put before every passage
+    q_max_seq_len: int | None = None  # tokens, [CLS] and [SEP] included
+    p_max_seq_len: int | None = None  # tokens, [CLS] and [SEP] included
+    remove_spaces: bool | None = None  # remove ASCII spaces from every text
+
+    # the run
+    block_rows: int = 65536  # passages a vector file: the unit of writing and of carrying on
+    tokens_per_batch: int = 16384  # padded tokens in one forward pass, at most
+    precision: str = "auto"  # auto, bf16, fp16 or fp32 (encoding; the search is exact in any case)
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    threads: int = 0  # CPU threads of this process; 0: what torch chooses
+    seed: int = 42  # weights of a model that has none (the sample's)
+    log_every: int = 10  # seconds between log lines
+    force: bool = False  # encode and search again although the results are up to date
+    debug: bool = False  # a few minutes on a CPU with no download: sample data, small random model
+
+    @property
+    def dual_params_path(self) -> str:
+        return under(self.output_dir, self.dual_params, "dual_params.bin")
+
+    @property
+    def dev_q_path(self) -> str:
+        return under(self.data_dir, self.dev_q, "dev/dev.q.format")
+
+    @property
+    def dev_q2qid_path(self) -> str:
+        return under(str(Path(self.dev_q_path).parent), self.dev_q2qid, "q2qid.dev.json")
+
+    @property
+    def passage_dir_path(self) -> str:
+        return under(self.data_dir, self.passage_dir, "passage-collection")
+
+    @property
+    def passage_ids_path(self) -> str:
+        return under(self.passage_dir_path, self.passage_ids, "passage2id.map.json")
+
+    def check(self) -> None:
+        """UserError for a value out of range."""
+        check_choice("pooling", self.pooling, (*POOLINGS, None))
+        check_choice("precision", self.precision, PRECISIONS)
+        for name in ("batch_size", "block_rows", "tokens_per_batch", "log_every"):
+            check_range(name, getattr(self, name), 1)
+        for name in ("topk", "bs", "q_max_seq_len", "p_max_seq_len"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 1)
+        check_range("threads", self.threads, 0)
+
+
+# --debug lowers these defaults; an explicit option still wins.
+DEBUG = dict(data_dir=SAMPLE_DIR, output_dir="output/debug", precision="fp32")

@@ -1,0 +1,22 @@
+"""Losses over a batch's score matrix, in fp32."""
+
+import torch
+from torch import Tensor
+
+
+def contrastive_scores(queries: Tensor, passages: Tensor, temperature: float) -> Tensor:
+    """Return the scores (B, P): inner products of (B, H) and (P, H) in fp32, divided by the temperature."""
+    with torch.autocast(queries.device.type, enabled=False):
+        return queries.float() @ passages.float().T / temperature
+
+
+def contrastive_loss(scores: Tensor, targets: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (mean cross-entropy, share of queries whose positive scores highest).
+
+    scores (B, P); targets (B,) the column of each query's positive; masked (B, P) bool, True where a passage
+    must not count as a negative of that query (another positive of it, or a text that stands there twice).
+    This is InfoNCE with in-batch negatives (van den Oord et al. 2018; Karpukhin et al. 2020, section 3.2).
+    """
+    scores = scores.masked_fill(masked, float("-inf"))
+    loss = torch.nn.functional.cross_entropy(scores, targets)
+    return loss, (scores.argmax(dim=1) == targets).float().mean()

@@ -1,0 +1,81 @@
+"""passage2id.map.json: one JSON object {"0": pid, "1": pid, ...} of 8.1 M entries, streamed, never loaded whole."""
+
+import json
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from torch_src.errors import UserError
+
+ID_CHUNK = 65536  # entries held as Python strings at a time
+PAIR = re.compile(r'\s*"((?:[^"\\]|\\.)*)"\s*:\s*"((?:[^"\\]|\\.)*)"\s*([,}])')
+
+
+def iter_json_pairs(path, chunk: int = 1 << 20) -> Iterator[tuple[str, str]]:
+    """Yield (key, value) of one flat JSON object of strings, reading `chunk` characters at a time."""
+    try:
+        file = open(path, encoding="utf-8", newline="")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    with file:
+        text, at, ended = _read_more(file, "", chunk, path).lstrip(), 1, False
+        if not text.startswith("{"):
+            raise UserError(f'{path}: expected one JSON object {{"0": pid, "1": pid, ...}}')
+        while not ended:
+            match = PAIR.match(text, at)
+            if match is None:
+                rest = text[at:]
+                text, at = _read_more(file, rest, max(chunk, len(rest)), path), 0
+                if len(text) == len(rest):
+                    if rest.strip() == "}":
+                        return
+                    raise UserError(f"{path}: broken off or malformed near {rest[:40]!r}")
+                continue
+            key, value, mark = match.groups()
+            yield (
+                (json.loads(f'"{key}"') if "\\" in key else key),
+                (json.loads(f'"{value}"') if "\\" in value else value),
+            )
+            at, ended = match.end(), mark == "}"
+
+
+def _read_more(file, rest: str, size: int, path) -> str:
+    try:
+        return rest + file.read(size)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8") from None
+
+
+def read_passage_ids(path) -> np.ndarray:
+    """Return pids as bytes, (N,) of dtype S: entry i is the pid of global row i. Memory: N x the longest pid.
+
+    UserError unless the keys are exactly 0..N-1.
+    """
+    rows, pids, chunk_rows, chunk_pids = [], [], [], []
+    for key, pid in iter_json_pairs(path):
+        if not key.isdecimal():
+            raise UserError(f"{path}: the key {key[:20]!r} is not a row number")
+        chunk_rows.append(int(key))
+        chunk_pids.append(pid.encode())
+        if len(chunk_rows) == ID_CHUNK:
+            rows.append(np.array(chunk_rows))
+            pids.append(np.array(chunk_pids))
+            chunk_rows, chunk_pids = [], []
+    rows.append(np.array(chunk_rows, dtype=np.int64))
+    pids.append(np.array(chunk_pids, dtype=bytes))
+    return _in_row_order(np.concatenate(rows), pids, path)
+
+
+def _in_row_order(rows: np.ndarray, pids: list[np.ndarray], path) -> np.ndarray:
+    count = len(rows)
+    ordered = np.zeros(count, dtype=f"S{max(chunk.dtype.itemsize for chunk in pids)}")
+    if count and (rows.max() >= count or len(np.unique(rows)) < count):
+        raise UserError(
+            f"{path}: row numbers are not exactly 0..{count - 1}: one is missing or stands there twice"
+        )
+    at = 0
+    for chunk in pids:
+        ordered[rows[at : at + len(chunk)]] = chunk
+        at += len(chunk)
+    return ordered

@@ -1,0 +1,78 @@
+"""Stamps: every artifact NAME carries NAME.stamp.json, which says what made it.
+
+A stamp is a flat dictionary of the settings that matter and fingerprints of the inputs (their content, not
+their time). A result whose stamp still agrees is up to date; one that disagrees is made again and the log
+says which field changed.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from torch_src.helpers import write_json
+
+CODE_VERSION = 1  # raised when the same settings and inputs would give other results
+READ_SIZE = 1 << 22
+
+
+def fingerprint_files(paths) -> str:
+    """Return 16 hex digits over the contents of the files, in the order given."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        with open(path, "rb") as file:
+            while piece := file.read(READ_SIZE):
+                digest.update(piece)
+        digest.update(b"\0end of file\0")
+    return digest.hexdigest()
+
+
+def fingerprint_text(text: str) -> str:
+    """Return 16 hex digits over a text."""
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()
+
+
+def stamp_path(artifact) -> Path:
+    """Return the path of an artifact's stamp."""
+    return Path(f"{artifact}.stamp.json")
+
+
+def write_stamp(artifact, stamp: dict) -> None:
+    """Write the stamp; the artifact must be complete by then, since a stamp means that it is."""
+    write_json(stamp_path(artifact), {**stamp, "code": CODE_VERSION})
+
+
+def clear_stamp(artifact) -> None:
+    """Remove the stamp: the artifact is about to change."""
+    stamp_path(artifact).unlink(missing_ok=True)
+
+
+def changes(old: dict, new: dict) -> list[str]:
+    """Return `field: from -> to` of every field in which the two stamps differ."""
+    new = json.loads(
+        json.dumps({**new, "code": CODE_VERSION})
+    )  # as it reads back from disk: tuples become lists
+    fields = [field for field in {**old, **new} if old.get(field) != new.get(field)]
+    return [f"{field}: {old.get(field, 'unknown')} -> {new.get(field, 'gone')}" for field in fields]
+
+
+def read_stamp(artifact) -> dict | None:
+    """Return the artifact's stamp; None when the artifact or its stamp is missing or unreadable."""
+    path = stamp_path(artifact)
+    try:
+        stamp = json.loads(path.read_text(encoding="utf-8")) if Path(artifact).exists() else None
+    except (OSError, ValueError):
+        return None
+    return stamp if isinstance(stamp, dict) else None
+
+
+def up_to_date(artifact, stamp: dict, say) -> bool:
+    """Return whether the artifact exists and its stamp agrees with `stamp`; `say` is told why not."""
+    old = read_stamp(artifact)
+    if old is None:
+        if Path(artifact).exists():
+            say(f"{artifact}: unfinished, or without a stamp that says what made it; it is made again")
+        return False
+    different = changes(old, stamp)
+    if different:
+        say(f"{artifact}: out of date, made again ({'; '.join(different)})")
+    return not different

@@ -1,0 +1,121 @@
+"""Texts to token ids: prefixes, spaces, truncation; padding of a batch."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBase
+
+from torch_src.errors import UserError
+from torch_src.stamps import fingerprint_text
+
+CHARACTERS_A_TOKEN = (
+    16  # a text is first cut at so many characters a token; one of 60,975 would be tokenised for nothing
+)
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """How one side's texts (queries or passages) become token ids."""
+
+    max_seq_len: int  # tokens, special ones included
+    prefix: str = ""
+    remove_spaces: bool = False
+
+    def clean(self, text: str) -> str:
+        """Return the text as it is tokenised: ASCII spaces removed (when asked), then the prefix put before
+        it.
+        """
+        return self.prefix + (text.replace(" ", "") if self.remove_spaces else text)
+
+
+def load_tokenizer(pretrained_model_path: str, vocab_path: str = "") -> PreTrainedTokenizerBase:
+    """Return the model's own tokenizer, or a WordPiece one from vocab.txt; UserError when it cannot be
+    loaded.
+    """
+    try:
+        if vocab_path:
+            if not os.path.isfile(vocab_path):
+                raise UserError(f"{vocab_path}: no such file (vocab_path: a WordPiece vocab.txt)")
+            tokenizer = BertTokenizerFast(vocab=vocab_path)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(pretrained_model_path, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # a broken folder fails in as many ways as there are tokenizer kinds
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{vocab_path or pretrained_model_path}: no tokenizer could be loaded ({reason})"
+        ) from error
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        raise UserError(
+            f"{pretrained_model_path}: needs a fast tokenizer with a pad token (tokenizer.json or vocab.txt)"
+        )
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return 16 hex digits over everything that decides the token ids."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return fingerprint_text(backend.to_str())
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], rules: TextRules
+) -> tuple[list[list[int]], int]:
+    """Return (token ids of each text, how many texts were cut). An empty text gives the special
+    tokens alone.
+    """
+    limit = rules.max_seq_len * CHARACTERS_A_TOKEN
+    cleaned = [rules.clean(text) for text in texts]
+    ids, cut = _encode(tokenizer, [text[:limit] for text in cleaned], rules.max_seq_len)
+    # Few tokens from many characters (long runs of spaces, say): the early cut took something away, so do
+    # without it.
+    again = [at for at, text in enumerate(cleaned) if len(text) > limit and not cut[at]]
+    if again:
+        whole, whole_cut = _encode(tokenizer, [cleaned[at] for at in again], rules.max_seq_len)
+        for at, tokens, was_cut in zip(again, whole, whole_cut, strict=True):
+            ids[at], cut[at] = tokens, was_cut
+    return ids, sum(cut)
+
+
+def _encode(tokenizer, texts: list[str], max_seq_len: int) -> tuple[list[list[int]], list[bool]]:
+    if not texts:
+        return [], []
+    batch = tokenizer(
+        texts,
+        truncation=True,
+        max_length=max_seq_len,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    return list(batch["input_ids"]), [bool(encoding.overflowing) for encoding in batch.encodings]
+
+
+def pad(sequences: list[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (input ids, attention mask), both (B, L) int64, L the longest of the batch."""
+    lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
+    mask = np.arange(lengths.max())[None, :] < lengths[:, None]
+    input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    input_ids[mask] = np.concatenate(sequences)
+    return input_ids, mask.astype(np.int64)
+
+
+def length_sorted_batches(lengths, max_rows: int, max_tokens: int) -> list[np.ndarray]:
+    """Return index arrays that cover all texts, longest first, each at most `max_rows` texts and `max_tokens`
+    padded.
+
+    Texts of like length stand together, so that hardly a padded token is computed. Longest first: a batch
+    that does not fit into memory fails in the first minute, not in the last. Ties keep their order (stable
+    sort).
+    """
+    lengths = np.asarray(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        rows = max(1, min(max_rows, max_tokens // max(1, int(lengths[order[start]]))))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches

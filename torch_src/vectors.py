@@ -1,0 +1,106 @@
+"""Passage vectors on disk: fp16 blocks of rows with a manifest; whoever encodes a block, its bytes are the
+same.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from torch_src.errors import UserError
+from torch_src.helpers import atomic_write, read_json, write_json
+from torch_src.stamps import CODE_VERSION, changes
+
+
+class VectorStore:
+    """A folder of block-00000.npy, block-00001.npy, ... and manifest.json.
+
+    Block b holds the vectors of rows b * block_rows up to (not including) (b + 1) * block_rows, (rows, H)
+    float16.
+    """
+
+    def __init__(self, folder, manifest: dict):
+        self.folder = Path(folder)
+        self.manifest = manifest
+        self.rows: int = manifest["rows"]
+        self.hidden: int = manifest["hidden"]
+        self.block_rows: int = manifest["block_rows"]
+
+    @classmethod
+    def create_or_continue(
+        cls, folder, stamp: dict, rows: int, hidden: int, block_rows: int, say, force=False
+    ):
+        """Return the store for these settings: its finished blocks are kept when the manifest agrees.
+
+        A manifest that disagrees means other vectors: every block is deleted and `say` is told which field
+        changed.
+        """
+        manifest = {**stamp, "rows": rows, "hidden": hidden, "block_rows": block_rows, "code": CODE_VERSION}
+        store = cls(folder, manifest)
+        path = store.folder / "manifest.json"
+        blocks = sorted(store.folder.glob("block-*.npy"))
+        if path.exists() and not force:
+            different = changes(_old_manifest(path), manifest)
+            if not different:
+                return store
+            say(f"{folder}: the vectors there are of another run and are made again ({'; '.join(different)})")
+        elif blocks:
+            say(f"{folder}: {'--force' if force else 'no manifest beside the vectors'}; they are made again")
+        path.unlink(missing_ok=True)  # first: blocks without a manifest are never trusted
+        for block in blocks:
+            block.unlink()
+        write_json(path, manifest)
+        return store
+
+    @property
+    def block_count(self) -> int:
+        return -(-self.rows // self.block_rows)
+
+    def block_path(self, block: int) -> Path:
+        return self.folder / f"block-{block:05d}.npy"
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """Return the first row of a block and the row after its last."""
+        return block * self.block_rows, min(self.rows, (block + 1) * self.block_rows)
+
+    def missing_blocks(self) -> list[int]:
+        return [block for block in range(self.block_count) if not self.block_path(block).exists()]
+
+    def write_block(self, block: int, vectors: np.ndarray) -> None:
+        """Write one block, (rows of the block, H) float16, atomically."""
+        first, last = self.block_range(block)
+        assert vectors.shape == (last - first, self.hidden) and vectors.dtype == np.float16
+        with atomic_write(self.block_path(block), "wb") as file:
+            np.save(file, vectors, allow_pickle=False)
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first row, vectors (rows, H) float16, memory-mapped) of every block in row order."""
+        for block in range(self.block_count):
+            yield self.block_range(block)[0], self._open(block)
+
+    def _open(self, block: int) -> np.ndarray:
+        path = self.block_path(block)
+        try:
+            vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{path}: cannot be read as vectors ({error}); delete it and run again") from None
+        first, last = self.block_range(block)
+        if vectors.shape != (last - first, self.hidden) or vectors.dtype != np.float16:
+            expected = (last - first, self.hidden)
+            raise UserError(
+                f"{path}: holds {vectors.shape} {vectors.dtype}, expected {expected} float16; delete it"
+            )
+        return vectors
+
+
+def _old_manifest(path: Path) -> dict:
+    try:
+        return read_json(path)
+    except UserError:
+        return {"manifest": "unreadable"}
+
+
+def save_vectors(path, vectors: np.ndarray) -> None:
+    """Write one array of vectors (query.emb.npy) atomically."""
+    with atomic_write(path, "wb") as file:
+        np.save(file, vectors, allow_pickle=False)
