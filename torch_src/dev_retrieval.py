@@ -11,7 +11,7 @@ import os
 import numpy as np
 
 from torch_src.collection import PassageCollection
-from torch_src.encoding import Encoder
+from torch_src.encoding import Encoder, to_float16
 from torch_src.formats import DevQuery, read_candidates, read_dev
 from torch_src.helpers import say, warn
 from torch_src.passage_ids import read_passage_ids
@@ -30,7 +30,8 @@ class DevRetrieval:
     def retrieve(self, query_encoder: Encoder, passage_encoder: Encoder) -> dict[str, list[str]]:
         """Return {qid: pids, best first}, at most TOPK, as metric/evaluation.py scores them."""
         queries = query_encoder.encode([query.query for query in self.queries])
-        passages = passage_encoder.encode(self.passages)
+        # As they would be stored: the figures are then those of inference over the same passages.
+        passages = to_float16(passage_encoder.encode(self.passages), 0).astype(np.float32)
         # A few thousand queries by 10^5 passages: one plain product a slice of queries is enough here.
         result = {}
         for start in range(0, len(queries), 256):

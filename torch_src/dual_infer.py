@@ -1,7 +1,7 @@
 """do_dual_infer.py: queries + collection + output/dual_params.bin -> query.emb.npy, para_emb/, res.top50."""
 
 import gc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from torch_src import hparams
 from torch_src.collection import PassageCollection
 from torch_src.devices import choose_device, choose_precision, peak_memory_gb, set_threads
+from torch_src.dual_hparams import DEBUG as TRAIN_DEBUG
 from torch_src.dual_hparams import FIXED_BY_WEIGHTS, DualHparams
 from torch_src.dual_model import (
     DualEncoder,
@@ -79,12 +80,9 @@ def find_model(hp: InferenceDeHparams) -> TrainedModel:
 
 
 def _pretrained_model(hp: InferenceDeHparams) -> TrainedModel:
-    path = hp.pretrained_model_path or (
-        hparams.TINY_MODEL if hp.debug else DualHparams().pretrained_model_path
-    )
-    fixed = {
-        n: getattr(DualHparams(), n) if getattr(hp, n) is None else getattr(hp, n) for n in FIXED_BY_WEIGHTS
-    }
+    trained = replace(DualHparams(), **TRAIN_DEBUG) if hp.debug else DualHparams()
+    path = hp.pretrained_model_path or trained.pretrained_model_path
+    fixed = {n: getattr(trained, n) if getattr(hp, n) is None else getattr(hp, n) for n in FIXED_BY_WEIGHTS}
     tokenizer = load_tokenizer(path, fixed["vocab_path"])
     fingerprint = fingerprint_text(f"{model_fingerprint(path)} seed {hp.seed}")
     return TrainedModel(fixed, path, None, tokenizer, fingerprint, load_config(path))

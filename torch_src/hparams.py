@@ -13,9 +13,7 @@ from torch_src.errors import UserError
 from torch_src.helpers import say, write_json
 
 SAMPLE_DIR = "script/sample_data"
-TINY_MODEL = (
-    f"{SAMPLE_DIR}/tiny_bert"  # configuration and vocabulary only: its weights are drawn from the seed
-)
+TINY_MODEL = f"{SAMPLE_DIR}/tiny_bert"  # no weights there: they are drawn from the seed
 POOLINGS = ("cls", "mean", "pooler")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
@@ -32,7 +30,7 @@ def parse(settings: type, argv: list[str], debug_defaults: dict):
     doc = (settings.__doc__ or "").strip()
     parsed = tyro.cli(
         settings,
-        args=argv,
+        args=_spell_out(settings, argv),
         default=defaults,
         use_underscores=True,
         description=doc,
@@ -40,6 +38,25 @@ def parse(settings: type, argv: list[str], debug_defaults: dict):
     )
     parsed.check()
     return parsed
+
+
+def _spell_out(settings: type, argv: list[str]) -> list[str]:
+    """Return argv with `--flag` and `--no_flag` of a `bool | None` knob as `--flag True` and `--flag False`.
+
+    tyro knows flags for plain booleans only, and a user should not have to know which of the two a knob is.
+    """
+    optional = {field.name for field in dataclasses.fields(settings) if field.type == bool | None}
+    words = []
+    for at, word in enumerate(argv):
+        name = word.removeprefix("--").replace("-", "_")
+        plain = word.startswith("--") and argv[at + 1 : at + 2] not in (["True"], ["False"], ["None"])
+        if plain and name in optional:
+            words += [f"--{name}", "True"]
+        elif plain and name.removeprefix("no_") in optional:
+            words += [f"--{name.removeprefix('no_')}", "False"]
+        else:
+            words.append(word)
+    return words
 
 
 def is_debug(settings: type, argv: list[str]) -> bool:

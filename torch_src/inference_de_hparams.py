@@ -13,9 +13,7 @@ class InferenceDeHparams:
     """Encode queries and passages, search, write the run: output/dual_params.bin -> output/res.top50."""
 
     # the knobs most people change first
-    dual_params: str = (
-        ""  # trained weights; empty: output_dir/dual_params.bin; "none": the pretrained model as it is
-    )
+    dual_params: str = ""  # trained weights; empty: output_dir/dual_params.bin; none: not fine-tuned
     pretrained_model_path: str | None = None  # default: the model dual_params was trained from
     vocab_path: str | None = None  # default: the tokenizer dual_params was trained with
     batch_size: int = 128  # texts in one forward pass, at most
@@ -23,17 +21,11 @@ class InferenceDeHparams:
     bs: int | None = None  # queries searched at once; default: enter() in do_dual_infer.py
 
     # files
-    data_dir: str = (
-        "dureader-retrieval-baseline-dataset"  # folder of the official layout; empty paths below follow it
-    )
+    data_dir: str = "dureader-retrieval-baseline-dataset"  # official layout; empty paths below follow it
     dev_q: str = ""  # queries, 4 columns; empty: data_dir/dev/dev.q.format
-    dev_q2qid: str = (
-        ""  # query text -> qid (JSON), checked against dev_q; empty: beside dev_q; "none": not checked
-    )
+    dev_q2qid: str = ""  # query text -> qid (JSON); empty: beside dev_q; none: not checked
     passage_dir: str = ""  # the collection, part-00.. or all_doc; empty: data_dir/passage-collection
-    passage_ids: str = (
-        ""  # row -> pid (JSON), checked for length; empty: passage_dir/passage2id.map.json; "none": not
-    )
+    passage_ids: str = ""  # row -> pid (JSON); empty: passage_dir/passage2id.map.json; none: not checked
     output_dir: str = "output"  # where everything is written
 
     # fixed by the weights: the default is what they were trained with, anything else is refused

@@ -1,4 +1,4 @@
-"""passage2id.map.json: one JSON object {"0": pid, "1": pid, ...} of 8.1 M entries, streamed, never loaded whole."""
+"""passage2id.map.json: {"0": pid, "1": pid, ...} of 8.1 M entries, streamed, never loaded whole."""
 
 import json
 import re

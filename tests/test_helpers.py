@@ -1,0 +1,162 @@
+"""Log lines, atomic files, exit statuses, durations."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torch_src import helpers
+from torch_src.errors import UserError
+from torch_src.formats import FormatError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_atomic_write_replaces_the_old_file_and_leaves_no_tmp(tmp_path):
+    path = tmp_path / "new folder" / "file"
+    for text in ("old 水\r\n", "new\u2028\n"):
+        with helpers.atomic_write(path) as file:
+            file.write(text)
+        assert path.read_bytes() == text.encode()
+    assert names(path.parent) == ["file"]
+
+
+def test_atomic_write_takes_bytes(tmp_path):
+    with helpers.atomic_write(tmp_path / "file", "wb") as file:
+        file.write(b"\xff\r\n")
+    assert (tmp_path / "file").read_bytes() == b"\xff\r\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, OSError])
+@pytest.mark.parametrize("before", [["file"], []])
+def test_failed_atomic_write_leaves_the_old_file_and_no_tmp(tmp_path, error, before):
+    for name in before:
+        (tmp_path / name).write_text("old")
+    with pytest.raises(error), helpers.atomic_write(tmp_path / "file") as file:
+        file.write("half")
+        file.flush()
+        raise error()
+    assert names(tmp_path) == before
+    assert all((tmp_path / name).read_text() == "old" for name in before)
+
+
+def test_new_content_is_not_seen_before_the_block_ends(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with helpers.atomic_write(path) as file:
+        file.write("new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+def test_json_comes_back_and_is_readable(tmp_path):
+    value = {"水": ["\u2028", 1.5, None], "": {}}
+    helpers.write_json(tmp_path / "a.json", value)
+    assert helpers.read_json(tmp_path / "a.json") == value
+    assert "水" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+def test_value_that_is_no_json_leaves_the_old_file(tmp_path):
+    helpers.write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        helpers.write_json(tmp_path / "a.json", {"a": "x" * 100_000, "b": object()})
+    assert helpers.read_json(tmp_path / "a.json") == {"a": 1}
+    assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b"3", b"\xff", b'\xef\xbb\xbf{"a": 1}'])
+def test_json_that_is_torn_or_no_object_is_a_user_error_naming_the_file(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        helpers.read_json(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_missing_json_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        helpers.read_json(tmp_path / "none.json")
+
+
+def test_require_gives_the_path_or_says_what_it_is_and_the_mend(tmp_path):
+    assert helpers.require(tmp_path, "a folder") == str(tmp_path)
+    with pytest.raises(UserError) as caught:
+        helpers.require(tmp_path / "none", "the weights", "train first")
+    assert str(caught.value) == f"{tmp_path / 'none'}: no such file or folder (the weights); train first"
+    with pytest.raises(UserError, match=r"\(the weights\)$"):
+        helpers.require(tmp_path / "none", "the weights")
+
+
+def fail_with(error):
+    def program():
+        raise error
+
+    return program
+
+
+def test_good_end_is_status_0_in_silence(capsys):
+    assert helpers.exit_status(lambda: 7) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (UserError("f: wrong"), 2, "error: f: wrong"),
+        (FormatError("f", 3, "wrong"), 2, "error: f:3: wrong"),
+        (FileNotFoundError(2, "No such file or directory", "f"), 2, "error: f: No such file or directory"),
+        (OSError(28, "No space left on device"), 2, "error: system: No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted: the same command carries on"),
+    ],
+)
+def test_users_mistake_and_interruption_are_one_line_on_stderr(capsys, error, status, line):
+    assert helpers.exit_status(fail_with(error)) == status
+    assert capsys.readouterr() == ("", line + "\n")
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), AssertionError("x"), OSError("x"), SystemExit(3)])
+def test_our_own_mistakes_pass_through(error):
+    with pytest.raises(type(error)) as caught:
+        helpers.exit_status(fail_with(error))
+    assert caught.value is error
+
+
+def test_process_ends_with_the_status_and_without_a_traceback():
+    program = (
+        "import sys; from torch_src.helpers import exit_status, require; "
+        "sys.exit(exit_status(lambda: require('no/such/file', 'weights')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: no/such/file: no such file or folder (weights)\n"
+
+
+def test_log_lines_go_to_stdout_and_warnings_are_marked(capsys):
+    helpers.say("step 1")
+    helpers.warn("odd")
+    assert capsys.readouterr() == ("step 1\nWARNING: odd\n", "")
+
+
+@pytest.mark.parametrize(
+    "seconds, shown",
+    [
+        (0, "0.0s"),
+        (4.24, "4.2s"),
+        (59.9, "59.9s"),
+        (59.96, "1m00s"),
+        (60, "1m00s"),
+        (187, "3m07s"),
+        (3599, "59m59s"),
+        (3600, "1h00m"),
+        (6720, "1h52m"),
+        (360_000, "100h00m"),
+    ],
+)
+def test_duration(seconds, shown):
+    assert helpers.duration(seconds) == shown

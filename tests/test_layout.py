@@ -1,0 +1,183 @@
+"""The repository's own rules: imports, nothing done at import, every knob is read, commands parse."""
+
+import ast
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torch_src import dual_hparams, hparams, inference_de_hparams
+
+ROOT = Path(__file__).resolve().parents[1]
+# A module imports only from an earlier row, never from its own.
+ROWS = [
+    ["errors"],
+    ["formats", "helpers"],
+    ["hparams", "stamps", "passage_ids"],
+    ["dual_hparams", "inference_de_hparams", "collection", "tokenization", "devices"],
+    ["datasets", "dual_model", "losses", "vectors"],
+    ["encoding", "search"],
+    ["training", "dev_retrieval"],
+    ["dual_train", "dual_infer"],
+]
+ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
+TORCH_FREE = [module for row in ROWS[:3] for module in row]
+SEES_HPARAMS = {module for row in ROWS[6:] for module in row} | {
+    "hparams",
+    "dual_hparams",
+    "inference_de_hparams",
+}
+MODULES = sorted((ROOT / "torch_src").glob("[a-z]*.py"))
+STAND_ALONE = [*sorted((ROOT / "metric").glob("*.py")), ROOT / "script/handle.py"]
+SETTINGS = {
+    "do_dual_train.py": (dual_hparams.DualHparams, dual_hparams.DEBUG),
+    "do_dual_infer.py": (inference_de_hparams.InferenceDeHparams, inference_de_hparams.DEBUG),
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Return the dotted names of all modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            names.add(node.module)
+    return names
+
+
+def own_modules(path: Path) -> set[str]:
+    names = {name.split(".")[1] for name in imported(path) if name.startswith("torch_src.")}
+    return names & set(ROW_OF)
+
+
+def test_every_module_has_its_row():
+    assert {path.stem for path in MODULES} == set(ROW_OF)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_modules_import_only_from_earlier_rows(path):
+    wrong = {name for name in own_modules(path) if ROW_OF[name] >= ROW_OF[path.stem]}
+    assert not wrong, f"{path.stem} (row {ROW_OF[path.stem]}) imports {wrong}"
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_first_rows_do_without_torch(module):
+    heavy = {"torch", "transformers", "faiss"}
+    assert not {name.split(".")[0] for name in imported(ROOT / f"torch_src/{module}.py")} & heavy
+
+
+def test_only_the_last_rows_see_hparams():
+    for path in MODULES:
+        if path.stem not in SEES_HPARAMS:
+            assert not re.search(r"\bhp\.", path.read_text(encoding="utf-8")), path.stem
+
+
+@pytest.mark.parametrize("path", STAND_ALONE, ids=lambda path: path.name)
+def test_stand_alone_programs_use_the_standard_library_alone(path):
+    others = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
+    assert others <= ({"common"} if path.parent.name == "metric" else set())
+
+
+def test_nothing_happens_at_import(tmp_path):
+    """With another program's arguments in an empty folder: no parsing, file, device or environment."""
+    names = [f"torch_src.{path.stem}" for path in MODULES] + ["do_dual_train", "do_dual_infer"]
+    code = f"""
+import os, sys, logging
+sys.path.insert(0, {str(ROOT)!r}); sys.argv = ["other", "--not_ours", "x"]
+import torch, transformers, torch.utils.tensorboard, numpy
+own = lambda: {{k: v for k, v in os.environ.items() if not k.startswith("TORCHINDUCTOR")}}  # torch's
+before = own(), len(logging.getLogger().handlers), torch.get_num_threads(), torch.initial_seed()
+for name in {names!r}: __import__(name)
+assert before == (own(), len(logging.getLogger().handlers), torch.get_num_threads(), torch.initial_seed())
+assert not torch.cuda.is_initialized()
+print("quiet")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "quiet\n"), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def source_without(module: str) -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in MODULES if path.stem != module)
+
+
+@pytest.mark.parametrize("settings", [pair[0] for pair in SETTINGS.values()], ids=lambda s: s.__name__)
+def test_every_knob_is_read(settings):
+    """A knob is read as hp.name, through its path property, or by name through FIXED_BY_WEIGHTS."""
+    source = source_without(settings.__module__.rsplit(".")[-1])
+    own = Path(sys.modules[settings.__module__].__file__).read_text(encoding="utf-8")
+    for field in dataclasses.fields(settings):
+        by_weights = field.name in dual_hparams.FIXED_BY_WEIGHTS and f'["{field.name}"]' in source
+        prefix = field.name in ("query_prefix", "passage_prefix") and '_prefix"]' in source
+        length = field.name.endswith("_max_seq_len") and f'"{field.name}"' in source
+        read = re.search(rf"\bhp\.{field.name}(_path)?\b", source) or f"under(self.{field.name}," in own
+        assert read or by_weights or prefix or length, f"{settings.__name__}.{field.name} changes nothing"
+
+
+def test_every_knob_says_what_it_is():
+    for settings, _ in SETTINGS.values():
+        lines = Path(sys.modules[settings.__module__].__file__).read_text(encoding="utf-8")
+        for field in dataclasses.fields(settings):
+            assert re.search(rf"^    {field.name}: .*  # \S", lines, re.MULTILINE), field.name
+
+
+def readme_commands() -> list[list[str]]:
+    """Return the commands of the README's shell blocks, continued lines joined, variables resolved."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands, variables = [], {}
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            for name, value in variables.items():
+                line = line.replace(f"${name}", value)
+            words = shlex.split(line, comments=True)
+            if len(words) == 1 and re.match(r"[A-Z_0-9]+=", words[0]):
+                name, value = words[0].split("=", 1)
+                variables[name] = value
+            elif words:
+                commands.append(words)
+    return commands
+
+
+def test_every_readme_command_parses():
+    seen = set()
+    for words in readme_commands():
+        words = words[: words.index(">")] if ">" in words else words
+        while words and ("=" in words[0] or words[0] == "nohup"):
+            words = words[1:]
+        program, *rest = words
+        if program.startswith("python"):
+            assert (ROOT / rest[0]).exists() or rest[0] in ("handle.py", "-m"), words
+            seen.add(rest[0])
+            if rest[0] in SETTINGS:
+                settings, debug = SETTINGS[rest[0]]
+                hparams.parse(settings, rest[1:], debug)
+        elif program == "sh":
+            assert subprocess.run(["sh", "-n", ROOT / rest[0]]).returncode == 0, words
+            seen.add(rest[0])
+        else:
+            assert program in ("git", "cd", "cp", "mv", ".venv/bin/pip"), words
+    assert {*SETTINGS, "script/quickstart.sh", "script/test.sh", "script/download.sh"} <= seen
+
+
+def test_cuda_visible_devices_is_never_written():
+    for path in [*MODULES, *ROOT.glob("do_*.py")]:
+        assert "environ" not in path.read_text(encoding="utf-8"), path
+
+
+def test_no_pickle_and_no_remote_code():
+    for path in [*MODULES, *ROOT.glob("do_*.py"), *ROOT.glob("script/*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert "trust_remote_code=True" not in text and "allow_pickle=True" not in text, path
+        assert text.count("torch.load(") == text.count("weights_only=True"), path
+
+
+def test_lines_of_shell_scripts_parse():
+    for path in [*ROOT.glob("script/*.sh"), ROOT / ".ci/run"]:
+        shell = "bash" if path.name == "run" else "sh"
+        assert subprocess.run([shell, "-n", path]).returncode == 0, path

@@ -1,0 +1,188 @@
+"""Vectors on disk: blocks, the manifest that says whose they are, damaged files."""
+
+import json
+
+import numpy as np
+import pytest
+
+from torch_src.errors import UserError
+from torch_src.stamps import CODE_VERSION
+from torch_src.vectors import VectorStore, save_vectors
+
+STAMP = {"weights": "abc", "max_len": 32, "prefix": "", "normalize": False}
+
+
+def make(folder, said=None, rows=9, hidden=3, block_rows=4, stamp=STAMP, force=False):
+    say = [].append if said is None else said.append
+    return VectorStore.create_or_continue(folder, stamp, rows, hidden, block_rows, say, force)
+
+
+def fill(store, seed=0):
+    """Write every block; return all vectors."""
+    vectors = np.random.default_rng(seed).normal(size=(store.rows, store.hidden)).astype(np.float16)
+    for block in range(store.block_count):
+        first, last = store.block_range(block)
+        store.write_block(block, vectors[first:last])
+    return vectors
+
+
+@pytest.mark.parametrize(
+    ("rows", "block_rows", "lengths"),
+    [(9, 4, [4, 4, 1]), (8, 4, [4, 4]), (1, 4, [1]), (3, 1, [1, 1, 1]), (7, 7, [7]), (5, 100, [5])],
+)
+def test_blocks_cover_the_rows_in_order(tmp_path, rows, block_rows, lengths):
+    store = make(tmp_path / "para_emb", rows=rows, block_rows=block_rows)
+    assert store.block_count == len(lengths) and store.missing_blocks() == list(range(len(lengths)))
+    vectors = fill(store)
+    assert store.missing_blocks() == []
+    pieces = list(store.blocks())
+    assert [len(piece) for _, piece in pieces] == lengths
+    assert [first for first, _ in pieces] == [sum(lengths[:at]) for at in range(len(lengths))]
+    assert np.array_equal(np.concatenate([piece for _, piece in pieces]), vectors)
+    assert all(piece.dtype == np.float16 and isinstance(piece, np.memmap) for _, piece in pieces)
+    names = {path.name for path in (tmp_path / "para_emb").iterdir()}
+    assert names == {"manifest.json"} | {f"block-{block:05d}.npy" for block in range(len(lengths))}
+
+
+def test_a_block_of_the_wrong_shape_or_type_is_not_written(tmp_path):
+    store = make(tmp_path)
+    for block, vectors in (
+        (0, np.zeros((3, 3), np.float16)),
+        (2, np.zeros((4, 3), np.float16)),
+        (0, np.zeros((4, 2), np.float16)),
+        (0, np.zeros((4, 3), np.float32)),
+    ):
+        with pytest.raises(AssertionError):
+            store.write_block(block, vectors)
+    assert store.missing_blocks() == [0, 1, 2]
+
+
+def test_finished_blocks_are_kept_when_the_manifest_agrees(tmp_path):
+    fill(make(tmp_path))
+    (tmp_path / "block-00001.npy").unlink()
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
+    said = []
+    again = make(tmp_path, said)
+    assert again.missing_blocks() == [1] and said == []
+    assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.iterdir()} == before
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest == {**STAMP, "rows": 9, "hidden": 3, "block_rows": 4, "code": CODE_VERSION}
+
+
+def test_a_tuple_in_the_stamp_is_no_change(tmp_path):
+    stamp, said = {**STAMP, "layers": (1, 2)}, []
+    fill(make(tmp_path, stamp=stamp))
+    assert make(tmp_path, said, stamp=stamp).missing_blocks() == [] and said == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"stamp": {**STAMP, "weights": "xyz"}}, "weights: abc -> xyz"),
+        ({"stamp": {**STAMP, "normalize": True}}, "normalize: False -> True"),
+        ({"stamp": {**STAMP, "new": 5}}, "new: unknown -> 5"),
+        ({"stamp": {k: v for k, v in STAMP.items() if k != "max_len"}}, "max_len: 32 -> gone"),
+        ({"rows": 10}, "rows: 9 -> 10"),
+        ({"hidden": 2}, "hidden: 3 -> 2"),
+        ({"block_rows": 5}, "block_rows: 4 -> 5"),
+    ],
+)
+def test_a_manifest_that_differs_deletes_every_block_and_says_the_field(tmp_path, change, words):
+    fill(make(tmp_path))
+    said = []
+    store = make(tmp_path, said, **change)
+    assert list(tmp_path.glob("block-*")) == [] and store.missing_blocks() == list(range(store.block_count))
+    assert len(said) == 1 and f"({words})" in said[0]
+    assert make(tmp_path, said, **change).manifest == store.manifest and len(said) == 1
+
+
+def test_another_code_version_makes_the_vectors_again(tmp_path, monkeypatch):
+    fill(make(tmp_path))
+    monkeypatch.setattr("torch_src.vectors.CODE_VERSION", CODE_VERSION + 1)
+    monkeypatch.setattr("torch_src.stamps.CODE_VERSION", CODE_VERSION + 1)
+    said = []
+    assert make(tmp_path, said).missing_blocks() == [0, 1, 2]
+    assert f"code: {CODE_VERSION} -> {CODE_VERSION + 1}" in said[0]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": 9'])
+def test_an_unreadable_manifest_is_not_trusted(tmp_path, text):
+    fill(make(tmp_path))
+    (tmp_path / "manifest.json").write_text(text)
+    said = []
+    assert make(tmp_path, said).missing_blocks() == [0, 1, 2] and "unreadable" in said[0]
+
+
+def test_blocks_without_a_manifest_are_not_trusted(tmp_path):
+    fill(make(tmp_path))
+    (tmp_path / "manifest.json").unlink()
+    said = []
+    assert make(tmp_path, said).missing_blocks() == [0, 1, 2]
+    assert len(said) == 1 and "no manifest" in said[0]
+
+
+def test_force_makes_them_again(tmp_path):
+    fill(make(tmp_path))
+    said = []
+    assert make(tmp_path, said, force=True).missing_blocks() == [0, 1, 2]
+    assert len(said) == 1 and "--force" in said[0]
+    said.clear()
+    make(tmp_path / "fresh", said, force=True)
+    assert said == []  # nothing was there
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60, 128, -1])
+def test_a_torn_block_is_named(tmp_path, keep):
+    store = make(tmp_path)
+    fill(store)
+    path = tmp_path / "block-00001.npy"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"block-00001\.npy: cannot be read as vectors.*delete it"):
+        list(store.blocks())
+
+
+def test_a_block_that_is_gone_or_of_another_shape_is_named(tmp_path):
+    store = make(tmp_path)
+    fill(store)
+    np.save(tmp_path / "block-00002.npy", np.zeros((1, 3), np.float32))
+    with pytest.raises(
+        UserError, match=r"block-00002\.npy: holds \(1, 3\) float32, expected \(1, 3\) float16"
+    ):
+        list(store.blocks())
+    np.save(tmp_path / "block-00000.npy", np.zeros((3, 3), np.float16))
+    with pytest.raises(UserError, match=r"block-00000\.npy: holds \(3, 3\) float16, expected \(4, 3\)"):
+        next(store.blocks())
+    (tmp_path / "block-00000.npy").unlink()
+    with pytest.raises(UserError, match=r"block-00000\.npy: cannot be read as vectors"):
+        next(store.blocks())
+
+
+def test_pickled_objects_are_not_loaded(tmp_path):
+    store = make(tmp_path)
+    fill(store)
+    np.save(tmp_path / "block-00000.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"block-00000\.npy: cannot be read as vectors"):
+        next(store.blocks())
+
+
+def test_a_write_that_fails_leaves_the_old_block(tmp_path, monkeypatch):
+    store = make(tmp_path)
+    vectors = fill(store)
+
+    def fail(file, *_, **__):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("torch_src.vectors.np.save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        store.write_block(0, np.zeros((4, 3), np.float16))
+    assert not list(tmp_path.glob("*.tmp"))
+    assert np.array_equal(next(store.blocks())[1], vectors[:4])
+
+
+def test_save_vectors_round_trip(tmp_path):
+    vectors = np.arange(6, dtype=np.float32).reshape(2, 3)
+    save_vectors(tmp_path / "query.emb.npy", vectors)
+    loaded = np.load(tmp_path / "query.emb.npy")
+    assert loaded.dtype == np.float32 and np.array_equal(loaded, vectors)
+    assert [path.name for path in tmp_path.iterdir()] == ["query.emb.npy"]

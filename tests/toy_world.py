@@ -1,0 +1,82 @@
+"""A tiny data set of the official layout and a tiny model, cut from the sample; for tests of whole
+programs.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = ROOT / "script/sample_data"
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def write(path: Path, rows: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8", newline="\n")
+
+
+def make_world(folder: Path, dev_queries: int = 6, train_queries: int = 24, passages: int = 60) -> Path:
+    """Write the data set into `folder`/data and the model into `folder`/model; return `folder`."""
+    data = folder / "data"
+    dev = [json.loads(line) for line in lines(SAMPLE / "dev/dev.json")][:dev_queries]
+    write(data / "dev/dev.json", [json.dumps(entry, ensure_ascii=False) for entry in dev])
+    write(data / "dev/dev.q.format", [f"{entry['question']}\t-\t-\t0" for entry in dev])
+    q2qid = {entry["question"]: entry["question_id"] for entry in dev}
+    write(data / "dev/q2qid.dev.json", [json.dumps(q2qid, ensure_ascii=False)])
+    write(data / "train/dual.train.tsv", first_queries(SAMPLE / "train/dual.train.tsv", train_queries))
+    write(data / "train/cross.train.tsv", first_queries(SAMPLE / "train/cross.train.tsv", train_queries))
+    make_collection(data / "passage-collection", dev, passages)
+    make_model(folder / "model")
+    return folder
+
+
+def first_queries(path: Path, count: int) -> list[str]:
+    rows = lines(path)
+    queries = list(dict.fromkeys(row.split("\t")[0] for row in rows))[:count]
+    return [row for row in rows if row.split("\t")[0] in queries]
+
+
+def make_collection(folder: Path, dev: list[dict], passages: int) -> None:
+    """Two parts: the positives of the dev queries among the first passages of the sample."""
+    answers = {a["paragraph_text"]: a["paragraph_id"] for entry in dev for a in entry["answer_paragraphs"]}
+    ids = json.loads((SAMPLE / "passage-collection/passage2id.map.json").read_text(encoding="utf-8"))
+    texts = [row.split("\t")[2] for row in lines(SAMPLE / "passage-collection/part-00")]
+    others = [(text, ids[str(row)]) for row, text in enumerate(texts) if text not in answers]
+    pool = dict([*others[: passages - len(answers)], *answers.items()])
+    rows = [f"-\t\t{text}\t0" for text in pool]
+    write(folder / "part-00", rows[: len(rows) // 2])
+    write(folder / "part-01", rows[len(rows) // 2 :])
+    write(folder / "passage2id.map.json", [json.dumps({str(n): pid for n, pid in enumerate(pool.values())})])
+
+
+def make_model(folder: Path, hidden: int = 32) -> None:
+    """The sample's vocabulary and a one-layer BERT without weights (they are drawn from the seed)."""
+    tiny = SAMPLE / "tiny_bert"
+    config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
+    small = {"hidden_size": hidden, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    write(folder / "config.json", [json.dumps(config | small)])
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        shutil.copy(tiny / name, folder / name)
+
+
+def options(world: Path, output: Path | str) -> list[str]:
+    """The options that both dual programs share in this world."""
+    return [
+        "--data_dir",
+        str(world / "data"),
+        "--output_dir",
+        str(output),
+        "--threads",
+        "1",
+        "--precision",
+        "fp32",
+    ]
+
+
+def train_options(world: Path, output: Path | str) -> list[str]:
+    short = ["--epoch", "2", "--batch_size", "8", "--lr", "1e-3", "--log_every", "2", "--p_max_seq_len", "64"]
+    return [*options(world, output), "--pretrained_model_path", str(world / "model"), *short]
