@@ -6,16 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from torch_src.dual_model import (
-    DualEncoder,
-    check_fits,
-    embed,
-    load_backbone,
-    load_config,
-    load_weights,
-    model_fingerprint,
-    pool,
-)
+from torch_src.backbones import check_fits, load_config, load_weights, model_fingerprint
+from torch_src.dual_model import DualEncoder, embed, load_backbone, pool
 from torch_src.errors import UserError
 
 IDS = torch.tensor([[2, 10, 11, 12, 3], [2, 20, 3, 0, 0], [2, 30, 31, 3, 0]])
@@ -207,7 +199,7 @@ def test_state_dict_round_trip(tmp_path, tiny_bert, share):
         saved.passage_encoder.load_state_dict(tiny_bert(2).state_dict())
     torch.save(saved.state_dict(), tmp_path / "dual_params.bin")
     other = DualEncoder(tiny_bert(5), share, "cls", False).eval()
-    load_weights(str(tmp_path / "dual_params.bin"), other)
+    load_weights(str(tmp_path / "dual_params.bin"), other, "do_dual_train.py")
     assert same_weights(other, saved)
     for side in ("query", "passage"):
         assert torch.equal(other(side, IDS, MASK), saved(side, IDS, MASK))
@@ -226,25 +218,26 @@ def test_weights_of_another_model_are_refused(tmp_path, tiny_bert, tiny_config):
     for state in (wider.state_dict(), shallow.state_dict(), narrow.state_dict(), {}, [1, 2], 3, None):
         torch.save(state, path)
         with pytest.raises(UserError, match="dual_params.bin: weights of another model"):
-            load_weights(str(path), model)
+            load_weights(str(path), model, "do_dual_train.py")
 
 
 def test_torn_or_missing_weights_file(tmp_path, tiny_bert):
     model, path = DualEncoder(tiny_bert(), True, "cls", False), tmp_path / "dual_params.bin"
     with pytest.raises(UserError, match="dual_params.bin: no such file.*do_dual_train.py"):
-        load_weights(str(path), model)
+        load_weights(str(path), model, "do_dual_train.py")
     torch.save(model.state_dict(), path)
     data = path.read_bytes()
     for keep in (0, 1, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:keep])
         with pytest.raises(UserError, match="dual_params.bin: cannot be read as weights"):
-            load_weights(str(path), model)
+            load_weights(str(path), model, "do_dual_train.py")
 
 
 def test_weights_that_would_run_code_are_refused(tmp_path, tiny_bert):
     torch.save({"a": Exploding(tmp_path / "ran")}, tmp_path / "dual_params.bin")
     with pytest.raises(UserError, match="dual_params.bin: cannot be read as weights"):
-        load_weights(str(tmp_path / "dual_params.bin"), DualEncoder(tiny_bert(), True, "cls", False))
+        tied = DualEncoder(tiny_bert(), True, "cls", False)
+        load_weights(str(tmp_path / "dual_params.bin"), tied, "do_dual_train.py")
     assert not (tmp_path / "ran").exists()
 
 

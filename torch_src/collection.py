@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import zipfile
 from bisect import bisect_right
 from pathlib import Path
 
@@ -95,7 +96,10 @@ def collection_files(folder) -> list[Path]:
         raise UserError(
             f"{folder}: no such folder (the passage collection); get it with `sh script/download.sh`"
         )
-    parts = {int(match[1]): path for path in folder.iterdir() if (match := PART.match(path.name))}
+    named = [(int(match[1]), path) for path in folder.iterdir() if (match := PART.match(path.name))]
+    parts = dict(sorted(named))
+    if len(parts) < len(named):
+        raise UserError(f"{folder}: two files are part {next(n for n, p in named if parts[n] != p)}")
     if not parts:
         if (folder / "all_doc").exists():
             return [folder / "all_doc"]
@@ -123,15 +127,28 @@ def _index(path: Path, cache_dir) -> tuple[np.ndarray, str]:
         try:
             known = read_json(note)
             offsets = np.load(saved, allow_pickle=False)
-            if {key: known.get(key) for key in identity} == identity and len(offsets) == known["rows"] + 1:
+            if {key: known.get(key) for key in identity} == identity:
+                _check_offsets(offsets, known, state.st_size)
                 return offsets, known["fingerprint"]
-        except (UserError, ValueError, KeyError, EOFError):
+        except (UserError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
             say(f"{saved}: damaged, made again")
     offsets, fingerprint = _scan(path)
     with atomic_write(saved, "wb") as file:
         np.save(file, offsets, allow_pickle=False)
-    write_json(note, {**identity, "rows": len(offsets) - 1, "fingerprint": fingerprint})
+    write_json(note, {**identity, "offsets": _digest(offsets), "fingerprint": fingerprint})
     return offsets, fingerprint
+
+
+def _check_offsets(offsets: np.ndarray, known: dict, size: int) -> None:
+    """ValueError unless the cached offsets are as they were saved, byte for byte."""
+    if offsets.ndim != 1 or offsets.dtype != np.int64 or offsets[0] != 0 or offsets[-1] != size:
+        raise ValueError("not the offsets of this file")
+    if not isinstance(known["fingerprint"], str) or known["offsets"] != _digest(offsets):
+        raise ValueError("not the offsets that were saved")
+
+
+def _digest(offsets: np.ndarray) -> str:
+    return hashlib.blake2b(offsets.tobytes(), digest_size=8).hexdigest()
 
 
 def _scan(path: Path) -> tuple[np.ndarray, str]:

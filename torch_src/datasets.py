@@ -1,16 +1,13 @@
-"""Training data: which query, positive and negatives make step s of epoch e — a pure function of (seed,
-epoch, step).
-"""
+"""Training data of the dual encoder: a batch is a pure function of (seed, epoch, step)."""
 
-import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from torch_src.errors import UserError
-from torch_src.formats import DualRow, decode, parse_dual_row
+from torch_src.formats import parse_dual_row
+from torch_src.row_file import RowFile, group_rows, text_hash
 
 
 @dataclass(frozen=True)
@@ -28,21 +25,19 @@ class DualTrainingSet:
     """dual.train.tsv grouped by query. Holds hashes and offsets (about 40 bytes a row), never the texts."""
 
     def __init__(self, path, clean: Callable[[str], str] = lambda text: text):
-        """Read the file once. `clean` is what makes two texts the same for the model (removing
-        spaces, say).
-        """
-        self.path, self.clean = path, clean
-        offsets, hashes = _scan(path, clean)
-        self.offsets = offsets
-        self.rows = len(hashes)
-        if not self.rows:
-            raise UserError(f"{path}: no training rows in it")
-        query_hashes, self.positive_hash, self.negative_hash = hashes.T
-        order = np.argsort(query_hashes, kind="stable")
-        in_order = query_hashes[order]
-        groups = np.split(order, np.flatnonzero(in_order[1:] != in_order[:-1]) + 1)
-        # Queries in the order of their first row: the same whatever the hashes are.
-        self.groups = sorted(groups, key=lambda group: int(group[0]))
+        """Read the file once. `clean` is what makes two texts the same for the model (no spaces, say)."""
+        self.path = path
+
+        def hashes(row) -> tuple[int, ...]:
+            return tuple(text_hash(clean(text)) for text in (row.query, row.positive, row.negative))
+
+        self.file = RowFile(path, parse_dual_row, hashes)
+        query_hash, self.positive_hash, self.negative_hash = self.file.numbers.T
+        self.groups = group_rows(query_hash)
+
+    @property
+    def rows(self) -> int:
+        return len(self.file)
 
     @property
     def queries(self) -> int:
@@ -50,9 +45,7 @@ class DualTrainingSet:
         return len(self.groups)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Return the whole batches in one pass; the few queries left over have their turn in another epoch's
-        order.
-        """
+        """Return the whole batches in one pass; the few queries left over are drawn in other epochs."""
         if batch_size > self.queries:
             raise UserError(
                 f"--batch_size {batch_size}: {self.path} has only {self.queries} distinct queries, "
@@ -61,20 +54,14 @@ class DualTrainingSet:
         return self.queries // batch_size
 
     def batch(self, seed: int, epoch: int, step: int, batch_size: int, hard_negatives: int) -> DualBatch:
-        """Return the batch of (epoch, step), both from 0: distinct queries, positives and negatives drawn
-        afresh.
-        """
+        """Return the batch of (epoch, step), both from 0: distinct queries, texts drawn afresh."""
         order = np.random.default_rng([seed, epoch, 0]).permutation(self.queries)
-        chosen = order[step * batch_size : (step + 1) * batch_size]
+        chosen = [self.groups[group] for group in order[step * batch_size : (step + 1) * batch_size]]
         draw = np.random.default_rng([seed, epoch, 1, step])
-        picks = [self._draw(self.groups[group], draw, hard_negatives) for group in chosen]
-        return self._assemble(chosen, picks)
+        return self._assemble(chosen, [self._draw(group, draw, hard_negatives) for group in chosen])
 
-    def _draw(
-        self, group: np.ndarray, draw: np.random.Generator, hard_negatives: int
-    ) -> tuple[int, list[int]]:
-        """Return (row of the positive, rows of the negatives): distinct texts, no known positive among the
-        negatives.
+    def _draw(self, group: np.ndarray, draw: np.random.Generator, wanted: int) -> tuple[int, list[int]]:
+        """Return (row of the positive, rows of the negatives): distinct texts, none a known positive.
 
         A query with fewer distinct negatives than asked gives what it has: in-batch negatives make up for it.
         """
@@ -82,59 +69,22 @@ class DualTrainingSet:
         positive = group[positives[draw.integers(len(positives))]]
         texts, negatives = np.unique(self.negative_hash[group], return_index=True)
         negatives = negatives[~np.isin(texts, self.positive_hash[group])]
-        chosen = draw.permutation(len(negatives))[:hard_negatives]
+        chosen = draw.permutation(len(negatives))[:wanted]
         return int(positive), [int(group[negatives[at]]) for at in chosen]
 
-    def _assemble(self, chosen: np.ndarray, picks: list[tuple[int, list[int]]]) -> DualBatch:
-        queries, passages, rows = [], [], []
-        column: dict[int, int] = {}  # text hash -> column: a text that was drawn twice is encoded once
-        targets = np.empty(len(picks), dtype=np.int64)
-        with open(self.path, "rb") as file:
-            for at, (positive, negatives) in enumerate(picks):
-                row = self._read(file, positive)
-                rows.append(positive + 1)
-                queries.append(row.query)
-                targets[at] = column.setdefault(int(self.positive_hash[positive]), len(passages))
-                passages += [row.positive] * (len(column) - len(passages))
-                for negative in negatives:
-                    column.setdefault(int(self.negative_hash[negative]), len(passages))
-                    if len(column) > len(passages):
-                        passages.append(self._read(file, negative).negative)
-        masked = np.zeros((len(picks), len(passages)), dtype=bool)
+    def _assemble(self, chosen: list[np.ndarray], picks: list[tuple[int, list[int]]]) -> DualBatch:
+        positives = [positive for positive, _ in picks]
+        negatives = [row for _, rows in picks for row in rows]
+        parsed = self.file.read(positives)
+        texts = {int(self.positive_hash[row]): at.positive for row, at in zip(positives, parsed, strict=True)}
+        for row, at in zip(negatives, self.file.read(negatives), strict=True):
+            texts.setdefault(int(self.negative_hash[row]), at.negative)  # a text drawn twice is encoded once
+        column = {text: at for at, text in enumerate(texts)}
+        targets = np.array([column[int(self.positive_hash[row])] for row in positives], dtype=np.int64)
+        masked = np.zeros((len(picks), len(texts)), dtype=bool)
         for at, group in enumerate(chosen):
-            known = {int(text) for text in self.positive_hash[self.groups[group]]}
+            known = {int(text) for text in self.positive_hash[group]}
             masked[at, [column[text] for text in known if text in column]] = True
         masked[np.arange(len(picks)), targets] = False
-        return DualBatch(queries, passages, targets, masked, rows)
-
-    def _read(self, file, row: int) -> DualRow:
-        file.seek(int(self.offsets[row]))
-        raw = file.read(int(self.offsets[row + 1] - self.offsets[row]))
-        return parse_dual_row(decode(raw, self.path, row + 1), self.path, row + 1)
-
-
-def _scan(path, clean: Callable[[str], str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return (line offsets (rows + 1,), hashes (rows, 3) of query, positive and negative); checks
-    every line.
-    """
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file (training rows); get it with `sh script/download.sh`")
-    rows = _count_lines(path)
-    offsets = np.zeros(rows + 1, dtype=np.int64)
-    hashes = np.empty((rows, 3), dtype=np.uint64)
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file):
-            row = parse_dual_row(decode(raw, path, number + 1), path, number + 1)
-            offsets[number + 1] = offsets[number] + len(raw)
-            hashes[number] = [text_hash(clean(text)) for text in (row.query, row.positive, row.negative)]
-    return offsets, hashes
-
-
-def _count_lines(path) -> int:
-    with open(path, "rb") as file:
-        return sum(1 for _ in file)
-
-
-def text_hash(text: str) -> int:
-    """Return 64 bits that stand for a text: two of 10^6 texts collide with probability 3 x 10^-8."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        queries = [at.query for at in parsed]
+        return DualBatch(queries, list(texts.values()), targets, masked, [row + 1 for row in positives])

@@ -104,6 +104,8 @@ class DualHparams:
             "dev_random_passages",
             "early_stop",
             "threads",
+            "seed",
+            "seed",
             "weight_decay",
         ):
             check_range(name, getattr(self, name), 0)

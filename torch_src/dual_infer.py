@@ -9,19 +9,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from torch_src import hparams
+from torch_src.backbones import check_fits, load_config, load_weights, model_fingerprint
 from torch_src.collection import PassageCollection
 from torch_src.devices import choose_device, choose_precision, peak_memory_gb, set_threads
 from torch_src.dual_hparams import DEBUG as TRAIN_DEBUG
 from torch_src.dual_hparams import FIXED_BY_WEIGHTS, DualHparams
-from torch_src.dual_model import (
-    DualEncoder,
-    build_backbone,
-    check_fits,
-    load_backbone,
-    load_config,
-    load_weights,
-    model_fingerprint,
-)
+from torch_src.dual_model import DualEncoder, build_backbone, load_backbone
 from torch_src.encoding import Encoder, encode_collection
 from torch_src.errors import UserError
 from torch_src.formats import RunRow, format_run_row, read_q2qid, read_queries
@@ -95,7 +88,7 @@ def load_model(model: TrainedModel, seed: int) -> DualEncoder:
     if model.params is None:
         return DualEncoder(load_backbone(model.path, model.config, fixed["pooling"], seed), *shape)
     encoder = DualEncoder(build_backbone(model.config, fixed["pooling"]), *shape)
-    load_weights(model.params, encoder)
+    load_weights(model.params, encoder, "do_dual_train.py")
     return encoder
 
 

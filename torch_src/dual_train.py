@@ -12,11 +12,12 @@ import torch
 
 from metric.evaluation import compute_metrics
 from torch_src import hparams
+from torch_src.backbones import check_fits, load_config, model_fingerprint, save_model_folder
 from torch_src.datasets import DualBatch, DualTrainingSet
 from torch_src.dev_retrieval import build_dev_retrieval
 from torch_src.devices import choose_device, choose_precision, set_threads
 from torch_src.dual_hparams import DEBUG, FIXED_BY_WEIGHTS, DualHparams
-from torch_src.dual_model import DualEncoder, check_fits, load_backbone, load_config, model_fingerprint
+from torch_src.dual_model import DualEncoder, load_backbone
 from torch_src.encoding import Encoder
 from torch_src.helpers import atomic_write, exit_status, say, warn
 from torch_src.losses import contrastive_loss, contrastive_scores
@@ -152,14 +153,6 @@ class DualTraining:
                      tokenizer=tokenizer_fingerprint(self.tokenizer))  # fmt: skip
         with atomic_write(params, "wb") as file:
             torch.save(self.model.state_dict(), file)
-
-
-def save_model_folder(folder: Path, config, tokenizer) -> None:
-    """Write configuration and tokenizer (no weights), so that inference needs no other folder than the
-    result's.
-    """
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def run(hp: DualHparams) -> None:

@@ -100,7 +100,7 @@ def require(path, what: str, mend: str = "") -> str:
 
 def duration(seconds: float) -> str:
     """`1h52m`, `3m07s` or `4.2s`."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f}s"
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{rest:02d}s"

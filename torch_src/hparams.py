@@ -4,6 +4,7 @@ Each program has one dataclass in its own *_hparams module; the trailing comment
 """
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def check_choice(name: str, value, allowed) -> None:
 
 def check_range(name: str, value, low, high=float("inf")) -> None:
     """UserError unless low <= value <= high."""
-    if not low <= value <= high:
+    if not low <= value <= high or math.isinf(value):
         limit = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
         raise UserError(f"--{name} {value}: must be {limit}")
 

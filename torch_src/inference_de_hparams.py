@@ -75,10 +75,11 @@ class InferenceDeHparams:
         check_choice("precision", self.precision, PRECISIONS)
         for name in ("batch_size", "block_rows", "tokens_per_batch", "log_every"):
             check_range(name, getattr(self, name), 1)
-        for name in ("topk", "bs", "q_max_seq_len", "p_max_seq_len"):
+        for name, low in (("topk", 1), ("bs", 1), ("q_max_seq_len", 3), ("p_max_seq_len", 3)):
             if getattr(self, name) is not None:
-                check_range(name, getattr(self, name), 1)
-        check_range("threads", self.threads, 0)
+                check_range(name, getattr(self, name), low)
+        for name in ("threads", "seed"):
+            check_range(name, getattr(self, name), 0)
 
 
 # --debug lowers these defaults; an explicit option still wins.

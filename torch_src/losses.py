@@ -20,3 +20,20 @@ def contrastive_loss(scores: Tensor, targets: Tensor, masked: Tensor) -> tuple[T
     scores = scores.masked_fill(masked, float("-inf"))
     loss = torch.nn.functional.cross_entropy(scores, targets)
     return loss, (scores.argmax(dim=1) == targets).float().mean()
+
+
+def pointwise_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (mean binary cross-entropy, share of pairs on the right side of 0): logits and labels (B,)."""
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), labels)
+    return loss, ((logits > 0) == (labels > 0.5)).float().mean()
+
+
+def listwise_loss(logits: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Return (mean cross-entropy of each group's first, share of groups where it scores highest).
+
+    logits (G * group_size,), group after group, the positive first: the localised contrastive loss of
+    Gao et al. 2021 (arXiv 2101.08751).
+    """
+    groups = logits.float().view(-1, group_size)
+    targets = torch.zeros(len(groups), dtype=torch.long, device=logits.device)
+    return torch.nn.functional.cross_entropy(groups, targets), (groups.argmax(1) == 0).float().mean()

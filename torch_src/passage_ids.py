@@ -19,7 +19,9 @@ def iter_json_pairs(path, chunk: int = 1 << 20) -> Iterator[tuple[str, str]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     with file:
-        text, at, ended = _read_more(file, "", chunk, path).lstrip(), 1, False
+        text, at, ended = "", 1, False
+        while not text and (piece := _read_more(file, "", chunk, path)):
+            text = piece.lstrip()
         if not text.startswith("{"):
             raise UserError(f'{path}: expected one JSON object {{"0": pid, "1": pid, ...}}')
         while not ended:
@@ -33,11 +35,28 @@ def iter_json_pairs(path, chunk: int = 1 << 20) -> Iterator[tuple[str, str]]:
                     raise UserError(f"{path}: broken off or malformed near {rest[:40]!r}")
                 continue
             key, value, mark = match.groups()
-            yield (
-                (json.loads(f'"{key}"') if "\\" in key else key),
-                (json.loads(f'"{value}"') if "\\" in value else value),
-            )
+            yield unescape(key, path), unescape(value, path)
             at, ended = match.end(), mark == "}"
+        _nothing_more(file, text[at:], chunk, path)
+
+
+def _nothing_more(file, rest: str, chunk: int, path) -> None:
+    while rest or (rest := _read_more(file, "", chunk, path)):
+        if rest.strip():
+            raise UserError(f"{path}: text after the closing brace, near {rest.strip()[:40]!r}")
+        rest = ""
+
+
+def unescape(text: str, path) -> str:
+    """Return a JSON string's content; UserError for a meaningless escape or half a surrogate pair."""
+    if "\\" not in text:
+        return text
+    try:
+        value = json.loads(f'"{text}"')
+        value.encode()
+    except ValueError:
+        raise UserError(f"{path}: a malformed escape in {text[:40]!r}") from None
+    return value
 
 
 def _read_more(file, rest: str, size: int, path) -> str:
@@ -54,7 +73,7 @@ def read_passage_ids(path) -> np.ndarray:
     """
     rows, pids, chunk_rows, chunk_pids = [], [], [], []
     for key, pid in iter_json_pairs(path):
-        if not key.isdecimal():
+        if not key.isascii() or not key.isdecimal() or len(key) > 18:
             raise UserError(f"{path}: the key {key[:20]!r} is not a row number")
         chunk_rows.append(int(key))
         chunk_pids.append(pid.encode())

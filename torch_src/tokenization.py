@@ -1,17 +1,19 @@
 """Texts to token ids: prefixes, spaces, truncation; padding of a batch."""
 
 import os
+import re
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBase
 
 from torch_src.errors import UserError
+from torch_src.formats import read_lines
 from torch_src.stamps import fingerprint_text
 
-CHARACTERS_A_TOKEN = (
-    16  # a text is first cut at so many characters a token; one of 60,975 would be tokenised for nothing
-)
+# A text is first cut at so many characters a token: one of 60,975 would be tokenised for nothing.
+CHARACTERS_A_TOKEN = 16
+HAN = re.compile("[\u4e00-\u9fff]")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ def load_tokenizer(pretrained_model_path: str, vocab_path: str = "") -> PreTrain
         if vocab_path:
             if not os.path.isfile(vocab_path):
                 raise UserError(f"{vocab_path}: no such file (vocab_path: a WordPiece vocab.txt)")
+            _check_vocabulary(vocab_path)
             tokenizer = BertTokenizerFast(vocab=vocab_path)
         else:
             tokenizer = AutoTokenizer.from_pretrained(pretrained_model_path, trust_remote_code=False)
@@ -52,6 +55,14 @@ def load_tokenizer(pretrained_model_path: str, vocab_path: str = "") -> PreTrain
             f"{pretrained_model_path}: needs a fast tokenizer with a pad token (tokenizer.json or vocab.txt)"
         )
     return tokenizer
+
+
+def _check_vocabulary(vocab_path: str) -> None:
+    # transformers would add the missing ones behind the vocabulary, where the model has no embedding.
+    tokens = {text for _, text in read_lines(vocab_path)}
+    missing = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in tokens]
+    if missing:
+        raise UserError(f"{vocab_path}: not a WordPiece vocabulary, {', '.join(missing)} missing")
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -70,7 +81,7 @@ def tokenize(
     """
     limit = rules.max_seq_len * CHARACTERS_A_TOKEN
     cleaned = [rules.clean(text) for text in texts]
-    ids, cut = _encode(tokenizer, [text[:limit] for text in cleaned], rules.max_seq_len)
+    ids, cut = _encode(tokenizer, [cut_early(text, limit) for text in cleaned], rules.max_seq_len)
     # Few tokens from many characters (long runs of spaces, say): the early cut took something away, so do
     # without it.
     again = [at for at, text in enumerate(cleaned) if len(text) > limit and not cut[at]]
@@ -79,6 +90,22 @@ def tokenize(
         for at, tokens, was_cut in zip(again, whole, whole_cut, strict=True):
             ids[at], cut[at] = tokens, was_cut
     return ids, sum(cut)
+
+
+def cut_early(text: str, limit: int) -> str:
+    """Return the first `limit` characters, less the word that the cut falls into, so that no token changes.
+
+    A word that goes on for longer than that is kept whole: its one token is decided by all of it.
+    """
+    if len(text) <= limit:
+        return text
+    boundary = next((at for at in range(limit, 0, -1) if _between_words(text, at)), None)
+    return text if boundary is None else text[:boundary]
+
+
+def _between_words(text: str, at: int) -> bool:
+    # Tokenizers split at spaces; around a Han character BERT's do too. Nothing else is a boundary for all.
+    return text[at - 1].isspace() or text[at].isspace() or HAN.match(text[at - 1]) is not None
 
 
 def _encode(tokenizer, texts: list[str], max_seq_len: int) -> tuple[list[list[int]], list[bool]]:
