@@ -213,6 +213,23 @@ def test_float16_overflow_of_a_model_is_refused(make_encoder, make_collection, t
     assert store.missing_blocks() == [0, 1]
 
 
+def test_the_row_of_an_overflow_is_counted_over_the_collection(
+    make_encoder, make_collection, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(encoding, "TOKENIZE_AHEAD", 4)
+    encoder, seen = make_encoder(), []
+
+    def overflow_in_row_17(ids):
+        vectors = np.zeros((len(ids), 32), dtype=np.float32)
+        seen.extend(range(len(seen), len(seen) + len(ids)))
+        vectors[[row == 17 for row in seen[-len(ids) :]]] = 1e5
+        return vectors
+
+    monkeypatch.setattr(encoder, "encode_tokens", overflow_in_row_17)
+    with pytest.raises(UserError, match="vector of row 17 "):
+        encode_collection(encoder, make_collection(make_texts(20)), make_store(tmp_path / "emb", 20), 1e9)
+
+
 def test_vectors_that_are_not_finite_are_refused(make_encoder, tiny_bert):
     tower = tiny_bert(0)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from torch_src import dual_hparams, hparams, inference_de_hparams
+from torch_src import cross_hparams, dual_hparams, hparams, inference_cross_hparams, inference_de_hparams
 
 ROOT = Path(__file__).resolve().parents[1]
 # A module imports only from an earlier row, never from its own.
@@ -21,29 +21,35 @@ ROWS = [
     [
         "dual_hparams",
         "inference_de_hparams",
+        "cross_hparams",
+        "inference_cross_hparams",
         "collection",
         "tokenization",
         "devices",
         "backbones",
         "row_file",
     ],
-    ["datasets", "cross_datasets", "dual_model", "losses", "vectors"],
-    ["encoding", "search"],
+    ["datasets", "cross_datasets", "dual_model", "cross_model", "losses", "vectors", "candidates", "guards"],
+    ["encoding", "search", "scoring"],
     ["training", "dev_retrieval"],
-    ["dual_train", "dual_infer"],
+    ["training_stage"],
+    ["inference_stage"],
+    ["dual_train", "dual_infer", "cross_train", "cross_infer"],
 ]
 ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
 TORCH_FREE = [module for row in ROWS[:3] for module in row]
+MODULES = sorted((ROOT / "torch_src").glob("[a-z]*.py"))
 SEES_HPARAMS = {module for row in ROWS[6:] for module in row} | {
     "hparams",
     "dual_hparams",
     "inference_de_hparams",
 }
-MODULES = sorted((ROOT / "torch_src").glob("[a-z]*.py"))
 STAND_ALONE = [*sorted((ROOT / "metric").glob("*.py")), ROOT / "script/handle.py"]
 SETTINGS = {
     "do_dual_train.py": (dual_hparams.DualHparams, dual_hparams.DEBUG),
     "do_dual_infer.py": (inference_de_hparams.InferenceDeHparams, inference_de_hparams.DEBUG),
+    "do_cross_train.py": (cross_hparams.CrossHparams, cross_hparams.DEBUG),
+    "do_cross_infer.py": (inference_cross_hparams.InferenceCrossHparams, inference_cross_hparams.DEBUG),
 }
 
 
@@ -94,7 +100,7 @@ def test_stand_alone_programs_use_the_standard_library_alone(path):
 
 def test_nothing_happens_at_import(tmp_path):
     """With another program's arguments in an empty folder: no parsing, file, device or environment."""
-    names = [f"torch_src.{path.stem}" for path in MODULES] + ["do_dual_train", "do_dual_infer"]
+    names = [f"torch_src.{path.stem}" for path in MODULES] + [name[:-3] for name in SETTINGS]
     code = f"""
 import os, sys, logging
 sys.path.insert(0, {str(ROOT)!r}); sys.argv = ["other", "--not_ours", "x"]

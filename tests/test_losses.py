@@ -114,6 +114,12 @@ def test_all_others_masked_is_loss_zero_without_nan():
     assert loss.item() == 0.0 and accuracy.item() == 1.0 and (scores.grad == 0).all()
 
 
+def test_a_masked_entry_counts_nothing_however_low_the_others_are():
+    scores = torch.tensor([[-3e5, 0.0, -3e5]])
+    loss, accuracy = contrastive_loss(scores, torch.tensor([0]), torch.tensor([[False, True, False]]))
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-6) and accuracy.item() == 1.0
+
+
 def test_large_scores_do_not_overflow():
     scores = torch.tensor([[2000.0, 0.0], [0.0, 3000.0]])
     loss, accuracy = contrastive_loss(scores, torch.tensor([1, 1]), torch.zeros(2, 2, dtype=torch.bool))

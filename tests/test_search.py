@@ -164,6 +164,35 @@ def test_every_query_has_its_own_second_pass(tmp_path):
     assert check(tmp_path, vectors, queries, 3, 64)[1].tolist() == [0, 1, 2]
 
 
+def first_pass_by(monkeypatch, score):
+    """Put `score(queries, vectors)` in place of the first pass's scores, of ties the last rows first."""
+
+    def knn(queries, vectors, count, metric):
+        scores = score(queries, vectors).astype(np.float32)
+        where = scores.shape[1] - 1 - np.argsort(-scores[:, ::-1], axis=1, kind="stable")[:, :count]
+        return np.take_along_axis(scores, where, 1), where
+
+    monkeypatch.setattr(module, "load_faiss", lambda: types.SimpleNamespace(knn=knn, METRIC_INNER_PRODUCT=0))
+
+
+def test_ties_inside_the_topk_that_fp32_rounding_would_order_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_second_pass", None)  # not needed here: the k-th stands far above the rest
+    draw = np.random.default_rng(0)
+    vectors = np.full((200, 8), -1.0)
+    vectors[draw.permutation(200)[:90]] = draw.integers(1, 3, size=(90, 8))
+    # within the rounding bound of 1.5e-5 and more
+    first_pass_by(monkeypatch, lambda q, v: q @ v.T + draw.uniform(-8e-6, 8e-6, size=(len(q), len(v))))
+    check(tmp_path, vectors, np.ones((2, 8)), 90, 64)
+
+
+@pytest.mark.parametrize("world", [all_zero, zeros_among_others, duplicates, integers])
+def test_the_order_in_which_the_first_pass_takes_ties_does_not_matter(tmp_path, monkeypatch, world):
+    first_pass_by(monkeypatch, lambda q, v: q @ v.T)
+    monkeypatch.setattr(module, "CHUNK_ROWS", 90)
+    draw = np.random.default_rng(3)
+    check(tmp_path, world(draw, 403, 24), queries_for(world, draw, 24), 5, 200)
+
+
 def test_scores_are_exact_to_fp64(tmp_path):
     draw = np.random.default_rng(1)
     vectors = draw.normal(size=(50, 768)).astype(np.float16)

@@ -81,13 +81,15 @@ def load_pretrained(auto_class, path: str, config, seed: int, **options) -> tupl
             dtype=torch.float32,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **options,
         )
     except LOAD_FAULTS as error:
         raise UserError(
             f"{path}: the weights cannot be read, is the download complete? ({_first_line(error)})"
         ) from error
-    return model, sorted(info["missing_keys"])
+    other_shape = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
+    return model, sorted({*info["missing_keys"], *other_shape})
 
 
 def model_fingerprint(path: str) -> str:

@@ -26,7 +26,18 @@ class PassageCollection:
     """
 
     def __init__(self, folder, cache_dir=None):
-        self.files = collection_files(folder)
+        self._open(collection_files(folder), cache_dir)
+        self._check_all_doc(Path(folder) / "all_doc", cache_dir)
+
+    @classmethod
+    def of_file(cls, path, cache_dir=None) -> "PassageCollection":
+        """Return the passages of one file of the same four columns (auxiliary/*.res.tsv has them, too)."""
+        collection = cls.__new__(cls)
+        collection._open([Path(path)], cache_dir)
+        return collection
+
+    def _open(self, files: list[Path], cache_dir) -> None:
+        self.files = files
         indexes = [_index(path, cache_dir) for path in self.files]
         self.offsets = [
             offsets for offsets, _ in indexes
@@ -35,9 +46,8 @@ class PassageCollection:
             [0] + [len(offsets) - 1 for offsets in self.offsets]
         ).tolist()  # first row of each file
         self.fingerprint = hashlib.blake2b("".join(d for _, d in indexes).encode(), digest_size=8).hexdigest()
-        self._check_all_doc(Path(folder) / "all_doc", cache_dir)
         if not len(self):
-            raise UserError(f"{folder}: the collection is empty")
+            raise UserError(f"{files[0].parent}: the collection is empty")
 
     def __len__(self) -> int:
         return self.starts[-1]

@@ -54,6 +54,7 @@ def build_dev_retrieval(hp, collection_cache: str) -> DevRetrieval | None:
     pool, named = _named_passages(hp, queries)
     if len(collection) <= hp.dev_random_passages + len(pool):
         rows, name = range(len(collection)), f"the whole collection of {len(collection):,} passages"
+        pool = {}  # in the order of the rows, as inference has it when scores are equal
     else:
         rows = np.random.default_rng([hp.seed, 2]).choice(
             len(collection), hp.dev_random_passages, replace=False
@@ -61,6 +62,8 @@ def build_dev_retrieval(hp, collection_cache: str) -> DevRetrieval | None:
         rows, name = np.sort(rows).tolist(), f"{named} + {hp.dev_random_passages:,} random passages"
     for row in rows:
         pool.setdefault(pids[row].decode(), collection[row])
+    if name.endswith("random passages"):
+        pool = dict(sorted(pool.items()))  # positives stand first otherwise, and would win every tie
     say(
         f"dev retrieval: {len(queries):,} queries over {name} "
         f"({len(pool):,} in all; not the full-collection figures)"

@@ -1,15 +1,14 @@
 """do_dual_infer.py: queries + collection + output/dual_params.bin -> query.emb.npy, para_emb/, res.top50."""
 
 import gc
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from torch_src import hparams
-from torch_src.backbones import check_fits, load_config, load_weights, model_fingerprint
+from torch_src.backbones import check_fits, load_weights
 from torch_src.collection import PassageCollection
 from torch_src.devices import choose_device, choose_precision, peak_memory_gb, set_threads
 from torch_src.dual_hparams import DEBUG as TRAIN_DEBUG
@@ -17,71 +16,26 @@ from torch_src.dual_hparams import FIXED_BY_WEIGHTS, DualHparams
 from torch_src.dual_model import DualEncoder, build_backbone, load_backbone
 from torch_src.encoding import Encoder, encode_collection
 from torch_src.errors import UserError
-from torch_src.formats import RunRow, format_run_row, read_q2qid, read_queries
-from torch_src.helpers import atomic_write, exit_status, read_json, require, say, warn
+from torch_src.formats import RunRow, format_run_row
+from torch_src.helpers import atomic_write, exit_status, require, say, warn
 from torch_src.inference_de_hparams import DEBUG, PRETRAINED, InferenceDeHparams
+from torch_src.inference_stage import FoundModel, find_pretrained_model, find_trained_model, read_query_ids
 from torch_src.passage_ids import iter_json_pairs
 from torch_src.search import load_faiss, search
-from torch_src.stamps import clear_stamp, fingerprint_files, fingerprint_text, up_to_date, write_stamp
-from torch_src.tokenization import TextRules, load_tokenizer, tokenizer_fingerprint
+from torch_src.stamps import clear_stamp, fingerprint_text, up_to_date, write_stamp
+from torch_src.tokenization import TextRules, tokenizer_fingerprint
 from torch_src.vectors import VectorStore, save_vectors
 
 
-@dataclass
-class TrainedModel:
-    """What is needed to encode: settings fixed by the weights, where the model lies, its tokenizer, its
-    fingerprint.
-    """
-
-    fixed: dict
-    path: str  # folder or hub name of configuration and tokenizer (and of the weights, when not fine-tuned)
-    params: str | None  # dual_params.bin, None for the pretrained model as it is
-    tokenizer: PreTrainedTokenizerBase
-    fingerprint: str
-    config: object = field(repr=False, default=None)
-
-
-def find_model(hp: InferenceDeHparams) -> TrainedModel:
-    """Return the model that the settings name; UserError where an option contradicts what the weights fix."""
-    if hp.dual_params == PRETRAINED:
-        return _pretrained_model(hp)
-    params = require(
-        hp.dual_params_path, "trained weights", "run do_dual_train.py first, or pass --dual_params none"
-    )
-    record_path = Path(params).parent / "dual_hparams.json"
-    record = read_json(
-        require(record_path, "the settings of dual_params.bin, written beside it by do_dual_train.py")
-    )
-    if "fixed_by_weights" not in record or "tokenizer" not in record:
-        raise UserError(f"{record_path}: not written by do_dual_train.py")
-    fixed = record["fixed_by_weights"]
-    for name in FIXED_BY_WEIGHTS:
-        asked = getattr(hp, name)
-        if asked is not None and asked != fixed[name]:
-            raise UserError(
-                f"--{name} {asked!r}: {params} was trained with {fixed[name]!r}, "
-                "and vectors made otherwise would be wrong; leave the option out, or train again"
-            )
-    beside = Path(params).parent / "dual_model"
-    path = hp.pretrained_model_path or (str(beside) if beside.exists() else record["pretrained_model_path"])
-    tokenizer = load_tokenizer(path, "" if path == str(beside) else fixed["vocab_path"])
-    if tokenizer_fingerprint(tokenizer) != record["tokenizer"]:
-        raise UserError(
-            f"{path}: its tokenizer is not the one that {params} was trained with; leave the option out"
-        )
-    return TrainedModel(fixed, path, params, tokenizer, fingerprint_files([params]), load_config(path))
-
-
-def _pretrained_model(hp: InferenceDeHparams) -> TrainedModel:
+def find_model(hp: InferenceDeHparams) -> FoundModel:
+    """Return the model that the settings name: fine-tuned, or with `--dual_params none` as it is."""
+    if hp.dual_params != PRETRAINED:
+        return find_trained_model(hp, "dual", hp.dual_params_path, FIXED_BY_WEIGHTS)
     trained = replace(DualHparams(), **TRAIN_DEBUG) if hp.debug else DualHparams()
-    path = hp.pretrained_model_path or trained.pretrained_model_path
-    fixed = {n: getattr(trained, n) if getattr(hp, n) is None else getattr(hp, n) for n in FIXED_BY_WEIGHTS}
-    tokenizer = load_tokenizer(path, fixed["vocab_path"])
-    fingerprint = fingerprint_text(f"{model_fingerprint(path)} seed {hp.seed}")
-    return TrainedModel(fixed, path, None, tokenizer, fingerprint, load_config(path))
+    return find_pretrained_model(hp, trained, FIXED_BY_WEIGHTS)
 
 
-def load_model(model: TrainedModel, seed: int) -> DualEncoder:
+def load_model(model: FoundModel, seed: int) -> DualEncoder:
     """Return the dual encoder with its weights, on the CPU."""
     fixed = model.fixed
     shape = (fixed["share_encoder"], fixed["pooling"], fixed["normalize"])
@@ -102,32 +56,12 @@ class DualInference:
         self.threads = set_threads(hp.threads)
         say(f"device {self.device}  precision {self.precision}  threads {self.threads}")
         load_faiss()
-        self.queries = read_queries(hp.dev_q_path)
-        self._check_qids()
+        self.queries = list(read_query_ids(hp))
         self.model = find_model(hp)
         lengths = {name: self.model.fixed[name] for name in ("q_max_seq_len", "p_max_seq_len")}
         check_fits(self.model.config, len(self.model.tokenizer), lengths, self.model.path)
         self.collection = PassageCollection(hp.passage_dir_path, str(Path(hp.output_dir) / "cache"))
         self.output = Path(hp.output_dir)
-
-    def _check_qids(self) -> None:
-        """Every query must be known to q2qid, else the converter would fail after hours of encoding."""
-        if self.hp.dev_q2qid == "none":
-            return
-        q2qid = read_q2qid(
-            require(self.hp.dev_q2qid_path, "query text -> qid", "pass --dev_q2qid none to go without")
-        )
-        missing = [query for query in self.queries if query not in q2qid]
-        if missing:
-            raise UserError(
-                f"{self.hp.dev_q2qid_path}: {len(missing)} queries of {self.hp.dev_q_path} are missing, "
-                f"the first: {missing[0][:60]!r}"
-            )
-        if len(q2qid) > len(self.queries):
-            warn(
-                f"{self.hp.dev_q2qid_path} has {len(q2qid)} queries, {self.hp.dev_q_path} only "
-                f"{len(self.queries)} of them: the others will have no result"
-            )
 
     def check_passage_ids(self) -> None:
         """The map must be exactly as long as the collection, or every pid after the gap would be wrong."""

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -117,13 +117,21 @@ def to_float16(vectors: np.ndarray, first_row: int) -> np.ndarray:
 
 
 class Progress:
-    """Passages/s, tokens/s and eta: tqdm on a terminal, plain lines elsewhere."""
+    """Passages/s (or another unit), tokens/s and eta: tqdm on a terminal, plain lines elsewhere."""
 
-    def __init__(self, total: int, log_every: float, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        total: int,
+        log_every: float,
+        verb: str = "encoded",
+        unit: str = "passages",
+        clock=time.monotonic,
+    ):
         self.total, self.log_every, self.clock = total, log_every, clock
+        self.verb, self.unit = verb, unit
         self.begun = self.logged = clock()
         self.texts = self.tokens = self.cut = 0
-        self.bar = tqdm(total=total, unit=" passages") if sys.stderr.isatty() else None
+        self.bar = tqdm(total=total, unit=f" {unit}") if sys.stderr.isatty() else None
 
     def add(self, texts: int, tokens: int, cut: int) -> None:
         """Count a finished piece."""
@@ -137,12 +145,12 @@ class Progress:
     def _line(self) -> str:
         seconds = max(self.clock() - self.begun, 1e-9)
         left = (self.total - self.texts) * seconds / max(self.texts, 1)
-        share = 100 * self.texts / max(self.total, 1)
-        rates = f"{self.texts / seconds:,.0f} passages/s  {self.tokens / seconds:,.0f} tokens/s"
-        return f"encoded {self.texts:,}/{self.total:,} passages ({share:.1f}%)  {rates}  eta {duration(left)}"
+        done = f"{self.texts:,}/{self.total:,} {self.unit} ({100 * self.texts / max(self.total, 1):.1f}%)"
+        rates = f"{self.texts / seconds:,.0f} {self.unit}/s  {self.tokens / seconds:,.0f} tokens/s"
+        return f"{self.verb} {done}  {rates}  eta {duration(left)}"
 
     def close(self) -> None:
-        """Print the last line, with the share of passages that were cut."""
+        """Print the last line, with the share of texts that were cut."""
         if self.bar is not None:
             self.bar.close()
         if self.texts:

@@ -141,6 +141,25 @@ def read_queries(path) -> list[str]:
     return list(seen)
 
 
+def read_question_ids(path) -> dict[str, list[str]]:
+    """Return {query text: its qids} of JSON lines with question_id and question (test1.json, dev.json)."""
+    found: dict[str, list[str]] = {}
+    for line, text in read_lines(path):
+        try:
+            entry = json.loads(text)
+            qid, query = entry["question_id"], entry["question"]
+        except json.JSONDecodeError as error:
+            raise FormatError(path, line, f"not JSON ({error.msg})") from None
+        except (KeyError, TypeError):
+            raise FormatError(path, line, "expected {question_id, question}") from None
+        if not isinstance(qid, str) or not isinstance(query, str) or "\t" in query or "\n" in query:
+            raise FormatError(path, line, "question_id and question must be texts without TAB or line end")
+        found.setdefault(_query(query, path, line), []).append(qid)
+    if not found:
+        raise UserError(f"{path}: no queries in it")
+    return found
+
+
 MERGE_QUERIES = (
     "results know a query by its text, so merge the two: one line here, one qid in q2qid.dev.json, "
     "and in dev.json one entry with the answers of both"

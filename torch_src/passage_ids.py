@@ -98,3 +98,12 @@ def _in_row_order(rows: np.ndarray, pids: list[np.ndarray], path) -> np.ndarray:
         ordered[rows[at : at + len(chunk)]] = chunk
         at += len(chunk)
     return ordered
+
+
+def rows_of(path, pids: np.ndarray) -> np.ndarray:
+    """Return the rows (N,) int64 of pids (N,) bytes, -1 where the map has none; streamed."""
+    rows = dict.fromkeys(pids.tolist(), -1)
+    for key, pid in iter_json_pairs(path):
+        if (name := pid.encode()) in rows:
+            rows[name] = int(key)
+    return np.array([rows[pid] for pid in pids.tolist()], dtype=np.int64)

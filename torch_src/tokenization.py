@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,14 @@ from torch_src.stamps import fingerprint_text
 
 # A text is first cut at so many characters a token: one of 60,975 would be tokenised for nothing.
 CHARACTERS_A_TOKEN = 16
+ROOM_FOR_PASSAGE = 16  # tokens, special ones included, that are left to the passage of a pair
 HAN = re.compile("[\u4e00-\u9fff]")
+
+
+# The length limit is a state of the fast tokenizer, and texts are tokenised ahead in a thread: one call at a
+# time.
+LOCK = threading.Lock()
+AT_ONCE = 512  # texts in one call: what truncation cuts off is held until it returns
 
 
 @dataclass(frozen=True)
@@ -109,16 +117,74 @@ def _between_words(text: str, at: int) -> bool:
 
 
 def _encode(tokenizer, texts: list[str], max_seq_len: int) -> tuple[list[list[int]], list[bool]]:
-    if not texts:
-        return [], []
-    batch = tokenizer(
-        texts,
-        truncation=True,
-        max_length=max_seq_len,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )
+    ids, cut = [], []
+    for start in range(0, len(texts), AT_ONCE):
+        found, was_cut = _encode_some(tokenizer, texts[start : start + AT_ONCE], max_seq_len)
+        ids += found
+        cut += was_cut
+    return ids, cut
+
+
+def _encode_some(tokenizer, texts: list[str], max_seq_len: int) -> tuple[list[list[int]], list[bool]]:
+    with LOCK:
+        batch = tokenizer(
+            texts,
+            truncation=True,
+            max_length=max_seq_len,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
     return list(batch["input_ids"]), [bool(encoding.overflowing) for encoding in batch.encodings]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Token ids and segment ids (0 query, 1 passage) of (query, passage) pairs, and how many were cut."""
+
+    ids: list[list[int]]
+    types: list[list[int]]
+    cut: int
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(tokens) for tokens in self.ids]
+
+
+def tokenize_pairs(
+    tokenizer: PreTrainedTokenizerBase, queries: list[str], passages: list[str], rules: TextRules
+) -> Pairs:
+    """Return the pairs' ids: only passages are cut, so that the query is whole.
+
+    A query that alone leaves less than ROOM_FOR_PASSAGE tokens is cut to that: a pair needs a passage.
+    """
+    limit = rules.max_seq_len * CHARACTERS_A_TOKEN
+    passages = [cut_early(rules.clean(text), limit) for text in passages]
+    queries = _shorten(tokenizer, [rules.clean(text) for text in queries], rules.max_seq_len)
+    pairs = Pairs([], [], 0)
+    for start in range(0, len(passages), AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        with LOCK:
+            batch = tokenizer(
+                queries[some], passages[some], truncation="only_second", max_length=rules.max_seq_len,
+                return_attention_mask=False, return_token_type_ids=True,
+            )  # fmt: skip
+        cut = pairs.cut + sum(bool(encoding.overflowing) for encoding in batch.encodings)
+        pairs = Pairs(pairs.ids + batch["input_ids"], pairs.types + batch["token_type_ids"], cut)
+    return pairs
+
+
+def _shorten(tokenizer, queries: list[str], max_seq_len: int) -> list[str]:
+    room = max_seq_len - min(ROOM_FOR_PASSAGE, max_seq_len // 2)
+    for query in {
+        query for query in queries if len(query) > room // 2
+    }:  # a character gives two tokens at most
+        with LOCK:
+            offsets = tokenizer(
+                query, add_special_tokens=False, return_offsets_mapping=True, truncation=False
+            )["offset_mapping"]
+        if len(offsets) > room:
+            queries = [query[: offsets[room - 1][1]] if other == query else other for other in queries]
+    return queries
 
 
 def pad(sequences: list[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:

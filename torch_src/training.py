@@ -3,6 +3,7 @@ checkpoints.
 """
 
 import math
+import pickle
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,8 @@ class Task:
     evaluate: Callable[[], dict[str, float]]
     save_best: Callable[[], None]
     main_metric: str = "MRR@10"
+    queries_per_step: int = 1  # of one micro-batch, for the rate in the log
+    unit: str = "queries"  # what that counts
 
 
 @dataclass
@@ -60,7 +63,13 @@ class Trainer:
     def __init__(self, hp, task: Task, device: torch.device, precision: str, checkpoint: str, stamp: dict):
         self.hp, self.task, self.device, self.precision = hp, task, device, precision
         self.checkpoint, self.stamp = Path(checkpoint), stamp
-        self.steps_per_epoch = max(1, task.micro_steps_per_epoch // hp.accumulation_steps)
+        if hp.accumulation_steps > task.micro_steps_per_epoch:
+            raise UserError(
+                f"--accumulation_steps {hp.accumulation_steps}: an epoch has only "
+                f"{task.micro_steps_per_epoch} "
+                "batches; lower it or the batch"
+            )
+        self.steps_per_epoch = task.micro_steps_per_epoch // hp.accumulation_steps
         total = hp.epoch * self.steps_per_epoch
         self.total_steps = min(total, hp.max_steps) if hp.max_steps else total
         self.progress = Progress()
@@ -74,7 +83,7 @@ class Trainer:
         self.board = SummaryWriter(Path(self.hp.output_dir) / "tensorboard", purge_step=self.progress.step)
         if self.progress.step == 0 and self.hp.eval_every >= 0:
             self._evaluate("before training")
-        self.log = Log(self.hp, self.steps_per_epoch, self.total_steps, self.progress.step, self.device)
+        self.log = Log(self)
         with ThreadPoolExecutor(max_workers=1) as ahead:
             self._loop(ahead)
         self.board.close()
@@ -100,6 +109,7 @@ class Trainer:
         if self._stopped_early():
             say(f"early stop: no better {self.task.main_metric} in {self.hp.early_stop} dev retrievals")
         if self.hp.eval_every < 0:
+            self.progress.best_step = self.progress.step
             self.task.save_best()
             self._save_checkpoint()
 
@@ -120,10 +130,11 @@ class Trainer:
             loss, accuracy = self.task.loss(batch)
         value = loss.item()
         if not math.isfinite(value):
+            kept = f"the weights of step {self.progress.best_step}, best on dev, are kept"
             raise UserError(
                 f"the loss is {value} at step {self.progress.step + 1}, lr {lr:.2g}, "
-                f"{self.task.describe(batch)}; stopped. {self.task.main_metric} was "
-                f"best at step {self.progress.best_step}, those weights are kept. "
+                f"{self.task.describe(batch)}; "
+                f"stopped, {kept if self.progress.best_step > 0 else 'no weights were saved yet'}. "
                 "Try a lower --lr, --precision fp32, or look at those rows"
             )
         self.scaler.scale(loss / self.hp.accumulation_steps).backward()
@@ -199,9 +210,13 @@ class Trainer:
     def _resume(self) -> None:
         if not self.checkpoint.exists():
             return
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise UserError(f"{self.checkpoint}: damaged; delete it to start from the beginning") from error
         if state["stamp"] != self.stamp:
-            different = [name for name in self.stamp if state["stamp"].get(name) != self.stamp[name]]
+            old = state["stamp"]
+            different = [name for name in {**old, **self.stamp} if old.get(name) != self.stamp.get(name)]
             say(
                 f"{self.checkpoint}: a checkpoint of other settings ({', '.join(different)}); "
                 "starting from the beginning"
@@ -220,15 +235,8 @@ class Trainer:
 class Log:
     """Means over the updates since the last line, and the line itself."""
 
-    def __init__(self, hp, steps_per_epoch: int, total_steps: int, first_step: int, device: torch.device):
-        self.hp, self.steps_per_epoch, self.total_steps, self.device = (
-            hp,
-            steps_per_epoch,
-            total_steps,
-            device,
-        )
-        self.first_step = first_step
-        self.begun = time.monotonic()
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.first_step, self.begun = trainer, trainer.progress.step, time.monotonic()
         self._clear()
 
     def _clear(self) -> None:
@@ -240,16 +248,16 @@ class Log:
 
     def line(self, step: int, lr: float) -> tuple[float, float]:
         """Print one line; return the mean loss and accuracy since the last one."""
-        now = time.monotonic()
+        trainer, task, hp, now = self.trainer, self.trainer.task, self.trainer.hp, time.monotonic()
         loss, accuracy = self.loss / self.count, self.accuracy / self.count
-        rate = self.count * self.hp.batch_size * self.hp.accumulation_steps / max(now - self.since, 1e-9)
-        left = (now - self.begun) / (step - self.first_step) * (self.total_steps - step)
-        epoch = (step - 1) // self.steps_per_epoch + 1
+        rate = self.count * task.queries_per_step * hp.accumulation_steps / max(now - self.since, 1e-9)
+        left = (now - self.begun) / (step - self.first_step) * (trainer.total_steps - step)
+        epoch = (step - 1) // trainer.steps_per_epoch + 1
         say(
-            f"epoch {epoch}/{self.hp.epoch}  step {step}/{self.total_steps} "
-            f"({100 * step / self.total_steps:.1f}%)  "
-            f"loss {loss:.3f}  in-batch acc {accuracy:.3f}  lr {lr:.1e}  {rate:.1f} queries/s  "
-            f"mem {peak_memory_gb(self.device):.1f} GB  eta {duration(left)}"
+            f"epoch {epoch}/{hp.epoch}  step {step}/{trainer.total_steps} "
+            f"({100 * step / trainer.total_steps:.1f}%)  loss {loss:.3f}  in-batch acc {accuracy:.3f}  "
+            f"lr {lr:.1e}  {rate:.1f} {task.unit}/s  mem {peak_memory_gb(trainer.device):.1f} GB  "
+            f"eta {duration(left)}"
         )
         self._clear()
         return loss, accuracy

@@ -1,6 +1,4 @@
-"""Passage vectors on disk: fp16 blocks of rows with a manifest; whoever encodes a block, its bytes are the
-same.
-"""
+"""Arrays on disk in blocks of rows with a manifest: passage vectors (fp16) and re-ranking scores (fp32)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +14,10 @@ class VectorStore:
     """A folder of block-00000.npy, block-00001.npy, ... and manifest.json.
 
     Block b holds the vectors of rows b * block_rows up to (not including) (b + 1) * block_rows, (rows, H)
-    float16.
+    float16. Whoever encodes a block, its bytes are the same.
     """
+
+    dtype = np.dtype(np.float16)
 
     def __init__(self, folder, manifest: dict):
         self.folder = Path(folder)
@@ -67,9 +67,9 @@ class VectorStore:
         return [block for block in range(self.block_count) if not self.block_path(block).exists()]
 
     def write_block(self, block: int, vectors: np.ndarray) -> None:
-        """Write one block, (rows of the block, H) float16, atomically."""
+        """Write one block, (rows of the block, H) of the store's dtype, atomically."""
         first, last = self.block_range(block)
-        assert vectors.shape == (last - first, self.hidden) and vectors.dtype == np.float16
+        assert vectors.shape == (last - first, self.hidden) and vectors.dtype == self.dtype
         with atomic_write(self.block_path(block), "wb") as file:
             np.save(file, vectors, allow_pickle=False)
 
@@ -85,12 +85,18 @@ class VectorStore:
         except (ValueError, EOFError, OSError) as error:
             raise UserError(f"{path}: cannot be read as vectors ({error}); delete it and run again") from None
         first, last = self.block_range(block)
-        if vectors.shape != (last - first, self.hidden) or vectors.dtype != np.float16:
+        if vectors.shape != (last - first, self.hidden) or vectors.dtype != self.dtype:
             expected = (last - first, self.hidden)
             raise UserError(
-                f"{path}: holds {vectors.shape} {vectors.dtype}, expected {expected} float16; delete it"
+                f"{path}: holds {vectors.shape} {vectors.dtype}, expected {expected} {self.dtype}; delete it"
             )
         return vectors
+
+
+class ScoreStore(VectorStore):
+    """Blocks of logits (pairs, 1) float32."""
+
+    dtype = np.dtype(np.float32)
 
 
 def _old_manifest(path: Path) -> dict:

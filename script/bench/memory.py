@@ -1,13 +1,14 @@
-"""Peak memory of do_dual_infer.py at 1x and at N rows of the same passages: python script/bench/memory.py --rows 1000000.
+"""Peak memory of do_dual_infer.py, once and with the passages repeated to N rows.
 
-Repeats the passages of --data_dir to --rows, encodes them with a 2-layer, 64-wide model at 32 tokens, searches, and
-prints the peak resident memory of both runs (their own report to the operating system), last as one JSON line.
+    python script/bench/memory.py --rows 1000000
+
+The passages of --data_dir are repeated to --rows, encoded with a 2-layer, 64-wide model at 32 tokens, and
+searched. Prints the peak resident memory of both runs as the operating system has it, last as a JSON line.
 """
 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,10 +31,10 @@ def make_model(folder: Path) -> None:
 def repeat_collection(source: Path, target: Path, rows: int) -> None:
     """Write the passages of `source` again and again, `rows` lines in one part, and a map of made-up ids."""
     target.mkdir()
-    lines = [line for part in sorted(source.glob("part-*")) for line in part.read_bytes().splitlines(True)]
+    lines = [line for part in sorted(source.glob("part-*")) for line in part.read_bytes().split(b"\n")[:-1]]
     with open(target / "part-00", "wb") as file:
         for row in range(rows):
-            file.write(lines[row % len(lines)])
+            file.write(lines[row % len(lines)] + b"\n")
     with open(target / "passage2id.map.json", "w", encoding="ascii") as file:
         file.write("{")
         file.writelines(f'{", " if row else ""}"{row}": "{row:032x}"' for row in range(rows))
@@ -53,7 +54,6 @@ def peak_mb(data_dir: Path, passages: Path, model: Path, output: Path) -> float:
 
 
 def main() -> None:
-    assert resource.RUSAGE_CHILDREN, "needs the operating system's accounting of finished processes"
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,16 +69,8 @@ def main() -> None:
         repeat_collection(source, work / "many", given.rows)
         large = peak_mb(data_dir, work / "many", work / "model", work / "large")
     print(f"peak resident memory: {small:.0f} MB once, {large:.0f} MB at {given.rows:,} rows")
-    print(
-        json.dumps(
-            {
-                "rows": given.rows,
-                "once_mb": round(small),
-                "many_mb": round(large),
-                "growth_mb": round(large - small),
-            }
-        )
-    )
+    figures = {"rows": given.rows, "once_mb": small, "many_mb": large, "growth_mb": large - small}
+    print(json.dumps({name: round(value) for name, value in figures.items()}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""Settings of do_cross_train.py. Edit a default here, or pass `--name value`."""
+
+from dataclasses import dataclass
+
+from torch_src.hparams import PRECISIONS, SAMPLE_DIR, TINY_MODEL, check_choice, check_range, under
+
+# What the weights fix: saved in cross_hparams.json, read from there by inference.
+FIXED_BY_WEIGHTS = ("max_seq_len", "remove_spaces", "vocab_path")
+LOSSES = ("pointwise", "listwise")
+
+
+@dataclass(frozen=True)
+class CrossHparams:
+    """Train the cross-encoder: train/cross.train.tsv -> output/cross_params.bin."""
+
+    # the knobs most people change first
+    pretrained_model_path: str = "torch_pretrained_models/ernie-gram-zh"  # folder or hub name
+    vocab_path: str = ""  # a WordPiece vocab.txt; empty: the model's own tokenizer
+    epoch: int = 3  # passes over the training rows (listwise: over the positives)
+    batch_size: int = 64  # pairs a step and micro-batch (pointwise)
+    lr: float = 1e-5  # peak learning rate of AdamW
+    loss: str = (
+        "pointwise"  # pointwise (binary, the official recipe) or listwise (softmax over a query's group)
+    )
+    group_size: int = 8  # passages a group: one positive, the others negatives drawn afresh (listwise)
+    groups_per_step: int = 16  # groups a step and micro-batch (listwise)
+
+    # files
+    data_dir: str = "dureader-retrieval-baseline-dataset"  # official layout; empty paths below follow it
+    train_set: str = ""  # training rows, 4 columns; empty: data_dir/train/cross.train.tsv
+    dev_set: str = ""  # dev queries with answers (JSON lines); empty: data_dir/dev/dev.json
+    dev_candidates: str = (
+        ""  # to re-rank: run or .res.tsv; empty: data_dir/auxiliary/dev.retrieval.top50.res.tsv
+    )
+    passage_dir: str = ""  # the collection, for a run; empty: data_dir/passage-collection
+    passage_ids: str = ""  # row -> pid (JSON), for a run; empty: passage_dir/passage2id.map.json
+    output_dir: str = "output"  # where everything is written
+
+    # what goes in
+    max_seq_len: int = (
+        384  # tokens of query and passage together, special ones included; only passages are cut
+    )
+    remove_spaces: bool = False  # remove ASCII spaces from every text, as the official baseline does
+    dropout: float | None = None  # of layers and attention; default: as the model's config.json has it
+
+    # optimisation
+    fgm_epsilon: float = (
+        0.0  # FGM: size of the step on the word embeddings; 0: off, the official recipe has 0.01
+    )
+    warmup_proportion: float = 0.1  # share of the steps in which lr rises from 0; then it falls linearly to 0
+    weight_decay: float = 0.01  # AdamW, on weight matrices only (not biases and norms)
+    max_grad_norm: float = 1.0  # gradient norm is clipped to this
+    accumulation_steps: int = 1  # micro-batches summed into one update
+    max_steps: int = 0  # stop after so many updates; 0: epoch decides
+    tokens_per_batch: int = 2048  # padded tokens a forward pass: a step runs in length-sorted chunks
+
+    # evaluation while training
+    eval_every: int = 0  # updates between dev re-rankings; 0: once an epoch; -1: never
+    dev_queries: int = 500  # the first so many queries of dev_candidates are re-ranked
+    dev_depth: int = 50  # candidates a query that are re-ranked
+    early_stop: int = 0  # stop after so many dev re-rankings without a better MRR@10; 0: never
+
+    # the run
+    precision: str = "auto"  # auto, bf16, fp16 or fp32
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    threads: int = 0  # CPU threads of this process; 0: what torch chooses
+    seed: int = 42  # head, dropout, order and draws
+    log_every: int = 20  # updates between log lines
+    force: bool = False  # train again although the result is up to date, and from the start
+    debug: bool = False  # a few minutes on a CPU with no download: sample data, small random model
+
+    @property
+    def train_set_path(self) -> str:
+        return under(self.data_dir, self.train_set, "train/cross.train.tsv")
+
+    @property
+    def dev_set_path(self) -> str:
+        return under(self.data_dir, self.dev_set, "dev/dev.json")
+
+    @property
+    def dev_candidates_path(self) -> str:
+        return under(self.data_dir, self.dev_candidates, "auxiliary/dev.retrieval.top50.res.tsv")
+
+    @property
+    def passage_dir_path(self) -> str:
+        return under(self.data_dir, self.passage_dir, "passage-collection")
+
+    @property
+    def passage_ids_path(self) -> str:
+        return under(self.passage_dir_path, self.passage_ids, "passage2id.map.json")
+
+    @property
+    def params_path(self) -> str:
+        return under(self.output_dir, "", "cross_params.bin")
+
+    def check(self) -> None:
+        """UserError for a value out of range."""
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("precision", self.precision, PRECISIONS)
+        for name in ("epoch", "batch_size", "groups_per_step", "accumulation_steps", "tokens_per_batch"):
+            check_range(name, getattr(self, name), 1)
+        for name in ("dev_queries", "dev_depth", "log_every"):
+            check_range(name, getattr(self, name), 1)
+        for name in ("max_steps", "early_stop", "threads", "seed", "weight_decay", "fgm_epsilon"):
+            check_range(name, getattr(self, name), 0)
+        check_range("group_size", self.group_size, 2)
+        check_range("max_seq_len", self.max_seq_len, 8)
+        for name in ("lr", "max_grad_norm"):
+            check_range(name, getattr(self, name), 1e-12)
+        check_range("warmup_proportion", self.warmup_proportion, 0, 1)
+        if self.dropout is not None:
+            check_range("dropout", self.dropout, 0, 0.9)
+        check_range("eval_every", self.eval_every, -1)
+
+
+# --debug lowers these defaults; an explicit option still wins.
+DEBUG = dict(
+    data_dir=SAMPLE_DIR, output_dir="output/debug", pretrained_model_path=TINY_MODEL, precision="fp32",
+    epoch=10, lr=1e-3, loss="listwise", max_seq_len=192,
+)  # fmt: skip

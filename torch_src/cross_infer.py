@@ -1,0 +1,218 @@
+"""do_cross_infer.py: res.top50 + cross_params.bin -> res.rerank50, cross_res.json."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from metric.evaluation import compute_metrics
+from torch_src import guards, hparams
+from torch_src.backbones import check_fits, load_weights
+from torch_src.candidates import OFFICIAL, open_candidates
+from torch_src.collection import PassageCollection
+from torch_src.cross_hparams import DEBUG as TRAIN_DEBUG
+from torch_src.cross_hparams import FIXED_BY_WEIGHTS, CrossHparams
+from torch_src.cross_model import CrossEncoder, build_cross_encoder, load_cross_encoder
+from torch_src.devices import choose_device, choose_precision, peak_memory_gb, set_threads
+from torch_src.encoding import Progress
+from torch_src.errors import UserError
+from torch_src.formats import RunRow, format_run_row, read_dev
+from torch_src.helpers import atomic_write, exit_status, require, say, warn
+from torch_src.inference_cross_hparams import DEBUG, PRETRAINED, InferenceCrossHparams
+from torch_src.inference_stage import FoundModel, find_pretrained_model, find_trained_model, read_query_ids
+from torch_src.passage_ids import read_passage_ids, rows_of
+from torch_src.scoring import PairScorer, fuse, rank_pairs
+from torch_src.stamps import clear_stamp, fingerprint_files, fingerprint_text, up_to_date, write_stamp
+from torch_src.tokenization import TextRules, tokenizer_fingerprint
+from torch_src.vectors import ScoreStore
+
+SCORES, ID_MAP = "cross_scores.txt", "cross_id_map.tsv"  # what the official converter reads
+
+
+def find_model(hp: InferenceCrossHparams) -> FoundModel:
+    """Return the model that the settings name: fine-tuned, or with `--cross_params none` as it is."""
+    if hp.cross_params != PRETRAINED:
+        return find_trained_model(hp, "cross", hp.cross_params_path, FIXED_BY_WEIGHTS)
+    trained = replace(CrossHparams(), **TRAIN_DEBUG) if hp.debug else CrossHparams()
+    return find_pretrained_model(hp, trained, FIXED_BY_WEIGHTS)
+
+
+def load_model(model: FoundModel, seed: int) -> CrossEncoder:
+    """Return the cross-encoder with its weights, on the CPU."""
+    if model.params is None:
+        return load_cross_encoder(model.path, model.config, seed, trained=True)
+    encoder = build_cross_encoder(model.config)
+    load_weights(model.params, encoder.model, "do_cross_train.py")
+    return encoder
+
+
+class CrossInference:
+    """One re-ranking run, its inputs checked before anything long starts."""
+
+    def __init__(self, hp: InferenceCrossHparams):
+        self.hp, self.output = hp, Path(hp.output_dir)
+        self.device = choose_device(hp.device)
+        self.precision = choose_precision(hp.precision, self.device)
+        self.threads = set_threads(hp.threads)
+        say(f"device {self.device}  precision {self.precision}  threads {self.threads}")
+        self.qids = read_query_ids(hp)
+        source = require(hp.retrieval_result_path, "candidates to re-rank", "run do_dual_infer.py first")
+        cache = str(self.output / "cache")
+        self.official = source.endswith(OFFICIAL)
+        self.collection = None if self.official else PassageCollection(hp.passage_dir_path, cache)
+        self.candidates = open_candidates(source, self.collection, cache)
+        self._check_queries(source)
+        self.model = find_model(hp)
+        lengths = {"max_seq_len": self.model.fixed["max_seq_len"]}
+        check_fits(self.model.config, len(self.model.tokenizer), lengths, self.model.path)
+
+    def _check_queries(self, source: str) -> None:
+        unknown = [query for query in self.candidates.queries if query not in self.qids]
+        if unknown:
+            raise UserError(
+                f"{source}: {len(unknown)} of its queries are not in {self.hp.dev_q_path}, "
+                f"the first: {unknown[0][:60]!r}"
+            )
+        without = len(self.qids) - len(self.candidates.queries)
+        if without:
+            warn(
+                f"{without} queries of {self.hp.dev_q_path} have no candidates: "
+                "their lists are empty and count 0"
+            )
+
+    def score_stamp(self) -> dict:
+        """Return what decides the scores of the pairs."""
+        texts = self.collection or self.candidates.texts
+        return {
+            "stage": "cross_infer", "weights": self.model.fingerprint,
+            "tokenizer": tokenizer_fingerprint(self.model.tokenizer), **self.model.fixed,
+            "candidates": fingerprint_files([self.hp.retrieval_result_path]), "passages": texts.fingerprint,
+            "precision": self.precision, "device": self.device.type, "threads": self.threads,
+            "batch_size": self.hp.batch_size, "tokens_per_batch": self.hp.tokens_per_batch,
+        }  # fmt: skip
+
+    def result_stamp(self) -> dict:
+        """Return what decides the re-ranked run."""
+        ids = [self.hp.passage_ids_path] if os.path.exists(self.hp.passage_ids_path) else []
+        more = {"topk": self.hp.topk, "fuse_retriever_weight": self.hp.fuse_retriever_weight}
+        qids = fingerprint_text(json.dumps(self.qids, ensure_ascii=False))
+        return {**self.score_stamp(), **more, "qids": qids, "ids": fingerprint_files(ids)}
+
+    def scores(self) -> np.ndarray:
+        """Return the logits (N,) float32 of all pairs; finished blocks of them are kept on disk."""
+        hp, total = self.hp, len(self.candidates)
+        folder = self.output / "cross_scores"
+        store = ScoreStore.create_or_continue(
+            folder, self.score_stamp(), total, 1, min(hp.block_pairs, total), say, hp.force
+        )
+        missing = store.missing_blocks()
+        if missing:
+            self._score_blocks(store, missing)
+        else:
+            say(f"{folder}: scores up to date ({total:,} pairs)")
+        return np.concatenate([np.array(block[:, 0]) for _, block in store.blocks()])
+
+    def _score_blocks(self, store: ScoreStore, missing: list[int]) -> None:
+        hp, fixed = self.hp, self.model.fixed
+        rules = TextRules(fixed["max_seq_len"], "", fixed["remove_spaces"])
+        model = load_model(self.model, hp.seed).to(self.device)
+        sizes = (hp.batch_size, hp.tokens_per_batch)
+        scorer = PairScorer(model, self.model.tokenizer, rules, self.device, self.precision, *sizes)
+        total = sum(last - first for first, last in map(store.block_range, missing))
+        progress = Progress(total, hp.log_every, "scored", "pairs")
+        for block in missing:
+            first, last = store.block_range(block)
+            logits = np.empty((last - first, 1), dtype=np.float32)
+            for start, values, pairs in scorer.score_candidates(self.candidates, first, last):
+                logits[start - first : start - first + len(values), 0] = values
+                progress.add(len(values), sum(pairs.lengths), pairs.cut)
+            store.write_block(block, logits)
+        progress.close()
+
+    def pids_and_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (pids as bytes, global rows), both (N,), of all pairs."""
+        path = require(self.hp.passage_ids_path, "row -> pid")
+        if not self.official:
+            ids = read_passage_ids(path)
+            if len(ids) != len(self.collection):
+                raise UserError(
+                    f"{path}: {len(ids):,} ids, but the collection has {len(self.collection):,} passages"
+                )
+            return ids[self.candidates.rows], self.candidates.rows
+        rows = rows_of(path, self.candidates.pids)
+        if (rows < 0).any():
+            missing = self.candidates.pids[np.flatnonzero(rows < 0)[0]].decode()
+            raise UserError(
+                f"{path}: the candidate {missing} is not in it; is it the map of another collection?"
+            )
+        return self.candidates.pids, rows
+
+    def write(self, run_path: Path, logits: np.ndarray) -> dict[str, list[str]]:
+        """Write res.rerank{k}, cross_res.json and the files of the official converter; return {qid: pids}."""
+        pids, rows = self.pids_and_rows()
+        scores = fuse(self.candidates, logits, self.hp.fuse_retriever_weight)
+        result = {qid: [] for qids in self.qids.values() for qid in qids or ()}
+        with atomic_write(run_path) as file:
+            for query, order in rank_pairs(self.candidates, scores):
+                for rank, pair in enumerate(order[: self.hp.topk].tolist(), start=1):
+                    file.write(format_run_row(RunRow(query, int(rows[pair]), rank, float(scores[pair]))))
+                for qid in self.qids[query] or ():
+                    result[qid] = [pid.decode() for pid in pids[order[: self.hp.topk]]]
+        if result:
+            with atomic_write(self.output / "cross_res.json") as file:
+                json.dump(result, file, ensure_ascii=False)
+        self._write_official(logits, pids)
+        return result
+
+    def _write_official(self, logits: np.ndarray, pids: np.ndarray) -> None:
+        with atomic_write(self.output / SCORES) as file:
+            file.writelines(f"{value:.9g}\n" for value in logits.tolist())
+        with atomic_write(self.output / ID_MAP) as file:
+            for at, pid in zip(self.candidates.query_of, pids, strict=True):
+                qid = (self.qids[self.candidates.queries[at]] or ["-"])[0]
+                file.write(f"{qid}\t{pid.decode()}\n")
+
+    def look(self, logits: np.ndarray, result: dict[str, list[str]]) -> None:
+        """Warn of collapsed scores; with a reference compare both stages, and warn if the second is worse."""
+        warning = guards.collapsed(logits, [span for _, span in self.candidates.spans()])
+        if warning:
+            warn(warning)
+        if self.hp.dev_set == "none" or not os.path.exists(self.hp.dev_set_path):
+            return
+        reference = {query.qid: set(query.answers) for query in read_dev(self.hp.dev_set_path)}
+        if not any(qid in reference for qid in result):
+            return say(f"{self.hp.dev_set_path} has none of these queries: not scored")
+        pids, _ = self.pids_and_rows()
+        before = {qid: [] for qid in result}
+        for query, span in self.candidates.spans():
+            for qid in self.qids[query] or ():
+                before[qid] = [pid.decode() for pid in pids[span]]
+        retriever, reranked = (compute_metrics(reference, run)["MRR@10"] for run in (before, result))
+        say(f"MRR@10 of the candidates as they came {retriever:.4f}, re-ranked {reranked:.4f}")
+        if warning := guards.below_retriever(reranked, retriever):
+            warn(warning)
+
+
+def run(hp: InferenceCrossHparams) -> None:
+    """Score the candidates and write the re-ranked run, unless it is up to date."""
+    hparams.announce("re-rank", hp)
+    inference = CrossInference(hp)
+    path = inference.output / f"res.rerank{hp.topk}"
+    stamp = inference.result_stamp()
+    if not hp.force and up_to_date(path, stamp, say):
+        return say(f"{path}: up to date")
+    logits = inference.scores()
+    clear_stamp(path)
+    result = inference.write(path, logits)
+    hparams.save(hp, inference.output / "cross_infer_hparams.json", fixed_by_weights=inference.model.fixed)
+    write_stamp(path, stamp)
+    say(f"wrote {path} ({len(inference.candidates.queries):,} queries)  "
+        f"peak memory {peak_memory_gb(inference.device):.2f} GB")  # fmt: skip
+    inference.look(logits, result)
+
+
+def main(argv: list[str]) -> int:
+    """Run with these options; return the exit status."""
+    return exit_status(lambda: run(hparams.parse(InferenceCrossHparams, argv, DEBUG)))

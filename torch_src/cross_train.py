@@ -1,0 +1,220 @@
+"""do_cross_train.py: train/cross.train.tsv -> output/cross_params.bin, cross_hparams.json, cross_model/."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from metric.evaluation import MEASURES, compute_metrics
+from torch_src import guards, hparams
+from torch_src.candidates import OFFICIAL, Candidates, open_candidates
+from torch_src.collection import PassageCollection
+from torch_src.cross_datasets import CrossBatch, CrossTrainingSet
+from torch_src.cross_hparams import DEBUG, FIXED_BY_WEIGHTS, CrossHparams
+from torch_src.cross_model import load_cross_encoder
+from torch_src.formats import read_dev
+from torch_src.helpers import exit_status, say, warn
+from torch_src.losses import listwise_loss, pointwise_loss
+from torch_src.passage_ids import read_passage_ids
+from torch_src.scoring import PairScorer, pair_tensors, rank_pairs
+from torch_src.tokenization import Pairs, TextRules, tokenize_pairs
+from torch_src.training import Progress, Task
+from torch_src.training_stage import TrainingStage
+
+LOOKED_AT = 512  # training negatives that are scored at the end, to compare them with the dev candidates
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """A micro-batch ready for the model."""
+
+    source: CrossBatch
+    pairs: Pairs
+
+
+class DevReranking:
+    """A fixed list of dev candidates with the reference."""
+
+    def __init__(
+        self, candidates: Candidates, pids: list[str], reference: dict[str, set[str]], qids: dict[str, str]
+    ):
+        self.candidates, self.pids, self.reference = candidates, np.array(pids), reference
+        self.qids = [qids[query] for query in candidates.queries]
+
+    def metrics(self, scores: np.ndarray) -> dict[str, float]:
+        """Return the measures of the candidates in the order of these scores."""
+        ranked = rank_pairs(self.candidates, scores)
+        result = {qid: self.pids[order].tolist() for qid, (_, order) in zip(self.qids, ranked, strict=True)}
+        metrics = compute_metrics(self.reference, result)
+        return {name: metrics[name] for name in MEASURES}
+
+    def not_relevant(self, scores: np.ndarray) -> np.ndarray:
+        """Return the scores of the candidates that are no answer of their query."""
+        spans = zip(self.qids, self.candidates.spans(), strict=True)
+        wrong = [[pid not in self.reference[qid] for pid in self.pids[span]] for qid, (_, span) in spans]
+        return scores[np.concatenate(wrong)]
+
+
+class CrossTraining(TrainingStage):
+    """Training of the cross-encoder on pairs or on groups of one query."""
+
+    name = "cross"
+    fixed_by_weights = FIXED_BY_WEIGHTS
+    lengths = ("max_seq_len",)
+
+    def __init__(self, hp: CrossHparams):
+        super().__init__(hp)
+        self.rules = TextRules(hp.max_seq_len, "", hp.remove_spaces)
+        self.listwise = hp.loss == "listwise"
+        self.data = CrossTrainingSet(hp.train_set_path, self.rules.clean)
+        self.units = hp.groups_per_step if self.listwise else hp.batch_size
+        self.steps = self.data.steps_per_epoch(self.units, self.listwise)
+
+    def load(self) -> None:
+        hp = self.hp
+        say(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
+        short = self.data.short_lists(hp.group_size) if self.listwise else 0
+        if short:
+            say(
+                f"{short:,} of {len(self.data.lists):,} positives have fewer than "
+                f"{hp.group_size - 1} negatives: "
+                "some stand more than once in their group"
+            )
+        self.dev = None if hp.eval_every < 0 else build_dev_reranking(hp)
+        self.model = load_cross_encoder(hp.pretrained_model_path, self.config, hp.seed, trained=False)
+        self.model.to(self.device)
+
+    def state(self) -> dict:
+        return self.model.model.state_dict()
+
+    def task(self) -> Task:
+        parts = (self.prepare, self.loss, self.describe, self.evaluate, self.save_best)
+        pairs = self.units * (self.hp.group_size if self.listwise else 1)
+        return Task(self.model, self.steps, *parts, queries_per_step=pairs, unit="pairs")
+
+    def prepare(self, epoch: int, micro_step: int) -> TokenBatch:
+        """Draw and tokenise one micro-batch (in the thread that runs ahead of the model)."""
+        hp = self.hp
+        if self.listwise:
+            batch = self.data.lists_of(hp.seed, epoch, micro_step, self.units, hp.group_size)
+        else:
+            batch = self.data.pairs(hp.seed, epoch, micro_step, self.units)
+        return TokenBatch(batch, tokenize_pairs(self.tokenizer, batch.queries, batch.passages, self.rules))
+
+    def loss(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (loss, accuracy); with FGM the loss on perturbed word embeddings, and only that."""
+        if not self.hp.fgm_epsilon:
+            return self.plain_loss(batch)
+        loss, _ = self.plain_loss(batch)
+        return fgm_loss(lambda: self.plain_loss(batch), loss, self.model.word_embeddings, self.hp.fgm_epsilon)
+
+    def plain_loss(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (loss, accuracy) of the weights as they are."""
+
+        def forward(rows) -> torch.Tensor:
+            return self.model(*pair_tensors(batch.pairs, rows, self.tokenizer.pad_token_id, self.device))
+
+        logits = self.in_chunks(batch.pairs.lengths, forward)
+        if self.listwise:
+            return listwise_loss(logits, self.hp.group_size)
+        return pointwise_loss(logits, torch.from_numpy(batch.source.labels).to(self.device))
+
+    def describe(self, batch: TokenBatch) -> str:
+        return f"rows {', '.join(map(str, batch.source.rows[:40]))} of {self.hp.train_set_path}"
+
+    def scorer(self) -> PairScorer:
+        """Return the scorer on the weights as they are now."""
+        return PairScorer(self.model, self.tokenizer, self.rules, self.device, self.precision, 256, 16384)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the dev metrics after re-ranking; empty without dev candidates."""
+        return {} if self.dev is None else self.dev.metrics(self.scorer().score_all(self.dev.candidates))
+
+    def summary(self, progress: Progress) -> None:
+        """Warn of collapsed scores, a better retriever, too easy negatives."""
+        if self.dev is None:
+            return
+        state = torch.load(self.hp.params_path, map_location=self.device, weights_only=True)
+        self.model.model.load_state_dict(state)  # the best weights, not the last
+        scores = self.scorer().score_all(self.dev.candidates)
+        reranked, retriever = self.dev.metrics(scores), self.dev.metrics(self.dev.candidates.scores)
+        order = f"in the retriever's order {retriever['MRR@10']:.4f}, re-ranked {reranked['MRR@10']:.4f}"
+        say(f"MRR@10 of the dev candidates: {order}")
+        spans = [span for _, span in self.dev.candidates.spans()]
+        negatives = self.scorer().score(self._negatives())
+        warnings = (
+            guards.collapsed(scores, spans),
+            guards.below_retriever(reranked["MRR@10"], retriever["MRR@10"]),
+            guards.negatives_too_easy(negatives, self.dev.not_relevant(scores)),
+        )
+        for warning in filter(None, warnings):
+            warn(warning)
+
+    def _negatives(self) -> Pairs:
+        """Return some training negatives as pairs."""
+        rows = np.flatnonzero(self.data.labels == 0)
+        rows = np.random.default_rng([self.hp.seed, 3]).permutation(rows)[:LOOKED_AT]
+        found = self.data.file.read(rows.tolist())
+        queries, passages = [row.query for row in found], [row.passage for row in found]
+        return tokenize_pairs(self.tokenizer, queries, passages, self.rules)
+
+
+def fgm_loss(again, loss: torch.Tensor, table: torch.nn.Parameter, epsilon: float):
+    """Return `again()` with the word embeddings moved by epsilon g / |g|, g the gradient of `loss`.
+
+    Miyato et al. 2017 (arXiv 1605.07725), here on the whole table as the official recipe has it. The table is
+    put back before this returns: the gradient of a look-up does not depend on the table's values.
+    """
+    gradient = torch.autograd.grad(loss, table)[0]
+    norm = gradient.float().norm()
+    if not torch.isfinite(norm) or norm == 0:
+        return again()
+    kept = table.detach().clone()
+    with torch.no_grad():
+        table.data.add_(gradient.to(table.dtype), alpha=epsilon / norm.item())
+    try:
+        return again()
+    finally:
+        with torch.no_grad():
+            table.data.copy_(kept)
+
+
+def build_dev_reranking(hp: CrossHparams) -> DevReranking | None:
+    """Return the dev candidates that the settings name; None (said once) when the files are not there."""
+    for path in (hp.dev_set_path, hp.dev_candidates_path):
+        if not os.path.exists(path):
+            warn(f"{path} is not there: no dev re-ranking while training, the last weights are kept")
+            return None
+    cache = str(Path(hp.output_dir) / "cache")
+    is_run = not hp.dev_candidates_path.endswith(OFFICIAL)
+    collection = PassageCollection(hp.passage_dir_path, cache) if is_run else None
+    candidates = open_candidates(hp.dev_candidates_path, collection, cache).head(hp.dev_queries, hp.dev_depth)
+    dev = {query.query: query for query in read_dev(hp.dev_set_path)}
+    unknown = [query for query in candidates.queries if query not in dev]
+    if unknown:
+        warn(
+            f"{hp.dev_candidates_path}: {len(unknown)} queries are not in {hp.dev_set_path}: "
+            "no dev re-ranking"
+        )
+        return None
+    pids = read_passage_ids(hp.passage_ids_path)[candidates.rows] if is_run else candidates.pids
+    reference = {dev[query].qid: set(dev[query].answers) for query in candidates.queries}
+    qids = {query: dev[query].qid for query in candidates.queries}
+    say(
+        f"dev re-ranking: {len(candidates.queries):,} queries, {len(candidates):,} pairs of "
+        f"{hp.dev_candidates_path}"
+    )
+    return DevReranking(candidates, [pid.decode() for pid in pids], reference, qids)
+
+
+def run(hp: CrossHparams) -> None:
+    """Train unless the result is up to date."""
+    hparams.announce("train the cross-encoder", hp)
+    CrossTraining(hp).run()
+
+
+def main(argv: list[str]) -> int:
+    """Run with these options; return the exit status."""
+    return exit_status(lambda: run(hparams.parse(CrossHparams, argv, DEBUG)))

@@ -1,0 +1,87 @@
+"""What both inference programs do before the work: find the model, read the queries."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from torch_src.backbones import load_config, model_fingerprint
+from torch_src.errors import UserError
+from torch_src.formats import read_q2qid, read_queries, read_question_ids
+from torch_src.helpers import read_json, require, warn
+from torch_src.stamps import fingerprint_files, fingerprint_text
+from torch_src.tokenization import load_tokenizer, tokenizer_fingerprint
+
+
+@dataclass
+class FoundModel:
+    """Settings fixed by the weights, where the model lies, its tokenizer, its fingerprint."""
+
+    fixed: dict
+    path: str  # folder or hub name of configuration and tokenizer (and of the weights, when not fine-tuned)
+    params: str | None  # NAME_params.bin; None for the pretrained model as it is
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    config: object = field(repr=False, default=None)
+
+
+def find_trained_model(hp, name: str, params_path: str, fixed_names: tuple[str, ...]) -> FoundModel:
+    """Return the model of NAME_params.bin; UserError where an option contradicts what the weights fix."""
+    program = f"do_{name}_train.py"
+    params = require(params_path, "trained weights", f"run {program} first, or pass --{name}_params none")
+    folder = Path(params).parent
+    record_path = folder / f"{name}_hparams.json"
+    record = read_json(
+        require(record_path, f"the settings of {name}_params.bin, which {program} writes beside it")
+    )
+    if "fixed_by_weights" not in record or "tokenizer" not in record:
+        raise UserError(f"{record_path}: not written by {program}")
+    fixed = record["fixed_by_weights"]
+    for knob in fixed_names:
+        asked = getattr(hp, knob)
+        if asked is not None and asked != fixed[knob]:
+            raise UserError(
+                f"--{knob} {asked!r}: {params} was trained with {fixed[knob]!r}, "
+                "and results made otherwise would be wrong; leave the option out, or train again"
+            )
+    beside = folder / f"{name}_model"
+    path = hp.pretrained_model_path or (str(beside) if beside.exists() else record["pretrained_model_path"])
+    tokenizer = load_tokenizer(path, "" if path == str(beside) else fixed["vocab_path"])
+    if tokenizer_fingerprint(tokenizer) != record["tokenizer"]:
+        raise UserError(
+            f"{path}: its tokenizer is not the one that {params} was trained with; leave the option out"
+        )
+    return FoundModel(fixed, path, params, tokenizer, fingerprint_files([params]), load_config(path))
+
+
+def find_pretrained_model(hp, trained, fixed_names: tuple[str, ...]) -> FoundModel:
+    """Return the pretrained model as it is; what no option says is as in the training settings `trained`."""
+    path = hp.pretrained_model_path or trained.pretrained_model_path
+    fixed = {n: getattr(trained, n) if getattr(hp, n) is None else getattr(hp, n) for n in fixed_names}
+    tokenizer = load_tokenizer(path, fixed["vocab_path"])
+    fingerprint = fingerprint_text(f"{model_fingerprint(path)} seed {hp.seed}")
+    return FoundModel(fixed, path, None, tokenizer, fingerprint, load_config(path))
+
+
+def read_query_ids(hp) -> dict[str, list[str] | None]:
+    """Return {query text: its qids} in file order; qids are None when they are not to be checked.
+
+    dev_q is dev.q.format with q2qid.dev.json beside it, or JSON lines with question_id and question
+    (test1.json, dev.json). UserError when a query has no qid: the conversion would fail after hours of work.
+    """
+    if hp.dev_q_path.endswith(".json"):
+        return dict(read_question_ids(hp.dev_q_path))
+    queries = read_queries(hp.dev_q_path)
+    if hp.dev_q2qid == "none":
+        return dict.fromkeys(queries)
+    q2qid = read_q2qid(require(hp.dev_q2qid_path, "query text -> qid", "--dev_q2qid none goes without"))
+    missing = [query for query in queries if query not in q2qid]
+    if missing:
+        raise UserError(
+            f"{hp.dev_q2qid_path}: {len(missing)} queries of {hp.dev_q_path} are missing, "
+            f"the first: {missing[0][:60]!r}"
+        )
+    if len(q2qid) > len(queries):
+        others = f"{len(queries)} of them: the others will have no result"
+        warn(f"{hp.dev_q2qid_path} has {len(q2qid)} queries, {hp.dev_q_path} only {others}")
+    return {query: [q2qid[query]] for query in queries}

@@ -1,0 +1,102 @@
+"""Pairs to logits: tokenised ahead, sorted by length across queries, put back in order."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from torch_src.candidates import Candidates
+from torch_src.cross_model import CrossEncoder
+from torch_src.devices import autocast
+from torch_src.errors import UserError
+from torch_src.tokenization import Pairs, TextRules, length_sorted_batches, pad, tokenize_pairs
+
+TOKENIZE_AHEAD = 4096  # pairs tokenised in one piece
+
+
+@dataclass
+class PairScorer:
+    """A cross-encoder with all that turns a pair of texts into its logit."""
+
+    model: CrossEncoder
+    tokenizer: PreTrainedTokenizerBase
+    rules: TextRules
+    device: torch.device
+    precision: str
+    batch_size: int  # pairs in one forward pass, at most
+    tokens_per_batch: int  # padded tokens in one forward pass, at most
+
+    def tokenize(self, queries: list[str], passages: list[str]) -> Pairs:
+        """Return the pairs' token ids."""
+        return tokenize_pairs(self.tokenizer, queries, passages, self.rules)
+
+    @torch.inference_mode()
+    def score(self, pairs: Pairs) -> np.ndarray:
+        """Return the logits (N,) float32; UserError when one of them is not finite."""
+        was_training = self.model.training
+        self.model.eval()
+        logits = np.empty(len(pairs.ids), dtype=np.float32)
+        for rows in length_sorted_batches(pairs.lengths, self.batch_size, self.tokens_per_batch):
+            with autocast(self.device, self.precision):
+                batch = self.model(*pair_tensors(pairs, rows, self.tokenizer.pad_token_id, self.device))
+            logits[rows] = batch.cpu().numpy()
+        self.model.train(was_training)
+        if not np.isfinite(logits).all():
+            raise UserError(
+                "the model gives scores that are not finite; are the weights sound? (try --precision fp32)"
+            )
+        return logits
+
+    def score_candidates(
+        self, candidates: Candidates, first: int, last: int
+    ) -> Iterator[tuple[int, np.ndarray, Pairs]]:
+        """Yield (first pair, logits, pairs) of pieces; the next is tokenised while this one is scored."""
+
+        def piece(start: int) -> tuple[int, Pairs]:
+            stop = min(last, start + TOKENIZE_AHEAD)
+            queries = [candidates.queries[at] for at in candidates.query_of[start:stop]]
+            return start, self.tokenize(queries, candidates.passages(start, stop))
+
+        with ThreadPoolExecutor(max_workers=1) as ahead:
+            waiting = ahead.submit(piece, first)
+            for start in range(first, last, TOKENIZE_AHEAD):
+                _, pairs = waiting.result()
+                if start + TOKENIZE_AHEAD < last:
+                    waiting = ahead.submit(piece, start + TOKENIZE_AHEAD)
+                yield start, self.score(pairs), pairs
+
+    def score_all(self, candidates: Candidates) -> np.ndarray:
+        """Return the logits (N,) float32 of all candidates."""
+        return np.concatenate(
+            [logits for _, logits, _ in self.score_candidates(candidates, 0, len(candidates))]
+        )
+
+
+def pair_tensors(pairs: Pairs, rows, pad_id: int, device: torch.device) -> list[torch.Tensor]:
+    """Return [input ids, attention mask, segment ids], each (B, L) int64, of some of the pairs."""
+    input_ids, mask = pad([pairs.ids[row] for row in rows], pad_id)
+    types, _ = pad([pairs.types[row] for row in rows], 0)
+    return [torch.from_numpy(array).to(device, non_blocking=True) for array in (input_ids, mask, types)]
+
+
+def rank_pairs(candidates: Candidates, scores: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (query, its pairs best first): higher score first, ties by the retriever's rank."""
+    for query, span in candidates.spans():
+        order = np.argsort(-scores[span].astype(np.float64), kind="stable")
+        yield query, span.start + order
+
+
+def fuse(candidates: Candidates, logits: np.ndarray, weight: float) -> np.ndarray:
+    """Return logits + weight x the retriever's scores, scaled to mean 0 and variance 1 within a query."""
+    if not weight:
+        return logits
+    fused = logits.astype(np.float64)
+    for _, span in candidates.spans():
+        scores = candidates.scores[span].astype(np.float64)
+        spread = scores.std()
+        if spread > 0:
+            fused[span] += weight * (scores - scores.mean()) / spread
+    return fused.astype(np.float32)
