@@ -202,7 +202,9 @@ def test_a_checkpoint_of_other_settings_is_not_continued(tmp_path, capsys):
 def test_a_non_finite_loss_names_step_and_rows_and_keeps_the_best(tmp_path, bad):
     toy = Toy(tmp_path, metrics=[0.1, 0.5])
     toy.scale = lambda rows: bad if rows == (1, 1) else 1.0
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step 6, .*rows \(1, 1\).*best at step 4"):
+    with pytest.raises(
+        UserError, match=r"the loss is (nan|inf) at step 6, .*rows \(1, 1\).*weights of step 4, best on dev"
+    ):
         toy.run()
     assert [step for step, _ in toy.saved] == [4] and len(toy.gradients) == 5
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)

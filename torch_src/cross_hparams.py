@@ -19,9 +19,7 @@ class CrossHparams:
     epoch: int = 3  # passes over the training rows (listwise: over the positives)
     batch_size: int = 64  # pairs a step and micro-batch (pointwise)
     lr: float = 1e-5  # peak learning rate of AdamW
-    loss: str = (
-        "pointwise"  # pointwise (binary, the official recipe) or listwise (softmax over a query's group)
-    )
+    loss: str = "pointwise"  # pointwise (binary, the official recipe) or listwise (softmax over a group)
     group_size: int = 8  # passages a group: one positive, the others negatives drawn afresh (listwise)
     groups_per_step: int = 16  # groups a step and micro-batch (listwise)
 
@@ -29,24 +27,18 @@ class CrossHparams:
     data_dir: str = "dureader-retrieval-baseline-dataset"  # official layout; empty paths below follow it
     train_set: str = ""  # training rows, 4 columns; empty: data_dir/train/cross.train.tsv
     dev_set: str = ""  # dev queries with answers (JSON lines); empty: data_dir/dev/dev.json
-    dev_candidates: str = (
-        ""  # to re-rank: run or .res.tsv; empty: data_dir/auxiliary/dev.retrieval.top50.res.tsv
-    )
+    dev_candidates: str = ""  # run or .res.tsv; empty: data_dir/auxiliary/dev.retrieval.top50.res.tsv
     passage_dir: str = ""  # the collection, for a run; empty: data_dir/passage-collection
     passage_ids: str = ""  # row -> pid (JSON), for a run; empty: passage_dir/passage2id.map.json
     output_dir: str = "output"  # where everything is written
 
     # what goes in
-    max_seq_len: int = (
-        384  # tokens of query and passage together, special ones included; only passages are cut
-    )
+    max_seq_len: int = 384  # tokens of query and passage together; only the passage is cut
     remove_spaces: bool = False  # remove ASCII spaces from every text, as the official baseline does
     dropout: float | None = None  # of layers and attention; default: as the model's config.json has it
 
     # optimisation
-    fgm_epsilon: float = (
-        0.0  # FGM: size of the step on the word embeddings; 0: off, the official recipe has 0.01
-    )
+    fgm_epsilon: float = 0.0  # FGM: step on the word embeddings; 0: off, the official recipe: 0.01
     warmup_proportion: float = 0.1  # share of the steps in which lr rises from 0; then it falls linearly to 0
     weight_decay: float = 0.01  # AdamW, on weight matrices only (not biases and norms)
     max_grad_norm: float = 1.0  # gradient norm is clipped to this

@@ -25,9 +25,7 @@ class InferenceCrossHparams:
     data_dir: str = "dureader-retrieval-baseline-dataset"  # official layout; empty paths below follow it
     dev_q: str = ""  # queries, 4 columns or test1.json; empty: data_dir/dev/dev.q.format
     dev_q2qid: str = ""  # query text -> qid (JSON); empty: beside dev_q; not needed with test1.json
-    dev_set: str = (
-        ""  # queries with answers, to score both stages; empty: data_dir/dev/dev.json; none: no scoring
-    )
+    dev_set: str = ""  # queries with answers; empty: data_dir/dev/dev.json; none: no scoring
     passage_dir: str = ""  # the collection, part-00.. or all_doc; empty: data_dir/passage-collection
     passage_ids: str = ""  # row -> pid (JSON); empty: passage_dir/passage2id.map.json
     output_dir: str = "output"  # where everything is written

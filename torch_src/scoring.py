@@ -90,13 +90,19 @@ def rank_pairs(candidates: Candidates, scores: np.ndarray) -> Iterator[tuple[str
 
 
 def fuse(candidates: Candidates, logits: np.ndarray, weight: float) -> np.ndarray:
-    """Return logits + weight x the retriever's scores, scaled to mean 0 and variance 1 within a query."""
+    """Return the fused scores (N,) float32 of candidates; with weight 0 the logits as they are."""
     if not weight:
         return logits
+    spans = [span for _, span in candidates.spans()]
+    return fused_scores(logits, candidates.scores, spans, weight).astype(np.float32)
+
+
+def fused_scores(logits: np.ndarray, retriever: np.ndarray, spans: list[slice], weight: float) -> np.ndarray:
+    """Return logits + weight x the retriever's scores, scaled to mean 0 and variance 1 in each span."""
     fused = logits.astype(np.float64)
-    for _, span in candidates.spans():
-        scores = candidates.scores[span].astype(np.float64)
+    for span in spans:
+        scores = retriever[span].astype(np.float64)
         spread = scores.std()
         if spread > 0:
             fused[span] += weight * (scores - scores.mean()) / spread
-    return fused.astype(np.float32)
+    return fused

@@ -1,0 +1,82 @@
+"""Find the best weight of the retriever's score beside the re-ranker's: prints MRR@10 against the weight.
+
+    python script/fuse_curve.py --run output/res.top50 --scores output/cross_scores.txt \\
+        --id_map output/cross_id_map.tsv --reference dureader-retrieval-baseline-dataset/dev/dev.json
+
+The best weight is for `do_cross_infer.py --fuse_retriever_weight`. It is chosen on these queries: the figure
+beside it is an optimistic one.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
+
+import numpy as np
+
+from metric.evaluation import compute_metrics, load_reference
+from torch_src.errors import UserError
+from torch_src.formats import FormatError, read_lines, read_run, split_columns
+from torch_src.helpers import exit_status
+from torch_src.scoring import fused_scores
+
+WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
+
+
+def read_pairs(run: str, scores: str, id_map: str) -> tuple[list[str], np.ndarray, np.ndarray, list[str]]:
+    """Return (qids, retriever's scores, logits, pids), aligned; UserError when the files differ in length."""
+    retriever = np.array([row.score for row in read_run(run)])
+    logits = np.array([parse_score(text, scores, line) for line, text in read_lines(scores)])
+    ids = [split_columns(text, 2, id_map, line, "qid, pid") for line, text in read_lines(id_map)]
+    if not len(retriever) == len(logits) == len(ids):
+        raise UserError(f"{len(retriever)} lines in {run}, {len(logits)} in {scores}, {len(ids)} in {id_map}")
+    return [qid for qid, _ in ids], retriever, logits, [pid for _, pid in ids]
+
+
+def parse_score(text: str, path: str, line: int) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise FormatError(path, line, "expected one number") from None
+
+
+def curve(qids: list[str], retriever, logits, pids: list[str], reference: dict) -> list[tuple[float, float]]:
+    """Return (weight, MRR@10) for each weight; the pairs of a query stand together."""
+    starts = [at for at in range(len(qids)) if not at or qids[at] != qids[at - 1]]
+    spans = [slice(a, b) for a, b in zip(starts, [*starts[1:], len(qids)], strict=True)]
+    points = []
+    for weight in WEIGHTS:
+        fused = fused_scores(logits, retriever, spans, weight)
+        result = {}
+        for span in spans:
+            order = span.start + np.argsort(-fused[span], kind="stable")
+            result[qids[span.start]] = [pids[at] for at in order]
+        points.append((weight, compute_metrics(reference, result)["MRR@10"]))
+    return points
+
+
+def run(given: argparse.Namespace) -> None:
+    points = curve(*read_pairs(given.run, given.scores, given.id_map), load_reference(given.reference))
+    best = max(points, key=lambda point: point[1])
+    print("weight  MRR@10")
+    for weight, value in points:
+        print(
+            f"{weight:6.2f}  {value:.4f}  {'#' * round(60 * value)}" + ("  best" if weight == best[0] else "")
+        )
+    print(f"use: do_cross_infer.py --fuse_retriever_weight {best[0]}")
+
+
+def main(argv: list[str]) -> int:
+    """Return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ("run", "scores", "id_map", "reference"):
+        parser.add_argument(f"--{name}", required=True)
+    given = parser.parse_args(argv)
+    return exit_status(lambda: run(given))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,146 @@
+"""Run the stages in order and print one table. A stage that is up to date says so and costs seconds.
+
+    sh script/run_all.sh                                   all stages, settings as in torch_src/*_hparams.py
+    sh script/run_all.sh --debug                           the sample collection on a CPU
+    sh script/run_all.sh --from cross_train                start later
+    sh script/run_all.sh --data_dir D --dual_train.epoch 3
+
+A knob goes to every program that has it; `--STAGE.knob` goes to that one alone. Stages: check, dual_train,
+dual_infer, convert, cross_train, cross_infer.
+"""
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
+
+from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result
+from torch_src import cross_hparams, dual_hparams, hparams, inference_cross_hparams, inference_de_hparams
+from torch_src.collection import PassageCollection
+from torch_src.errors import UserError
+from torch_src.formats import read_dev, read_q2qid, read_queries
+from torch_src.helpers import duration, exit_status, say, write_json
+from torch_src.passage_ids import iter_json_pairs
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = {
+    "dual_train": (dual_hparams.DualHparams, dual_hparams.DEBUG),
+    "dual_infer": (inference_de_hparams.InferenceDeHparams, inference_de_hparams.DEBUG),
+    "cross_train": (cross_hparams.CrossHparams, cross_hparams.DEBUG),
+    "cross_infer": (inference_cross_hparams.InferenceCrossHparams, inference_cross_hparams.DEBUG),
+}
+STAGES = ["check", "dual_train", "dual_infer", "convert", "cross_train", "cross_infer"]
+TOPK = 50  # what enter() in do_dual_infer.py says; --dual_infer.topk wins
+
+
+def split_options(argv: list[str]) -> dict[str, list[str]]:
+    """Return each program's options; UserError for a knob that no program has."""
+    options: dict[str, list[str]] = {name: [] for name in PROGRAMS}
+    groups, at = [], 0
+    while at < len(argv):
+        end = at + 1
+        while end < len(argv) and not argv[end].startswith("--"):
+            end += 1
+        groups.append(argv[at:end])
+        at = end
+    for words in groups:
+        stage, _, knob = words[0].removeprefix("--").rpartition(".")
+        takers = [name for name in PROGRAMS if (not stage or name == stage) and has_knob(name, knob)]
+        if not takers or not words[0].startswith("--"):
+            raise UserError(f"{words[0]}: no program has such a knob; see `sh script/run_all.sh --help`")
+        for name in takers:
+            options[name] += [f"--{knob}", *words[1:]]
+    return options
+
+
+def has_knob(program: str, knob: str) -> bool:
+    return knob.removeprefix("no_") in {field.name for field in dataclasses.fields(PROGRAMS[program][0])}
+
+
+def check_data(hp) -> None:
+    """UserError unless the files of both stages are there and their ids fit together."""
+    queries, q2qid = read_queries(hp.dev_q_path), read_q2qid(hp.dev_q2qid_path)
+    missing = [query for query in queries if query not in q2qid]
+    if missing:
+        raise UserError(
+            f"{hp.dev_q2qid_path}: {len(missing)} queries are missing, the first: {missing[0][:60]!r}"
+        )
+    passages = len(PassageCollection(hp.passage_dir_path, str(Path(hp.output_dir) / "cache")))
+    ids = sum(1 for _ in iter_json_pairs(hp.passage_ids_path))
+    if ids != passages:
+        raise UserError(f"{hp.passage_ids_path}: {ids:,} ids, but the collection has {passages:,} passages")
+    answered = len(read_dev(Path(hp.data_dir) / "dev/dev.json"))
+    say(f"{passages:,} passages, {len(queries):,} dev queries, {answered:,} of them with answers")
+
+
+def convert(hp, topk: int) -> None:
+    """Run metric/convert_recall_res_to_json.py as the README says."""
+    run_path = str(Path(hp.output_dir) / f"res.top{topk}")
+    files = [hp.dev_q2qid_path, hp.passage_ids_path, run_path, str(topk)]
+    call(["metric/convert_recall_res_to_json.py", *files])
+
+
+def call(command: list[str]) -> None:
+    status = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    if status:
+        raise UserError(
+            f"{command[0]} ended with status {status}; the same command carries on after the mend"
+        )
+
+
+def table(times: dict[str, float], dev: str, output: Path) -> list[str]:
+    """Return the lines of the closing table; metrics stand beside the stage whose result they are."""
+    results = {"convert": output / "dual_res.json", "cross_infer": output / "cross_res.json"}
+    lines = [f"{'stage':12} {'time':>8}  " + "  ".join(f"{name:>9}" for name in MEASURES)]
+    for stage in STAGES:
+        took = duration(times[stage]) if stage in times else "-"
+        figures = ""
+        if stage in results and results[stage].exists():
+            metrics = compute_metrics(load_reference(dev), load_result(results[stage]))
+            figures = "  ".join(f"{metrics[name]:9.4f}" for name in MEASURES)
+        lines.append(f"{stage:12} {took:>8}  {figures}".rstrip())
+    return lines
+
+
+def run(argv: list[str]) -> None:
+    """Run the stages from `--from` on."""
+    first = STAGES[0]
+    if "--from" in argv:
+        at = argv.index("--from")
+        first, argv = (argv[at + 1 : at + 2] or ["nothing"])[0], argv[:at] + argv[at + 2 :]
+        if first not in STAGES:
+            raise UserError(f"--from {first}: expected one of {', '.join(STAGES)}")
+    options = split_options(argv)
+    parsed = {name: hparams.parse(pair[0], options[name], pair[1]) for name, pair in PROGRAMS.items()}
+    infer = parsed["dual_infer"]
+    if infer.topk and not parsed["cross_infer"].retrieval_result:
+        options["cross_infer"] += ["--retrieval_result", str(Path(infer.output_dir) / f"res.top{infer.topk}")]
+    output, times = Path(infer.output_dir), {}
+    for stage in STAGES[STAGES.index(first) :]:
+        say(f"== {stage}")
+        begun = time.monotonic()
+        if stage == "check":
+            check_data(infer)
+        elif stage == "convert":
+            convert(infer, infer.topk or TOPK)
+        else:
+            call([f"do_{stage}.py", *options[stage]])
+        times[stage] = time.monotonic() - begun
+    lines = table(times, parsed["cross_infer"].dev_set_path, output)
+    say("\n" + "\n".join(lines))
+    write_json(output / "run_all.json", {"seconds": {name: round(took, 1) for name, took in times.items()}})
+
+
+def main(argv: list[str]) -> int:
+    """Return the exit status."""
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
+    return exit_status(lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
