@@ -57,12 +57,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(server.body) - 1}/{len(server.body)}")
         self.send_header("Content-Length", str(len(server.body) - start))
         self.send_header("ETag", server.etag)
-        self.end_headers()
         stop = len(server.body)
         if server.cuts:
             server.cuts -= 1
             stop = (start + stop) // 2
-        server.sent.append((start, stop - start))
+        server.sent.append((start, stop - start))  # before the client hears of it: its next request comes after
+        self.end_headers()
         self.wfile.write(server.body[start:stop])
 
     def log_message(self, *args):
