@@ -61,7 +61,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.cuts:
             server.cuts -= 1
             stop = (start + stop) // 2
-        server.sent.append((start, stop - start))  # before the client hears of it: its next request comes after
+        server.sent.append((start, stop - start))  # before the client hears of it
         self.end_headers()
         self.wfile.write(server.body[start:stop])
 
