@@ -1,5 +1,5 @@
 #!/bin/sh
-# The whole recall stage on the sample collection, on a CPU, with no download but the Python packages: sh script/quickstart.sh
+# Both stages on the sample collection, on a CPU, with no download but the Python packages: sh script/quickstart.sh
 set -eu
 cd "$(dirname "$0")/.."
 more=""
@@ -7,23 +7,16 @@ more=""
 
 out=output/debug
 sample=script/sample_data
-to_json() {
-    $python metric/convert_recall_res_to_json.py $sample/dev/q2qid.dev.json \
-        $sample/passage-collection/passage2id.map.json "$1" 50
-}
-
-echo "== 1/4 the model before training (random weights), for comparison"
+echo "== the dual encoder before training (random weights), for comparison"
 $python do_dual_infer.py --debug --dual_params none --output_dir $out/untrained
-to_json $out/untrained/res.top50
-echo "== 2/4 train the dual encoder"
-$python do_dual_train.py --debug
-echo "== 3/4 encode and search"
-$python do_dual_infer.py --debug
-echo "== 4/4 convert and score"
-to_json $out/res.top50
-$python script/show_metrics.py $sample/dev/dev.json \
-    "untrained dual encoder=$out/untrained/dual_res.json" "dual encoder=$out/dual_res.json"
+$python metric/convert_recall_res_to_json.py $sample/dev/q2qid.dev.json \
+    $sample/passage-collection/passage2id.map.json $out/untrained/res.top50 50
+sh script/run_all.sh --debug
 echo
-echo "weights  $out/dual_params.bin      settings  $out/dual_hparams.json"
-echo "vectors  $out/para_emb/            run       $out/res.top50 (query, row, rank, score)"
-echo "result   $out/dual_res.json        curves    $python -m tensorboard.main --logdir $out/tensorboard"
+$python script/show_metrics.py $sample/dev/dev.json "untrained dual encoder=$out/untrained/dual_res.json" \
+    "dual encoder=$out/dual_res.json" "re-ranked by the cross-encoder=$out/cross_res.json"
+echo
+echo "weights  $out/dual_params.bin  $out/cross_params.bin"
+echo "vectors  $out/para_emb/"
+echo "runs     $out/res.top50  $out/res.rerank50   (query, row, rank, score)"
+echo "results  $out/dual_res.json  $out/cross_res.json"

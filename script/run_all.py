@@ -21,9 +21,10 @@ from metric.evaluation import MEASURES, compute_metrics, load_reference, load_re
 from torch_src import cross_hparams, dual_hparams, hparams, inference_cross_hparams, inference_de_hparams
 from torch_src.collection import PassageCollection
 from torch_src.errors import UserError
-from torch_src.formats import read_dev, read_q2qid, read_queries
+from torch_src.formats import read_dev
 from torch_src.helpers import duration, exit_status, say, write_json
-from torch_src.passage_ids import iter_json_pairs
+from torch_src.inference_stage import read_query_ids
+from torch_src.passage_ids import check_length, iter_json_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {
@@ -62,16 +63,9 @@ def has_knob(program: str, knob: str) -> bool:
 
 def check_data(hp) -> None:
     """UserError unless the files of both stages are there and their ids fit together."""
-    queries, q2qid = read_queries(hp.dev_q_path), read_q2qid(hp.dev_q2qid_path)
-    missing = [query for query in queries if query not in q2qid]
-    if missing:
-        raise UserError(
-            f"{hp.dev_q2qid_path}: {len(missing)} queries are missing, the first: {missing[0][:60]!r}"
-        )
+    queries = read_query_ids(hp)
     passages = len(PassageCollection(hp.passage_dir_path, str(Path(hp.output_dir) / "cache")))
-    ids = sum(1 for _ in iter_json_pairs(hp.passage_ids_path))
-    if ids != passages:
-        raise UserError(f"{hp.passage_ids_path}: {ids:,} ids, but the collection has {passages:,} passages")
+    check_length(hp.passage_ids_path, sum(1 for _ in iter_json_pairs(hp.passage_ids_path)), passages)
     answered = len(read_dev(Path(hp.data_dir) / "dev/dev.json"))
     say(f"{passages:,} passages, {len(queries):,} dev queries, {answered:,} of them with answers")
 

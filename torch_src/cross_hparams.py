@@ -108,5 +108,5 @@ class CrossHparams:
 # --debug lowers these defaults; an explicit option still wins.
 DEBUG = dict(
     data_dir=SAMPLE_DIR, output_dir="output/debug", pretrained_model_path=TINY_MODEL, precision="fp32",
-    epoch=10, lr=1e-3, loss="listwise", max_seq_len=192,
+    epoch=8, lr=1e-3, loss="listwise", group_size=7, max_seq_len=160, dropout=0.0, dev_queries=90,
 )  # fmt: skip

@@ -22,7 +22,7 @@ from torch_src.formats import RunRow, format_run_row, read_dev
 from torch_src.helpers import atomic_write, exit_status, require, say, warn
 from torch_src.inference_cross_hparams import DEBUG, PRETRAINED, InferenceCrossHparams
 from torch_src.inference_stage import FoundModel, find_pretrained_model, find_trained_model, read_query_ids
-from torch_src.passage_ids import read_passage_ids, rows_of
+from torch_src.passage_ids import check_length, read_passage_ids, rows_of
 from torch_src.scoring import PairScorer, fuse, rank_pairs
 from torch_src.stamps import clear_stamp, fingerprint_files, fingerprint_text, up_to_date, write_stamp
 from torch_src.tokenization import TextRules, tokenizer_fingerprint
@@ -89,8 +89,7 @@ class CrossInference:
             "stage": "cross_infer", "weights": self.model.fingerprint,
             "tokenizer": tokenizer_fingerprint(self.model.tokenizer), **self.model.fixed,
             "candidates": fingerprint_files([self.hp.retrieval_result_path]), "passages": texts.fingerprint,
-            "precision": self.precision, "device": self.device.type, "threads": self.threads,
-            "batch_size": self.hp.batch_size, "tokens_per_batch": self.hp.tokens_per_batch,
+            "precision": self.precision, "device": self.device.type,
         }  # fmt: skip
 
     def result_stamp(self) -> dict:
@@ -136,10 +135,7 @@ class CrossInference:
         path = require(self.hp.passage_ids_path, "row -> pid")
         if not self.official:
             ids = read_passage_ids(path)
-            if len(ids) != len(self.collection):
-                raise UserError(
-                    f"{path}: {len(ids):,} ids, but the collection has {len(self.collection):,} passages"
-                )
+            check_length(path, len(ids), len(self.collection))
             return ids[self.candidates.rows], self.candidates.rows
         rows = rows_of(path, self.candidates.pids)
         if (rows < 0).any():

@@ -90,7 +90,7 @@ class CrossTraining(TrainingStage):
         return self.model.model.state_dict()
 
     def task(self) -> Task:
-        parts = (self.prepare, self.loss, self.describe, self.evaluate, self.save_best)
+        parts = (self.prepare, self.loss, self.describe, self.evaluate, self.save_best, self.best_fingerprint)
         pairs = self.units * (self.hp.group_size if self.listwise else 1)
         return Task(self.model, self.steps, *parts, queries_per_step=pairs, unit="pairs")
 

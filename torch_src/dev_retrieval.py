@@ -14,7 +14,7 @@ from torch_src.collection import PassageCollection
 from torch_src.encoding import Encoder, to_float16
 from torch_src.formats import DevQuery, read_candidates, read_dev
 from torch_src.helpers import say, warn
-from torch_src.passage_ids import read_passage_ids
+from torch_src.passage_ids import check_length, read_passage_ids
 
 TOPK = 50
 
@@ -51,6 +51,7 @@ def build_dev_retrieval(hp, collection_cache: str) -> DevRetrieval | None:
     queries = read_dev(hp.dev_set_path)
     collection = PassageCollection(hp.passage_dir_path, collection_cache)
     pids = read_passage_ids(hp.passage_ids_path)
+    check_length(hp.passage_ids_path, len(pids), len(collection))
     pool, named = _named_passages(hp, queries)
     if len(collection) <= hp.dev_random_passages + len(pool):
         rows, name = range(len(collection)), f"the whole collection of {len(collection):,} passages"
@@ -62,6 +63,9 @@ def build_dev_retrieval(hp, collection_cache: str) -> DevRetrieval | None:
         rows, name = np.sort(rows).tolist(), f"{named} + {hp.dev_random_passages:,} random passages"
     for row in rows:
         pool.setdefault(pids[row].decode(), collection[row])
+    lost = sum(pid not in pool for query in queries for pid in query.answers)
+    if lost:
+        warn(f"{lost} positives of {hp.dev_set_path} have a pid that is not in {hp.passage_ids_path}")
     if name.endswith("random passages"):
         pool = dict(sorted(pool.items()))  # positives stand first otherwise, and would win every tie
     say(

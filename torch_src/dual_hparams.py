@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from torch_src.errors import UserError
 from torch_src.hparams import POOLINGS, PRECISIONS, SAMPLE_DIR, TINY_MODEL, check_choice, check_range, under
 
 # What the weights fix: saved in dual_hparams.json, read from there by inference.
@@ -105,7 +106,6 @@ class DualHparams:
             "early_stop",
             "threads",
             "seed",
-            "seed",
             "weight_decay",
         ):
             check_range(name, getattr(self, name), 0)
@@ -117,6 +117,10 @@ class DualHparams:
         if self.dropout is not None:
             check_range("dropout", self.dropout, 0, 0.9)
         check_range("eval_every", self.eval_every, -1)
+        if self.early_stop and self.eval_every < 0:
+            raise UserError("--early_stop needs dev retrievals; --eval_every -1 turns them off")
+        if self.batch_size == 1 and not self.hard_negatives:
+            raise UserError("--batch_size 1 --hard_negatives 0: no query would have a negative to learn from")
 
 
 # --debug lowers these defaults; an explicit option still wins. Mean pooling and a temperature: two layers

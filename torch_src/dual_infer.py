@@ -15,12 +15,11 @@ from torch_src.dual_hparams import DEBUG as TRAIN_DEBUG
 from torch_src.dual_hparams import FIXED_BY_WEIGHTS, DualHparams
 from torch_src.dual_model import DualEncoder, build_backbone, load_backbone
 from torch_src.encoding import Encoder, encode_collection
-from torch_src.errors import UserError
 from torch_src.formats import RunRow, format_run_row
 from torch_src.helpers import atomic_write, exit_status, require, say, warn
 from torch_src.inference_de_hparams import DEBUG, PRETRAINED, InferenceDeHparams
 from torch_src.inference_stage import FoundModel, find_pretrained_model, find_trained_model, read_query_ids
-from torch_src.passage_ids import iter_json_pairs
+from torch_src.passage_ids import check_length, iter_json_pairs
 from torch_src.search import load_faiss, search
 from torch_src.stamps import clear_stamp, fingerprint_text, up_to_date, write_stamp
 from torch_src.tokenization import TextRules, tokenizer_fingerprint
@@ -68,11 +67,7 @@ class DualInference:
         if self.hp.passage_ids == "none":
             return
         path = require(self.hp.passage_ids_path, "row -> pid", "pass --passage_ids none to go without")
-        count = sum(1 for _ in iter_json_pairs(path))
-        if count != len(self.collection):
-            raise UserError(
-                f"{path}: {count:,} ids, but the collection has {len(self.collection):,} passages"
-            )
+        check_length(path, sum(1 for _ in iter_json_pairs(path)), len(self.collection))
 
     def vector_stamp(self, side: str) -> dict:
         """Return what decides the vectors of one side."""
@@ -82,8 +77,7 @@ class DualInference:
         return {
             "weights": self.model.fingerprint, "tokenizer": tokenizer_fingerprint(self.model.tokenizer),
             **{name: fixed[name] for name in names}, "precision": self.precision,
-            "device": self.device.type, "threads": self.threads, "batch_size": self.hp.batch_size,
-            "tokens_per_batch": self.hp.tokens_per_batch,
+            "device": self.device.type,
         }  # fmt: skip
 
     def run_stamp(self) -> dict:
@@ -146,6 +140,8 @@ def run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
     """Encode, search and write the run, unless it is up to date."""
     hparams.announce("encode and search", hp)
     topk, bs = hp.topk or topk, hp.bs or bs
+    hparams.check_range("topk", topk, 1)
+    hparams.check_range("bs", bs, 1)
     say(f"topk {topk}  bs {bs}")
     inference = DualInference(hp, topk, bs)
     path = inference.output / f"res.top{topk}"

@@ -54,7 +54,7 @@ class DualTraining(TrainingStage):
 
     def task(self) -> Task:
         steps = self.data.steps_per_epoch(self.hp.batch_size)
-        parts = (self.prepare, self.loss, self.describe, self.evaluate, self.save_best)
+        parts = (self.prepare, self.loss, self.describe, self.evaluate, self.save_best, self.best_fingerprint)
         return Task(self.model, steps, *parts, queries_per_step=self.hp.batch_size)
 
     def prepare(self, epoch: int, micro_step: int) -> TokenBatch:

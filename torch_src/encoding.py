@@ -154,4 +154,7 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
         if self.texts:
-            say(f"{self._line()}  cut to the length limit {100 * self.cut / self.texts:.1f}% of them")
+            seconds = self.clock() - self.begun
+            done = f"{self.verb} {self.texts:,} {self.unit} in {duration(seconds)}"
+            rate = f"{self.texts / max(seconds, 1e-9):,.0f} {self.unit}/s"
+            say(f"{done}  {rate}  {100 * self.cut / self.texts:.1f}% of them were too long and cut")

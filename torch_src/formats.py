@@ -106,6 +106,8 @@ def parse_dual_row(text: str, path, line: int) -> DualRow:
     query, title, positive, other_title, negative, _ = split_columns(text, 6, path, line, names)
     _no_title(title, 2, path, line)
     _no_title(other_title, 4, path, line)
+    if not positive.strip() or positive == "null":
+        raise FormatError(path, line, "the positive (column 3) is empty")
     return DualRow(_query(query, path, line), positive, negative)
 
 
@@ -208,7 +210,7 @@ class DevQuery:
 
 def read_dev(path) -> list[DevQuery]:
     """Return the queries of dev.json with their positives."""
-    found = []
+    found, seen = [], set()
     for line, text in read_lines(path):
         try:
             entry = json.loads(text)
@@ -220,6 +222,11 @@ def read_dev(path) -> list[DevQuery]:
             fields = "question_id, question, answer_paragraphs: [{paragraph_id, paragraph_text}]"
             raise FormatError(path, line, f"expected {{{fields}}}; missing or malformed: {error}") from None
         _query(found[-1].query, path, line)
+        if not answers:
+            raise FormatError(path, line, "no answer_paragraphs: such a query can only count 0")
+        if found[-1].qid in seen:
+            raise FormatError(path, line, f"question_id {found[-1].qid} stands there twice")
+        seen.add(found[-1].qid)
     if not found:
         raise UserError(f"{path}: no queries in it")
     return found

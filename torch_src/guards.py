@@ -18,7 +18,8 @@ def collapsed(scores: np.ndarray, spans: list[slice]) -> str | None:
             f"the scores of a query's candidates are all alike (median spread {spread:.1e}): the re-ranker "
             "decides nothing; lower --lr, train longer, or mine negatives from the retriever's own results"
         )
-    tied = sum(len(values) - len(np.unique(values)) for values in several) / sum(map(len, several))
+    counts = [np.unique(values, return_counts=True)[1] for values in several]
+    tied = sum(int(count[count > 1].sum()) for count in counts) / sum(map(len, several))
     if tied > TIED:
         return (
             f"{100 * tied:.0f}% of the candidates have the same score as another one of their query: "
@@ -41,6 +42,8 @@ def below_retriever(reranked: float, retriever: float) -> str | None:
 
 def negatives_too_easy(negatives: np.ndarray, candidates: np.ndarray) -> str | None:
     """Return a warning when dev candidates that are not relevant score far above the training negatives."""
+    if not len(negatives) or not len(candidates):
+        return None
     spread = float(np.concatenate([negatives, candidates]).std())
     gap = float(candidates.mean() - negatives.mean())
     if gap <= TOO_EASY * spread:

@@ -27,7 +27,7 @@ class FoundModel:
 
 def find_trained_model(hp, name: str, params_path: str, fixed_names: tuple[str, ...]) -> FoundModel:
     """Return the model of NAME_params.bin; UserError where an option contradicts what the weights fix."""
-    program = f"do_{name}_train.py"
+    program = f"do_{name}_train.py" + (" --debug" if hp.debug else "")
     params = require(params_path, "trained weights", f"run {program} first, or pass --{name}_params none")
     folder = Path(params).parent
     record_path = folder / f"{name}_hparams.json"
@@ -39,19 +39,24 @@ def find_trained_model(hp, name: str, params_path: str, fixed_names: tuple[str, 
     fixed = record["fixed_by_weights"]
     for knob in fixed_names:
         asked = getattr(hp, knob)
-        if asked is not None and asked != fixed[knob]:
+        if knob != "vocab_path" and asked is not None and asked != fixed[knob]:
             raise UserError(
                 f"--{knob} {asked!r}: {params} was trained with {fixed[knob]!r}, "
                 "and results made otherwise would be wrong; leave the option out, or train again"
             )
+    fingerprint = fingerprint_files([params])
+    if record.get("weights", fingerprint) != fingerprint:
+        warn(f"{params} is not the file that {record_path} was written for; its settings are used")
     beside = folder / f"{name}_model"
     path = hp.pretrained_model_path or (str(beside) if beside.exists() else record["pretrained_model_path"])
-    tokenizer = load_tokenizer(path, "" if path == str(beside) else fixed["vocab_path"])
+    vocab_path = hp.vocab_path or ("" if path == str(beside) else fixed["vocab_path"])
+    tokenizer = load_tokenizer(path, vocab_path)
     if tokenizer_fingerprint(tokenizer) != record["tokenizer"]:
         raise UserError(
-            f"{path}: its tokenizer is not the one that {params} was trained with; leave the option out"
+            f"{vocab_path or path}: its tokenizer is not the one that {params} was trained with; "
+            "leave the option out"
         )
-    return FoundModel(fixed, path, params, tokenizer, fingerprint_files([params]), load_config(path))
+    return FoundModel(fixed, path, params, tokenizer, fingerprint, load_config(path))
 
 
 def find_pretrained_model(hp, trained, fixed_names: tuple[str, ...]) -> FoundModel:

@@ -100,6 +100,12 @@ def _in_row_order(rows: np.ndarray, pids: list[np.ndarray], path) -> np.ndarray:
     return ordered
 
 
+def check_length(path, ids: int, passages: int) -> None:
+    """UserError unless the map is as long as the collection: else every pid after the gap is wrong."""
+    if ids != passages:
+        raise UserError(f"{path}: {ids:,} ids, but the collection has {passages:,} passages")
+
+
 def rows_of(path, pids: np.ndarray) -> np.ndarray:
     """Return the rows (N,) int64 of pids (N,) bytes, -1 where the map has none; streamed."""
     rows = dict.fromkeys(pids.tolist(), -1)

@@ -14,6 +14,7 @@ from torch_src.stamps import fingerprint_text
 
 # A text is first cut at so many characters a token: one of 60,975 would be tokenised for nothing.
 CHARACTERS_A_TOKEN = 16
+TOKENIZER_FILES = ("tokenizer.json", "vocab", "spiece", "sentencepiece", "tokenizer.model")
 ROOM_FOR_PASSAGE = 16  # tokens, special ones included, that are left to the passage of a pair
 HAN = re.compile("[\u4e00-\u9fff]")
 
@@ -50,6 +51,7 @@ def load_tokenizer(pretrained_model_path: str, vocab_path: str = "") -> PreTrain
             _check_vocabulary(vocab_path)
             tokenizer = BertTokenizerFast(vocab=vocab_path)
         else:
+            _check_folder(pretrained_model_path)
             tokenizer = AutoTokenizer.from_pretrained(pretrained_model_path, trust_remote_code=False)
     except UserError:
         raise
@@ -63,6 +65,14 @@ def load_tokenizer(pretrained_model_path: str, vocab_path: str = "") -> PreTrain
             f"{pretrained_model_path}: needs a fast tokenizer with a pad token (tokenizer.json or vocab.txt)"
         )
     return tokenizer
+
+
+def _check_folder(path: str) -> None:
+    # Without these files transformers makes up a tokenizer that knows no word.
+    if os.path.isdir(path) and not any(name.startswith(TOKENIZER_FILES) for name in os.listdir(path)):
+        raise UserError(
+            f"{path}: no tokenizer in it (tokenizer.json or vocab.txt); is the download complete?"
+        )
 
 
 def _check_vocabulary(vocab_path: str) -> None:

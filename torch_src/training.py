@@ -29,7 +29,8 @@ class Task:
     loss(batch) -> (loss, in-batch accuracy) under autocast, differentiable
     describe(batch) -> str                   names the batch's rows in an error
     evaluate() -> {metric: value}            on the dev set; empty when there is none
-    save_best()                              writes the weights
+    save_best() -> fingerprint               writes the weights
+    best_fingerprint() -> fingerprint        of the weights that lie there, None without any
     """
 
     model: nn.Module
@@ -38,7 +39,8 @@ class Task:
     loss: Callable[[object], tuple[Tensor, Tensor]]
     describe: Callable[[object], str]
     evaluate: Callable[[], dict[str, float]]
-    save_best: Callable[[], None]
+    save_best: Callable[[], str]
+    best_fingerprint: Callable[[], str | None] = lambda: None
     main_metric: str = "MRR@10"
     queries_per_step: int = 1  # of one micro-batch, for the rate in the log
     unit: str = "queries"  # what that counts
@@ -51,6 +53,7 @@ class Progress:
     step: int = 0  # updates done
     best: float = -1.0
     best_step: int = -1
+    best_weights: str = ""  # fingerprint of the weights kept
     untrained: float = -1.0  # the main metric before the first update
     evaluations_without_gain: int = 0
     skipped: int = 0  # fp16 updates skipped in a row
@@ -73,6 +76,7 @@ class Trainer:
         total = hp.epoch * self.steps_per_epoch
         self.total_steps = min(total, hp.max_steps) if hp.max_steps else total
         self.progress = Progress()
+        self.log: Log | None = None
         self.optimizer = torch.optim.AdamW(parameter_groups(task.model, hp.weight_decay), lr=hp.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
@@ -105,12 +109,14 @@ class Trainer:
             self._note(loss, accuracy / self.hp.accumulation_steps, lr)
             if self._evaluation_due():
                 self._evaluate(f"step {self.progress.step}")
+            elif self.hp.eval_every < 0 and self.progress.step % self.steps_per_epoch == 0:
+                self._save_checkpoint()
         waiting.cancel()
         if self._stopped_early():
             say(f"early stop: no better {self.task.main_metric} in {self.hp.early_stop} dev retrievals")
         if self.hp.eval_every < 0:
             self.progress.best_step = self.progress.step
-            self.task.save_best()
+            self.progress.best_weights = self.task.save_best()
             self._save_checkpoint()
 
     def _submit(self, ahead: ThreadPoolExecutor, step: int, micro: int):
@@ -186,13 +192,15 @@ class Trainer:
             for name, figure in metrics.items():
                 self.board.add_scalar(f"dev/{name}", figure, progress.step)
             progress.history.append({"step": progress.step, **metrics})
+        if self.log is not None:
+            self.log.pause(time.monotonic() - begun)
         if not progress.step:
             progress.untrained = value
             return
         progress.evaluations_without_gain = 0 if better else progress.evaluations_without_gain + 1
         if better:
             progress.best, progress.best_step = value, progress.step
-            self.task.save_best()
+            progress.best_weights = self.task.save_best()
         self._save_checkpoint()
 
     def _save_checkpoint(self) -> None:
@@ -222,6 +230,12 @@ class Trainer:
                 "starting from the beginning"
             )
             return
+        kept = state["progress"]["best_weights"]
+        if kept and kept != self.task.best_fingerprint():
+            say(
+                f"{self.checkpoint}: the best weights it speaks of are not there; starting from the beginning"
+            )
+            return
         self.task.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -242,6 +256,10 @@ class Log:
     def _clear(self) -> None:
         self.loss = self.accuracy = 0.0
         self.count, self.since = 0, time.monotonic()
+
+    def pause(self, seconds: float) -> None:
+        """Leave an evaluation out of the rate."""
+        self.since += seconds
 
     def add(self, loss: float, accuracy: float) -> None:
         self.loss, self.accuracy, self.count = self.loss + loss, self.accuracy + accuracy, self.count + 1

@@ -19,7 +19,7 @@ from torch_src.training import Progress, Task, Trainer
 # Settings that change where things lie or what is said, but not the weights a run ends with.
 NOT_STAMPED = {
     "data_dir", "train_set", "dev_set", "passage_dir", "passage_ids", "dev_candidates", "output_dir",
-    "log_every", "pretrained_model_path", "vocab_path", "force", "debug",
+    "log_every", "pretrained_model_path", "vocab_path", "force", "debug", "threads", "device",
 }  # fmt: skip
 
 
@@ -80,15 +80,28 @@ class TrainingStage:
         """Return the state dict that is saved."""
         return self.model.state_dict()
 
-    def save_best(self) -> None:
-        """Write NAME_params.bin and, before it, what inference must know of it."""
+    def best_fingerprint(self) -> str | None:
+        """Return the fingerprint of NAME_params.bin, None when it is not there."""
+        return fingerprint_files([self.hp.params_path]) if os.path.exists(self.hp.params_path) else None
+
+    def save_best(self) -> str:
+        """Write NAME_params.bin and what inference must know of it; return its fingerprint."""
         params = Path(self.hp.params_path)
         save_model_folder(params.parent / f"{self.name}_model", self.config, self.tokenizer)
         fixed = {name: getattr(self.hp, name) for name in self.fixed_by_weights}
         record = {"fixed_by_weights": fixed, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
-        hparams.save(self.hp, params.parent / f"{self.name}_hparams.json", **record)
         with atomic_write(params, "wb") as file:
             torch.save(self.state(), file)
+            file.flush()
+            weights = fingerprint_files([file.name])
+            hparams.save(self.hp, params.parent / f"{self.name}_hparams.json", **record, weights=weights)
+        return weights
+
+    def _is_done(self, params: str, stamp: dict) -> bool:
+        record = Path(params).parent / f"{self.name}_hparams.json"
+        if not record.exists():
+            clear_stamp(params)
+        return up_to_date(params, {**stamp, "weights": self.best_fingerprint()}, say)
 
     def run(self) -> None:
         """Train unless the result is up to date."""
@@ -96,12 +109,12 @@ class TrainingStage:
         stamp = self.stamp()
         if self.hp.force:
             checkpoint.unlink(missing_ok=True)
-        elif up_to_date(params, stamp, say):
+        elif self._is_done(params, stamp):
             say(f"{params}: up to date")
             return
         self.load()
         clear_stamp(params)
         progress = Trainer(self.hp, self.task(), self.device, self.precision, str(checkpoint), stamp).run()
-        write_stamp(params, stamp)
+        write_stamp(params, {**stamp, "weights": progress.best_weights})
         say(f"wrote {params} (step {progress.best_step})")
         self.summary(progress)
