@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -55,7 +54,8 @@ class Candidates:
             texts = [self.texts[row] for row in self.rows[keep].tolist()]
         return ListedCandidates(
             self.queries[: len(spans)], self.query_of[keep], self.rows[keep], self.scores[keep],
-            None if self.pids is None else self.pids[keep], self.qids, texts,
+            None if self.pids is None else self.pids[keep],
+            None if self.qids is None else self.qids[: len(spans)], texts,
         )  # fmt: skip
 
 
@@ -77,6 +77,7 @@ def open_candidates(path: str, collection: PassageCollection | None, cache_dir: 
         gatherer = _Gatherer(path)
         for line, (qid, pid, query, _) in enumerate(read_candidates(path, ids_path), start=1):
             gatherer.add(line, query, pid, -1, -gatherer.rank(query), qid)
+        gatherer.require_some()
         return gatherer.candidates(PassageCollection.of_file(path, cache_dir))
     if collection is None:
         raise UserError(f"{path}: a run names passages by row; give the collection (--passage_dir)")
@@ -89,6 +90,7 @@ def open_candidates(path: str, collection: PassageCollection | None, cache_dir: 
         if row.rank != gatherer.rank(row.query):
             raise FormatError(path, line, f"rank {row.rank}, expected {gatherer.rank(row.query)}")
         gatherer.add(line, row.query, row.row, row.row, row.score, None)
+    gatherer.require_some()
     return gatherer.candidates(collection)
 
 
@@ -121,9 +123,11 @@ class _Gatherer:
         self.scores.append(score)
         self.pids.append(key)
 
-    def candidates(self, texts: PassageCollection) -> Candidates:
+    def require_some(self) -> None:
         if not self.rows:
-            raise UserError(f"{Path(self.path)}: no candidates in it")
+            raise UserError(f"{self.path}: no candidates in it")
+
+    def candidates(self, texts: PassageCollection) -> Candidates:
         official = self.rows[0] < 0
         return Candidates(
             list(self.index), np.array(self.query_of, dtype=np.int32), np.array(self.rows, dtype=np.int64),

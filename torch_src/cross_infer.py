@@ -10,7 +10,7 @@ import numpy as np
 from metric.evaluation import compute_metrics
 from torch_src import guards, hparams
 from torch_src.backbones import check_fits, load_weights
-from torch_src.candidates import OFFICIAL, open_candidates
+from torch_src.candidates import OFFICIAL, OFFICIAL_IDS, open_candidates
 from torch_src.collection import PassageCollection
 from torch_src.cross_hparams import DEBUG as TRAIN_DEBUG
 from torch_src.cross_hparams import FIXED_BY_WEIGHTS, CrossHparams
@@ -28,6 +28,7 @@ from torch_src.stamps import clear_stamp, fingerprint_files, fingerprint_text, u
 from torch_src.tokenization import TextRules, tokenizer_fingerprint
 from torch_src.vectors import ScoreStore
 
+RESULT = "cross_res.json"
 SCORES, ID_MAP = "cross_scores.txt", "cross_id_map.tsv"  # what the official converter reads
 
 
@@ -61,6 +62,7 @@ class CrossInference:
         source = require(hp.retrieval_result_path, "candidates to re-rank", "run do_dual_infer.py first")
         cache = str(self.output / "cache")
         self.official = source.endswith(OFFICIAL)
+        self.id_map = source[: -len(OFFICIAL)] + OFFICIAL_IDS if self.official else ""
         self.collection = None if self.official else PassageCollection(hp.passage_dir_path, cache)
         self.candidates = open_candidates(source, self.collection, cache)
         self._check_queries(source)
@@ -94,7 +96,7 @@ class CrossInference:
 
     def result_stamp(self) -> dict:
         """Return what decides the re-ranked run."""
-        ids = [self.hp.passage_ids_path] if os.path.exists(self.hp.passage_ids_path) else []
+        ids = [path for path in (self.hp.passage_ids_path, self.id_map) if os.path.exists(path)]
         more = {"topk": self.hp.topk, "fuse_retriever_weight": self.hp.fuse_retriever_weight}
         qids = fingerprint_text(json.dumps(self.qids, ensure_ascii=False))
         return {**self.score_stamp(), **more, "qids": qids, "ids": fingerprint_files(ids)}
@@ -102,21 +104,21 @@ class CrossInference:
     def scores(self) -> np.ndarray:
         """Return the logits (N,) float32 of all pairs; finished blocks of them are kept on disk."""
         hp, total = self.hp, len(self.candidates)
+        model = load_model(self.model, hp.seed)  # before anything on disk is given up for it
         folder = self.output / "cross_scores"
         store = ScoreStore.create_or_continue(
             folder, self.score_stamp(), total, 1, min(hp.block_pairs, total), say, hp.force
         )
         missing = store.missing_blocks()
         if missing:
-            self._score_blocks(store, missing)
+            self._score_blocks(store, missing, model.to(self.device))
         else:
             say(f"{folder}: scores up to date ({total:,} pairs)")
         return np.concatenate([np.array(block[:, 0]) for _, block in store.blocks()])
 
-    def _score_blocks(self, store: ScoreStore, missing: list[int]) -> None:
+    def _score_blocks(self, store: ScoreStore, missing: list[int], model: CrossEncoder) -> None:
         hp, fixed = self.hp, self.model.fixed
         rules = TextRules(fixed["max_seq_len"], "", fixed["remove_spaces"])
-        model = load_model(self.model, hp.seed).to(self.device)
         sizes = (hp.batch_size, hp.tokens_per_batch)
         scorer = PairScorer(model, self.model.tokenizer, rules, self.device, self.precision, *sizes)
         total = sum(last - first for first, last in map(store.block_range, missing))
@@ -147,7 +149,7 @@ class CrossInference:
 
     def write(self, run_path: Path, logits: np.ndarray) -> dict[str, list[str]]:
         """Write res.rerank{k}, cross_res.json and the files of the official converter; return {qid: pids}."""
-        pids, rows = self.pids_and_rows()
+        pids, rows = self.pids, self.rows
         scores = fuse(self.candidates, logits, self.hp.fuse_retriever_weight)
         result = {qid: [] for qids in self.qids.values() for qid in qids or ()}
         with atomic_write(run_path) as file:
@@ -156,9 +158,8 @@ class CrossInference:
                     file.write(format_run_row(RunRow(query, int(rows[pair]), rank, float(scores[pair]))))
                 for qid in self.qids[query] or ():
                     result[qid] = [pid.decode() for pid in pids[order[: self.hp.topk]]]
-        if result:
-            with atomic_write(self.output / "cross_res.json") as file:
-                json.dump(result, file, ensure_ascii=False)
+        with atomic_write(self.output / RESULT) as file:
+            json.dump(result, file, ensure_ascii=False)
         self._write_official(logits, pids)
         return result
 
@@ -180,11 +181,10 @@ class CrossInference:
         reference = {query.qid: set(query.answers) for query in read_dev(self.hp.dev_set_path)}
         if not any(qid in reference for qid in result):
             return say(f"{self.hp.dev_set_path} has none of these queries: not scored")
-        pids, _ = self.pids_and_rows()
         before = {qid: [] for qid in result}
         for query, span in self.candidates.spans():
             for qid in self.qids[query] or ():
-                before[qid] = [pid.decode() for pid in pids[span]]
+                before[qid] = [pid.decode() for pid in self.pids[span]]
         retriever, reranked = (compute_metrics(reference, run)["MRR@10"] for run in (before, result))
         say(f"MRR@10 of the candidates as they came {retriever:.4f}, re-ranked {reranked:.4f}")
         if warning := guards.below_retriever(reranked, retriever):
@@ -197,13 +197,17 @@ def run(hp: InferenceCrossHparams) -> None:
     inference = CrossInference(hp)
     path = inference.output / f"res.rerank{hp.topk}"
     stamp = inference.result_stamp()
-    if not hp.force and up_to_date(path, stamp, say):
+    outputs = [path, inference.output / RESULT]
+    if not hp.force and all([up_to_date(output, stamp, say) for output in outputs]):
         return say(f"{path}: up to date")
+    inference.pids, inference.rows = inference.pids_and_rows()
     logits = inference.scores()
-    clear_stamp(path)
+    for output in outputs:
+        clear_stamp(output)
     result = inference.write(path, logits)
     hparams.save(hp, inference.output / "cross_infer_hparams.json", fixed_by_weights=inference.model.fixed)
-    write_stamp(path, stamp)
+    for output in outputs:
+        write_stamp(output, stamp)
     say(f"wrote {path} ({len(inference.candidates.queries):,} queries)  "
         f"peak memory {peak_memory_gb(inference.device):.2f} GB")  # fmt: skip
     inference.look(logits, result)

@@ -17,7 +17,7 @@ from torch_src.cross_model import load_cross_encoder
 from torch_src.formats import read_dev
 from torch_src.helpers import exit_status, say, warn
 from torch_src.losses import listwise_loss, pointwise_loss
-from torch_src.passage_ids import read_passage_ids
+from torch_src.passage_ids import check_length, read_passage_ids
 from torch_src.scoring import PairScorer, pair_tensors, rank_pairs
 from torch_src.tokenization import Pairs, TextRules, tokenize_pairs
 from torch_src.training import Progress, Task
@@ -199,7 +199,11 @@ def build_dev_reranking(hp: CrossHparams) -> DevReranking | None:
             "no dev re-ranking"
         )
         return None
-    pids = read_passage_ids(hp.passage_ids_path)[candidates.rows] if is_run else candidates.pids
+    pids = candidates.pids
+    if is_run:
+        ids = read_passage_ids(hp.passage_ids_path)
+        check_length(hp.passage_ids_path, len(ids), len(collection))
+        pids = ids[candidates.rows]
     reference = {dev[query].qid: set(dev[query].answers) for query in candidates.queries}
     qids = {query: dev[query].qid for query in candidates.queries}
     say(

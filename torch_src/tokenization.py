@@ -168,19 +168,35 @@ def tokenize_pairs(
     A query that alone leaves less than ROOM_FOR_PASSAGE tokens is cut to that: a pair needs a passage.
     """
     limit = rules.max_seq_len * CHARACTERS_A_TOKEN
-    passages = [cut_early(rules.clean(text), limit) for text in passages]
+    passages = [rules.clean(text) for text in passages]
     queries = _shorten(tokenizer, [rules.clean(text) for text in queries], rules.max_seq_len)
-    pairs = Pairs([], [], 0)
+    pairs, cut = _encode_pairs(
+        tokenizer, queries, [cut_early(text, limit) for text in passages], rules.max_seq_len
+    )
+    again = [at for at, text in enumerate(passages) if len(text) > limit and not cut[at]]  # as in tokenize
+    if again:
+        whole = ([queries[at] for at in again], [passages[at] for at in again])
+        redone, redone_cut = _encode_pairs(tokenizer, *whole, rules.max_seq_len)
+        for at, pair, was_cut in zip(again, redone, redone_cut, strict=True):
+            pairs[at], cut[at] = pair, was_cut
+    return Pairs([ids for ids, _ in pairs], [types for _, types in pairs], sum(cut))
+
+
+def _encode_pairs(
+    tokenizer, queries: list[str], passages: list[str], max_seq_len: int
+) -> tuple[list, list[bool]]:
+    """Return ([(ids, segment ids)], was the passage cut)."""
+    pairs, cut = [], []
     for start in range(0, len(passages), AT_ONCE):
         some = slice(start, start + AT_ONCE)
         with LOCK:
             batch = tokenizer(
-                queries[some], passages[some], truncation="only_second", max_length=rules.max_seq_len,
+                queries[some], passages[some], truncation="only_second", max_length=max_seq_len,
                 return_attention_mask=False, return_token_type_ids=True,
             )  # fmt: skip
-        cut = pairs.cut + sum(bool(encoding.overflowing) for encoding in batch.encodings)
-        pairs = Pairs(pairs.ids + batch["input_ids"], pairs.types + batch["token_type_ids"], cut)
-    return pairs
+        pairs += zip(batch["input_ids"], batch["token_type_ids"], strict=True)
+        cut += [bool(encoding.overflowing) for encoding in batch.encodings]
+    return pairs, cut
 
 
 def _shorten(tokenizer, queries: list[str], max_seq_len: int) -> list[str]:
@@ -193,7 +209,7 @@ def _shorten(tokenizer, queries: list[str], max_seq_len: int) -> list[str]:
                 query, add_special_tokens=False, return_offsets_mapping=True, truncation=False
             )["offset_mapping"]
         if len(offsets) > room:
-            queries = [query[: offsets[room - 1][1]] if other == query else other for other in queries]
+            queries = [query[: offsets[room][0]] if other == query else other for other in queries]
     return queries
 
 

@@ -58,7 +58,9 @@ class TrainingStage:
     def stamp(self) -> dict:
         """Return what decides the weights: settings, the model started from, the files."""
         settings = {k: v for k, v in dataclasses.asdict(self.hp).items() if k not in NOT_STAMPED}
-        dev = [path for path in (self.hp.dev_set_path, self.hp.dev_candidates_path) if os.path.exists(path)]
+        ids_path = self.hp.dev_candidates_path.replace(".res.tsv", ".res.id_map.tsv")
+        dev = [self.hp.dev_set_path, *{self.hp.dev_candidates_path: 0, ids_path: 0}]
+        dev = [path for path in dev if os.path.exists(path)]
         return {
             "stage": f"{self.name}_train", **settings, "precision": self.precision,
             "start": model_fingerprint(self.hp.pretrained_model_path),
