@@ -201,9 +201,8 @@ def _encode_pairs(
 
 def _shorten(tokenizer, queries: list[str], max_seq_len: int) -> list[str]:
     room = max_seq_len - min(ROOM_FOR_PASSAGE, max_seq_len // 2)
-    for query in {
-        query for query in queries if len(query) > room // 2
-    }:  # a character gives two tokens at most
+    # A character gives four tokens at most (the bytes of UTF-8, in byte-level vocabularies).
+    for query in {query for query in queries if 4 * len(query) > room}:
         with LOCK:
             offsets = tokenizer(
                 query, add_special_tokens=False, return_offsets_mapping=True, truncation=False
