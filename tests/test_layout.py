@@ -31,6 +31,7 @@ ROWS = [
     ],
     ["datasets", "cross_datasets", "dual_model", "cross_model", "losses", "vectors", "candidates", "guards"],
     ["encoding", "search", "scoring"],
+    ["optimisation", "training_log"],
     ["training", "dev_retrieval"],
     ["training_stage"],
     ["inference_stage"],
@@ -125,7 +126,8 @@ def source_without(module: str) -> str:
 def test_every_knob_is_read(settings):
     """A knob is read as hp.name, through its path property, or by name through FIXED_BY_WEIGHTS."""
     source = source_without(settings.__module__.rsplit(".")[-1])
-    own = Path(sys.modules[settings.__module__].__file__).read_text(encoding="utf-8")
+    files = [sys.modules[settings.__module__].__file__, hparams.__file__]  # where the paths are derived
+    own = "".join(Path(file).read_text(encoding="utf-8") for file in files)
     for field in dataclasses.fields(settings):
         by_weights = field.name in dual_hparams.FIXED_BY_WEIGHTS and f'["{field.name}"]' in source
         prefix = field.name in ("query_prefix", "passage_prefix") and '_prefix"]' in source

@@ -2,7 +2,15 @@
 
 from dataclasses import dataclass
 
-from torch_src.hparams import PRECISIONS, SAMPLE_DIR, TINY_MODEL, check_choice, check_range, under
+from torch_src.hparams import (
+    PRECISIONS,
+    SAMPLE_DIR,
+    TINY_MODEL,
+    OfficialLayout,
+    check_choice,
+    check_range,
+    under,
+)
 
 # What the weights fix: saved in cross_hparams.json, read from there by inference.
 FIXED_BY_WEIGHTS = ("max_seq_len", "remove_spaces", "vocab_path")
@@ -10,7 +18,7 @@ LOSSES = ("pointwise", "listwise")
 
 
 @dataclass(frozen=True)
-class CrossHparams:
+class CrossHparams(OfficialLayout):
     """Train the cross-encoder: train/cross.train.tsv -> output/cross_params.bin."""
 
     # the knobs most people change first
@@ -64,22 +72,6 @@ class CrossHparams:
     @property
     def train_set_path(self) -> str:
         return under(self.data_dir, self.train_set, "train/cross.train.tsv")
-
-    @property
-    def dev_set_path(self) -> str:
-        return under(self.data_dir, self.dev_set, "dev/dev.json")
-
-    @property
-    def dev_candidates_path(self) -> str:
-        return under(self.data_dir, self.dev_candidates, "auxiliary/dev.retrieval.top50.res.tsv")
-
-    @property
-    def passage_dir_path(self) -> str:
-        return under(self.data_dir, self.passage_dir, "passage-collection")
-
-    @property
-    def passage_ids_path(self) -> str:
-        return under(self.passage_dir_path, self.passage_ids, "passage2id.map.json")
 
     @property
     def params_path(self) -> str:

@@ -3,7 +3,16 @@
 from dataclasses import dataclass
 
 from torch_src.errors import UserError
-from torch_src.hparams import POOLINGS, PRECISIONS, SAMPLE_DIR, TINY_MODEL, check_choice, check_range, under
+from torch_src.hparams import (
+    POOLINGS,
+    PRECISIONS,
+    SAMPLE_DIR,
+    TINY_MODEL,
+    OfficialLayout,
+    check_choice,
+    check_range,
+    under,
+)
 
 # What the weights fix: saved in dual_hparams.json, read from there by inference.
 FIXED_BY_WEIGHTS = (
@@ -13,7 +22,7 @@ FIXED_BY_WEIGHTS = (
 
 
 @dataclass(frozen=True)
-class DualHparams:
+class DualHparams(OfficialLayout):
     """Train the dual encoder: train/dual.train.tsv -> output/dual_params.bin."""
 
     # the knobs most people change first
@@ -72,22 +81,6 @@ class DualHparams:
     @property
     def train_set_path(self) -> str:
         return under(self.data_dir, self.train_set, "train/dual.train.tsv")
-
-    @property
-    def dev_set_path(self) -> str:
-        return under(self.data_dir, self.dev_set, "dev/dev.json")
-
-    @property
-    def passage_dir_path(self) -> str:
-        return under(self.data_dir, self.passage_dir, "passage-collection")
-
-    @property
-    def passage_ids_path(self) -> str:
-        return under(self.passage_dir_path, self.passage_ids, "passage2id.map.json")
-
-    @property
-    def dev_candidates_path(self) -> str:
-        return under(self.data_dir, self.dev_candidates, "auxiliary/dev.retrieval.top50.res.tsv")
 
     @property
     def params_path(self) -> str:

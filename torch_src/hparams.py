@@ -112,3 +112,31 @@ def check_range(name: str, value, low, high=float("inf")) -> None:
 def under(folder: str, path: str, default: str) -> str:
     """Return `path` when it was given, else `default` inside `folder`."""
     return path or str(Path(folder) / default)
+
+
+class OfficialLayout:
+    """Paths of a data folder of the official layout: a knob that is empty follows `data_dir`."""
+
+    @property
+    def dev_set_path(self) -> str:
+        return under(self.data_dir, self.dev_set, "dev/dev.json")
+
+    @property
+    def dev_q_path(self) -> str:
+        return under(self.data_dir, self.dev_q, "dev/dev.q.format")
+
+    @property
+    def dev_q2qid_path(self) -> str:
+        return under(str(Path(self.dev_q_path).parent), self.dev_q2qid, "q2qid.dev.json")
+
+    @property
+    def dev_candidates_path(self) -> str:
+        return under(self.data_dir, self.dev_candidates, "auxiliary/dev.retrieval.top50.res.tsv")
+
+    @property
+    def passage_dir_path(self) -> str:
+        return under(self.data_dir, self.passage_dir, "passage-collection")
+
+    @property
+    def passage_ids_path(self) -> str:
+        return under(self.passage_dir_path, self.passage_ids, "passage2id.map.json")

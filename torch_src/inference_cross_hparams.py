@@ -1,15 +1,14 @@
 """Settings of do_cross_infer.py. Edit a default here, or pass `--name value`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from torch_src.hparams import PRECISIONS, SAMPLE_DIR, check_choice, check_range, under
+from torch_src.hparams import PRECISIONS, SAMPLE_DIR, OfficialLayout, check_choice, check_range, under
 
 PRETRAINED = "none"  # --cross_params none: a pretrained re-ranker as it is
 
 
 @dataclass(frozen=True)
-class InferenceCrossHparams:
+class InferenceCrossHparams(OfficialLayout):
     """Re-rank: output/res.top50 + output/cross_params.bin -> output/res.rerank50, output/cross_res.json."""
 
     # the knobs most people change first
@@ -52,26 +51,6 @@ class InferenceCrossHparams:
     @property
     def cross_params_path(self) -> str:
         return under(self.output_dir, self.cross_params, "cross_params.bin")
-
-    @property
-    def dev_q_path(self) -> str:
-        return under(self.data_dir, self.dev_q, "dev/dev.q.format")
-
-    @property
-    def dev_q2qid_path(self) -> str:
-        return under(str(Path(self.dev_q_path).parent), self.dev_q2qid, "q2qid.dev.json")
-
-    @property
-    def dev_set_path(self) -> str:
-        return under(self.data_dir, self.dev_set, "dev/dev.json")
-
-    @property
-    def passage_dir_path(self) -> str:
-        return under(self.data_dir, self.passage_dir, "passage-collection")
-
-    @property
-    def passage_ids_path(self) -> str:
-        return under(self.passage_dir_path, self.passage_ids, "passage2id.map.json")
 
     def check(self) -> None:
         """UserError for a value out of range."""

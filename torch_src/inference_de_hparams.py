@@ -1,15 +1,22 @@
 """Settings of do_dual_infer.py. Edit a default here, or pass `--name value`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from torch_src.hparams import POOLINGS, PRECISIONS, SAMPLE_DIR, check_choice, check_range, under
+from torch_src.hparams import (
+    POOLINGS,
+    PRECISIONS,
+    SAMPLE_DIR,
+    OfficialLayout,
+    check_choice,
+    check_range,
+    under,
+)
 
 PRETRAINED = "none"  # --dual_params none: the pretrained model as it is, without fine-tuning (zero-shot)
 
 
 @dataclass(frozen=True)
-class InferenceDeHparams:
+class InferenceDeHparams(OfficialLayout):
     """Encode queries and passages, search, write the run: output/dual_params.bin -> output/res.top50."""
 
     # the knobs most people change first
@@ -52,22 +59,6 @@ class InferenceDeHparams:
     @property
     def dual_params_path(self) -> str:
         return under(self.output_dir, self.dual_params, "dual_params.bin")
-
-    @property
-    def dev_q_path(self) -> str:
-        return under(self.data_dir, self.dev_q, "dev/dev.q.format")
-
-    @property
-    def dev_q2qid_path(self) -> str:
-        return under(str(Path(self.dev_q_path).parent), self.dev_q2qid, "q2qid.dev.json")
-
-    @property
-    def passage_dir_path(self) -> str:
-        return under(self.data_dir, self.passage_dir, "passage-collection")
-
-    @property
-    def passage_ids_path(self) -> str:
-        return under(self.passage_dir_path, self.passage_ids, "passage2id.map.json")
 
     def check(self) -> None:
         """UserError for a value out of range."""

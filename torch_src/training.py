@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from torch_src.devices import autocast, peak_memory_gb
+from torch_src.devices import autocast
 from torch_src.errors import UserError
 from torch_src.helpers import atomic_write, duration, say
+from torch_src.optimisation import lr_factor, parameter_groups
+from torch_src.training_log import Log
 
 MAX_SKIPS = 50  # fp16 updates in a row that the scaler may skip: beyond that the loss scale will not recover
 
@@ -244,59 +246,3 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.progress = Progress(**state["progress"])
         say(f"{self.checkpoint}: carrying on after step {self.progress.step} of {self.total_steps}")
-
-
-class Log:
-    """Means over the updates since the last line, and the line itself."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.first_step, self.begun = trainer, trainer.progress.step, time.monotonic()
-        self._clear()
-
-    def _clear(self) -> None:
-        self.loss = self.accuracy = 0.0
-        self.count, self.since = 0, time.monotonic()
-
-    def pause(self, seconds: float) -> None:
-        """Leave an evaluation out of the rate."""
-        self.since += seconds
-
-    def add(self, loss: float, accuracy: float) -> None:
-        self.loss, self.accuracy, self.count = self.loss + loss, self.accuracy + accuracy, self.count + 1
-
-    def line(self, step: int, lr: float) -> tuple[float, float]:
-        """Print one line; return the mean loss and accuracy since the last one."""
-        trainer, task, hp, now = self.trainer, self.trainer.task, self.trainer.hp, time.monotonic()
-        loss, accuracy = self.loss / self.count, self.accuracy / self.count
-        rate = self.count * task.queries_per_step * hp.accumulation_steps / max(now - self.since, 1e-9)
-        left = (now - self.begun) / (step - self.first_step) * (trainer.total_steps - step)
-        epoch = (step - 1) // trainer.steps_per_epoch + 1
-        say(
-            f"epoch {epoch}/{hp.epoch}  step {step}/{trainer.total_steps} "
-            f"({100 * step / trainer.total_steps:.1f}%)  loss {loss:.3f}  in-batch acc {accuracy:.3f}  "
-            f"lr {lr:.1e}  {rate:.1f} {task.unit}/s  mem {peak_memory_gb(trainer.device):.1f} GB  "
-            f"eta {duration(left)}"
-        )
-        self._clear()
-        return loss, accuracy
-
-
-def lr_factor(step: int, total_steps: int, warmup_proportion: float) -> float:
-    """Return the factor on the peak learning rate of update `step` (from 0): a linear rise, then a linear
-    fall to 0.
-    """
-    warmup = int(total_steps * warmup_proportion)
-    if step < warmup:
-        return (step + 1) / warmup
-    return (total_steps - step) / max(1, total_steps - warmup)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return AdamW's groups: weight decay on matrices, none on biases and norms (vectors). Tied weights stand
-    once.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
