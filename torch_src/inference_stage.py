@@ -63,9 +63,10 @@ def find_pretrained_model(hp, trained, fixed_names: tuple[str, ...]) -> FoundMod
     """Return the pretrained model as it is; what no option says is as in the training settings `trained`."""
     path = hp.pretrained_model_path or trained.pretrained_model_path
     fixed = {n: getattr(trained, n) if getattr(hp, n) is None else getattr(hp, n) for n in fixed_names}
+    config = load_config(path)  # first: when the model is not there at all, its message is the right one
     tokenizer = load_tokenizer(path, fixed["vocab_path"])
     fingerprint = fingerprint_text(f"{model_fingerprint(path)} seed {hp.seed}")
-    return FoundModel(fixed, path, None, tokenizer, fingerprint, load_config(path))
+    return FoundModel(fixed, path, None, tokenizer, fingerprint, config)
 
 
 def read_query_ids(hp) -> dict[str, list[str] | None]:
