@@ -134,12 +134,6 @@ def check_fits(config, vocabulary: int, lengths: dict[str, int], path: str) -> N
             raise UserError(f"--{name} {length}: the model {path} has only {positions} positions")
 
 
-def save_model_folder(folder: Path, config, tokenizer) -> None:
-    """Write configuration and tokenizer: inference then needs no folder but the result's."""
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def load_weights(path: str, model: nn.Module, made_by: str) -> None:
     """Load a plain state dict into `model`; UserError when it is missing, torn, or of another model."""
     try:

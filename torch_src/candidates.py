@@ -48,10 +48,7 @@ class Candidates:
         keep = np.concatenate(
             [np.arange(span.start, min(span.stop, span.start + depth)) for _, span in spans]
         )
-        if self.pids is not None:
-            texts = [self.texts[pair] for pair in keep.tolist()]
-        else:
-            texts = [self.texts[row] for row in self.rows[keep].tolist()]
+        texts = [self.passages(pair, pair + 1)[0] for pair in keep.tolist()]
         return ListedCandidates(
             self.queries[: len(spans)], self.query_of[keep], self.rows[keep], self.scores[keep],
             None if self.pids is None else self.pids[keep],

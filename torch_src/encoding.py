@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch_src.collection import PassageCollection
 from torch_src.devices import autocast
 from torch_src.dual_model import embed
 from torch_src.errors import UserError
-from torch_src.helpers import duration, say
+from torch_src.helpers import duration, one_ahead, say
 from torch_src.tokenization import TextRules, length_sorted_batches, pad, tokenize
 from torch_src.vectors import VectorStore
 
@@ -91,19 +90,14 @@ def encode_collection(
 
 
 def _tokenized_ahead(encoder: Encoder, collection, first: int, last: int) -> Iterator[tuple[int, list, int]]:
-    """Yield (first row, token ids, texts cut) of pieces, the next one being tokenised while this one is
+    """Return (first row, token ids, texts cut) of pieces, the next one being tokenised while this one is
     encoded.
     """
 
     def piece(start: int):
         return start, *encoder.tokenize(collection[start : min(last, start + TOKENIZE_AHEAD)])
 
-    with ThreadPoolExecutor(max_workers=1) as ahead:
-        waiting = ahead.submit(piece, first)
-        for start in range(first + TOKENIZE_AHEAD, last, TOKENIZE_AHEAD):
-            ready, waiting = waiting.result(), ahead.submit(piece, start)
-            yield ready
-        yield waiting.result()
+    return one_ahead(piece, range(first, last, TOKENIZE_AHEAD))
 
 
 def to_float16(vectors: np.ndarray, first_row: int) -> np.ndarray:

@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -96,6 +98,18 @@ def require(path, what: str, mend: str = "") -> str:
     if not os.path.exists(path):
         raise UserError(f"{path}: no such file or folder ({what})" + (f"; {mend}" if mend else ""))
     return str(path)
+
+
+def one_ahead(prepare: Callable, items: Iterable) -> Iterator:
+    """Yield prepare(item) of each item, the next one being prepared in a thread while this one is used."""
+    with ThreadPoolExecutor(max_workers=1) as ahead:
+        waiting = None
+        for item in items:
+            ready, waiting = waiting, ahead.submit(prepare, item)
+            if ready is not None:
+                yield ready.result()
+        if waiting is not None:
+            yield waiting.result()
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,6 @@
 """Pairs to logits: tokenised ahead, sorted by length across queries, put back in order."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch_src.candidates import Candidates
 from torch_src.cross_model import CrossEncoder
 from torch_src.devices import autocast
 from torch_src.errors import UserError
+from torch_src.helpers import one_ahead
 from torch_src.tokenization import Pairs, TextRules, length_sorted_batches, pad, tokenize_pairs
 
 TOKENIZE_AHEAD = 4096  # pairs tokenised in one piece
@@ -60,13 +60,8 @@ class PairScorer:
             queries = [candidates.queries[at] for at in candidates.query_of[start:stop]]
             return start, self.tokenize(queries, candidates.passages(start, stop))
 
-        with ThreadPoolExecutor(max_workers=1) as ahead:
-            waiting = ahead.submit(piece, first)
-            for start in range(first, last, TOKENIZE_AHEAD):
-                _, pairs = waiting.result()
-                if start + TOKENIZE_AHEAD < last:
-                    waiting = ahead.submit(piece, start + TOKENIZE_AHEAD)
-                yield start, self.score(pairs), pairs
+        for start, pairs in one_ahead(piece, range(first, last, TOKENIZE_AHEAD)):
+            yield start, self.score(pairs), pairs
 
     def score_all(self, candidates: Candidates) -> np.ndarray:
         """Return the logits (N,) float32 of all candidates."""

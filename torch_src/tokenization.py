@@ -85,10 +85,21 @@ def _check_vocabulary(vocab_path: str) -> None:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return 16 hex digits over everything that decides the token ids."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return fingerprint_text(backend.to_str())
+    with LOCK:
+        _clear_limits(tokenizer)
+        return fingerprint_text(tokenizer.backend_tokenizer.to_str())
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder) -> None:
+    """Write the tokenizer's files, without the length limit of whichever call came last."""
+    with LOCK:
+        _clear_limits(tokenizer)
+        tokenizer.save_pretrained(folder)
+
+
+def _clear_limits(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
 
 
 def tokenize(

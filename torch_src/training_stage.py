@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 
 from torch_src import hparams
-from torch_src.backbones import check_fits, load_config, model_fingerprint, save_model_folder
+from torch_src.backbones import check_fits, load_config, model_fingerprint
 from torch_src.devices import choose_device, choose_precision, set_threads
 from torch_src.helpers import atomic_write, say
 from torch_src.stamps import clear_stamp, fingerprint_files, up_to_date, write_stamp
-from torch_src.tokenization import length_sorted_batches, load_tokenizer, tokenizer_fingerprint
+from torch_src.tokenization import (
+    length_sorted_batches,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_fingerprint,
+)
 from torch_src.training import Progress, Task, Trainer
 
 # Settings that change where things lie or what is said, but not the weights a run ends with.
@@ -89,7 +94,9 @@ class TrainingStage:
     def save_best(self) -> str:
         """Write NAME_params.bin and what inference must know of it; return its fingerprint."""
         params = Path(self.hp.params_path)
-        save_model_folder(params.parent / f"{self.name}_model", self.config, self.tokenizer)
+        folder = params.parent / f"{self.name}_model"  # inference then needs no folder but the result's
+        self.config.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
         fixed = {name: getattr(self.hp, name) for name in self.fixed_by_weights}
         record = {"fixed_by_weights": fixed, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
         with atomic_write(params, "wb") as file:
