@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from torch_src import tokenization
 from torch_src.errors import UserError
 from torch_src.tokenization import (
     TextRules,
@@ -196,3 +197,20 @@ def test_batches_cover_each_text_once_within_both_limits(lengths, max_rows, max_
 def test_batches_are_filled_up_to_the_limits():
     assert [batch.tolist() for batch in length_sorted_batches([2, 5, 1, 5, 2], 3, 10)] == [[1, 3], [0, 4, 2]]
     assert [batch.tolist() for batch in length_sorted_batches([9, 9], 8, 4)] == [[0], [1]]
+
+
+def test_fingerprint_and_saving_wait_for_the_thread_that_tokenises(tokenizer, tmp_path, monkeypatch):
+    """Both reset the length limit of the shared tokenizer, so both must hold its lock."""
+    held = []
+
+    class Lock:
+        def __enter__(self):
+            held.append(True)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(tokenization, "LOCK", Lock())
+    tokenization.tokenizer_fingerprint(tokenizer)
+    tokenization.save_tokenizer(tokenizer, tmp_path)
+    assert held == [True, True]

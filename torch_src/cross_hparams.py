@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 from torch_src.hparams import (
-    PRECISIONS,
     SAMPLE_DIR,
     TINY_MODEL,
     OfficialLayout,
     check_choice,
     check_range,
+    check_training,
     under,
 )
 
@@ -79,22 +79,12 @@ class CrossHparams(OfficialLayout):
 
     def check(self) -> None:
         """UserError for a value out of range."""
+        check_training(self)
         check_choice("loss", self.loss, LOSSES)
-        check_choice("precision", self.precision, PRECISIONS)
-        for name in ("epoch", "batch_size", "groups_per_step", "accumulation_steps", "tokens_per_batch"):
-            check_range(name, getattr(self, name), 1)
-        for name in ("dev_queries", "dev_depth", "log_every"):
-            check_range(name, getattr(self, name), 1)
-        for name in ("max_steps", "early_stop", "threads", "seed", "weight_decay", "fgm_epsilon"):
-            check_range(name, getattr(self, name), 0)
-        check_range("group_size", self.group_size, 2)
+        for name, low in (("groups_per_step", 1), ("group_size", 2), ("dev_queries", 1), ("dev_depth", 1)):
+            check_range(name, getattr(self, name), low)
+        check_range("fgm_epsilon", self.fgm_epsilon, 0)
         check_range("max_seq_len", self.max_seq_len, 8)
-        for name in ("lr", "max_grad_norm"):
-            check_range(name, getattr(self, name), 1e-12)
-        check_range("warmup_proportion", self.warmup_proportion, 0, 1)
-        if self.dropout is not None:
-            check_range("dropout", self.dropout, 0, 0.9)
-        check_range("eval_every", self.eval_every, -1)
 
 
 # --debug lowers these defaults; an explicit option still wins.

@@ -22,8 +22,8 @@ TOPK = 50
 class DevRetrieval:
     """Dev queries and their pool of passages, (pid, text) each once."""
 
-    def __init__(self, queries: list[DevQuery], pool: dict[str, str], name: str):
-        self.queries, self.name = queries, name
+    def __init__(self, queries: list[DevQuery], pool: dict[str, str]):
+        self.queries = queries
         self.pids, self.passages = np.array(list(pool)), list(pool.values())
         self.reference = {query.qid: set(query.answers) for query in queries}
 
@@ -72,7 +72,7 @@ def build_dev_retrieval(hp, collection_cache: str) -> DevRetrieval | None:
         f"dev retrieval: {len(queries):,} queries over {name} "
         f"({len(pool):,} in all; not the full-collection figures)"
     )
-    return DevRetrieval(queries, pool, name)
+    return DevRetrieval(queries, pool)
 
 
 def _named_passages(hp, queries: list[DevQuery]) -> tuple[dict[str, str], str]:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from torch_src.errors import UserError
 from torch_src.hparams import (
     POOLINGS,
-    PRECISIONS,
     SAMPLE_DIR,
     TINY_MODEL,
     OfficialLayout,
     check_choice,
     check_range,
+    check_training,
     under,
 )
 
@@ -88,28 +88,12 @@ class DualHparams(OfficialLayout):
 
     def check(self) -> None:
         """UserError for a value out of range."""
+        check_training(self)
         check_choice("pooling", self.pooling, POOLINGS)
-        check_choice("precision", self.precision, PRECISIONS)
-        for name in ("epoch", "batch_size", "accumulation_steps", "tokens_per_batch", "log_every"):
-            check_range(name, getattr(self, name), 1)
-        for name in (
-            "hard_negatives",
-            "max_steps",
-            "dev_random_passages",
-            "early_stop",
-            "threads",
-            "seed",
-            "weight_decay",
-        ):
-            check_range(name, getattr(self, name), 0)
+        for name, low in (("hard_negatives", 0), ("dev_random_passages", 0), ("temperature", 1e-12)):
+            check_range(name, getattr(self, name), low)
         for name in ("q_max_seq_len", "p_max_seq_len"):
             check_range(name, getattr(self, name), 3)
-        for name in ("lr", "temperature", "max_grad_norm"):
-            check_range(name, getattr(self, name), 1e-12)
-        check_range("warmup_proportion", self.warmup_proportion, 0, 1)
-        if self.dropout is not None:
-            check_range("dropout", self.dropout, 0, 0.9)
-        check_range("eval_every", self.eval_every, -1)
         if self.early_stop and self.eval_every < 0:
             raise UserError("--early_stop needs dev retrievals; --eval_every -1 turns them off")
         if self.batch_size == 1 and not self.hard_negatives:

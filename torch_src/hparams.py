@@ -109,6 +109,21 @@ def check_range(name: str, value, low, high=float("inf")) -> None:
         raise UserError(f"--{name} {value}: must be {limit}")
 
 
+def check_training(hp) -> None:
+    """UserError for a value out of range among the knobs that both training programs have."""
+    check_choice("precision", hp.precision, PRECISIONS)
+    for name in ("epoch", "batch_size", "accumulation_steps", "tokens_per_batch", "log_every"):
+        check_range(name, getattr(hp, name), 1)
+    for name in ("max_steps", "early_stop", "threads", "seed", "weight_decay"):
+        check_range(name, getattr(hp, name), 0)
+    for name in ("lr", "max_grad_norm"):
+        check_range(name, getattr(hp, name), 1e-12)
+    check_range("warmup_proportion", hp.warmup_proportion, 0, 1)
+    if hp.dropout is not None:
+        check_range("dropout", hp.dropout, 0, 0.9)
+    check_range("eval_every", hp.eval_every, -1)
+
+
 def under(folder: str, path: str, default: str) -> str:
     """Return `path` when it was given, else `default` inside `folder`."""
     return path or str(Path(folder) / default)
