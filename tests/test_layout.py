@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from torch_src import cross_hparams, dual_hparams, hparams, inference_cross_hparams, inference_de_hparams
+from torch_src import (
+    cross_hparams,
+    dual_hparams,
+    hparams,
+    inference_cross_hparams,
+    inference_de_hparams,
+    mining_hparams,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 # A module imports only from an earlier row, never from its own.
@@ -23,6 +30,7 @@ ROWS = [
         "inference_de_hparams",
         "cross_hparams",
         "inference_cross_hparams",
+        "mining_hparams",
         "collection",
         "tokenization",
         "devices",
@@ -35,7 +43,7 @@ ROWS = [
     ["training", "dev_retrieval"],
     ["training_stage"],
     ["inference_stage"],
-    ["dual_train", "dual_infer", "cross_train", "cross_infer"],
+    ["dual_train", "dual_infer", "cross_train", "cross_infer", "mining"],
 ]
 ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
 TORCH_FREE = [module for row in ROWS[:3] for module in row]
@@ -51,6 +59,7 @@ SETTINGS = {
     "do_dual_infer.py": (inference_de_hparams.InferenceDeHparams, inference_de_hparams.DEBUG),
     "do_cross_train.py": (cross_hparams.CrossHparams, cross_hparams.DEBUG),
     "do_cross_infer.py": (inference_cross_hparams.InferenceCrossHparams, inference_cross_hparams.DEBUG),
+    "script/mine_negatives.py": (mining_hparams.MiningHparams, mining_hparams.DEBUG),
 }
 
 
@@ -101,7 +110,9 @@ def test_stand_alone_programs_use_the_standard_library_alone(path):
 
 def test_nothing_happens_at_import(tmp_path):
     """With another program's arguments in an empty folder: no parsing, file, device or environment."""
-    names = [f"torch_src.{path.stem}" for path in MODULES] + [name[:-3] for name in SETTINGS]
+    names = [f"torch_src.{path.stem}" for path in MODULES] + [
+        name[:-3] for name in SETTINGS if "/" not in name
+    ]
     code = f"""
 import os, sys, logging
 sys.path.insert(0, {str(ROOT)!r}); sys.argv = ["other", "--not_ours", "x"]
@@ -119,7 +130,8 @@ print("quiet")
 
 
 def source_without(module: str) -> str:
-    return "\n".join(path.read_text(encoding="utf-8") for path in MODULES if path.stem != module)
+    files = [*MODULES, *ROOT.glob("script/*.py")]
+    return "\n".join(path.read_text(encoding="utf-8") for path in files if path.stem != module)
 
 
 @pytest.mark.parametrize("settings", [pair[0] for pair in SETTINGS.values()], ids=lambda s: s.__name__)

@@ -32,8 +32,8 @@ class DualTrainingSet:
             return tuple(text_hash(clean(text)) for text in (row.query, row.positive, row.negative))
 
         self.file = RowFile(path, parse_dual_row, hashes)
-        query_hash, self.positive_hash, self.negative_hash = self.file.numbers.T
-        self.groups = group_rows(query_hash)
+        self.query_hash, self.positive_hash, self.negative_hash = self.file.numbers.T
+        self.groups = group_rows(self.query_hash)
 
     @property
     def rows(self) -> int:

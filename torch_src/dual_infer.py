@@ -112,8 +112,8 @@ class DualInference:
             model.query_encoder = None  # its memory is the passage tower's now
         stamp = {**self.vector_stamp("passage"), "collection": self.collection.fingerprint}
         store = VectorStore.create_or_continue(
-            self.output / "para_emb", stamp, len(self.collection), queries.shape[1], self.hp.block_rows, say,
-            self.hp.force,
+            self.hp.para_emb_path, stamp, len(self.collection), queries.shape[1], self.hp.block_rows, say,
+            self.hp.force, shared=bool(self.hp.para_emb),
         )  # fmt: skip
         if store.missing_blocks():
             encode_collection(self.encoder("passage", model), self.collection, store, self.hp.log_every)

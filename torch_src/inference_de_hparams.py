@@ -33,7 +33,8 @@ class InferenceDeHparams(OfficialLayout):
     dev_q2qid: str = ""  # query text -> qid (JSON); empty: beside dev_q; none: not checked
     passage_dir: str = ""  # the collection, part-00.. or all_doc; empty: data_dir/passage-collection
     passage_ids: str = ""  # row -> pid (JSON); empty: passage_dir/passage2id.map.json; none: not checked
-    output_dir: str = "output"  # where everything is written
+    para_emb: str = ""  # folder of passage vectors, to share them between results; empty: output_dir/para_emb
+    output_dir: str = "output"  # where everything else is written
 
     # fixed by the weights: the default is what they were trained with, anything else is refused
     share_encoder: bool | None = None  # one tower for queries and passages
@@ -59,6 +60,10 @@ class InferenceDeHparams(OfficialLayout):
     @property
     def dual_params_path(self) -> str:
         return under(self.output_dir, self.dual_params, "dual_params.bin")
+
+    @property
+    def para_emb_path(self) -> str:
+        return under(self.output_dir, self.para_emb, "para_emb")
 
     def check(self) -> None:
         """UserError for a value out of range."""

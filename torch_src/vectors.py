@@ -28,12 +28,12 @@ class VectorStore:
 
     @classmethod
     def create_or_continue(
-        cls, folder, stamp: dict, rows: int, hidden: int, block_rows: int, say, force=False
+        cls, folder, stamp: dict, rows: int, hidden: int, block_rows: int, say, force=False, shared=False
     ):
         """Return the store for these settings: its finished blocks are kept when the manifest agrees.
 
         A manifest that disagrees means other vectors: every block is deleted and `say` is told which field
-        changed.
+        changed. Blocks that are `shared` with other runs are refused instead (UserError).
         """
         manifest = {**stamp, "rows": rows, "hidden": hidden, "block_rows": block_rows, "code": CODE_VERSION}
         store = cls(folder, manifest)
@@ -43,6 +43,11 @@ class VectorStore:
             different = changes(_old_manifest(path), manifest)
             if not different:
                 return store
+            if shared:
+                raise UserError(
+                    f"{folder}: vectors of another run ({'; '.join(different)}); "
+                    "leave --para_emb out, name another folder, or pass --force to make them again there"
+                )
             say(f"{folder}: the vectors there are of another run and are made again ({'; '.join(different)})")
         elif blocks:
             say(f"{folder}: {'--force' if force else 'no manifest beside the vectors'}; they are made again")

@@ -1,0 +1,104 @@
+"""Mine negatives from the retriever's own results: new dual.train.tsv and cross.train.tsv for the next round.
+
+    python script/mine_negatives.py                                            # by the retriever alone
+    python script/mine_negatives.py --cross_params output/cross_params.bin     # denoised by the re-ranker
+
+Settings: torch_src/mining_hparams.py, or `--name value`; `--help` lists them. Writes into output/mined:
+dual.train.tsv, cross.train.tsv, dual.train.ids.tsv (rows, pids, ranks and scores, line by line with
+dual.train.tsv), and what they were made from (train.q.format, the run, the re-ranker's scores).
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
+
+from torch_src import cross_infer, dual_infer, hparams, mining
+from torch_src.collection import PassageCollection
+from torch_src.helpers import exit_status, require, say, write_json
+from torch_src.inference_cross_hparams import InferenceCrossHparams
+from torch_src.inference_de_hparams import InferenceDeHparams
+from torch_src.mining_hparams import DEBUG, NO_CROSS, MiningHparams
+from torch_src.passage_ids import check_length, read_passage_ids
+from torch_src.stamps import clear_stamp, fingerprint_files, up_to_date, write_stamp
+
+OUTPUTS = ("dual.train.tsv", "cross.train.tsv", mining.SIDECAR)
+
+
+def retrieve(hp: MiningHparams, queries: Path) -> Path:
+    """Run do_dual_infer.py on the training queries; return the run."""
+    settings = InferenceDeHparams(
+        dual_params=hp.dual_params_path, topk=hp.topk, bs=hp.bs, data_dir=hp.data_dir, dev_q=str(queries),
+        dev_q2qid="none", passage_dir=hp.passage_dir_path, passage_ids=hp.passage_ids_path,
+        para_emb=hp.para_emb_path, output_dir=str(queries.parent), precision=hp.precision, device=hp.device,
+        threads=hp.threads, force=hp.force, debug=hp.debug,
+    )  # fmt: skip
+    dual_infer.run(settings, hp.topk, hp.bs)
+    return queries.parent / f"res.top{hp.topk}"
+
+
+def rerank(hp: MiningHparams, queries: Path, run: Path) -> Path:
+    """Run do_cross_infer.py on the candidates; return the file of their logits."""
+    settings = InferenceCrossHparams(
+        retrieval_result=str(run), cross_params=hp.cross_params, topk=hp.topk, data_dir=hp.data_dir,
+        dev_q=str(queries), dev_q2qid="none", dev_set="none", passage_dir=hp.passage_dir_path,
+        passage_ids=hp.passage_ids_path, output_dir=str(queries.parent), precision=hp.precision,
+        device=hp.device, threads=hp.threads, force=hp.force, debug=hp.debug,
+    )  # fmt: skip
+    cross_infer.run(settings)
+    return queries.parent / cross_infer.SCORES
+
+
+def run(hp: MiningHparams) -> None:
+    """Retrieve, score, choose and write, each unless it is up to date."""
+    hparams.announce("mine negatives", hp)
+    folder = Path(hp.mined_dir_path)
+    data = mining.open_training_set(require(hp.train_set_path, "training rows"))
+    say(f"{data.rows:,} training rows, {data.queries:,} distinct queries")
+    collection = PassageCollection(hp.passage_dir_path, str(folder / "cache"))
+    queries = folder / "train.q.format"
+    mining.write_train_queries(data, queries)
+    found, scores = retrieve(hp, queries), None
+    located = None
+    if hp.cross_params != NO_CROSS:
+        located = mining.locate_positives(data, collection)
+        pairs = folder / "res.pairs"
+        mining.with_positives(data, located, found, pairs)
+        found, scores = pairs, rerank(hp, queries, pairs)
+    rules = mining.Rules(
+        hp.topk, hp.negatives, hp.max_score, hp.select, hp.rank_from, hp.rank_to, hp.too_few,
+        hp.promote_score, hp.seed,
+    )  # fmt: skip
+    stamp = mined_stamp(hp, rules, collection, [found, *([scores] if scores else [])])
+    outputs = [folder / name for name in OUTPUTS]
+    if not hp.force and all([up_to_date(output, stamp, say) for output in outputs]):
+        return say(f"{outputs[0]}: up to date")
+    for output in outputs:
+        clear_stamp(output)
+    ids = read_passage_ids(hp.passage_ids_path)
+    check_length(hp.passage_ids_path, len(ids), len(collection))
+    miner = mining.Miner(data, collection, located or mining.locate_positives(data, collection), rules)
+    logits = mining.read_scores(scores) if scores else None
+    mining.write_mined(miner.mine(found, logits), folder, lambda row: ids[row].decode())
+    write_json(folder / "mining.json", {**dataclasses.asdict(hp), "counts": dataclasses.asdict(miner.counts)})
+    for output in outputs:
+        write_stamp(output, stamp)
+    say("\n".join(miner.counts.lines()))
+    say(f"wrote {outputs[0]} and {outputs[1]}")
+
+
+def mined_stamp(hp: MiningHparams, rules: mining.Rules, collection, inputs: list[Path]) -> dict:
+    """Return what decides the mined files."""
+    files = fingerprint_files([hp.train_set_path, hp.passage_ids_path, *inputs])
+    made_of = {"inputs": files, "collection": collection.fingerprint}
+    return {"stage": "mine_negatives", **dataclasses.asdict(rules), **made_of}
+
+
+def main(argv: list[str]) -> int:
+    """Return the exit status."""
+    return exit_status(lambda: run(hparams.parse(MiningHparams, argv, DEBUG)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
