@@ -9,12 +9,18 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertModel, DistilBertConfig
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, DistilBertConfig
 
 from torch_src.candidates import ListedCandidates
-from torch_src.cross_model import Float32Linear, build_cross_encoder, load_cross_encoder
+from torch_src.cross_model import (
+    Float32Linear,
+    build_cross_encoder,
+    load_cross_encoder,
+    start_from_retriever,
+)
 from torch_src.cross_train import fgm_loss
 from torch_src.devices import autocast
+from torch_src.dual_model import DualEncoder
 from torch_src.errors import UserError
 from torch_src.losses import listwise_loss, pointwise_loss
 from torch_src.scoring import PairScorer, fuse, fused_scores, pair_tensors, rank_pairs
@@ -519,3 +525,31 @@ def test_fusion_does_not_depend_on_the_retrievers_scale():
     spans = [slice(0, 4), slice(4, 5), slice(5, 7)]
     one, other = (fused_scores(logits, a * scores + b, spans, 0.7) for a, b in ((1, 0), (250, -3)))
     assert np.allclose(one, other) and not np.allclose(one, logits)
+
+
+def test_the_encoder_starts_from_the_retrievers_passage_tower(tiny_config, tmp_path):
+    dual = DualEncoder(BertModel(tiny_config, add_pooling_layer=False), False, "cls", False)
+    with torch.no_grad():
+        for parameter in dual.query_encoder.parameters():
+            parameter.zero_()
+    torch.save(dual.state_dict(), tmp_path / "dual_params.bin")
+    cross = build_cross_encoder(tiny_config)
+    pooler = cross.model.bert.pooler.dense.weight.clone()
+    start_from_retriever(cross, str(tmp_path / "dual_params.bin"))
+    for name, value in dual.passage_encoder.state_dict().items():
+        assert torch.equal(cross.model.bert.state_dict()[name], value), name
+    assert torch.equal(cross.model.bert.pooler.dense.weight, pooler)
+
+
+def test_weights_that_are_no_retriever_are_refused(tiny_config, tmp_path):
+    cross = build_cross_encoder(tiny_config)
+    torch.save(cross.model.state_dict(), tmp_path / "cross_params.bin")
+    with pytest.raises(UserError, match="is it a retriever"):
+        start_from_retriever(cross, str(tmp_path / "cross_params.bin"))
+    other = BertModel(BertConfig(**{**tiny_config.to_dict(), "hidden_size": 16}), add_pooling_layer=False)
+    torch.save(DualEncoder(other, True, "cls", False).state_dict(), tmp_path / "dual_params.bin")
+    with pytest.raises(UserError, match="another size"):
+        start_from_retriever(cross, str(tmp_path / "dual_params.bin"))
+    torch.save(torch.zeros(3), tmp_path / "tensor.bin")
+    with pytest.raises(UserError, match="not a state dict"):
+        start_from_retriever(cross, str(tmp_path / "tensor.bin"))

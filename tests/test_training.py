@@ -117,6 +117,20 @@ def test_weight_decay_on_matrices_only_and_tied_weights_once():
     ]
 
 
+def test_a_learning_rate_of_its_own(tmp_path):
+    toy = Toy(tmp_path, epoch=1, warmup_proportion=0.5)
+    groups = parameter_groups(toy.model, 0.1, {"3.weight": 0.5, "3.bias": 0.5})
+    assert [(len(g["params"]), g["weight_decay"], g.get("peak_lr")) for g in groups] == [
+        (1, 0.1, None), (3, 0.0, None), (1, 0.1, 0.5), (1, 0.0, 0.5),
+    ]  # fmt: skip
+    toy.trainer.optimizer = torch.optim.AdamW(groups, lr=0.05)
+    current = toy.trainer.optimizer.param_groups
+    seen = [(toy.trainer._set_lr(step), [g["lr"] for g in current])
+            for step in range(4)]  # fmt: skip
+    assert [lr for lr, _ in seen] == pytest.approx([0.025, 0.05, 0.05, 0.025])
+    assert [rates for _, rates in seen] == [pytest.approx([lr, lr, 10 * lr, 10 * lr]) for lr, _ in seen]
+
+
 def test_weight_decay_shrinks_matrices_and_leaves_vectors(tmp_path):
     toy = Toy(tmp_path, epoch=1, micro_steps=1, weight_decay=0.1)
     toy.scale = 0.0  # no gradient: what moves is the decay

@@ -134,14 +134,22 @@ def check_fits(config, vocabulary: int, lengths: dict[str, int], path: str) -> N
             raise UserError(f"--{name} {length}: the model {path} has only {positions} positions")
 
 
-def load_weights(path: str, model: nn.Module, made_by: str) -> None:
-    """Load a plain state dict into `model`; UserError when it is missing, torn, or of another model."""
+def read_weights(path: str, made_by: str) -> dict:
+    """Return the state dict of a file; UserError when it is missing, torn or something else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file (trained weights); run {made_by} first") from None
     except LOAD_FAULTS as error:
         raise UserError(f"{path}: cannot be read as weights ({_first_line(error)})") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: cannot be read as weights (a {type(state).__name__}, not a state dict)")
+    return state
+
+
+def load_weights(path: str, model: nn.Module, made_by: str) -> None:
+    """Load a plain state dict into `model`; UserError when it is missing, torn, or of another model."""
+    state = read_weights(path, made_by)
     try:
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:

@@ -15,6 +15,7 @@ from torch_src.hparams import (
 # What the weights fix: saved in cross_hparams.json, read from there by inference.
 FIXED_BY_WEIGHTS = ("max_seq_len", "remove_spaces", "vocab_path")
 LOSSES = ("pointwise", "listwise")
+FROM_PRETRAINED = "none"  # --dual_params none: the encoder starts from pretrained_model_path
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class CrossHparams(OfficialLayout):
     loss: str = "pointwise"  # pointwise (binary, the official recipe) or listwise (softmax over a group)
     group_size: int = 8  # passages a group: one positive, the others negatives drawn afresh (listwise)
     groups_per_step: int = 16  # groups a step and micro-batch (listwise)
+    dual_params: str = FROM_PRETRAINED  # trained retriever: start from its passage tower; none: do not
+    head_lr: float = 0.0  # peak learning rate of the weights drawn at random (the head); 0: lr
 
     # files
     data_dir: str = "dureader-retrieval-baseline-dataset"  # official layout; empty paths below follow it
@@ -83,7 +86,8 @@ class CrossHparams(OfficialLayout):
         check_choice("loss", self.loss, LOSSES)
         for name, low in (("groups_per_step", 1), ("group_size", 2), ("dev_queries", 1), ("dev_depth", 1)):
             check_range(name, getattr(self, name), low)
-        check_range("fgm_epsilon", self.fgm_epsilon, 0)
+        for name in ("fgm_epsilon", "head_lr"):
+            check_range(name, getattr(self, name), 0)
         check_range("max_seq_len", self.max_seq_len, 8)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from torch_src.backbones import load_pretrained
+from torch_src.backbones import load_pretrained, read_weights
 from torch_src.errors import UserError
 from torch_src.helpers import say
 
@@ -30,9 +30,10 @@ class Float32Linear(nn.Linear):
 class CrossEncoder(nn.Module):
     """One relevance logit for each (query, passage) pair."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, drawn: list[str] | None = None):
         super().__init__()
         self.model = model
+        self.drawn = [f"model.{name}" for name in drawn or ()]  # parameters that were drawn at random
         for name, module in model.named_modules():
             if type(module) is nn.Linear and not IN_A_LAYER.search(f"{name}."):
                 module.__class__ = Float32Linear  # same weights under the same name
@@ -75,4 +76,20 @@ def load_cross_encoder(path: str, config, seed: int, trained: bool) -> CrossEnco
         )
     if missing:
         say(f"{path}: no head for one logit there; {', '.join(missing)} drawn at random from seed {seed}")
-    return CrossEncoder(model)
+    return CrossEncoder(model, missing)
+
+
+def start_from_retriever(encoder: CrossEncoder, path: str) -> None:
+    """Load the passage tower of a trained retriever (dual_params.bin) into the encoder below the head."""
+    tower = "passage_encoder."
+    state = read_weights(path, "do_dual_train.py")
+    body = {name.removeprefix(tower): value for name, value in state.items() if name.startswith(tower)}
+    wanted = {name for name in encoder.model.base_model.state_dict() if not name.startswith("pooler.")}
+    if wanted - set(body):
+        missing = min(wanted - set(body))
+        raise UserError(f"{path}: has no {tower}{missing}; is it a retriever of the same kind of model?")
+    try:
+        encoder.model.base_model.load_state_dict(body, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{path}: its weights are of another size than the model's") from error
+    say(f"{path}: the encoder starts from its passage tower")

@@ -12,13 +12,14 @@ from torch_src import guards, hparams
 from torch_src.candidates import OFFICIAL, Candidates, open_candidates
 from torch_src.collection import PassageCollection
 from torch_src.cross_datasets import CrossBatch, CrossTrainingSet
-from torch_src.cross_hparams import DEBUG, FIXED_BY_WEIGHTS, CrossHparams
-from torch_src.cross_model import load_cross_encoder
+from torch_src.cross_hparams import DEBUG, FIXED_BY_WEIGHTS, FROM_PRETRAINED, CrossHparams
+from torch_src.cross_model import load_cross_encoder, start_from_retriever
 from torch_src.formats import read_dev
-from torch_src.helpers import exit_status, say, warn
+from torch_src.helpers import exit_status, require, say, warn
 from torch_src.losses import listwise_loss, pointwise_loss
 from torch_src.passage_ids import check_length, read_passage_ids
 from torch_src.scoring import PairScorer, pair_tensors, rank_pairs
+from torch_src.stamps import fingerprint_files
 from torch_src.tokenization import Pairs, TextRules, tokenize_pairs
 from torch_src.training import Progress, Task
 from torch_src.training_stage import TrainingStage
@@ -84,7 +85,16 @@ class CrossTraining(TrainingStage):
             )
         self.dev = None if hp.eval_every < 0 else build_dev_reranking(hp)
         self.model = load_cross_encoder(hp.pretrained_model_path, self.config, hp.seed, trained=False)
+        if hp.dual_params != FROM_PRETRAINED:
+            start_from_retriever(self.model, hp.dual_params)
         self.model.to(self.device)
+
+    def stamp(self) -> dict:
+        start = self.hp.dual_params
+        if start == FROM_PRETRAINED:
+            return super().stamp()
+        weights = fingerprint_files([require(start, "trained retriever", "run do_dual_train.py first")])
+        return {**super().stamp(), "start_weights": weights}
 
     def state(self) -> dict:
         return self.model.model.state_dict()
@@ -92,7 +102,8 @@ class CrossTraining(TrainingStage):
     def task(self) -> Task:
         parts = (self.prepare, self.loss, self.describe, self.evaluate, self.save_best, self.best_fingerprint)
         pairs = self.units * (self.hp.group_size if self.listwise else 1)
-        return Task(self.model, self.steps, *parts, queries_per_step=pairs, unit="pairs")
+        own_lr = dict.fromkeys(self.model.drawn, self.hp.head_lr) if self.hp.head_lr else {}
+        return Task(self.model, self.steps, *parts, queries_per_step=pairs, unit="pairs", own_lr=own_lr)
 
     def prepare(self, epoch: int, micro_step: int) -> TokenBatch:
         """Draw and tokenise one micro-batch (in the thread that runs ahead of the model)."""

@@ -13,12 +13,19 @@ def lr_factor(step: int, total_steps: int, warmup_proportion: float) -> float:
     return (total_steps - step) / max(1, total_steps - warmup)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, own_lr: dict[str, float] | None = None
+) -> list[dict]:
     """Return AdamW's groups: weight decay on matrices, none on biases and norms (vectors). Tied weights stand
-    once.
+    once. Parameters named in `own_lr` stand in groups with a `peak_lr` of their own.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    own_lr = own_lr or {}
+    kinds: dict[tuple, list] = {(None, True): [], (None, False): []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kinds.setdefault((own_lr.get(name), parameter.ndim > 1), []).append(parameter)
+    groups = []
+    for (lr, is_matrix), parameters in kinds.items():
+        group = {"params": parameters, "weight_decay": weight_decay if is_matrix else 0.0}
+        groups.append(group if lr is None else {**group, "peak_lr": lr})
+    return groups

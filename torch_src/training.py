@@ -46,6 +46,7 @@ class Task:
     main_metric: str = "MRR@10"
     queries_per_step: int = 1  # of one micro-batch, for the rate in the log
     unit: str = "queries"  # what that counts
+    own_lr: dict[str, float] = field(default_factory=dict)  # parameter name -> its peak learning rate
 
 
 @dataclass
@@ -79,7 +80,8 @@ class Trainer:
         self.total_steps = min(total, hp.max_steps) if hp.max_steps else total
         self.progress = Progress()
         self.log: Log | None = None
-        self.optimizer = torch.optim.AdamW(parameter_groups(task.model, hp.weight_decay), lr=hp.lr)
+        groups = parameter_groups(task.model, hp.weight_decay, task.own_lr)
+        self.optimizer = torch.optim.AdamW(groups, lr=hp.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     def run(self) -> Progress:
@@ -126,10 +128,10 @@ class Trainer:
         return ahead.submit(self.task.prepare, epoch, at * self.hp.accumulation_steps + micro)
 
     def _set_lr(self, step: int) -> float:
-        lr = self.hp.lr * lr_factor(step, self.total_steps, self.hp.warmup_proportion)
+        factor = lr_factor(step, self.total_steps, self.hp.warmup_proportion)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
+            group["lr"] = group.get("peak_lr", self.hp.lr) * factor
+        return self.hp.lr * factor
 
     def _backward(self, batch, lr: float) -> tuple[float, float]:
         """Add one micro-batch's gradient; return its share of the loss and its accuracy."""

@@ -24,7 +24,7 @@ from torch_src.training import Progress, Task, Trainer
 # Settings that change where things lie or what is said, but not the weights a run ends with.
 NOT_STAMPED = {
     "data_dir", "train_set", "dev_set", "passage_dir", "passage_ids", "dev_candidates", "output_dir",
-    "log_every", "pretrained_model_path", "vocab_path", "force", "debug", "threads", "device",
+    "log_every", "pretrained_model_path", "dual_params", "vocab_path", "force", "debug", "threads", "device",
 }  # fmt: skip
 
 
