@@ -1,16 +1,16 @@
-"""Exact search against a full sort in fp64, on vectors made to break it; the bound it is proved by; faiss."""
+"""Exact search against a full sort in fp64, on vectors made to break it, and the bounds it is proved by."""
 
 import math
-import types
-from importlib import metadata
 
 import numpy as np
 import pytest
 import torch
 
+from torch_src import products as product_module
 from torch_src import search as module
 from torch_src.errors import UserError
-from torch_src.search import fp32_error_bound, load_faiss, score_rows, search
+from torch_src.products import KINDS, Float32, above, fastest, fp32_error, int8_is_exact
+from torch_src.search import BestRows, choose_kind, chunk_rows, search
 from torch_src.vectors import VectorStore
 
 CPU = torch.device("cpu")
@@ -35,14 +35,16 @@ def full_sort(vectors, queries, topk):
     return np.array(all_rows), np.array(all_scores)
 
 
-def check(folder, vectors, queries, topk, block_rows):
-    """Assert that search gives the rows and scores of the full sort; return the rows."""
+def check(folder, vectors, queries, topk, block_rows, kinds=KINDS, **options):
+    """Assert that search gives the rows and scores of the full sort by every kind of product; return rows."""
     vectors, queries = vectors.astype(np.float16), np.ascontiguousarray(queries, dtype=np.float32)
-    rows, scores = search(make_store(folder, vectors, block_rows), queries, topk, CPU)
+    store = make_store(folder, vectors, block_rows)
     expected, expected_scores = full_sort(vectors, queries, topk)
-    assert rows.dtype == np.int64 and scores.dtype == np.float64
-    assert np.array_equal(rows, expected)
-    assert np.array_equal(scores, expected_scores)
+    for kind in kinds:
+        rows, scores, _ = search(store, queries, topk, options.get("devices", [CPU]), kind)
+        assert rows.dtype == np.int64 and scores.dtype == np.float64
+        assert np.array_equal(rows, expected), kind
+        assert np.array_equal(scores, expected_scores), kind
     return rows
 
 
@@ -117,23 +119,14 @@ def queries_for(world, draw, hidden):
 def test_equals_the_full_sort(tmp_path, monkeypatch, world, seed):
     draw = np.random.default_rng(seed)
     vectors, queries = world(draw, 403, 24), queries_for(world, draw, 24)
-    for at, (topk, block_rows, chunk_rows) in enumerate([(5, 403, 64), (10, 100, 33), (50, 37, 10**6)]):
-        monkeypatch.setattr(module, "CHUNK_ROWS", chunk_rows)
+    for at, (topk, block_rows, rows) in enumerate([(5, 403, 64), (10, 100, 33), (50, 37, 10**6)]):
+        monkeypatch.setitem(module.CHUNK_ROWS, "cpu", rows)
         check(tmp_path / str(at), vectors, queries, topk, block_rows)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_without_spare_candidates_the_second_pass_alone_makes_it_exact(tmp_path, monkeypatch, seed):
-    monkeypatch.setattr(module, "SPARE", 0)
-    monkeypatch.setattr(module, "CHUNK_ROWS", 31)
-    draw = np.random.default_rng(seed)
-    for at, world in enumerate(WORLDS):
-        check(tmp_path / str(at), world(draw, 203, 16), queries_for(world, draw, 16), 7, 50)
-
-
-@pytest.mark.parametrize("copies", [1, module.SPARE, module.SPARE + 1, 3 * module.SPARE])
-def test_more_duplicates_of_the_kth_than_spare_candidates(tmp_path, monkeypatch, copies):
-    monkeypatch.setattr(module, "CHUNK_ROWS", 50)
+@pytest.mark.parametrize("copies", [1, 5, 64, 96])
+def test_more_duplicates_of_the_kth_than_are_kept(tmp_path, monkeypatch, copies):
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 50)
     draw = np.random.default_rng(copies)
     vectors = draw.normal(size=(300, 16)) * 0.1
     query = draw.normal(size=(1, 16))
@@ -153,8 +146,7 @@ def test_small_collections_and_topk_above_them(tmp_path, rows, topk, block_rows)
     assert found.shape == (3, min(topk, rows)) and found.min() >= 0
 
 
-def test_every_query_has_its_own_second_pass(tmp_path):
-    # one query of three meets ties, the other two must keep their results
+def test_ties_of_one_query_leave_the_others_alone(tmp_path):
     draw = np.random.default_rng(0)
     vectors = draw.normal(size=(200, 8))
     vectors[:, 0] = 0
@@ -164,43 +156,14 @@ def test_every_query_has_its_own_second_pass(tmp_path):
     assert check(tmp_path, vectors, queries, 3, 64)[1].tolist() == [0, 1, 2]
 
 
-def first_pass_by(monkeypatch, score):
-    """Put `score(queries, vectors)` in place of the first pass's scores, of ties the last rows first."""
-
-    def knn(queries, vectors, count, metric):
-        scores = score(queries, vectors).astype(np.float32)
-        where = scores.shape[1] - 1 - np.argsort(-scores[:, ::-1], axis=1, kind="stable")[:, :count]
-        return np.take_along_axis(scores, where, 1), where
-
-    monkeypatch.setattr(module, "load_faiss", lambda: types.SimpleNamespace(knn=knn, METRIC_INNER_PRODUCT=0))
-
-
-def test_ties_inside_the_topk_that_fp32_rounding_would_order_otherwise(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_second_pass", None)  # not needed here: the k-th stands far above the rest
-    draw = np.random.default_rng(0)
-    vectors = np.full((200, 8), -1.0)
-    vectors[draw.permutation(200)[:90]] = draw.integers(1, 3, size=(90, 8))
-    # within the rounding bound of 1.5e-5 and more
-    first_pass_by(monkeypatch, lambda q, v: q @ v.T + draw.uniform(-8e-6, 8e-6, size=(len(q), len(v))))
-    check(tmp_path, vectors, np.ones((2, 8)), 90, 64)
-
-
-@pytest.mark.parametrize("world", [all_zero, zeros_among_others, duplicates, integers])
-def test_the_order_in_which_the_first_pass_takes_ties_does_not_matter(tmp_path, monkeypatch, world):
-    first_pass_by(monkeypatch, lambda q, v: q @ v.T)
-    monkeypatch.setattr(module, "CHUNK_ROWS", 90)
-    draw = np.random.default_rng(3)
-    check(tmp_path, world(draw, 403, 24), queries_for(world, draw, 24), 5, 200)
-
-
 def test_scores_are_exact_to_fp64(tmp_path):
     draw = np.random.default_rng(1)
     vectors = draw.normal(size=(50, 768)).astype(np.float16)
     queries = draw.normal(size=(4, 768)).astype(np.float32)
-    store, rows = make_store(tmp_path, vectors, 17), draw.integers(50, size=(4, 9))
-    for at, scores in enumerate(score_rows(store, queries, rows).tolist()):
-        for row, score in zip(rows[at], scores, strict=True):
-            products = [float(a) * float(b) for a, b in zip(queries[at], vectors[row], strict=True)]
+    rows, scores, _ = search(make_store(tmp_path, vectors, 17), queries, 9, [CPU])
+    for query, found, values in zip(queries, rows.tolist(), scores.tolist(), strict=True):
+        for row, score in zip(found, values, strict=True):
+            products = [float(a) * float(b) for a, b in zip(query, vectors[row], strict=True)]
             assert abs(score - math.fsum(products)) <= 1e-13 * sum(map(abs, products))
 
 
@@ -212,13 +175,14 @@ def test_the_error_bound_bounds(hidden):
         q = (draw.normal(size=(20, hidden)) * scale).astype(np.float32)
         p = (draw.normal(size=(20, hidden)) * np.minimum(1 / scale, 6e4)).astype(np.float16)
         longest = float(np.linalg.norm(p.astype(np.float64), axis=1).max())
-        bounds, products = fp32_error_bound(q, longest), q * p.astype(np.float32)
+        bounds = fp32_error(hidden) * np.linalg.norm(q.astype(np.float64), axis=1) * longest
+        products = q * p.astype(np.float32)
         for at in range(20):
             true = math.fsum(float(a) * float(b) for a, b in zip(q[at], p[at], strict=True))
             sums = [np.cumsum(order, dtype=np.float32)[-1] for order in (products[at], products[at, ::-1])]
             sums += [q[at] @ p[at].astype(np.float32)]
             assert all(abs(float(total) - true) <= bounds[at] for total in sums)
-            assert bounds[at] <= 2 * (hidden + 1) * 2.0**-23 * float(np.linalg.norm(q[at])) * longest
+            assert bounds[at] <= 2 * (hidden + 2) * 2.0**-23 * float(np.linalg.norm(q[at])) * longest
 
 
 def test_the_error_bound_holds_where_every_rounding_goes_one_way():
@@ -227,41 +191,156 @@ def test_the_error_bound_holds_where_every_rounding_goes_one_way():
     p = np.array([[1.0] + [2.0**-12] * 767], dtype=np.float16)
     lost = 767 * 2.0**-24
     assert np.cumsum(q[0] * p[0].astype(np.float32), dtype=np.float32)[-1] == 1.0
-    assert lost <= fp32_error_bound(q, float(np.linalg.norm(p[0].astype(np.float64))))[0]
+    assert lost <= fp32_error(768) * float(np.linalg.norm(q[0]) * np.linalg.norm(p[0].astype(np.float64)))
 
 
-def only(*installed):
-    def distribution(name):
-        if name not in installed:
-            raise metadata.PackageNotFoundError(name)
-
-    return distribution
-
-
-def test_a_hollow_faiss_is_named(monkeypatch):
-    monkeypatch.setattr(module.metadata, "distribution", only("faiss-cpu"))
-    monkeypatch.setattr(module, "import_module", lambda name: types.ModuleType(name))
-    with pytest.raises(UserError, match="faiss is hollow.*pip uninstall -y faiss-cpu faiss-gpu"):
-        load_faiss()
+def scaled(world, seed, hidden=48):
+    """Vectors and queries of a world at very different scales."""
+    draw = np.random.default_rng(seed)
+    vectors = world(draw, 300, hidden).astype(np.float16)
+    size = 10.0 ** draw.integers(-30, 30, size=(6, 1))
+    return vectors, (queries_for(world, draw, hidden) * size).astype(np.float32)
 
 
-def test_both_wheels_are_refused(monkeypatch):
-    monkeypatch.setattr(module.metadata, "distribution", only("faiss-cpu", "faiss-gpu"))
-    with pytest.raises(UserError, match="both faiss-cpu and faiss-gpu are installed.*pip uninstall"):
-        load_faiss()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", WORLDS)
+def test_no_pair_that_reaches_its_floor_is_missed(world, kind):
+    """The floors stand exactly at true scores, where a bound too small by a little would show."""
+    for seed in range(4):
+        vectors, queries = scaled(world, seed)
+        products = KINDS[kind](queries, CPU)
+        true = queries.astype(np.float64) @ vectors.astype(np.float64).T
+        for rank in (0, 20, 299):
+            floor = -np.sort(-true, axis=1)[:, rank] * (1 + 1e-13 * np.sign(-true.max(axis=1)))
+            scaled_floor = torch.from_numpy(floor) * products.scale
+            found = products.reached(torch.from_numpy(vectors).float(), scaled_floor, 10**9)
+            pairs = set(zip(*(index.tolist() for index in found), strict=True))
+            wanted = set(zip(*(index.tolist() for index in np.nonzero(true >= floor[:, None])), strict=True))
+            assert wanted <= pairs, (kind, world.__name__, seed, rank)
 
 
-def test_a_missing_faiss_is_named(monkeypatch):
-    def fail(name):
-        raise ModuleNotFoundError(f"No module named {name!r}")
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_few_pairs_are_looked_at_again(tmp_path, kind):
+    """A bound that lets everything through would be exact, too, and useless."""
+    draw = np.random.default_rng(0)
+    vectors = draw.normal(size=(60_000, 64)).astype(np.float16)
+    queries = draw.normal(size=(20, 64)).astype(np.float32)
+    store = make_store(tmp_path, vectors, 60_000)
+    _, _, effort = search(store, queries, 10, [CPU], kind, memory_gb=0.02)
+    assert effort.pairs < 0.02 * vectors.shape[0] * len(queries)
+    assert effort.chunks >= 9 and effort.plain_chunks <= effort.chunks / 3
 
-    monkeypatch.setattr(module.metadata, "distribution", only())
-    monkeypatch.setattr(module, "import_module", fail)
-    with pytest.raises(UserError, match="faiss cannot be imported.*No module named 'faiss'"):
-        load_faiss()
+
+def test_a_constant_part_of_all_vectors_costs_int8_nothing():
+    draw = np.random.default_rng(0)
+    queries, vectors = draw.normal(size=(20, 64)), draw.normal(size=(4096, 64))
+    counts = []
+    for constant in (0, 20):
+        moved = torch.from_numpy((vectors + constant).astype(np.float16)).float()
+        products = KINDS["int8"](queries.astype(np.float32), CPU)
+        scores = torch.from_numpy(queries) @ moved.double().T
+        floor = scores.topk(10).values[:, -1] * products.scale
+        counts.append(len(products.reached(moved, floor, 10**9)[0]))
+    assert counts[1] < 2 * counts[0]
 
 
-@pytest.mark.parametrize("wheel", [(), ("faiss-cpu",), ("faiss-gpu",)])
-def test_a_whole_faiss_is_returned(monkeypatch, wheel):
-    monkeypatch.setattr(module.metadata, "distribution", only(*wheel))
-    assert callable(load_faiss().knn)
+def test_a_product_that_decides_nothing_is_left_out_for_a_while(tmp_path, monkeypatch):
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 64)
+    vectors = np.zeros((64 * 60, 8), dtype=np.float16)
+    store = make_store(tmp_path, vectors, 1000)
+    tried = []
+    monkeypatch.setattr(KINDS["int8"], "reached", lambda self, *given: tried.append(1))
+    _, _, effort = search(store, np.ones((2, 8), dtype=np.float32), 3, [CPU], "int8")
+    assert effort.plain_chunks == effort.chunks == 60 and 3 <= len(tried) <= 8
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 200])
+def test_above_finds_what_a_plain_comparison_finds(count):
+    draw = torch.Generator().manual_seed(count)
+    scores = torch.randint(-3, 4, (count, 5), generator=draw).float()
+    threshold = torch.tensor([2.0, 3.0, -3.0, float("-inf"), 4.0], dtype=torch.float64)
+    found = above(scores, threshold, 10**9)
+    pairs = sorted(zip(*(index.tolist() for index in found), strict=True))
+    assert pairs == [tuple(pair) for pair in torch.nonzero(scores.T >= threshold[:, None]).tolist()]
+    assert above(scores, threshold, 1) is None
+
+
+def test_a_threshold_between_two_floats_is_rounded_down():
+    between = torch.tensor([1.0 + 2.0**-25], dtype=torch.float64)
+    assert len(above(torch.ones(1, 1), between, 10)[0]) == 1  # one pair too many, never one too few
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_several_devices_share_the_chunks_and_agree(tmp_path, monkeypatch, devices):
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 64)
+    draw = np.random.default_rng(devices)
+    for at, world in enumerate(WORLDS):
+        vectors, queries = world(draw, 777, 16), queries_for(world, draw, 16)
+        check(tmp_path / str(at), vectors, queries, 7, 100, devices=[CPU] * devices)
+
+
+def test_a_fault_on_one_device_ends_the_search(tmp_path, monkeypatch):
+    def fail(self, first, chunk):
+        raise RuntimeError("this card is broken")
+
+    monkeypatch.setattr(module.Searcher, "look_at", fail)
+    store = make_store(tmp_path, np.zeros((500, 8), np.float16), 100)
+    with pytest.raises(RuntimeError, match="this card is broken"):
+        search(store, np.zeros((1, 8), np.float32), 3, [CPU, CPU])
+
+
+def test_best_rows_against_a_sort():
+    draw = np.random.default_rng(0)
+    best, everything = BestRows(5, 4), []
+    for _ in range(20):
+        count = int(draw.integers(0, 30))
+        pairs = (
+            draw.integers(5, size=count),
+            draw.permutation(1000)[:count],
+            draw.integers(3, size=count) * 1.0,
+        )
+        best.add(*pairs)
+        everything += zip(*(part.tolist() for part in pairs), strict=True)
+    for query in range(5):
+        order = sorted((-score, row) for q, row, score in everything if q == query)[:4]
+        assert best.rows[query].tolist() == [row for _, row in order]
+        assert best.scores[query].tolist() == [-score for score, _ in order]
+
+
+def test_chunks_follow_the_memory_that_is_allowed():
+    sizes = [chunk_rows(1000, 768, gigabytes, "cpu") for gigabytes in (0.12, 0.2, 2, 200)]
+    assert sizes == sorted(sizes) and sizes[0] >= 64 and sizes[-1] == module.CHUNK_ROWS["cpu"]
+    assert all(size % 64 == 0 for size in sizes)
+    with pytest.raises(UserError, match="lower --bs"):
+        chunk_rows(100_000, 768, 0.5, "cpu")
+
+
+def test_auto_takes_the_fastest_and_says_so():
+    said = []
+    name = choose_kind("auto", 64, CPU, said.append)
+    measured, seconds = fastest(64, CPU)
+    assert name in KINDS and f"{name} products" in said[0]
+    assert measured == min(seconds, key=seconds.get)
+    assert ("int8" in seconds) == int8_is_exact()
+
+
+def test_int8_that_is_not_exact_is_refused(monkeypatch):
+    monkeypatch.setattr(module, "int8_is_exact", lambda: False)
+    with pytest.raises(UserError, match="no exact int8"):
+        choose_kind("int8", 64, CPU, print)
+    assert choose_kind("fp32", 64, CPU, print) == "fp32"
+
+
+def test_wrong_int8_products_are_noticed(monkeypatch):
+    right = product_module.PackedInt8.products
+    wrong = lambda *given: right(*given).clamp(max=2**15 - 1)  # noqa: E731 (as saturating sums would be)
+    monkeypatch.setattr(product_module.PackedInt8, "products", wrong)
+    assert not int8_is_exact()
+
+
+def test_plain_scores_are_within_their_bound():
+    draw = np.random.default_rng(0)
+    vectors = torch.from_numpy(draw.normal(size=(200, 768)).astype(np.float16)).float()
+    plain = Float32(draw.normal(size=(20, 768)).astype(np.float32), CPU)
+    error = plain.scores(vectors).double() - vectors.double() @ plain.queries.double().T
+    assert (error.abs() <= plain.bound(vectors)).all()

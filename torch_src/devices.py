@@ -1,5 +1,6 @@
 """Device, precision and threads: chosen once, the same for training and inference, CPU and CUDA."""
 
+import ctypes
 import resource
 import sys
 from contextlib import nullcontext
@@ -24,6 +25,13 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: only {torch.cuda.device_count()} CUDA devices are visible")
     return device
+
+
+def search_devices(device: torch.device) -> list[torch.device]:
+    """Return what the search runs on: every GPU when `device` is CUDA without a number, else `device`."""
+    if device.type == "cuda" and device.index is None:
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [device]
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -59,8 +67,27 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
+# glibc's malloc options (malloc.h): give memory back to the system late, take it in large pieces, and use the
+# heap also for large blocks.
+MALLOC_OPTIONS = ((-1, 2**31 - 1), (-2, 64 << 20), (-3, 1 << 30))
+
+
+def keep_freed_memory() -> bool:
+    """Keep what tensors free for the next ones of this process; return whether this C library does so.
+
+    By default glibc returns every large block to the system, and each new one costs a page fault every 4 KB:
+    measured on a CPU, a fifth of the encoding time. The peak memory stays the same.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False  # not glibc
+    return all([mallopt(option, value) == 1 for option, value in MALLOC_OPTIONS])
+
+
 def set_threads(threads: int) -> int:
     """Set the CPU threads of this process (0: what torch chooses) and return the number in force."""
+    keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
     return torch.get_num_threads()

@@ -1,6 +1,7 @@
 """do_dual_infer.py: queries + collection + output/dual_params.bin -> query.emb.npy, para_emb/, res.top50."""
 
 import gc
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,17 +11,17 @@ import torch
 from torch_src import hparams
 from torch_src.backbones import check_fits, load_weights
 from torch_src.collection import PassageCollection
-from torch_src.devices import choose_device, choose_precision, peak_memory_gb, set_threads
+from torch_src.devices import choose_device, choose_precision, peak_memory_gb, search_devices, set_threads
 from torch_src.dual_hparams import DEBUG as TRAIN_DEBUG
 from torch_src.dual_hparams import FIXED_BY_WEIGHTS, DualHparams
 from torch_src.dual_model import DualEncoder, build_backbone, load_backbone
 from torch_src.encoding import Encoder, encode_collection
 from torch_src.formats import RunRow, format_run_row
-from torch_src.helpers import atomic_write, exit_status, require, say, warn
+from torch_src.helpers import atomic_write, duration, exit_status, require, say, warn
 from torch_src.inference_de_hparams import DEBUG, PRETRAINED, InferenceDeHparams
 from torch_src.inference_stage import FoundModel, find_pretrained_model, find_trained_model, read_query_ids
 from torch_src.passage_ids import check_length, iter_json_pairs
-from torch_src.search import load_faiss, search
+from torch_src.search import choose_kind, chunk_rows, search
 from torch_src.stamps import clear_stamp, fingerprint_text, up_to_date, write_stamp
 from torch_src.tokenization import TextRules, tokenizer_fingerprint
 from torch_src.vectors import VectorStore, save_vectors
@@ -54,7 +55,6 @@ class DualInference:
         self.precision = choose_precision(hp.precision, self.device)
         self.threads = set_threads(hp.threads)
         say(f"device {self.device}  precision {self.precision}  threads {self.threads}")
-        load_faiss()
         self.queries = list(read_query_ids(hp))
         self.model = find_model(hp)
         lengths = {name: self.model.fixed[name] for name in ("q_max_seq_len", "p_max_seq_len")}
@@ -123,16 +123,22 @@ class DualInference:
 
     def write_run(self, path: Path, queries: np.ndarray, store: VectorStore) -> None:
         """Search `bs` queries a round and write the run, in the order of the queries."""
+        hp, devices = self.hp, search_devices(self.device)
+        kind = choose_kind(hp.search_product, store.hidden, devices[0], say)
+        at_once = min(self.bs, len(queries))
+        chunk_rows(at_once, store.hidden, hp.search_memory_gb, devices[0].type, len(devices))  # UserError
         clear_stamp(path)
         with atomic_write(path) as file:
             for start in range(0, len(queries), self.bs):
-                rows, scores = search(store, queries[start : start + self.bs], self.topk, self.device)
+                begun, round_of = time.monotonic(), queries[start : start + self.bs]
+                rows, scores, effort = search(store, round_of, self.topk, devices, kind, hp.search_memory_gb)
                 for query, found, values in zip(
                     self.queries[start:], rows.tolist(), scores.tolist(), strict=False
                 ):
                     for rank, (row, score) in enumerate(zip(found, values, strict=True), start=1):
                         file.write(format_run_row(RunRow(query, row, rank, score)))
-                say(f"searched {min(start + self.bs, len(queries)):,}/{len(queries):,} queries")
+                done = f"searched {min(start + self.bs, len(queries)):,}/{len(queries):,} queries"
+                say(f"{done} in {duration(time.monotonic() - begun)}  {effort.line()}")
         write_stamp(path, self.run_stamp())
 
 

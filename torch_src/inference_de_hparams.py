@@ -12,6 +12,7 @@ from torch_src.hparams import (
     under,
 )
 
+SEARCH_PRODUCTS = ("auto", "fp32", "bf16", "int8")
 PRETRAINED = "none"  # --dual_params none: the pretrained model as it is, without fine-tuning (zero-shot)
 
 
@@ -49,6 +50,8 @@ class InferenceDeHparams(OfficialLayout):
     # the run
     block_rows: int = 65536  # passages a vector file: the unit of writing and of carrying on
     tokens_per_batch: int = 16384  # padded tokens in one forward pass, at most
+    search_memory_gb: float = 2.0  # 10^9 bytes that the search may take beside queries and results
+    search_product: str = "auto"  # first look of the search: auto, fp32, bf16 or int8; the result is the same
     precision: str = "auto"  # auto, bf16, fp16 or fp32 (encoding; the search is exact in any case)
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     threads: int = 0  # CPU threads of this process; 0: what torch chooses
@@ -69,6 +72,8 @@ class InferenceDeHparams(OfficialLayout):
         """UserError for a value out of range."""
         check_choice("pooling", self.pooling, (*POOLINGS, None))
         check_choice("precision", self.precision, PRECISIONS)
+        check_choice("search_product", self.search_product, SEARCH_PRODUCTS)
+        check_range("search_memory_gb", self.search_memory_gb, 0.01)
         for name in ("batch_size", "block_rows", "tokens_per_batch", "log_every"):
             check_range(name, getattr(self, name), 1)
         for name, low in (("topk", 1), ("bs", 1), ("q_max_seq_len", 3), ("p_max_seq_len", 3)):

@@ -1,171 +1,250 @@
-"""Exact search: the top-k passages of every query by inner product, in bounded memory, proved exact.
+"""Exact search: the top-k passages of every query by inner product, in bounded memory, from vectors on disk.
 
-Result rule: the inner product of the fp32 query vector with the stored fp16 passage vector, final candidates
-ordered by fp64 arithmetic; ties: the lower row first. CPU and GPU give the same result.
+Result rule: the inner product of the fp32 query vector with the stored fp16 passage vector in fp64
+arithmetic, higher first; ties: the lower row first. Every kind of product and every device gives the same
+result.
+
+The passages are read once, chunk by chunk. A fast inexact product with a proved error bound (products.py)
+finds the pairs that could still enter a query's top-k; those are scored in fp32, and what is left of them in
+fp64.
 """
 
+import math
+import threading
 from collections.abc import Iterator
-from importlib import import_module, metadata
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from torch_src.errors import UserError
+from torch_src.helpers import one_ahead
+from torch_src.products import GROUP, KINDS, Float32, Products, fastest, int8_is_exact
 from torch_src.vectors import VectorStore
 
-CHUNK_ROWS = 32768  # passages scored at once: 100 MB as fp32 at 768 dimensions
-SPARE = 32  # candidates kept beyond k; the proof below needs a gap between the k-th and the last of them
-EPSILON = 2.0**-23  # of fp32
+CHUNK_ROWS = {
+    "cpu": 2048,
+    "cuda": 65536,
+}  # passages scored at once, at most: on a CPU they stay in its caches
+REFINE_PAIRS = 2048  # pairs scored in fp32 or fp64 at once
+PAIRS_SHARE = 1 / 128  # of all pairs of a chunk: beyond it the fast product decides too little to pay
+LONGEST_REST = 16  # chunks for which a product that decided too little is left out, at most
 
 
-def load_faiss():
-    """Return the faiss module; UserError when it is missing, hollow, or two wheels lie over each other.
+class BestRows:
+    """The best K (row, score) of each query so far, in fp64, ties to the lower row."""
 
-    faiss-cpu and faiss-gpu own the same folder: the later install silently replaces the earlier one, and
-    uninstalling either leaves an empty `faiss` that imports and can do nothing.
-    """
-    wheels = [name for name in ("faiss-cpu", "faiss-gpu") if _installed(name)]
-    mend = "mend: pip uninstall -y faiss-cpu faiss-gpu, then install the requirements file again"
-    if len(wheels) == 2:
-        raise UserError(f"both faiss-cpu and faiss-gpu are installed, one over the other; {mend}")
-    try:
-        faiss = import_module("faiss")
-    except ImportError as error:
-        raise UserError(f"faiss cannot be imported ({error}); {mend}") from error
-    if not hasattr(faiss, "knn"):
-        raise UserError(f"faiss is hollow: it imports but has no functions in it; {mend}")
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    return faiss
+    def __init__(self, queries: int, keep: int):
+        self.scores = np.full((queries, keep), -np.inf)
+        self.rows = np.full((queries, keep), np.iinfo(np.int64).max)
 
+    @property
+    def worst(self) -> np.ndarray:
+        """Return (B,): the score to beat, or to equal with a lower row; -inf while there is room."""
+        return self.scores[:, -1]
 
-def _installed(name: str) -> bool:
-    try:
-        metadata.distribution(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def search(
-    store: VectorStore, queries: np.ndarray, topk: int, device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (rows (B, K) int64, scores (B, K) float64), K = min(topk, passages), best first.
-
-    queries: (B, H) float32. Memory: one chunk of passages and B x (topk + SPARE) candidates.
-
-    First pass: fp32 scores keep topk + SPARE candidates a query, which are then scored in fp64. A query is
-    proved exact when no passage left out can reach its k-th score: the worst kept fp32 score plus the
-    rounding bound lies below it. For the others (ties, near ties) a second pass looks at every passage within
-    the bound, in fp64.
-    """
-    assert queries.dtype == np.float32 and queries.ndim == 2 and queries.shape[1] == store.hidden
-    keep = min(topk, store.rows)
-    pool = min(keep + SPARE, store.rows)
-    scores, rows, longest = _first_pass(store, queries, pool, device)
-    exact = score_rows(store, queries, rows)
-    order = np.lexsort((rows, -exact), axis=1)[:, :keep]
-    result = np.take_along_axis(rows, order, 1), np.take_along_axis(exact, order, 1)
-    bound = fp32_error_bound(queries, longest)
-    unproved = np.flatnonzero(scores.min(axis=1) + bound >= result[1][:, -1]) if pool < store.rows else []
-    if len(unproved):
-        # Everything that reaches the k-th score found so far, less twice the error, is looked at once more.
-        floor = result[1][unproved, -1] - 2 * bound[unproved]
-        result[0][unproved], result[1][unproved] = _second_pass(store, queries[unproved], floor, keep)
-    return result
+    def add(self, query: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> None:
+        """Put in pairs (query, row, score), all (n,)."""
+        if not len(query):
+            return
+        order = np.argsort(query, kind="stable")
+        query, rows, scores = query[order], rows[order], scores[order]
+        which, first, count = np.unique(query, return_index=True, return_counts=True)
+        keep = self.scores.shape[1]
+        # One row of a table for each query that has new pairs: what it had, then the new ones.
+        table_scores = np.full((len(which), keep + count.max()), -np.inf)
+        table_rows = np.full(table_scores.shape, np.iinfo(np.int64).max)
+        table_scores[:, :keep], table_rows[:, :keep] = self.scores[which], self.rows[which]
+        line = np.repeat(np.arange(len(which)), count)
+        column = keep + np.arange(len(query)) - np.repeat(first, count)
+        table_scores[line, column], table_rows[line, column] = scores, rows
+        best = np.lexsort((table_rows, -table_scores), axis=1)[:, :keep]
+        self.scores[which] = np.take_along_axis(table_scores, best, 1)
+        self.rows[which] = np.take_along_axis(table_rows, best, 1)
 
 
-def fp32_error_bound(queries: np.ndarray, longest: float) -> np.ndarray:
-    """Return (B,): the most by which an fp32 inner product, summed in any order, can differ from the true
-    one.
+@dataclass
+class Effort:
+    """What a search did, for the log: chunks by fp32 alone, pairs scored again in fp32 and in fp64."""
 
-    |fl(q.p) - q.p| <= gamma |q|.|p| <= gamma ||q|| ||p||, gamma = n u / (1 - n u), u half of EPSILON (Higham
-    2002, section 3.1); n is taken one larger and u doubled to cover the rounding of the bound itself.
-    """
-    size = (queries.shape[1] + 1) * EPSILON
-    return size / (1 - size) * np.linalg.norm(queries.astype(np.float64), axis=1) * longest
+    chunks: int = 0
+    plain_chunks: int = 0
+    pairs: int = 0
+    exact_pairs: int = 0
 
-
-def _chunks(store: VectorStore) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (first row, vectors (rows, H) float16) in pieces of at most CHUNK_ROWS."""
-    for first, block in store.blocks():
-        for start in range(0, len(block), CHUNK_ROWS):
-            yield first + start, np.array(block[start : start + CHUNK_ROWS])
+    def line(self) -> str:
+        """Return it in words."""
+        looked = f"{self.pairs:,} pairs scored in fp32, {self.exact_pairs:,} in fp64"
+        return f"({looked}, {self.plain_chunks}/{self.chunks} chunks by fp32 alone)"
 
 
-def _to_float32(chunk: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(chunk).float()  # torch converts ten times as fast as numpy
+class Searcher:
+    """One round of queries on one device; chunks may come in any order."""
 
+    def __init__(self, queries: np.ndarray, keep: int, kind: str, device: torch.device):
+        self.queries, self.device = queries.astype(np.float64), device
+        self.plain = Float32(queries, device)
+        self.fast: Products = self.plain if kind == Float32.name else KINDS[kind](queries, device)
+        self.best, self.effort = BestRows(len(queries), keep), Effort()
+        self.rest, self.failures = 0, 0
 
-def _first_pass(store: VectorStore, queries: np.ndarray, pool: int, device: torch.device):
-    """Return (fp32 scores (B, pool), their rows, the longest passage vector's norm)."""
-    best = np.full((len(queries), pool), -np.inf, dtype=np.float32)
-    best_rows = np.full((len(queries), pool), -1, dtype=np.int64)
-    longest = 0.0
-    on_device = torch.from_numpy(queries).to(device)
-    for first, chunk in _chunks(store):
-        vectors = _to_float32(chunk)
-        longest = max(longest, float(torch.linalg.vector_norm(vectors, dim=1).max()))
-        found, where = _top_of_chunk(queries, on_device, vectors, min(pool, len(chunk)), device)
-        best, best_rows = _merge(best, best_rows, found, where + first, pool)
-    assert (best_rows >= 0).all()
-    return best, best_rows, longest
+    def look_at(self, first: int, chunk: np.ndarray) -> None:
+        """Take one chunk (C, H) float16 whose first row is `first`."""
+        on_device = torch.from_numpy(chunk).to(self.device)
+        vectors = self.plain.scratch.like(on_device, "vectors").copy_(on_device)  # fp16 to fp32
+        worst = torch.from_numpy(self.best.worst).to(self.device) * self.plain.scale
+        found = None
+        if self._fast_product_pays(worst):
+            found = self.fast.reached(vectors, worst, self._limit(len(chunk)))
+            self.failures = 0 if found is not None else self.failures + 1
+            self.rest = 0 if found is not None else min(2**self.failures, LONGEST_REST)
+        if found is None:
+            found = self._by_fp32(vectors, worst)
+        self.effort.chunks += 1
+        self._refine(first, chunk, vectors, worst, *found)
 
+    def _fast_product_pays(self, worst: torch.Tensor) -> bool:
+        if self.fast is self.plain or not bool(torch.isfinite(worst).all()):
+            return False
+        self.rest -= 1
+        return self.rest < 0
 
-def _top_of_chunk(queries: np.ndarray, on_device: torch.Tensor, vectors: torch.Tensor, count: int, device):
-    """Return (scores, indices), both (B, count), of one chunk: faiss on the CPU, torch elsewhere."""
-    if device.type == "cpu":
-        faiss = load_faiss()
-        return faiss.knn(queries, vectors.numpy(), count, metric=faiss.METRIC_INNER_PRODUCT)
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False  # tf32 products would be outside the error bound
-    try:
-        scores, where = torch.topk(on_device @ vectors.to(device).T, count, dim=1)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-    return scores.cpu().numpy(), where.cpu().numpy()
+    def _limit(self, rows: int) -> int:
+        return max(64, int(PAIRS_SHARE * len(self.queries) * rows))
 
+    def _by_fp32(self, vectors: torch.Tensor, worst: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all pairs that can enter, from fp32 products of the whole chunk."""
+        self.effort.plain_chunks += 1
+        keep = self.best.scores.shape[1]
+        if not bool(torch.isfinite(worst).all()) and len(vectors) >= keep:
+            # Nothing to beat yet: the chunk's own K-th score will do, less the error of both.
+            kth = torch.topk(self.plain.scores(vectors).T, keep, dim=1).values[:, -1].double()
+            worst = torch.maximum(worst, kth - self.plain.bound(vectors))
+        found = self.plain.reached(vectors, worst, len(self.queries) * len(vectors))
+        assert found is not None
+        return found
 
-def _merge(scores, rows, more_scores, more_rows, keep: int):
-    """Return the `keep` best of two candidate lists, (scores, rows), ties by row."""
-    scores, rows = np.concatenate([scores, more_scores], 1), np.concatenate([rows, more_rows], 1)
-    order = np.lexsort((rows, -scores), axis=1)[:, :keep]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
-
-
-def score_rows(store: VectorStore, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the fp64 inner products (B, K) of each query with its rows (B, K)."""
-    scores = np.empty(rows.shape, dtype=np.float64)
-    by_row = np.argsort(rows, axis=None, kind="stable")
-    sorted_rows = rows.ravel()[by_row]
-    for first, block in store.blocks():
-        begin, end = np.searchsorted(sorted_rows, [first, first + len(block)])
-        for start in range(begin, end, CHUNK_ROWS):
-            at = by_row[start : min(end, start + CHUNK_ROWS)]
-            vectors = block[rows.ravel()[at] - first]
-            scores.ravel()[at] = _inner_products(queries[at // rows.shape[1]], vectors)
-    return scores
+    def _refine(self, first: int, chunk: np.ndarray, vectors, worst, query, column) -> None:
+        """Score the pairs in fp32, those that can still enter in fp64, and keep the best."""
+        self.effort.pairs += len(query)
+        floor = worst - self.plain.bound(vectors)
+        for start in range(0, len(query), REFINE_PAIRS):
+            q, c = query[start : start + REFINE_PAIRS], column[start : start + REFINE_PAIRS]
+            scores = (self.plain.queries[q] * vectors[c]).sum(1)
+            near = scores.double() >= floor[q]
+            q, c = q[near].cpu().numpy(), c[near].cpu().numpy()
+            exact = _inner_products(self.queries[q], chunk[c])
+            self.effort.exact_pairs += len(q)
+            enters = exact >= self.best.worst[q]
+            self.best.add(q[enters], c[enters] + first, exact[enters])
 
 
 def _inner_products(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     """Return (n,) fp64: row by row, always summed in the same order, so that equal vectors get
     equal scores.
     """
-    return (queries.astype(np.float64) * vectors.astype(np.float64)).sum(axis=1)
+    return (queries * vectors.astype(np.float64)).sum(axis=1)
 
 
-def _second_pass(store: VectorStore, queries: np.ndarray, floor: np.ndarray, keep: int):
-    """Return (rows, scores), both (B, keep), from every passage whose fp32 score reaches the
-    query's floor.
+def search(
+    store: VectorStore,
+    queries: np.ndarray,
+    topk: int,
+    devices: list[torch.device],
+    kind: str = "auto",
+    memory_gb: float = 2.0,
+) -> tuple[np.ndarray, np.ndarray, Effort]:
+    """Return (rows (B, K) int64, scores (B, K) float64, effort), K = min(topk, passages), best first.
+
+    queries: (B, H) float32. kind: fp32, bf16, int8, or auto for the fastest here; the result is the same.
+    Several devices share the chunks out. Memory: at most `memory_gb` (10^9 bytes) beside the queries and
+    results.
     """
-    best = np.full((len(queries), keep), -np.inf)
-    rows = np.full((len(queries), keep), np.iinfo(np.int64).max)
-    for first, chunk in _chunks(store):
-        vectors = _to_float32(chunk).numpy()
-        reached = queries @ vectors.T >= floor[:, None]
-        for at in np.flatnonzero(reached.any(axis=1)):
-            near = np.flatnonzero(reached[at])
-            scores = _inner_products(queries[at : at + 1], chunk[near])
-            merged = _merge(best[at : at + 1], rows[at : at + 1], scores[None], near[None] + first, keep)
-            best[at], rows[at] = merged[0][0], merged[1][0]
-    assert np.isfinite(best).all()
-    return rows, best
+    assert queries.dtype == np.float32 and queries.ndim == 2 and queries.shape[1] == store.hidden
+    keep = min(topk, store.rows)
+    rows = chunk_rows(len(queries), store.hidden, memory_gb, devices[0].type, len(devices))
+    kind = choose_kind(kind, store.hidden, devices[0], lambda line: None)
+    searchers = [Searcher(queries, keep, kind, device) for device in devices]
+    chunks = read_chunks(store, rows, buffers=2 + len(devices))
+    if len(searchers) == 1:
+        for first, chunk in chunks:
+            searchers[0].look_at(first, chunk)
+    else:
+        _share_out(searchers, chunks)
+    best, effort = searchers[0].best, searchers[0].effort
+    for other in searchers[1:]:
+        query = np.repeat(np.arange(len(queries)), keep)
+        real = np.isfinite(other.best.scores.ravel())
+        best.add(query[real], other.best.rows.ravel()[real], other.best.scores.ravel()[real])
+        effort = Effort(
+            *(a + b for a, b in zip(vars(effort).values(), vars(other.effort).values(), strict=True))
+        )
+    return best.rows, best.scores, effort
+
+
+def choose_kind(name: str, hidden: int, device: torch.device, say) -> str:
+    """Return fp32, bf16 or int8: what was asked, or for `auto` the fastest here, which `say` is told."""
+    if name == "auto":
+        name, seconds = fastest(hidden, device)
+        ratios = ", ".join(f"{kind} {seconds['fp32'] / s:.2f}" for kind, s in seconds.items())
+        say(f"search: {name} products at first (speed against fp32: {ratios})")
+    elif name == "int8" and not (device.type == "cpu" and int8_is_exact()):
+        raise UserError("--search_product int8: this torch has no exact int8 products here; use auto")
+    return name
+
+
+def chunk_rows(queries: int, hidden: int, memory_gb: float, kind: str, devices: int = 1) -> int:
+    """Return how many passages are looked at at once; UserError when `memory_gb` is too little for GROUP."""
+    # a chunk in fp16 (3, read ahead), fp32 (3: as it is, less the mean, scaled) and int8 (2); a score, and at
+    # worst its place in the list of pairs to look at again
+    a_row = hidden * (3 * 2 + 3 * 4 + 2) + queries * (4 + 4 + 4 * 8)
+    at_once = REFINE_PAIRS * hidden * (3 * 4 + 3 * 8) + queries * hidden * (4 + 4 + 8)
+    rows = int((memory_gb * 1e9 / devices - at_once) / a_row) // GROUP * GROUP
+    if rows < GROUP:
+        needed = devices * (at_once + GROUP * a_row) / 1e9
+        raise UserError(
+            f"--search_memory_gb {memory_gb}: {queries:,} queries at once need {needed:.1f} GB; "
+            "raise it, or lower --bs"
+        )
+    return min(rows, CHUNK_ROWS[kind])
+
+
+def read_chunks(store: VectorStore, rows: int, buffers: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (first row, vectors (rows, H) float16); the next chunk is read while this one is looked at.
+
+    A chunk's memory is used again after `buffers` - 1 more chunks.
+    """
+    memory = [np.empty((min(rows, store.rows), store.hidden), dtype=np.float16) for _ in range(buffers)]
+
+    def read(at: int) -> tuple[int, np.ndarray]:
+        first = at * rows
+        into = memory[at % buffers][: min(rows, store.rows - first)]
+        store.read_into(first, into)
+        return first, into
+
+    return one_ahead(read, range(math.ceil(store.rows / rows)))
+
+
+def _share_out(searchers: list[Searcher], chunks: Iterator[tuple[int, np.ndarray]]) -> None:
+    """Let every device take the next chunk as soon as it is done with its last."""
+    lock, faults = threading.Lock(), []
+
+    def work(searcher: Searcher) -> None:
+        try:
+            while not faults:
+                with lock:
+                    first, chunk = next(chunks, (0, None))
+                    if chunk is None:
+                        return
+                    chunk = chunk.copy()  # the others may come round to its memory before this one is done
+                searcher.look_at(first, chunk)
+        except BaseException as fault:  # it must not die silently in its thread: it is raised again below
+            faults.append(fault)
+
+    threads = [threading.Thread(target=work, args=(searcher,)) for searcher in searchers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if faults:
+        raise faults[0]

@@ -1,5 +1,6 @@
 """Arrays on disk in blocks of rows with a manifest: passage vectors (fp16) and re-ranking scores (fp32)."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,33 @@ class VectorStore:
         """Yield (first row, vectors (rows, H) float16, memory-mapped) of every block in row order."""
         for block in range(self.block_count):
             yield self.block_range(block)[0], self._open(block)
+
+    def read_into(self, first: int, out: np.ndarray) -> None:
+        """Fill `out` (rows, H) with the vectors from row `first` on, by plain reads.
+
+        A memory map would leave the pages that were read in this process's resident memory.
+        """
+        at = 0
+        while at < len(out):
+            block = (first + at) // self.block_rows
+            begin, end = self.block_range(block)
+            count = min(len(out) - at, end - (first + at))
+            self._read_block(block, first + at - begin, out[at : at + count])
+            at += count
+
+    def _read_block(self, block: int, first: int, out: np.ndarray) -> None:
+        start = self._open(block).offset  # checks the header
+        path = self.block_path(block)
+        with open(path, "rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            file.seek(start + first * self.hidden * self.dtype.itemsize)
+            into, filled = memoryview(out).cast("B"), 0
+            while filled < len(into):
+                count = file.readinto(into[filled:])
+                if not count:
+                    raise UserError(f"{path}: ends before its last vector; delete it and run again")
+                filled += count
 
     def _open(self, block: int) -> np.ndarray:
         path = self.block_path(block)
