@@ -1,5 +1,6 @@
 """Texts to vectors: order, batches, counts, float16, and blocks that are kept when a run is resumed."""
 
+import json
 import random
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_finished_blocks_are_kept_and_the_others_are_the_same_bytes(
     collection, folder = make_collection(make_texts(35)), tmp_path / "emb"
     encode_collection(make_encoder(), collection, make_store(folder, 35), 1e9)
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for name in ("block-00001.npy", "block-00003.npy"):
+    for name in ("block-00001.npy", "block-00003.json"):
         (folder / name).unlink()
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     capsys.readouterr()
@@ -133,7 +134,8 @@ def test_finished_blocks_are_kept_and_the_others_are_the_same_bytes(
     assert store.missing_blocks() == [1, 3]
     encode_collection(make_encoder(), collection, store, 1e9)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
-    assert {name: (folder / name).stat().st_mtime_ns for name in times} == times
+    kept = times.keys() - {"block-00001.json", "block-00003.npy", "claims"}
+    assert {name: (folder / name).stat().st_mtime_ns for name in kept} == {name: times[name] for name in kept}
     out = capsys.readouterr().out
     assert "2 of 4 blocks" in out and "encoded 15 passages in " in out
 
@@ -143,14 +145,14 @@ def test_a_failure_keeps_the_blocks_before_it(make_encoder, make_collection, tmp
     encoder, store = make_encoder(), make_store(tmp_path / "emb", 30)
     real, calls = encoder.encode_tokens, []
 
-    def fail_on_third(ids):
-        calls.append(len(ids))
+    def fail_on_third(table, *rest):
+        calls.append(len(table))
         if len(calls) == 3:
-            raise RuntimeError("out of memory")
-        return real(ids)
+            raise RuntimeError("broken")
+        return real(table, *rest)
 
     monkeypatch.setattr(encoder, "encode_tokens", fail_on_third)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(RuntimeError, match="broken"):
         encode_collection(encoder, collection, store, 1e9)
     assert calls == [10, 10, 10] and store.missing_blocks() == [2]
     assert not list((tmp_path / "emb").glob("*.tmp"))
@@ -172,11 +174,10 @@ def test_progress_counts_texts_tokens_and_cuts(make_encoder, make_collection, tm
         real(progress, *numbers)
 
     monkeypatch.setattr(Progress, "add", add)
-    encode_collection(make_encoder(), make_collection(texts), make_store(tmp_path / "emb", 31), 1e9)
-    assert [texts for texts, _, _ in counts] == [4, 4, 2] * 3 + [1]
-    assert sum(tokens for _, tokens, _ in counts) == sum(min(len(text), 22) + 2 for text in texts)
+    encode_collection(make_encoder(4), make_collection(texts), make_store(tmp_path / "emb", 31), 1e9)
+    assert [texts for texts, _ in counts] == [4, 4, 2] * 3 + [1]  # blocks of 10, batches of 4
+    assert sum(tokens for _, tokens in counts) == sum(min(len(text), 22) + 2 for text in texts)
     cut = sum(len(text) > 22 for text in texts)
-    assert sum(cuts for _, _, cuts in counts) == cut > 0
     assert f"{100 * cut / 31:.1f}% of them were too long and cut" in capsys.readouterr().out
 
 
@@ -217,18 +218,20 @@ def test_float16_overflow_of_a_model_is_refused(make_encoder, make_collection, t
 def test_the_row_of_an_overflow_is_counted_over_the_collection(
     make_encoder, make_collection, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(encoding, "TOKENIZE_AHEAD", 4)
-    encoder, seen = make_encoder(), []
+    real = encoding.embed
 
-    def overflow_in_row_17(ids):
-        vectors = np.zeros((len(ids), 32), dtype=np.float32)
-        seen.extend(range(len(seen), len(seen) + len(ids)))
-        vectors[[row == 17 for row in seen[-len(ids) :]]] = 1e5
+    def overflow_at_the_rare_character(tower, input_ids, *rest):
+        vectors = real(tower, input_ids, *rest)
+        vectors[(input_ids == rare).any(dim=1)] = 1e5
         return vectors
 
-    monkeypatch.setattr(encoder, "encode_tokens", overflow_in_row_17)
+    encoder = make_encoder()
+    rare = encoder.tokenizer.convert_tokens_to_ids("水")
+    monkeypatch.setattr(encoding, "embed", overflow_at_the_rare_character)
+    texts = make_texts(20)
+    texts[17] = "水"
     with pytest.raises(UserError, match="vector of row 17 "):
-        encode_collection(encoder, make_collection(make_texts(20)), make_store(tmp_path / "emb", 20), 1e9)
+        encode_collection(encoder, make_collection(texts), make_store(tmp_path / "emb", 20), 1e9)
 
 
 def test_vectors_that_are_not_finite_are_refused(make_encoder, tiny_bert):
@@ -237,3 +240,49 @@ def test_vectors_that_are_not_finite_are_refused(make_encoder, tiny_bert):
         tower.encoder.layer[0].output.dense.weight[0, 0] = float("nan")
     with pytest.raises(UserError, match="not finite"):
         make_encoder(tower=tower).encode(["银杏"])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_tokenise_the_same(make_encoder, make_collection, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(encoding, "TOKENIZE_AHEAD", 4)
+    collection = make_collection(make_texts(37))
+    for folder, count in (("a", 0), ("b", workers)):
+        encode_collection(make_encoder(), collection, make_store(tmp_path / folder, 37), 1e9, count)
+    blocks = [sorted((tmp_path / folder).glob("block-*.npy")) for folder in "ab"]
+    assert len(blocks[0]) == 4
+    assert [path.read_bytes() for path in blocks[0]] == [path.read_bytes() for path in blocks[1]]
+
+
+def test_a_malformed_passage_is_named_by_a_worker_process(make_encoder, make_collection, tmp_path):
+    collection = make_collection(make_texts(14) + ["a\tb"] + make_texts(5))
+    with pytest.raises(UserError, match=r"part-01:9: 5 TAB-separated columns"):
+        encode_collection(make_encoder(), collection, make_store(tmp_path / "emb", 20), 1e9, 1)
+
+
+def test_out_of_memory_halves_the_budget_and_carries_on(make_encoder, monkeypatch, capsys):
+    real = encoding.embed
+
+    def too_little_memory(tower, input_ids, *rest):
+        if input_ids.numel() > 150:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(tower, input_ids, *rest)
+
+    texts = make_texts(50)
+    expected = make_encoder().encode(texts)
+    monkeypatch.setattr(encoding, "embed", too_little_memory)
+    monkeypatch.setattr(encoding, "LEAST_TOKENS", 10)
+    encoder = make_encoder(1000, 1000)
+    assert np.abs(encoder.encode(texts) - expected).max() < 1e-5
+    assert encoder.tokens_per_batch == 125
+    assert capsys.readouterr().out.count("halved to") == 3
+    monkeypatch.setattr(encoding, "LEAST_TOKENS", 200)
+    with pytest.raises(UserError, match="out of memory at 250 tokens"):
+        make_encoder(1000, 1000).encode(texts)
+
+
+def test_the_budget_that_a_block_was_made_with_is_noted(make_encoder, make_collection, tmp_path):
+    store = make_store(tmp_path / "emb", 12)
+    encode_collection(make_encoder(7, 99), make_collection(make_texts(12)), store, 1e9)
+    note = json.loads((tmp_path / "emb/block-00001.json").read_text())
+    assert (note["batch_size"], note["tokens_per_batch"]) == (7, 99)
+    assert note["threads"] == torch.get_num_threads()

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     ["errors"],
     ["formats", "helpers"],
-    ["hparams", "stamps", "passage_ids"],
+    ["hparams", "stamps", "passage_ids", "claims"],
     [
         "dual_hparams",
         "inference_de_hparams",
@@ -48,6 +48,7 @@ ROWS = [
         "guards",
         "products",
         "faiss_loading",
+        "token_table",
     ],
     ["encoding", "search", "scoring"],
     ["optimisation", "training_log"],

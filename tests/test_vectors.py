@@ -41,7 +41,8 @@ def test_blocks_cover_the_rows_in_order(tmp_path, rows, block_rows, lengths):
     assert np.array_equal(np.concatenate([piece for _, piece in pieces]), vectors)
     assert all(piece.dtype == np.float16 and isinstance(piece, np.memmap) for _, piece in pieces)
     names = {path.name for path in (tmp_path / "para_emb").iterdir()}
-    assert names == {"manifest.json"} | {f"block-{block:05d}.npy" for block in range(len(lengths))}
+    blocks = {f"block-{block:05d}.{kind}" for block in range(len(lengths)) for kind in ("npy", "json")}
+    assert names == {"manifest.json", "claims"} | blocks
 
 
 def test_a_block_of_the_wrong_shape_or_type_is_not_written(tmp_path):
@@ -186,3 +187,31 @@ def test_save_vectors_round_trip(tmp_path):
     loaded = np.load(tmp_path / "query.emb.npy")
     assert loaded.dtype == np.float32 and np.array_equal(loaded, vectors)
     assert [path.name for path in tmp_path.iterdir()] == ["query.emb.npy"]
+
+
+def test_a_block_without_its_note_is_not_there(tmp_path):
+    """The note is written last: a run that was killed between the two makes the block again."""
+    store = make(tmp_path)
+    fill(store)
+    (tmp_path / "block-00001.json").unlink()
+    assert store.missing_blocks() == [1] and store.is_missing(1) and not store.is_missing(0)
+    assert make(tmp_path).missing_blocks() == [1]
+
+
+@pytest.mark.parametrize("block_rows", [1, 4, 9, 100])
+def test_rows_are_read_across_blocks(tmp_path, block_rows):
+    store = make(tmp_path, block_rows=block_rows)
+    vectors = fill(store)
+    for first, last in ((0, 9), (3, 8), (4, 4), (8, 9), (0, 1)):
+        into = np.empty((last - first, 3), dtype=np.float16)
+        store.read_into(first, into)
+        assert np.array_equal(into, vectors[first:last])
+
+
+def test_a_block_that_was_cut_off_is_named_when_it_is_read(tmp_path):
+    store = make(tmp_path)
+    fill(store)
+    path = tmp_path / "block-00001.npy"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(UserError, match="block-00001.npy.*delete it"):
+        store.read_into(2, np.empty((5, 3), dtype=np.float16))

@@ -143,7 +143,10 @@ def read_weights(path: str, made_by: str) -> dict:
     except LOAD_FAULTS as error:
         raise UserError(f"{path}: cannot be read as weights ({_first_line(error)})") from error
     if not isinstance(state, dict):
-        raise UserError(f"{path}: cannot be read as weights (a {type(state).__name__}, not a state dict)")
+        kind = type(state).__name__
+        raise UserError(
+            f"{path}: weights of another model, or of other settings (a {kind}, not a state dict)"
+        )
     return state
 
 

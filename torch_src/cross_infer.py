@@ -15,7 +15,7 @@ from torch_src.collection import PassageCollection
 from torch_src.cross_hparams import DEBUG as TRAIN_DEBUG
 from torch_src.cross_hparams import FIXED_BY_WEIGHTS, CrossHparams
 from torch_src.cross_model import CrossEncoder, build_cross_encoder, load_cross_encoder
-from torch_src.devices import choose_device, choose_precision, peak_memory_gb, set_threads
+from torch_src.devices import choose_device, choose_precision, peak_memory_gb, set_threads, token_budget
 from torch_src.encoding import Progress
 from torch_src.errors import UserError
 from torch_src.formats import RunRow, format_run_row, read_dev
@@ -119,7 +119,7 @@ class CrossInference:
     def _score_blocks(self, store: ScoreStore, missing: list[int], model: CrossEncoder) -> None:
         hp, fixed = self.hp, self.model.fixed
         rules = TextRules(fixed["max_seq_len"], "", fixed["remove_spaces"])
-        sizes = (hp.batch_size, hp.tokens_per_batch)
+        sizes = (hp.batch_size, token_budget(hp.tokens_per_batch, self.device))
         scorer = PairScorer(model, self.model.tokenizer, rules, self.device, self.precision, *sizes)
         total = sum(last - first for first, last in map(store.block_range, missing))
         progress = Progress(total, hp.log_every, "scored", "pairs")

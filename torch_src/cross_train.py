@@ -14,6 +14,7 @@ from torch_src.collection import PassageCollection
 from torch_src.cross_datasets import CrossBatch, CrossTrainingSet
 from torch_src.cross_hparams import DEBUG, FIXED_BY_WEIGHTS, FROM_PRETRAINED, CrossHparams
 from torch_src.cross_model import load_cross_encoder, start_from_retriever
+from torch_src.devices import token_budget
 from torch_src.formats import read_dev
 from torch_src.helpers import exit_status, require, say, warn
 from torch_src.losses import listwise_loss, pointwise_loss
@@ -137,7 +138,15 @@ class CrossTraining(TrainingStage):
 
     def scorer(self) -> PairScorer:
         """Return the scorer on the weights as they are now."""
-        return PairScorer(self.model, self.tokenizer, self.rules, self.device, self.precision, 256, 16384)
+        return PairScorer(
+            self.model,
+            self.tokenizer,
+            self.rules,
+            self.device,
+            self.precision,
+            256,
+            token_budget(0, self.device),
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Return the dev metrics after re-ranking; empty without dev candidates."""

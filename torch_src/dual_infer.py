@@ -11,13 +11,21 @@ import torch
 from torch_src import hparams
 from torch_src.backbones import check_fits, load_weights
 from torch_src.collection import PassageCollection
-from torch_src.devices import choose_device, choose_precision, peak_memory_gb, search_devices, set_threads
+from torch_src.devices import (
+    choose_device,
+    choose_precision,
+    peak_memory_gb,
+    search_devices,
+    set_threads,
+    token_budget,
+    worker_count,
+)
 from torch_src.dual_hparams import DEBUG as TRAIN_DEBUG
 from torch_src.dual_hparams import FIXED_BY_WEIGHTS, DualHparams
 from torch_src.dual_model import DualEncoder, build_backbone, load_backbone
 from torch_src.encoding import Encoder, encode_collection
 from torch_src.formats import RunRow, format_run_row
-from torch_src.helpers import atomic_write, duration, exit_status, require, say, warn
+from torch_src.helpers import atomic_write, duration, exit_status, rank, require, say, warn
 from torch_src.inference_de_hparams import DEBUG, PRETRAINED, InferenceDeHparams
 from torch_src.inference_stage import FoundModel, find_pretrained_model, find_trained_model, read_query_ids
 from torch_src.passage_ids import check_length, iter_json_pairs
@@ -97,33 +105,39 @@ class DualInference:
         rules = TextRules(fixed[length], fixed[f"{side}_prefix"], fixed["remove_spaces"])
         return Encoder(
             model.tower(side).to(self.device).eval(), self.model.tokenizer, rules, fixed["pooling"],
-            fixed["normalize"], self.device, self.precision, hp.batch_size, hp.tokens_per_batch,
+            fixed["normalize"], self.device, self.precision, hp.batch_size,
+            token_budget(hp.tokens_per_batch, self.device),
         )  # fmt: skip
 
-    def encode(self) -> tuple[np.ndarray, VectorStore]:
+    def encode(self) -> tuple[np.ndarray | None, VectorStore]:
         """Return the query vectors (B, H) float32 and the passage vectors on disk; one tower on the device at
-        a time.
+        a time. Only the first of several processes encodes the queries; all of them share the passages.
         """
-        model = load_model(self.model, self.hp.seed)
-        queries = self.encoder("query", model).encode(self.queries)
-        save_vectors(self.output / "query.emb.npy", queries)
-        write_stamp(self.output / "query.emb.npy", self.vector_stamp("query"))
+        model, queries = load_model(self.model, self.hp.seed), None
+        if rank() == 0:
+            queries = self.encoder("query", model).encode(self.queries)
+            save_vectors(self.output / "query.emb.npy", queries)
+            write_stamp(self.output / "query.emb.npy", self.vector_stamp("query"))
+        hidden = model.passage_encoder.config.hidden_size
         if model.query_encoder is not model.passage_encoder:
             model.query_encoder = None  # its memory is the passage tower's now
         stamp = {**self.vector_stamp("passage"), "collection": self.collection.fingerprint}
         store = VectorStore.create_or_continue(
-            self.hp.para_emb_path, stamp, len(self.collection), queries.shape[1], self.hp.block_rows, say,
-            self.hp.force, shared=bool(self.hp.para_emb),
+            self.hp.para_emb_path, stamp, len(self.collection), hidden, self.hp.block_rows, say,
+            self.hp.force and rank() == 0, shared=bool(self.hp.para_emb),
         )  # fmt: skip
         if store.missing_blocks():
-            encode_collection(self.encoder("passage", model), self.collection, store, self.hp.log_every)
+            workers = worker_count(self.hp.workers, self.device)
+            encode_collection(
+                self.encoder("passage", model), self.collection, store, self.hp.log_every, workers
+            )
         else:
             say(f"{store.folder}: vectors up to date ({store.rows:,} passages)")
         return queries, store
 
     def write_run(self, path: Path, queries: np.ndarray, store: VectorStore) -> None:
         """Search `bs` queries a round and write the run, in the order of the queries."""
-        hp, devices = self.hp, search_devices(self.device)
+        hp, devices = self.hp, search_devices(self.hp.device, self.device)
         kind = choose_kind(hp.search_product, store.hidden, devices[0], say)
         at_once = min(self.bs, len(queries))
         chunk_rows(at_once, store.hidden, hp.search_memory_gb, devices[0].type, len(devices))  # UserError
@@ -161,6 +175,8 @@ def run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
             "all of them are kept"
         )
     queries, store = inference.encode()
+    if queries is None:
+        return  # the first process searches
     gc.collect()
     if inference.device.type == "cuda":
         torch.cuda.empty_cache()

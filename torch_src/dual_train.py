@@ -9,6 +9,7 @@ from metric.evaluation import MEASURES, compute_metrics
 from torch_src import hparams
 from torch_src.datasets import DualBatch, DualTrainingSet
 from torch_src.dev_retrieval import build_dev_retrieval
+from torch_src.devices import token_budget
 from torch_src.dual_hparams import DEBUG, FIXED_BY_WEIGHTS, DualHparams
 from torch_src.dual_model import DualEncoder, load_backbone
 from torch_src.encoding import Encoder
@@ -88,7 +89,7 @@ class DualTraining(TrainingStage):
         hp = self.hp
         return Encoder(
             self.model.tower(side), self.tokenizer, self.rules[side], hp.pooling, hp.normalize, self.device,
-            self.precision, batch_size=256, tokens_per_batch=16384,
+            self.precision, batch_size=512, tokens_per_batch=token_budget(0, self.device),
         )  # fmt: skip
 
     def evaluate(self) -> dict[str, float]:

@@ -1,24 +1,31 @@
-"""Texts to vectors: tokenised one block ahead, length-sorted batches, rows put back in order."""
+"""Texts to vectors: tokenised ahead, sorted by length within a block, batches cut by a token budget, rows put
+back in order; blocks shared out between processes.
+"""
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from torch_src.claims import Claims
 from torch_src.collection import PassageCollection
-from torch_src.devices import autocast
+from torch_src.devices import autocast, tensors_to
 from torch_src.dual_model import embed
 from torch_src.errors import UserError
-from torch_src.helpers import duration, one_ahead, say
-from torch_src.tokenization import TextRules, length_sorted_batches, pad, tokenize
+from torch_src.helpers import duration, one_ahead, say, warn
+from torch_src.token_table import TokenTable
+from torch_src.tokenization import TextRules, tokenize
 from torch_src.vectors import VectorStore
 
 TOKENIZE_AHEAD = 4096  # texts tokenised in one piece: their Python lists of ids take about 17 KB a passage
+LEAST_TOKENS = 512  # a token budget is not halved below this
+POLL_SECONDS = 1.0  # between looks whether the other processes are done with their blocks
 
 
 @dataclass
@@ -33,81 +40,180 @@ class Encoder:
     device: torch.device
     precision: str
     batch_size: int  # texts in one forward pass, at most
-    tokens_per_batch: int  # padded tokens in one forward pass, at most
+    tokens_per_batch: int  # padded tokens in one forward pass, at most; halved when memory does not suffice
 
-    def tokenize(self, texts: list[str]) -> tuple[list[list[int]], int]:
-        """Return (token ids, how many texts were cut)."""
-        return tokenize(self.tokenizer, texts, self.rules)
+    def tokenize(self, texts: list[str]) -> TokenTable:
+        """Return the texts' token ids."""
+        return TokenTable.of_lists(*tokenize(self.tokenizer, texts, self.rules))
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Return the vectors (len(texts), H) float32 of texts that fit into memory."""
-        return self.encode_tokens(self.tokenize(texts)[0])
-
-    @torch.inference_mode()
-    def encode_tokens(self, ids: list[list[int]]) -> np.ndarray:
-        """Return the vectors (len(ids), H) float32; UserError when one of them is not finite."""
-        was_training = self.tower.training
-        self.tower.eval()
-        vectors = np.empty((len(ids), self.tower.config.hidden_size), dtype=np.float32)
-        for rows in length_sorted_batches(
-            [len(tokens) for tokens in ids], self.batch_size, self.tokens_per_batch
-        ):
-            arrays = pad([ids[row] for row in rows], self.tokenizer.pad_token_id)
-            input_ids, mask = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in arrays)
-            with autocast(self.device, self.precision):
-                batch = embed(self.tower, input_ids, mask, self.pooling, self.normalize)
-            vectors[rows] = batch.float().cpu().numpy()
-        self.tower.train(was_training)
+        vectors = self.encode_tokens(self.tokenize(texts))
         if not np.isfinite(vectors).all():
             raise UserError(
                 "the model gives vectors that are not finite; are the weights sound? (try --precision fp32)"
             )
         return vectors
 
+    @torch.inference_mode()
+    def encode_tokens(
+        self, table: TokenTable, dtype: torch.dtype = torch.float32, done: Callable | None = None
+    ) -> np.ndarray:
+        """Return the vectors (N, H) of `dtype`; done(texts, tokens) is called after each forward pass.
+
+        Texts of like length stand together, so that hardly a padded token is computed; longest first, so that
+        a batch which does not fit fails in the first minute. The vectors stay on the device until the last:
+        on CUDA nothing waits for a single batch.
+        """
+        was_training = self.tower.training
+        self.tower.eval()
+        shape = (len(table), self.tower.config.hidden_size)
+        vectors = torch.empty(shape, dtype=dtype, device=self.device)
+        order = np.argsort(-table.lengths, kind="stable")
+        start = 0
+        with autocast(self.device, self.precision):  # one context: the cast weights are kept for all batches
+            while start < len(order):
+                longest = max(1, int(table.lengths[order[start]]))
+                rows = order[start : start + max(1, min(self.batch_size, self.tokens_per_batch // longest))]
+                try:
+                    self._forward(table, rows, vectors)
+                except torch.OutOfMemoryError as error:
+                    self._halve_budget(longest, error)
+                    continue
+                start += len(rows)
+                if done is not None:
+                    done(len(rows), int(table.lengths[rows].sum()))
+        self.tower.train(was_training)
+        return vectors.cpu().numpy()
+
+    def _forward(self, table: TokenTable, rows: np.ndarray, vectors: torch.Tensor) -> None:
+        arrays = (*table.padded(rows, self.tokenizer.pad_token_id), rows)
+        input_ids, mask, at = tensors_to(self.device, *arrays)
+        vectors[at] = embed(self.tower, input_ids, mask, self.pooling, self.normalize).to(vectors.dtype)
+
+    def _halve_budget(self, longest: int, error: torch.OutOfMemoryError) -> None:
+        if self.tokens_per_batch // 2 < max(LEAST_TOKENS, longest):
+            raise UserError(
+                f"{self.device}: out of memory at {self.tokens_per_batch} tokens a forward pass, and no less "
+                "is possible; use a smaller model or length, or free the device's memory"
+            ) from error
+        self.tokens_per_batch //= 2
+        warn(f"{self.device}: out of memory; tokens_per_batch halved to {self.tokens_per_batch}")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
 
 def encode_collection(
-    encoder: Encoder, collection: PassageCollection, store: VectorStore, log_every: float
+    encoder: Encoder, collection: PassageCollection, store: VectorStore, log_every: float, workers: int = 0
 ) -> None:
     """Encode the blocks of `store` that are not there yet; a log line every `log_every` seconds.
 
-    Memory: one block of vectors, the token ids of two pieces of TOKENIZE_AHEAD passages, the model.
+    Other processes may do the same on the same folder: each takes the next block that nobody has, and what a
+    dead one left undone is taken over. Returns when every block is there. `workers` processes tokenise ahead
+    (0: a thread). Memory: two blocks of token ids, one of vectors, the model.
     """
     missing = store.missing_blocks()
-    total = sum(last - first for first, last in map(store.block_range, missing))
     if len(missing) < store.block_count:
         done = store.block_count - len(missing)
         say(f"{store.folder}: {done} of {store.block_count} blocks of these settings are there and are kept")
-    progress = Progress(total, log_every)
-    for block in missing:
-        first, last = store.block_range(block)
-        vectors = np.empty((last - first, store.hidden), dtype=np.float16)
-        for start, ids, cut in _tokenized_ahead(encoder, collection, first, last):
-            piece = encoder.encode_tokens(ids)
-            vectors[start - first : start - first + len(ids)] = to_float16(piece, start)
-            progress.add(len(ids), sum(map(len, ids)), cut)
-        store.write_block(block, vectors)
+    progress = Progress(sum(last - first for first, last in map(store.block_range, missing)), log_every)
+    claims, waiting = Claims(store.folder), False
+    try:
+        while store.missing_blocks():
+            blocks = claims.takeable(store)
+            worked = False
+            for block, table in _tokenized_blocks(encoder, collection, store, blocks, workers):
+                _encode_block(encoder, store, block, table, progress)
+                claims.give_back(block)
+                worked = True
+            if not worked:
+                if not waiting:
+                    say(
+                        f"waiting for other processes: they have {len(store.missing_blocks())} blocks in hand"
+                    )
+                waiting = True
+                time.sleep(POLL_SECONDS)
+    finally:
+        claims.close()
     progress.close()
 
 
-def _tokenized_ahead(encoder: Encoder, collection, first: int, last: int) -> Iterator[tuple[int, list, int]]:
-    """Return (first row, token ids, texts cut) of pieces, the next one being tokenised while this one is
-    encoded.
-    """
+def _encode_block(encoder: Encoder, store: VectorStore, block: int, table: TokenTable, progress) -> None:
+    vectors = encoder.encode_tokens(table, torch.float16, progress.add)
+    check_float16(vectors, store.block_range(block)[0])
+    progress.cut += table.cut
+    made_with = {
+        "threads": torch.get_num_threads(), "batch_size": encoder.batch_size,
+        "tokens_per_batch": encoder.tokens_per_batch, "torch": torch.__version__,
+    }  # fmt: skip
+    store.write_block(block, vectors, made_with)
 
-    def piece(start: int):
-        return start, *encoder.tokenize(collection[start : min(last, start + TOKENIZE_AHEAD)])
 
-    return one_ahead(piece, range(first, last, TOKENIZE_AHEAD))
+class _Pieces(Dataset):
+    """Tokenised pieces of a collection by (block, first row, last row)."""
+
+    def __init__(self, encoder: Encoder, collection: PassageCollection):
+        self.tokenizer, self.rules, self.collection = encoder.tokenizer, encoder.rules, collection
+
+    def __getitem__(self, piece: tuple[int, int, int]) -> tuple | UserError:
+        """Return (block, last row, ids, lengths, texts cut)."""
+        block, first, last = piece
+        try:
+            table = TokenTable.of_lists(*tokenize(self.tokenizer, self.collection[first:last], self.rules))
+        except UserError as error:
+            return UserError(str(error))  # raised where it is read: a loader would wrap it in a traceback
+        return block, last, table.ids, table.lengths, table.cut
+
+
+def _tokenized_blocks(
+    encoder: Encoder, collection, store: VectorStore, blocks: Iterator[int], workers: int
+) -> Iterator[tuple[int, TokenTable]]:
+    """Yield (block, its token ids), the next pieces being tokenised while this block is encoded."""
+
+    def pieces() -> Iterator[tuple[int, int, int]]:
+        for block in blocks:
+            first, last = store.block_range(block)
+            for start in range(first, last, TOKENIZE_AHEAD):
+                yield block, start, min(last, start + TOKENIZE_AHEAD)
+
+    data = _Pieces(encoder, collection)
+    if workers:
+        # A loader with workers keeps their order, and ends them with this process.
+        ready = DataLoader(data, sampler=pieces(), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    else:
+        ready = one_ahead(data.__getitem__, pieces())
+    parts: list[TokenTable] = []
+    for piece in ready:
+        if isinstance(piece, UserError):
+            raise piece
+        block, last, ids, lengths, cut = piece
+        parts.append(TokenTable(ids, lengths, cut))
+        if last == store.block_range(block)[1]:
+            yield block, TokenTable.joined(parts)
+            parts = []
+
+
+def _as_it_is(item):
+    return item
 
 
 def to_float16(vectors: np.ndarray, first_row: int) -> np.ndarray:
     """Return the vectors as they are stored; UserError when a value is beyond float16 (65,504)."""
     with np.errstate(over="ignore"):
         stored = vectors.astype(np.float16)
-    if not np.isfinite(stored).all():
-        row = first_row + int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
-        raise UserError(f"the vector of row {row} has values beyond float16 (65,504); train with --normalize")
+    check_float16(stored, first_row)
     return stored
+
+
+def check_float16(stored: np.ndarray, first_row: int) -> None:
+    """UserError that names the row when a stored vector is not finite."""
+    finite = np.isfinite(stored).all(axis=1)
+    if not finite.all():
+        row = first_row + int(np.flatnonzero(~finite)[0])
+        raise UserError(
+            f"the vector of row {row} has values that are not finite or beyond float16 (65,504); "
+            "train with --normalize, or look at the weights"
+        )
 
 
 class Progress:
@@ -127,7 +233,7 @@ class Progress:
         self.texts = self.tokens = self.cut = 0
         self.bar = tqdm(total=total, unit=f" {unit}") if sys.stderr.isatty() else None
 
-    def add(self, texts: int, tokens: int, cut: int) -> None:
+    def add(self, texts: int, tokens: int, cut: int = 0) -> None:
         """Count a finished piece."""
         self.texts, self.tokens, self.cut = self.texts + texts, self.tokens + tokens, self.cut + cut
         if self.bar is not None:

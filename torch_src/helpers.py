@@ -11,11 +11,16 @@ from pathlib import Path
 from torch_src.errors import UserError
 
 
+def rank() -> int:
+    """Return the number of this process among those that torchrun started; 0 for a single one."""
+    return int(os.getenv("RANK", "0"))
+
+
 def say(line: str) -> None:
     """Print one log line at once: under nohup a line kept in a buffer is a line lost when the run
-    is killed.
+    is killed. Processes but the first put their number before it.
     """
-    print(line, flush=True)
+    print(f"[rank {rank()}] {line}" if rank() else line, flush=True)
 
 
 def warn(line: str) -> None:

@@ -35,7 +35,7 @@ class InferenceCrossHparams(OfficialLayout):
 
     # the run
     block_pairs: int = 65536  # pairs a score file: the unit of carrying on
-    tokens_per_batch: int = 16384  # padded tokens in one forward pass, at most
+    tokens_per_batch: int = 0  # padded tokens in one forward pass, at most; 0: 4,096 on a CPU, 32,768 on CUDA
     precision: str = "auto"  # auto, bf16, fp16 or fp32; the last layer and the order are fp32 in any case
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     threads: int = 0  # CPU threads of this process; 0: what torch chooses
@@ -55,11 +55,11 @@ class InferenceCrossHparams(OfficialLayout):
     def check(self) -> None:
         """UserError for a value out of range."""
         check_choice("precision", self.precision, PRECISIONS)
-        for name in ("batch_size", "topk", "block_pairs", "tokens_per_batch", "log_every"):
+        for name in ("batch_size", "topk", "block_pairs", "log_every"):
             check_range(name, getattr(self, name), 1)
         if self.max_seq_len is not None:
             check_range("max_seq_len", self.max_seq_len, 8)
-        for name in ("threads", "seed", "fuse_retriever_weight"):
+        for name in ("threads", "seed", "fuse_retriever_weight", "tokens_per_batch"):
             check_range(name, getattr(self, name), 0)
 
 

@@ -24,7 +24,7 @@ class InferenceDeHparams(OfficialLayout):
     dual_params: str = ""  # trained weights; empty: output_dir/dual_params.bin; none: not fine-tuned
     pretrained_model_path: str | None = None  # default: the model dual_params was trained from
     vocab_path: str | None = None  # default: the tokenizer dual_params was trained with
-    batch_size: int = 128  # texts in one forward pass, at most
+    batch_size: int = 512  # texts in one forward pass, at most (tokens_per_batch decides)
     topk: int | None = None  # passages kept for each query; default: enter() in do_dual_infer.py
     bs: int | None = None  # queries searched at once; default: enter() in do_dual_infer.py
 
@@ -49,7 +49,8 @@ class InferenceDeHparams(OfficialLayout):
 
     # the run
     block_rows: int = 65536  # passages a vector file: the unit of writing and of carrying on
-    tokens_per_batch: int = 16384  # padded tokens in one forward pass, at most
+    tokens_per_batch: int = 0  # padded tokens in one forward pass, at most; 0: 4,096 on a CPU, 32,768 on CUDA
+    workers: int = -1  # processes that tokenise ahead; 0: a thread; -1: 0 on a CPU, up to 4 on CUDA
     search_memory_gb: float = 2.0  # 10^9 bytes that the search may take beside queries and results
     search_product: str = "auto"  # first look of the search: auto, fp32, bf16 or int8; the result is the same
     precision: str = "auto"  # auto, bf16, fp16 or fp32 (encoding; the search is exact in any case)
@@ -74,13 +75,14 @@ class InferenceDeHparams(OfficialLayout):
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("search_product", self.search_product, SEARCH_PRODUCTS)
         check_range("search_memory_gb", self.search_memory_gb, 0.01)
-        for name in ("batch_size", "block_rows", "tokens_per_batch", "log_every"):
+        for name in ("batch_size", "block_rows", "log_every"):
             check_range(name, getattr(self, name), 1)
         for name, low in (("topk", 1), ("bs", 1), ("q_max_seq_len", 3), ("p_max_seq_len", 3)):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), low)
-        for name in ("threads", "seed"):
+        for name in ("threads", "seed", "tokens_per_batch"):
             check_range(name, getattr(self, name), 0)
+        check_range("workers", self.workers, -1)
 
 
 # --debug lowers these defaults; an explicit option still wins.

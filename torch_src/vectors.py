@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from torch_src.claims import Claims
 from torch_src.errors import UserError
 from torch_src.helpers import atomic_write, read_json, write_json
 from torch_src.stamps import CODE_VERSION, changes
@@ -38,12 +39,21 @@ class VectorStore:
         """
         manifest = {**stamp, "rows": rows, "hidden": hidden, "block_rows": block_rows, "code": CODE_VERSION}
         store = cls(folder, manifest)
-        path = store.folder / "manifest.json"
-        blocks = sorted(store.folder.glob("block-*.npy"))
+        claims = Claims(folder)
+        try:
+            with claims.whole_folder():
+                store._keep_or_empty(manifest, say, force, shared)
+        finally:
+            claims.close()
+        return store
+
+    def _keep_or_empty(self, manifest: dict, say, force: bool, shared: bool) -> None:
+        path, folder = self.folder / "manifest.json", self.folder
+        blocks = sorted(folder.glob("block-*"))
         if path.exists() and not force:
             different = changes(_old_manifest(path), manifest)
             if not different:
-                return store
+                return
             if shared:
                 raise UserError(
                     f"{folder}: vectors of another run ({'; '.join(different)}); "
@@ -54,9 +64,8 @@ class VectorStore:
             say(f"{folder}: {'--force' if force else 'no manifest beside the vectors'}; they are made again")
         path.unlink(missing_ok=True)  # first: blocks without a manifest are never trusted
         for block in blocks:
-            block.unlink()
+            block.unlink(missing_ok=True)
         write_json(path, manifest)
-        return store
 
     @property
     def block_count(self) -> int:
@@ -69,15 +78,31 @@ class VectorStore:
         """Return the first row of a block and the row after its last."""
         return block * self.block_rows, min(self.rows, (block + 1) * self.block_rows)
 
-    def missing_blocks(self) -> list[int]:
-        return [block for block in range(self.block_count) if not self.block_path(block).exists()]
+    def note_path(self, block: int) -> Path:
+        """Return the path of a block's note: how it was made. Written last: without it the block is not
+        there.
+        """
+        return self.folder / f"block-{block:05d}.json"
 
-    def write_block(self, block: int, vectors: np.ndarray) -> None:
-        """Write one block, (rows of the block, H) of the store's dtype, atomically."""
+    def missing_blocks(self) -> list[int]:
+        """Return the blocks that are not there yet, whole."""
+        there = {path.name for path in self.folder.glob("block-*")}
+        blocks = range(self.block_count)
+        return [b for b in blocks if not {self.block_path(b).name, self.note_path(b).name} <= there]
+
+    def is_missing(self, block: int) -> bool:
+        """Return whether a block is not there yet, or not whole."""
+        return not (self.block_path(block).exists() and self.note_path(block).exists())
+
+    def write_block(self, block: int, vectors: np.ndarray, made_with: dict | None = None) -> None:
+        """Write one block, (rows of the block, H) of the store's dtype, atomically, then its note."""
         first, last = self.block_range(block)
         assert vectors.shape == (last - first, self.hidden) and vectors.dtype == self.dtype
+        for left in self.folder.glob(f"{self.block_path(block).name}.*.tmp"):
+            left.unlink(missing_ok=True)  # of a killed process: nobody else writes a block that is claimed
         with atomic_write(self.block_path(block), "wb") as file:
             np.save(file, vectors, allow_pickle=False)
+        write_json(self.note_path(block), made_with or {})
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, vectors (rows, H) float16, memory-mapped) of every block in row order."""

@@ -1,0 +1,99 @@
+"""Encoding killed at any moment, and shared by several processes: the same bytes in every block."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from toy_world import ROOT, make_world, options
+
+PASSAGES = 440
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A collection of 440 passages in 22 blocks, and the blocks of an undisturbed run."""
+    folder = make_world(tmp_path_factory.mktemp("world"), passages=PASSAGES)
+    run(folder, "undisturbed")
+    return folder, blocks(folder / "undisturbed")
+
+
+def command(world, name: str) -> list[str]:
+    more = ["--dual_params", "none", "--pretrained_model_path", str(world / "model"), "--block_rows", "20"]
+    return [str(ROOT / "do_dual_infer.py"), *options(world, world / name), *more]
+
+
+def run(world, name: str, launcher=()) -> str:
+    words = [sys.executable, *launcher, *command(world, name)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def blocks(folder) -> dict[str, bytes]:
+    found = {path.name: path.read_bytes() for path in sorted((folder / "para_emb").glob("block-*.npy"))}
+    return {**found, "run": (folder / "res.top50").read_bytes()}
+
+
+def killed_runs(world, name: str, kills: int, seed: int) -> int:
+    """Start the program `kills` times and kill it, each a little later than the last; return blocks found
+    then.
+
+    The moments lie between the first block and the end of a run, by watching the folder.
+    """
+    draw = random.Random(seed)
+    for _ in range(kills):
+        before = count_blocks(world / name)
+        process = subprocess.Popen(
+            [sys.executable, *command(world, name)], cwd=ROOT, stdout=subprocess.DEVNULL
+        )
+        while process.poll() is None and count_blocks(world / name) <= before:
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    return count_blocks(world / name)
+
+
+def count_blocks(folder) -> int:
+    return len(list((folder / "para_emb").glob("block-*.npy")))
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_again_and_again_then_finished(world, kills):
+    folder, expected = world
+    name = f"killed{kills}"
+    assert 0 < killed_runs(folder, name, kills, seed=kills)
+    run(folder, name)
+    assert blocks(folder / name) == expected
+    assert not list((folder / name / "para_emb").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_any_number_of_processes_gives_the_same_bytes(world, processes):
+    folder, expected = world
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    out = run(folder, f"together{processes}", launcher)
+    assert "[rank 1] " in out
+    assert blocks(folder / f"together{processes}") == expected
+
+
+def test_a_process_takes_over_what_a_killed_one_left(world):
+    """Two share the blocks, one is killed in the middle: the other finishes all of them."""
+    folder, expected = world
+    environments = [{**os.environ, "RANK": rank} for rank in ("0", "1")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command(folder, "one_dies")], cwd=ROOT, env=env, stdout=subprocess.DEVNULL
+        )
+        for env in environments
+    ]
+    while processes[1].poll() is None and count_blocks(folder / "one_dies") < 3:
+        time.sleep(0.002)
+    processes[1].kill()
+    processes[1].wait()
+    assert processes[0].wait() == 0
+    assert blocks(folder / "one_dies") == expected
