@@ -76,7 +76,7 @@ def run(hp: MiningHparams) -> None:
         return say(f"{outputs[0]}: up to date")
     for output in outputs:
         clear_stamp(output)
-    ids = read_passage_ids(hp.passage_ids_path)
+    ids = read_passage_ids(hp.passage_ids_path, str(folder / "cache"))
     check_length(hp.passage_ids_path, len(ids), len(collection))
     miner = mining.Miner(data, collection, located or mining.locate_positives(data, collection), rules)
     logits = mining.read_scores(scores) if scores else None

@@ -24,7 +24,7 @@ from torch_src.errors import UserError
 from torch_src.formats import read_dev
 from torch_src.helpers import duration, exit_status, say, write_json
 from torch_src.inference_stage import read_query_ids
-from torch_src.passage_ids import check_length, iter_json_pairs
+from torch_src.passage_ids import check_length, read_passage_ids
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {
@@ -65,7 +65,8 @@ def check_data(hp) -> None:
     """UserError unless the files of both stages are there and their ids fit together."""
     queries = read_query_ids(hp)
     passages = len(PassageCollection(hp.passage_dir_path, str(Path(hp.output_dir) / "cache")))
-    check_length(hp.passage_ids_path, sum(1 for _ in iter_json_pairs(hp.passage_ids_path)), passages)
+    ids = read_passage_ids(hp.passage_ids_path, str(Path(hp.output_dir) / "cache"))
+    check_length(hp.passage_ids_path, len(ids), passages)
     answered = len(read_dev(Path(hp.data_dir) / "dev/dev.json"))
     say(f"{passages:,} passages, {len(queries):,} dev queries, {answered:,} of them with answers")
 

@@ -137,9 +137,9 @@ BAD_TRAIN = (
     "warmup_proportion=-0.1 warmup_proportion=1.1 dropout=-0.1 dropout=1 eval_every=-2 seed=-1"
 ).split()
 BAD_INFER = (
-    "pooling=max precision=int8 batch_size=0 block_rows=0 topk=0 bs=0 tokens_per_batch=-1 workers=-2 log_every=0 "
-    "search_memory_gb=0 search_product=int4 "
-    "threads=-1 q_max_seq_len=0 q_max_seq_len=1 p_max_seq_len=1"
+    "pooling=max precision=int8 batch_size=0 block_rows=0 topk=0 bs=0 tokens_per_batch=-1 log_every=0 "
+    "threads=-1 q_max_seq_len=0 q_max_seq_len=1 p_max_seq_len=1 workers=-2 search_memory_gb=0 "
+    "search_product=int4 recall_queries=-1"
 ).split()
 
 

@@ -1,20 +1,19 @@
 """The passage collection on disk: 8 M passages by row number, without loading them."""
 
-import hashlib
 import os
 import re
-import zipfile
 from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from torch_src.errors import UserError
+from torch_src.file_cache import cached_array
 from torch_src.formats import decode, parse_passage
-from torch_src.helpers import atomic_write, read_json, say, write_json
 
 PART = re.compile(r"part-(\d+)$")
-READ_SIZE = 1 << 24
+READ_SIZE = 1 << 22
 
 
 class PassageCollection:
@@ -45,7 +44,7 @@ class PassageCollection:
         self.starts = np.cumsum(
             [0] + [len(offsets) - 1 for offsets in self.offsets]
         ).tolist()  # first row of each file
-        self.fingerprint = hashlib.blake2b("".join(d for _, d in indexes).encode(), digest_size=8).hexdigest()
+        self.fingerprint = xxhash.xxh3_64_hexdigest("".join(digest for _, digest in indexes))
         if not len(self):
             raise UserError(f"{files[0].parent}: the collection is empty")
 
@@ -121,56 +120,25 @@ def collection_files(folder) -> list[Path]:
 
 
 def _index(path: Path, cache_dir) -> tuple[np.ndarray, str]:
-    """Return (line offsets, (rows + 1,) int64; fingerprint of the content), from the cache when it still
-    fits.
-    """
-    state = os.stat(path)
-    identity = {"path": str(path.resolve()), "size": state.st_size, "mtime_ns": state.st_mtime_ns}
-    if cache_dir is None:
-        return _scan(path)
-    name = hashlib.blake2b(identity["path"].encode(), digest_size=6).hexdigest()
-    saved, note = (
-        Path(cache_dir) / f"{path.name}-{name}.offsets.npy",
-        Path(cache_dir) / f"{path.name}-{name}.json",
-    )
-    if saved.exists() and note.exists():
-        try:
-            known = read_json(note)
-            offsets = np.load(saved, allow_pickle=False)
-            if {key: known.get(key) for key in identity} == identity:
-                _check_offsets(offsets, known, state.st_size)
-                return offsets, known["fingerprint"]
-        except (UserError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
-            say(f"{saved}: damaged, made again")
-    offsets, fingerprint = _scan(path)
-    with atomic_write(saved, "wb") as file:
-        np.save(file, offsets, allow_pickle=False)
-    write_json(note, {**identity, "offsets": _digest(offsets), "fingerprint": fingerprint})
-    return offsets, fingerprint
-
-
-def _check_offsets(offsets: np.ndarray, known: dict, size: int) -> None:
-    """ValueError unless the cached offsets are as they were saved, byte for byte."""
-    if offsets.ndim != 1 or offsets.dtype != np.int64 or offsets[0] != 0 or offsets[-1] != size:
-        raise ValueError("not the offsets of this file")
-    if not isinstance(known["fingerprint"], str) or known["offsets"] != _digest(offsets):
-        raise ValueError("not the offsets that were saved")
-
-
-def _digest(offsets: np.ndarray) -> str:
-    return hashlib.blake2b(offsets.tobytes(), digest_size=8).hexdigest()
+    """Return (line offsets, (rows + 1,) int64; fingerprint of the content)."""
+    return cached_array(path, cache_dir, "offsets", lambda: _scan(path))
 
 
 def _scan(path: Path) -> tuple[np.ndarray, str]:
     """Read the file once: where its lines begin (cut at `\\n` alone) and a fingerprint of its content."""
-    ends, position, digest = [], 0, hashlib.blake2b(digest_size=16)
-    last = b"\n"
+    ends, position, digest = [], 0, xxhash.xxh3_128()
+    piece, last = bytearray(READ_SIZE), b"\n"
     with open(path, "rb", buffering=0) as file:
-        while piece := file.read(READ_SIZE):
-            ends.append(np.flatnonzero(np.frombuffer(piece, dtype=np.uint8) == 10) + (position + 1))
-            position += len(piece)
-            last = piece[-1:]
-            digest.update(piece)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while count := file.readinto(piece):
+            view = memoryview(piece)[:count]
+            ends.append(np.flatnonzero(np.frombuffer(view, dtype=np.uint8) == 10) + (position + 1))
+            position += count
+            last = bytes(view[-1:])
+            digest.update(view)
     if last != b"\n":
         ends.append(np.array([position]))  # a last line without its newline is a row all the same
-    return np.concatenate([[0], *ends]).astype(np.int64), digest.hexdigest()
+    offsets = np.zeros(1 + sum(map(len, ends)), dtype=np.int64)
+    np.concatenate(ends or [offsets[1:]], out=offsets[1:])
+    return offsets, digest.hexdigest()

@@ -136,7 +136,7 @@ class CrossInference:
         """Return (pids as bytes, global rows), both (N,), of all pairs."""
         path = require(self.hp.passage_ids_path, "row -> pid")
         if not self.official:
-            ids = read_passage_ids(path)
+            ids = read_passage_ids(path, str(self.output / "cache"))
             check_length(path, len(ids), len(self.collection))
             return ids[self.candidates.rows], self.candidates.rows
         rows = rows_of(path, self.candidates.pids)

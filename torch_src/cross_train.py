@@ -221,7 +221,7 @@ def build_dev_reranking(hp: CrossHparams) -> DevReranking | None:
         return None
     pids = candidates.pids
     if is_run:
-        ids = read_passage_ids(hp.passage_ids_path)
+        ids = read_passage_ids(hp.passage_ids_path, cache)
         check_length(hp.passage_ids_path, len(ids), len(collection))
         pids = ids[candidates.rows]
     reference = {dev[query].qid: set(dev[query].answers) for query in candidates.queries}

@@ -50,7 +50,7 @@ def build_dev_retrieval(hp, collection_cache: str) -> DevRetrieval | None:
             return None
     queries = read_dev(hp.dev_set_path)
     collection = PassageCollection(hp.passage_dir_path, collection_cache)
-    pids = read_passage_ids(hp.passage_ids_path)
+    pids = read_passage_ids(hp.passage_ids_path, collection_cache)
     check_length(hp.passage_ids_path, len(pids), len(collection))
     pool, named = _named_passages(hp, queries)
     if len(collection) <= hp.dev_random_passages + len(pool):

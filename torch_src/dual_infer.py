@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from torch_src import hparams
+from torch_src.ann_index import ApproximateSearch, IndexSettings
 from torch_src.backbones import check_fits, load_weights
 from torch_src.collection import PassageCollection
 from torch_src.devices import (
@@ -28,7 +30,7 @@ from torch_src.formats import RunRow, format_run_row
 from torch_src.helpers import atomic_write, duration, exit_status, rank, require, say, warn
 from torch_src.inference_de_hparams import DEBUG, PRETRAINED, InferenceDeHparams
 from torch_src.inference_stage import FoundModel, find_pretrained_model, find_trained_model, read_query_ids
-from torch_src.passage_ids import check_length, iter_json_pairs
+from torch_src.passage_ids import check_length, read_passage_ids
 from torch_src.search import choose_kind, chunk_rows, search
 from torch_src.stamps import clear_stamp, fingerprint_text, up_to_date, write_stamp
 from torch_src.tokenization import TextRules, tokenizer_fingerprint
@@ -75,7 +77,7 @@ class DualInference:
         if self.hp.passage_ids == "none":
             return
         path = require(self.hp.passage_ids_path, "row -> pid", "pass --passage_ids none to go without")
-        check_length(path, sum(1 for _ in iter_json_pairs(path)), len(self.collection))
+        check_length(path, len(read_passage_ids(path, str(self.output / "cache"))), len(self.collection))
 
     def vector_stamp(self, side: str) -> dict:
         """Return what decides the vectors of one side."""
@@ -97,7 +99,15 @@ class DualInference:
             "queries": fingerprint_text("\n".join(self.queries)),
             "collection": self.collection.fingerprint,
         }
-        return {"stage": "dual_infer", **sides, **texts, "block_rows": self.hp.block_rows, "topk": self.topk}
+        index = {"index": self.hp.index, "search_params": self.hp.search_params} if self.hp.index else {}
+        return {
+            "stage": "dual_infer",
+            **sides,
+            **texts,
+            **index,
+            "block_rows": self.hp.block_rows,
+            "topk": self.topk,
+        }
 
     def encoder(self, side: str, model: DualEncoder) -> Encoder:
         fixed, hp = self.model.fixed, self.hp
@@ -135,24 +145,41 @@ class DualInference:
             say(f"{store.folder}: vectors up to date ({store.rows:,} passages)")
         return queries, store
 
-    def write_run(self, path: Path, queries: np.ndarray, store: VectorStore) -> None:
-        """Search `bs` queries a round and write the run, in the order of the queries."""
+    def searcher(self, queries: np.ndarray, store: VectorStore) -> Callable:
+        """Return search(round of queries) -> (rows, scores, what to say of it): exact, or by an index."""
         hp, devices = self.hp, search_devices(self.hp.device, self.device)
+        if hp.index:
+            settings = IndexSettings(hp.index, hp.search_params, hp.search_memory_gb, hp.seed)
+            path, stamp = self.output / "para.index", {**store.manifest, "stage": "index"}
+            index = ApproximateSearch(store, settings, path, stamp, hp.force)
+            if hp.recall_queries:
+                say(index.recall(queries, self.topk, self.device, hp.recall_queries))
+            return lambda some: (*index.search(some, self.topk), "")
         kind = choose_kind(hp.search_product, store.hidden, devices[0], say)
         at_once = min(self.bs, len(queries))
         chunk_rows(at_once, store.hidden, hp.search_memory_gb, devices[0].type, len(devices))  # UserError
+
+        def exact(some: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+            rows, scores, effort = search(store, some, self.topk, devices, kind, hp.search_memory_gb)
+            return rows, scores, effort.line()
+
+        return exact
+
+    def write_run(self, path: Path, queries: np.ndarray, store: VectorStore) -> None:
+        """Search `bs` queries a round and write the run, in the order of the queries."""
+        find = self.searcher(queries, store)
         clear_stamp(path)
         with atomic_write(path) as file:
             for start in range(0, len(queries), self.bs):
-                begun, round_of = time.monotonic(), queries[start : start + self.bs]
-                rows, scores, effort = search(store, round_of, self.topk, devices, kind, hp.search_memory_gb)
-                for query, found, values in zip(
-                    self.queries[start:], rows.tolist(), scores.tolist(), strict=False
-                ):
-                    for rank, (row, score) in enumerate(zip(found, values, strict=True), start=1):
+                begun = time.monotonic()
+                rows, scores, note = find(queries[start : start + self.bs])
+                texts = self.queries[start : start + self.bs]
+                for query, found, values in zip(texts, rows.tolist(), scores.tolist(), strict=True):
+                    pairs = zip(found, values, strict=True)
+                    for rank, (row, score) in enumerate((pair for pair in pairs if pair[0] >= 0), start=1):
                         file.write(format_run_row(RunRow(query, row, rank, score)))
                 done = f"searched {min(start + self.bs, len(queries)):,}/{len(queries):,} queries"
-                say(f"{done} in {duration(time.monotonic() - begun)}  {effort.line()}")
+                say(f"{done} in {duration(time.monotonic() - begun)}  {note}".rstrip())
         write_stamp(path, self.run_stamp())
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from torch_src.errors import UserError
 from torch_src.hparams import (
     POOLINGS,
     PRECISIONS,
@@ -28,6 +29,9 @@ class InferenceDeHparams(OfficialLayout):
     topk: int | None = None  # passages kept for each query; default: enter() in do_dual_infer.py
     bs: int | None = None  # queries searched at once; default: enter() in do_dual_infer.py
 
+    index: str = ""  # approximate search by a faiss factory string (HNSW32, ...); empty: exact search
+    search_params: str = ""  # of that index, e.g. nprobe=64,k_factor_rf=10
+
     # files
     data_dir: str = "dureader-retrieval-baseline-dataset"  # official layout; empty paths below follow it
     dev_q: str = ""  # queries, 4 columns; empty: data_dir/dev/dev.q.format
@@ -53,6 +57,7 @@ class InferenceDeHparams(OfficialLayout):
     workers: int = -1  # processes that tokenise ahead; 0: a thread; -1: 0 on a CPU, up to 4 on CUDA
     search_memory_gb: float = 2.0  # 10^9 bytes that the search may take beside queries and results
     search_product: str = "auto"  # first look of the search: auto, fp32, bf16 or int8; the result is the same
+    recall_queries: int = 200  # queries on which an index's recall against exact search is measured
     precision: str = "auto"  # auto, bf16, fp16 or fp32 (encoding; the search is exact in any case)
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     threads: int = 0  # CPU threads of this process; 0: what torch chooses
@@ -80,9 +85,11 @@ class InferenceDeHparams(OfficialLayout):
         for name, low in (("topk", 1), ("bs", 1), ("q_max_seq_len", 3), ("p_max_seq_len", 3)):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), low)
-        for name in ("threads", "seed", "tokens_per_batch"):
+        for name in ("threads", "seed", "tokens_per_batch", "recall_queries"):
             check_range(name, getattr(self, name), 0)
         check_range("workers", self.workers, -1)
+        if self.search_params and not self.index:
+            raise UserError("--search_params is for an approximate --index")
 
 
 # --debug lowers these defaults; an explicit option still wins.

@@ -3,10 +3,13 @@
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from torch_src.errors import UserError
+from torch_src.file_cache import cached_array
+from torch_src.helpers import require
 
 ID_CHUNK = 65536  # entries held as Python strings at a time
 PAIR = re.compile(r'\s*"((?:[^"\\]|\\.)*)"\s*:\s*"((?:[^"\\]|\\.)*)"\s*([,}])')
@@ -66,11 +69,16 @@ def _read_more(file, rest: str, size: int, path) -> str:
         raise UserError(f"{path}: not UTF-8") from None
 
 
-def read_passage_ids(path) -> np.ndarray:
+def read_passage_ids(path, cache_dir=None) -> np.ndarray:
     """Return pids as bytes, (N,) of dtype S: entry i is the pid of global row i. Memory: N x the longest pid.
 
-    UserError unless the keys are exactly 0..N-1.
+    Kept in `cache_dir` for the next time. UserError unless the keys are exactly 0..N-1.
     """
+    source = Path(require(path, "row -> pid (JSON)"))
+    return cached_array(source, cache_dir, "ids", lambda: (_parse_passage_ids(path), ""))[0]
+
+
+def _parse_passage_ids(path) -> np.ndarray:
     rows, pids, chunk_rows, chunk_pids = [], [], [], []
     for key, pid in iter_json_pairs(path):
         if not key.isascii() or not key.isdecimal() or len(key) > 18:

@@ -146,6 +146,17 @@ def _inner_products(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     return (queries * vectors.astype(np.float64)).sum(axis=1)
 
 
+def exact_scores(store: VectorStore, queries: np.ndarray, query: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the fp64 inner products (n,) of pairs (query, row)."""
+    scores = np.empty(len(rows))
+    by_row = np.argsort(rows, kind="stable")
+    for start in range(0, len(rows), REFINE_PAIRS):
+        at = by_row[start : start + REFINE_PAIRS]
+        there, which = np.unique(rows[at], return_inverse=True)
+        scores[at] = _inner_products(queries[query[at]].astype(np.float64), store.vectors_at(there)[which])
+    return scores
+
+
 def search(
     store: VectorStore,
     queries: np.ndarray,

@@ -122,6 +122,23 @@ class VectorStore:
             self._read_block(block, first + at - begin, out[at : at + count])
             at += count
 
+    def vectors_at(self, rows: np.ndarray) -> np.ndarray:
+        """Return the vectors (n, H) of these rows, read one by one; `rows` need not be sorted."""
+        out = np.empty((len(rows), self.hidden), dtype=self.dtype)
+        order = np.argsort(rows, kind="stable")
+        sorted_rows, size = rows[order], self.hidden * self.dtype.itemsize
+        for block in range(self.block_count):
+            begin, end = self.block_range(block)
+            here = range(*np.searchsorted(sorted_rows, [begin, end]).tolist())
+            if not here:
+                continue
+            start = self._open(block).offset
+            with open(self.block_path(block), "rb", buffering=0) as file:
+                for at in here:
+                    data = os.pread(file.fileno(), size, start + int(sorted_rows[at] - begin) * size)
+                    out[order[at]] = np.frombuffer(data, dtype=self.dtype)
+        return out
+
     def _read_block(self, block: int, first: int, out: np.ndarray) -> None:
         start = self._open(block).offset  # checks the header
         path = self.block_path(block)
