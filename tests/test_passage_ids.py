@@ -108,12 +108,12 @@ def test_missing_file_is_named(tmp_path):
 
 @STEADY
 @given(st.permutations(range(9)), st.sampled_from([1, 2, 3, 9, 100]))
-def test_entry_i_is_the_pid_of_row_i_in_any_key_order(tmp_path_factory, order, id_chunk):
+def test_entry_i_is_the_pid_of_row_i_in_any_key_order(tmp_path_factory, order, chunk):
     pids = ["", "a", "bb" * 20, "甲", "e\u0301", 'q"', "7", "pid-7", "z"]
     path = tmp_path_factory.getbasetemp() / "order.json"
     path.write_text(json.dumps({str(row): pids[row] for row in order}), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passage_ids, "ID_CHUNK", id_chunk)
+        patch.setattr(passage_ids, "CHUNK", chunk)
         found = read_passage_ids(path)
     assert found.dtype.kind == "S"
     assert [pid.decode() for pid in found] == pids
@@ -127,9 +127,9 @@ def test_empty_object_gives_no_ids(file):
 @pytest.mark.parametrize(
     "keys", [["1"], ["0", "2"], ["0", "0"], ["0", "1", "1"], ["1", "2"], ["0", "01", "1"]]
 )
-@pytest.mark.parametrize("id_chunk", [1, 2, 100])
-def test_missing_or_repeated_row_is_a_user_error(file, monkeypatch, keys, id_chunk):
-    monkeypatch.setattr(passage_ids, "ID_CHUNK", id_chunk)
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+def test_missing_or_repeated_row_is_a_user_error(file, monkeypatch, keys, chunk):
+    monkeypatch.setattr(passage_ids, "CHUNK", chunk)
     path = file("{" + ", ".join(f'"{key}": "p"' for key in keys) + "}")
     with pytest.raises(UserError, match=rf"not exactly 0\.\.{len(keys) - 1}") as caught:
         read_passage_ids(path)
@@ -152,3 +152,13 @@ def test_row_number_far_too_large_is_a_user_error(file, digits):
 def test_ids_fill_one_bytes_array_as_wide_as_the_longest(file):
     found = read_passage_ids(file(json.dumps({"1": "abc", "0": "甲乙"})))
     assert found.dtype == np.dtype("S6") and found.tolist() == ["甲乙".encode(), b"abc"]
+
+
+def test_the_ids_are_kept_for_the_next_time(file, tmp_path, monkeypatch):
+    path = file(OBJECT)
+    assert read_passage_ids(path, tmp_path / "cache").tolist() == [b"p0", b"p1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(passage_ids, "iter_json_lists", None)
+        assert read_passage_ids(path, tmp_path / "cache").tolist() == [b"p0", b"p1"]
+    file('{"0": "p0", "1": "p1", "2": "p2"}')
+    assert len(read_passage_ids(path, tmp_path / "cache")) == 3

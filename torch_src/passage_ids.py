@@ -11,12 +11,20 @@ from torch_src.errors import UserError
 from torch_src.file_cache import cached_array
 from torch_src.helpers import require
 
-ID_CHUNK = 65536  # entries held as Python strings at a time
+CHUNK = 1 << 20  # characters read at a time
+PLAIN = re.compile(r'"([^"\\]*)"\s*:\s*"([^"\\]*)"\s*,')  # no escapes, and not the last one
+PLAIN_RUN = re.compile(r'(?:\s*"[^"\\]*"\s*:\s*"[^"\\]*"\s*,)+')
 PAIR = re.compile(r'\s*"((?:[^"\\]|\\.)*)"\s*:\s*"((?:[^"\\]|\\.)*)"\s*([,}])')
 
 
-def iter_json_pairs(path, chunk: int = 1 << 20) -> Iterator[tuple[str, str]]:
+def iter_json_pairs(path, chunk: int = CHUNK) -> Iterator[tuple[str, str]]:
     """Yield (key, value) of one flat JSON object of strings, reading `chunk` characters at a time."""
+    for pairs in iter_json_lists(path, chunk):
+        yield from pairs
+
+
+def iter_json_lists(path, chunk: int) -> Iterator[list[tuple[str, str]]]:
+    """Yield the (key, value) pairs of one flat JSON object of strings in lists, a chunk at a time."""
     try:
         file = open(path, encoding="utf-8", newline="")
     except FileNotFoundError:
@@ -28,6 +36,11 @@ def iter_json_pairs(path, chunk: int = 1 << 20) -> Iterator[tuple[str, str]]:
         if not text.startswith("{"):
             raise UserError(f'{path}: expected one JSON object {{"0": pid, "1": pid, ...}}')
         while not ended:
+            if plain := PLAIN_RUN.match(
+                text, at
+            ):  # nearly all of a real file: ten times as fast as one by one
+                yield PLAIN.findall(text, at, plain.end())
+                at = plain.end()
             match = PAIR.match(text, at)
             if match is None:
                 rest = text[at:]
@@ -38,7 +51,7 @@ def iter_json_pairs(path, chunk: int = 1 << 20) -> Iterator[tuple[str, str]]:
                     raise UserError(f"{path}: broken off or malformed near {rest[:40]!r}")
                 continue
             key, value, mark = match.groups()
-            yield unescape(key, path), unescape(value, path)
+            yield [(unescape(key, path), unescape(value, path))]
             at, ended = match.end(), mark == "}"
         _nothing_more(file, text[at:], chunk, path)
 
@@ -79,18 +92,13 @@ def read_passage_ids(path, cache_dir=None) -> np.ndarray:
 
 
 def _parse_passage_ids(path) -> np.ndarray:
-    rows, pids, chunk_rows, chunk_pids = [], [], [], []
-    for key, pid in iter_json_pairs(path):
-        if not key.isascii() or not key.isdecimal() or len(key) > 18:
-            raise UserError(f"{path}: the key {key[:20]!r} is not a row number")
-        chunk_rows.append(int(key))
-        chunk_pids.append(pid.encode())
-        if len(chunk_rows) == ID_CHUNK:
-            rows.append(np.array(chunk_rows))
-            pids.append(np.array(chunk_pids))
-            chunk_rows, chunk_pids = [], []
-    rows.append(np.array(chunk_rows, dtype=np.int64))
-    pids.append(np.array(chunk_pids, dtype=bytes))
+    rows, pids = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype="S1")]
+    for pairs in iter_json_lists(path, CHUNK):
+        for key, _ in pairs:
+            if not key.isascii() or not key.isdecimal() or len(key) > 18:
+                raise UserError(f"{path}: the key {key[:20]!r} is not a row number")
+        rows.append(np.array([int(key) for key, _ in pairs]))
+        pids.append(np.array([pid.encode() for _, pid in pairs]))
     return _in_row_order(np.concatenate(rows), pids, path)
 
 

@@ -1,0 +1,160 @@
+"""An update of the dual encoder, ours against sentence-transformers' trainer: same weights, rows, batch,
+rate.
+
+    python -m pip install -r script/bench/requirements.txt
+    python script/bench/train_step.py --data_dir D --model M --steps 6
+
+Batches of 32 queries with a positive and a hard negative each, at their real lengths; AdamW, 5e-5, tied
+towers, mean pooling, normalised, temperature 0.02. `st` is SentenceTransformerTrainer with
+MultipleNegativesRankingLoss as people call it; `st_cached_N` CachedMultipleNegativesRankingLoss in mini-
+batches of N. --dropout 0 (both sides) lets a CPU use its fused attention. The first update is not timed.
+Losses are printed side by side.
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: the root is not on it
+
+import torch
+from common import compare, parser
+from peers import bi_encoder
+
+from torch_src.datasets import DualTrainingSet
+from torch_src.devices import choose_precision
+from torch_src.dual_hparams import DualHparams
+from torch_src.dual_train import DualTraining
+from torch_src.training import Trainer
+
+BATCH, LR, TEMPERATURE, QUERY_LENGTH, PASSAGE_LENGTH = 32, 5e-5, 0.02, 40, 384
+CPU = torch.device("cpu")
+
+
+class TimedTrainer(Trainer):
+    """The trainer with a note of when each update was done."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.times, self.losses = [], []
+
+    def _note(self, loss: float, accuracy: float, lr: float) -> None:
+        self.times.append(time.perf_counter())
+        self.losses.append(loss)
+        super()._note(loss, accuracy, lr)
+
+
+def figures(times: list[float], losses: list[float], precision: str) -> dict:
+    """Return seconds an update, the first left out."""
+    seconds = (times[-1] - times[0]) / (len(times) - 1)
+    return {"seconds": seconds, "losses": [round(loss, 4) for loss in losses], "precision": precision}
+
+
+def settings(given, output: str) -> DualHparams:
+    return DualHparams(
+        pretrained_model_path=given.model, data_dir=given.data_dir, output_dir=output, batch_size=BATCH,
+        lr=LR, q_max_seq_len=QUERY_LENGTH, p_max_seq_len=PASSAGE_LENGTH, query_prefix="query: ",
+        passage_prefix="passage: ", share_encoder=True, pooling="mean", normalize=True,
+        temperature=TEMPERATURE, dropout=given.dropout, max_steps=given.steps, warmup_proportion=0.0,
+        eval_every=-1, log_every=1, precision=given.precision,
+    )  # fmt: skip
+
+
+def ours(given) -> dict:
+    with tempfile.TemporaryDirectory() as output:
+        hp = settings(given, output)
+        stage = DualTraining(hp)
+        stage.load()
+        trainer = TimedTrainer(hp, stage.task(), stage.device, stage.precision, f"{output}/checkpoint.pt", {})
+        trainer.run()
+    return figures(trainer.times, trainer.losses, stage.precision)
+
+
+def triplets(given) -> dict[str, list[str]]:
+    """Return the texts of our batches, step after step: anchors, positives, negatives."""
+    data = DualTrainingSet(f"{given.data_dir}/train/dual.train.tsv")
+    rows: dict[str, list[str]] = {"anchor": [], "positive": [], "negative": []}
+    for step in range(given.steps):
+        batch = data.batch(DualHparams().seed, 0, step, BATCH, 1)
+        own = set(batch.targets.tolist())
+        others = [text for at, text in enumerate(batch.passages) if at not in own] or batch.passages
+        for at, query in enumerate(batch.queries):
+            rows["anchor"].append(f"query: {query}")
+            rows["positive"].append(f"passage: {batch.passages[batch.targets[at]]}")
+            rows["negative"].append(f"passage: {others[at % len(others)]}")
+    return rows
+
+
+def sentence_transformers(mini_batch: int):
+    def side(given) -> dict:
+        from datasets import Dataset
+        from sentence_transformers import (
+            SentenceTransformerTrainer,
+            SentenceTransformerTrainingArguments,
+        )
+        from sentence_transformers.sentence_transformer import losses
+        from torch.utils.data import BatchSampler, SequentialSampler
+        from transformers import TrainerCallback
+
+        model = bi_encoder(given.model, PASSAGE_LENGTH)
+        if given.dropout is not None:
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = given.dropout
+                if hasattr(module, "dropout_prob"):
+                    module.dropout_prob = given.dropout
+        times, seen = [], []
+
+        def in_order(data, batch_size: int, **_) -> BatchSampler:
+            return BatchSampler(SequentialSampler(data), batch_size, True)
+
+        class Clock(TrainerCallback):
+            def on_step_end(self, *_, **__):
+                times.append(time.perf_counter())
+
+            def on_log(self, args, state, control, logs=None, **_):
+                if "loss" in (logs or {}):
+                    seen.append(float(logs["loss"]))
+
+        kind = (
+            losses.CachedMultipleNegativesRankingLoss if mini_batch else losses.MultipleNegativesRankingLoss
+        )
+        more = {"mini_batch_size": mini_batch} if mini_batch else {}
+        low = choose_precision(given.precision, CPU) == "bf16" and given.peer_bf16
+        with tempfile.TemporaryDirectory() as output:
+            arguments = SentenceTransformerTrainingArguments(
+                output, per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=LR, bf16=low,
+                logging_steps=1, report_to=[], save_strategy="no", lr_scheduler_type="linear", use_cpu=True,
+                disable_tqdm=True, warmup_steps=0,
+                batch_sampler=in_order,
+            )  # fmt: skip
+            loss = kind(model, scale=1 / TEMPERATURE, **more)
+            data = Dataset.from_dict(triplets(given))
+            SentenceTransformerTrainer(
+                model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[Clock()]
+            ).train()
+        return figures(times, seen, "bf16" if low else "fp32")
+
+    return side
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--data_dir", required=True)
+    options.add_argument("--model", required=True, help="folder of an encoder")
+    options.add_argument("--steps", type=int, default=6)
+    options.add_argument(
+        "--dropout", type=float, default=None, help="of both sides; default: the model's own"
+    )
+    options.add_argument("--precision", default="auto")
+    options.add_argument("--peer_bf16", action="store_true", help="let the peer train in bf16 where we do")
+    options.add_argument("--peer_mini_batches", type=int, nargs="*", default=[16])
+    given = options.parse_args()
+    sides = {"ours": ours, "st": sentence_transformers(0)}
+    sides |= {f"st_cached_{size}": sentence_transformers(size) for size in given.peer_mini_batches}
+    compare(given, sides, list(sides), lambda folder: {"dropout": given.dropout, "steps": given.steps})
+
+
+if __name__ == "__main__":
+    main()
