@@ -18,7 +18,7 @@ from torch_src.cross_model import (
     load_cross_encoder,
     start_from_retriever,
 )
-from torch_src.cross_train import fgm_loss
+from torch_src.cross_train import perturbed
 from torch_src.devices import autocast
 from torch_src.dual_model import DualEncoder
 from torch_src.errors import UserError
@@ -90,8 +90,10 @@ class Toy:
         return score**2 / 2, score.detach()
 
     def fgm(self, epsilon: float):
-        loss, _ = fgm_loss(self.loss, self.loss()[0], self.table, epsilon)
-        loss.backward()
+        gradient = torch.autograd.grad(self.loss()[0], self.table)[0]
+        with perturbed(self.table, gradient, epsilon):
+            loss = self.loss()[0]
+            loss.backward()
         return loss.item(), self.table.grad.numpy(), self.w.grad.numpy()
 
 
@@ -135,14 +137,10 @@ def test_fgm_with_no_gradient_gives_the_plain_loss():
 
 def test_fgm_puts_the_table_back_after_an_error():
     toy = Toy()
-    loss = toy.loss()[0]
-
-    def broken():
+    gradient = torch.autograd.grad(toy.loss()[0], toy.table)[0]
+    with pytest.raises(KeyboardInterrupt), perturbed(toy.table, gradient, 0.5):
         assert toy.table.detach().numpy().tolist() != TABLE
         raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fgm_loss(broken, loss, toy.table, 0.5)
     assert toy.table.detach().numpy().tolist() == TABLE
 
 
@@ -171,9 +169,10 @@ def test_fgm_of_a_cross_encoder_is_the_gradient_at_the_moved_table(tiny_config, 
     with autocast(CPU, precision):
         expected = loss_of(moved)[0]
     expected = gradients(moved, expected)
-    with autocast(CPU, precision):
-        loss, _ = fgm_loss(lambda: loss_of(model), loss_of(model)[0], model.word_embeddings, 0.5)
-    found = gradients(model, loss)
+    with perturbed(model.word_embeddings, step, 0.5):
+        with autocast(CPU, precision):
+            loss = loss_of(model)[0]
+        found = gradients(model, loss)
     with autocast(CPU, precision):
         plain = loss_of(model)[0]
     plain = gradients(model, plain)

@@ -53,6 +53,9 @@ class CrossHparams(OfficialLayout):
     warmup_proportion: float = 0.1  # share of the steps in which lr rises from 0; then it falls linearly to 0
     weight_decay: float = 0.01  # AdamW, on weight matrices only (not biases and norms)
     max_grad_norm: float = 1.0  # gradient norm is clipped to this
+    grad_cache_chunk: int = 0  # pairs a forward pass: memory follows it, not the batch (GradCache); 0: off
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them: less memory
+    ema_decay: float = 0.0  # of averaged weights, which are then evaluated and saved; 0: off, usual: 0.999
     accumulation_steps: int = 1  # micro-batches summed into one update
     max_steps: int = 0  # stop after so many updates; 0: epoch decides
     tokens_per_batch: int = 2048  # padded tokens a forward pass: a step runs in length-sorted chunks
@@ -61,6 +64,7 @@ class CrossHparams(OfficialLayout):
     eval_every: int = 0  # updates between dev re-rankings; 0: once an epoch; -1: never
     dev_queries: int = 500  # the first so many queries of dev_candidates are re-ranked
     dev_depth: int = 50  # candidates a query that are re-ranked
+    save_every_minutes: float = 15.0  # between checkpoints, beside those of epochs and evaluations; 0: none
     early_stop: int = 0  # stop after so many dev re-rankings without a better MRR@10; 0: never
 
     # the run

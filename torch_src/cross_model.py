@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from torch_src.backbones import load_pretrained, read_weights
 from torch_src.errors import UserError
 from torch_src.helpers import say
+from torch_src.losses import at_least_float32
 
 IN_A_LAYER = re.compile(
     r"\blayers?\.\d+\."
@@ -24,7 +25,7 @@ class Float32Linear(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self.weight, self.bias)
+            return nn.functional.linear(at_least_float32(hidden), self.weight, self.bias)
 
 
 class CrossEncoder(nn.Module):
@@ -42,7 +43,8 @@ class CrossEncoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         """Return logits (B,) fp32 of pairs (B, L)."""
         types = {"token_type_ids": token_type_ids} if self.takes_types else {}
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits[:, 0].float()
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits[:, 0]
+        return at_least_float32(logits)
 
     @property
     def word_embeddings(self) -> nn.Parameter:

@@ -1,6 +1,8 @@
 """do_cross_train.py: train/cross.train.tsv -> output/cross_params.bin, cross_hparams.json, cross_model/."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from torch_src.collection import PassageCollection
 from torch_src.cross_datasets import CrossBatch, CrossTrainingSet
 from torch_src.cross_hparams import DEBUG, FIXED_BY_WEIGHTS, FROM_PRETRAINED, CrossHparams
 from torch_src.cross_model import load_cross_encoder, start_from_retriever
-from torch_src.devices import token_budget
+from torch_src.devices import autocast, token_budget
 from torch_src.formats import read_dev
+from torch_src.grad_cache import ChunkedForward
 from torch_src.helpers import exit_status, require, say, warn
 from torch_src.losses import listwise_loss, pointwise_loss
 from torch_src.passage_ids import check_length, read_passage_ids
@@ -33,7 +36,9 @@ class TokenBatch:
     """A micro-batch ready for the model."""
 
     source: CrossBatch
-    pairs: Pairs
+    at: tuple[int, int]  # (epoch, micro-step)
+    pairs: Pairs  # this process's share
+    labels: np.ndarray  # of that share
 
 
 class DevReranking:
@@ -84,10 +89,11 @@ class CrossTraining(TrainingStage):
                 f"{hp.group_size - 1} negatives: "
                 "some stand more than once in their group"
             )
-        self.dev = None if hp.eval_every < 0 else build_dev_reranking(hp)
+        self.dev = build_dev_reranking(hp) if hp.eval_every >= 0 and self.group.rank == 0 else None
         self.model = load_cross_encoder(hp.pretrained_model_path, self.config, hp.seed, trained=False)
         if hp.dual_params != FROM_PRETRAINED:
             start_from_retriever(self.model, hp.dual_params)
+        self.checkpoint_gradients(self.model.model)
         self.model.to(self.device)
 
     def stamp(self) -> dict:
@@ -101,7 +107,14 @@ class CrossTraining(TrainingStage):
         return self.model.model.state_dict()
 
     def task(self) -> Task:
-        parts = (self.prepare, self.loss, self.describe, self.evaluate, self.save_best, self.best_fingerprint)
+        parts = (
+            self.prepare,
+            self.backward,
+            self.describe,
+            self.evaluate,
+            self.save_best,
+            self.best_fingerprint,
+        )
         pairs = self.units * (self.hp.group_size if self.listwise else 1)
         own_lr = dict.fromkeys(self.model.drawn, self.hp.head_lr) if self.hp.head_lr else {}
         return Task(self.model, self.steps, *parts, queries_per_step=pairs, unit="pairs", own_lr=own_lr)
@@ -113,25 +126,61 @@ class CrossTraining(TrainingStage):
             batch = self.data.lists_of(hp.seed, epoch, micro_step, self.units, hp.group_size)
         else:
             batch = self.data.pairs(hp.seed, epoch, micro_step, self.units)
-        return TokenBatch(batch, tokenize_pairs(self.tokenizer, batch.queries, batch.passages, self.rules))
+        size = self.group_size
+        own = self.group.share(self.units)
+        own = slice(own.start * size, own.stop * size)
+        pairs = tokenize_pairs(self.tokenizer, batch.queries[own], batch.passages[own], self.rules)
+        return TokenBatch(batch, (epoch, micro_step), pairs, batch.labels[own])
 
-    def loss(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (loss, accuracy); with FGM the loss on perturbed word embeddings, and only that."""
+    @property
+    def group_size(self) -> int:
+        """Return the pairs that belong together: a whole group when listwise."""
+        return self.hp.group_size if self.listwise else 1
+
+    def backward(self, batch: TokenBatch, begin) -> torch.Tensor:
+        """Add the gradient of one micro-batch; return this process's part of its accuracy.
+
+        With FGM it is the gradient of the loss on perturbed word embeddings, and only that.
+        """
         if not self.hp.fgm_epsilon:
-            return self.plain_loss(batch)
-        loss, _ = self.plain_loss(batch)
-        return fgm_loss(lambda: self.plain_loss(batch), loss, self.model.word_embeddings, self.hp.fgm_epsilon)
+            return self._plain_backward(batch, begin, 0)
+        table = self.model.word_embeddings
+        with perturbed(table, self._embedding_gradient(batch, table), self.hp.fgm_epsilon):
+            return self._plain_backward(batch, begin, 1)
 
-    def plain_loss(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (loss, accuracy) of the weights as they are."""
+    def _plain_backward(self, batch: TokenBatch, begin, number: int) -> torch.Tensor:
+        logits = self.logits(batch, number)
+        loss, accuracy = self.loss(logits.outputs, batch)
+        begin(loss).backward()
+        logits.backward(logits.outputs.grad)
+        return accuracy
+
+    def _embedding_gradient(self, batch: TokenBatch, table: torch.nn.Parameter) -> torch.Tensor:
+        """Return the gradient of all processes' loss with respect to the word embeddings alone."""
+        before, table.grad = table.grad, None
+        logits = self.logits(batch, 0)
+        gradient = torch.autograd.grad(self.loss(logits.outputs, batch)[0], logits.outputs)[0]
+        logits.backward(gradient, [table])
+        found, table.grad = table.grad, before
+        return self.group.sum_(found)
+
+    def logits(self, batch: TokenBatch, number: int) -> ChunkedForward:
+        """Return the logits of this process's pairs; `number` tells two passes over one batch apart."""
 
         def forward(rows) -> torch.Tensor:
-            return self.model(*pair_tensors(batch.pairs, rows, self.tokenizer.pad_token_id, self.device))
+            with autocast(self.device, self.precision):
+                return self.model(*pair_tensors(batch.pairs, rows, self.tokenizer.pad_token_id, self.device))
 
-        logits = self.in_chunks(batch.pairs.lengths, forward)
+        return self.in_chunks(batch.pairs.lengths, forward, (*batch.at, number))
+
+    def loss(self, logits: torch.Tensor, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return this process's parts of (loss, accuracy)."""
+        share = len(logits) / (self.units * self.group_size)
         if self.listwise:
-            return listwise_loss(logits, self.hp.group_size)
-        return pointwise_loss(logits, torch.from_numpy(batch.source.labels).to(self.device))
+            loss, accuracy = listwise_loss(logits, self.hp.group_size)
+        else:
+            loss, accuracy = pointwise_loss(logits, torch.from_numpy(batch.labels).to(self.device))
+        return loss * share, accuracy * share
 
     def describe(self, batch: TokenBatch) -> str:
         return f"rows {', '.join(map(str, batch.source.rows[:40]))} of {self.hp.train_set_path}"
@@ -181,21 +230,20 @@ class CrossTraining(TrainingStage):
         return tokenize_pairs(self.tokenizer, queries, passages, self.rules)
 
 
-def fgm_loss(again, loss: torch.Tensor, table: torch.nn.Parameter, epsilon: float):
-    """Return `again()` with the word embeddings moved by epsilon g / |g|, g the gradient of `loss`.
+@contextmanager
+def perturbed(table: torch.nn.Parameter, gradient: torch.Tensor, epsilon: float) -> Iterator[None]:
+    """Within the block the word embeddings are moved by epsilon g / |g|, g the loss's gradient.
 
-    Miyato et al. 2017 (arXiv 1605.07725), here on the whole table as the official recipe has it. The table is
-    put back before this returns: the gradient of a look-up does not depend on the table's values.
+    Miyato et al. 2017 (arXiv 1605.07725), here on the whole table as the official recipe has it. A gradient
+    of zero or without end moves nothing.
     """
-    gradient = torch.autograd.grad(loss, table)[0]
-    norm = gradient.float().norm()
-    if not torch.isfinite(norm) or norm == 0:
-        return again()
+    norm = gradient.double().norm()
     kept = table.detach().clone()
     with torch.no_grad():
-        table.data.add_(gradient.to(table.dtype), alpha=epsilon / norm.item())
+        if torch.isfinite(norm) and norm > 0:
+            table.data.add_(gradient.to(table.dtype), alpha=epsilon / norm.item())
     try:
-        return again()
+        yield
     finally:
         with torch.no_grad():
             table.data.copy_(kept)

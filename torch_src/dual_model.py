@@ -9,6 +9,7 @@ from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
 
 from torch_src.backbones import load_pretrained
 from torch_src.errors import UserError
+from torch_src.losses import at_least_float32
 
 
 class DualEncoder(nn.Module):
@@ -37,7 +38,9 @@ def embed(
     """Return one tower's vectors (B, H) fp32."""
     output = tower(input_ids=input_ids, attention_mask=attention_mask)
     vectors = (
-        output.pooler_output.float() if pooling == "pooler" else pool(output[0], attention_mask, pooling)
+        at_least_float32(output.pooler_output)
+        if pooling == "pooler"
+        else pool(output[0], attention_mask, pooling)
     )
     return nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
@@ -47,10 +50,11 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     real tokens.
     """
     if pooling == "cls":
-        return hidden[:, 0].float()
+        return at_least_float32(hidden[:, 0])
     assert pooling == "mean", pooling
-    weights = attention_mask.unsqueeze(-1).float()
-    return (hidden.float() * weights).sum(1) / weights.sum(1)
+    hidden = at_least_float32(hidden)
+    weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
 
 
 def build_backbone(config, pooling: str) -> PreTrainedModel:

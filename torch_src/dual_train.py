@@ -9,10 +9,11 @@ from metric.evaluation import MEASURES, compute_metrics
 from torch_src import hparams
 from torch_src.datasets import DualBatch, DualTrainingSet
 from torch_src.dev_retrieval import build_dev_retrieval
-from torch_src.devices import token_budget
+from torch_src.devices import autocast, tensors_to, token_budget
 from torch_src.dual_hparams import DEBUG, FIXED_BY_WEIGHTS, DualHparams
 from torch_src.dual_model import DualEncoder, load_backbone
 from torch_src.encoding import Encoder
+from torch_src.grad_cache import ChunkedForward
 from torch_src.helpers import exit_status, say, warn
 from torch_src.losses import contrastive_loss, contrastive_scores
 from torch_src.tokenization import TextRules, pad, tokenize
@@ -22,9 +23,10 @@ from torch_src.training_stage import TrainingStage
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """A micro-batch ready for the model: token ids in, targets and mask out."""
+    """A micro-batch ready for the model: this process's share of the token ids, targets and mask of all."""
 
     source: DualBatch
+    at: tuple[int, int]  # (epoch, micro-step)
     queries: list[list[int]]
     passages: list[list[int]]
 
@@ -49,37 +51,69 @@ class DualTraining(TrainingStage):
     def load(self) -> None:
         hp = self.hp
         say(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
-        self.dev = None if hp.eval_every < 0 else build_dev_retrieval(hp, str(Path(hp.output_dir) / "cache"))
+        evaluates = hp.eval_every >= 0 and self.group.rank == 0
+        self.dev = build_dev_retrieval(hp, str(Path(hp.output_dir) / "cache")) if evaluates else None
         backbone = load_backbone(hp.pretrained_model_path, self.config, hp.pooling, hp.seed)
+        self.checkpoint_gradients(backbone)
         self.model = DualEncoder(backbone, hp.share_encoder, hp.pooling, hp.normalize).to(self.device)
 
     def task(self) -> Task:
-        steps = self.data.steps_per_epoch(self.hp.batch_size)
-        parts = (self.prepare, self.loss, self.describe, self.evaluate, self.save_best, self.best_fingerprint)
-        return Task(self.model, steps, *parts, queries_per_step=self.hp.batch_size)
+        hp = self.hp
+        steps = self.data.steps_per_epoch(hp.batch_size)
+        parts = (
+            self.prepare,
+            self.backward,
+            self.describe,
+            self.evaluate,
+            self.save_best,
+            self.best_fingerprint,
+        )
+        negatives = hp.batch_size * (1 + hp.hard_negatives) - 1
+        return Task(self.model, steps, *parts, queries_per_step=hp.batch_size, negatives=negatives)
 
     def prepare(self, epoch: int, micro_step: int) -> TokenBatch:
-        """Draw and tokenise one micro-batch (in the thread that runs ahead of the model)."""
+        """Draw one micro-batch and tokenise this process's share (in the thread that runs ahead)."""
         hp = self.hp
         batch = self.data.batch(hp.seed, epoch, micro_step, hp.batch_size, hp.hard_negatives)
-        queries = tokenize(self.tokenizer, batch.queries, self.rules["query"])[0]
-        return TokenBatch(batch, queries, tokenize(self.tokenizer, batch.passages, self.rules["passage"])[0])
+        own = (("query", batch.queries), ("passage", batch.passages))
+        ids = [
+            tokenize(self.tokenizer, texts[self.group.share(len(texts))], self.rules[side])[0]
+            for side, texts in own
+        ]
+        return TokenBatch(batch, (epoch, micro_step), *ids)
 
-    def loss(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (loss, in-batch accuracy) of one micro-batch."""
-        queries, passages = self.embed("query", batch.queries), self.embed("passage", batch.passages)
-        scores = contrastive_scores(queries, passages, self.hp.temperature)
-        targets, masked = torch.from_numpy(batch.source.targets), torch.from_numpy(batch.source.masked)
-        return contrastive_loss(scores, targets.to(self.device), masked.to(self.device))
+    def backward(self, batch: TokenBatch, begin) -> torch.Tensor:
+        """Add the gradient of one micro-batch; return this process's part of its accuracy.
 
-    def embed(self, side: str, ids: list[list[int]]) -> torch.Tensor:
-        """Return the vectors (len(ids), H) fp32."""
+        Each process encodes its share of the queries and passages and holds its queries against the passages
+        of all. What the others' queries ask of its passages comes back as a sum over the processes.
+        """
+        queries, passages = (
+            self.embed("query", batch, batch.queries),
+            self.embed("passage", batch, batch.passages),
+        )
+        count, own = len(batch.source.queries), self.group.share(len(batch.source.queries))
+        everyones = self.group.gather(passages.outputs.detach(), len(batch.source.passages)).requires_grad_()
+        scores = contrastive_scores(queries.outputs, everyones, self.hp.temperature)
+        targets, masked = (
+            torch.from_numpy(a[own]).to(self.device) for a in (batch.source.targets, batch.source.masked)
+        )
+        loss, accuracy = contrastive_loss(scores, targets, masked)
+        share = len(targets) / count
+        begin(loss * share).backward()
+        queries.backward(queries.outputs.grad)
+        passages.backward(self.group.sum_(everyones.grad)[self.group.share(len(everyones))])
+        return accuracy * share
+
+    def embed(self, side: str, batch: TokenBatch, ids: list[list[int]]) -> ChunkedForward:
+        """Return the vectors (len(ids), H) fp32, chunk by chunk."""
 
         def forward(rows) -> torch.Tensor:
             arrays = pad([ids[row] for row in rows], self.tokenizer.pad_token_id)
-            return self.model(side, *(torch.from_numpy(a).to(self.device, non_blocking=True) for a in arrays))
+            with autocast(self.device, self.precision):
+                return self.model(side, *tensors_to(self.device, *arrays))
 
-        return self.in_chunks([len(tokens) for tokens in ids], forward)
+        return self.in_chunks([len(tokens) for tokens in ids], forward, (*batch.at, side == "query"))
 
     def describe(self, batch: TokenBatch) -> str:
         return f"rows {', '.join(map(str, batch.source.rows[:40]))} of {self.hp.train_set_path}"

@@ -6,3 +6,11 @@ class UserError(ValueError):
 
     The message names the file (and line) or the option, what was found, and what to do about it.
     """
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal, and has saved what it needs to carry on."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch_src.errors import UserError
+from torch_src.errors import Stopped, UserError
 
 
 def rank() -> int:
@@ -42,6 +42,9 @@ def exit_status(program) -> int:
             raise
         print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr, flush=True)
         return 2
+    except Stopped as stop:
+        print(stop, file=sys.stderr, flush=True)
+        return 128 + stop.signum
     except KeyboardInterrupt:
         print("interrupted: the same command carries on", file=sys.stderr, flush=True)
         return 130
@@ -49,10 +52,11 @@ def exit_status(program) -> int:
 
 
 @contextmanager
-def atomic_write(path, mode: str = "w"):
+def atomic_write(path, mode: str = "w", keep_old=None):
     """Yield a file that becomes `path` only when the block ends well: tmp + fsync + rename, the folder too.
 
     A reader sees the old file or the whole new one, never a half; after a failure the old one is untouched.
+    With `keep_old` the old file is kept under that name.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +69,8 @@ def atomic_write(path, mode: str = "w"):
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep_old is not None and path.exists():
+            os.replace(path, keep_old)
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)

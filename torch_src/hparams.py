@@ -116,12 +116,15 @@ def check_training(hp) -> None:
         check_range(name, getattr(hp, name), 1)
     for name in ("max_steps", "early_stop", "threads", "seed", "weight_decay"):
         check_range(name, getattr(hp, name), 0)
+    for name in ("grad_cache_chunk", "save_every_minutes"):
+        check_range(name, getattr(hp, name), 0)
     for name in ("lr", "max_grad_norm"):
         check_range(name, getattr(hp, name), 1e-12)
     check_range("warmup_proportion", hp.warmup_proportion, 0, 1)
     if hp.dropout is not None:
         check_range("dropout", hp.dropout, 0, 0.9)
     check_range("eval_every", hp.eval_every, -1)
+    check_range("ema_decay", hp.ema_decay, 0, 0.999999)
 
 
 def under(folder: str, path: str, default: str) -> str:

@@ -4,10 +4,15 @@ import torch
 from torch import Tensor
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return half-precision values as fp32, others as they are."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
 def contrastive_scores(queries: Tensor, passages: Tensor, temperature: float) -> Tensor:
-    """Return the scores (B, P): inner products of (B, H) and (P, H) in fp32, divided by the temperature."""
+    """Return the scores (B, P): inner products of (B, H) and (P, H), fp32 or better, over the temperature."""
     with torch.autocast(queries.device.type, enabled=False):
-        return queries.float() @ passages.float().T / temperature
+        return at_least_float32(queries) @ at_least_float32(passages).T / temperature
 
 
 def contrastive_loss(scores: Tensor, targets: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,7 +29,9 @@ def contrastive_loss(scores: Tensor, targets: Tensor, masked: Tensor) -> tuple[T
 
 def pointwise_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return (mean binary cross-entropy, share of pairs on the right side of 0): logits and labels (B,)."""
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), labels)
+    logits = at_least_float32(logits)
+    labels = labels.to(logits.dtype)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
     return loss, ((logits > 0) == (labels > 0.5)).float().mean()
 
 
@@ -34,6 +41,6 @@ def listwise_loss(logits: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     logits (G * group_size,), group after group, the positive first: the localised contrastive loss of
     Gao et al. 2021 (arXiv 2101.08751).
     """
-    groups = logits.float().view(-1, group_size)
+    groups = at_least_float32(logits).view(-1, group_size)
     targets = torch.zeros(len(groups), dtype=torch.long, device=logits.device)
     return torch.nn.functional.cross_entropy(groups, targets), (groups.argmax(1) == 0).float().mean()

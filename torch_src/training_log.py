@@ -3,7 +3,7 @@
 import time
 
 from torch_src.devices import peak_memory_gb
-from torch_src.helpers import duration, say
+from torch_src.helpers import duration
 
 
 class Log:
@@ -31,11 +31,12 @@ class Log:
         rate = self.count * task.queries_per_step * hp.accumulation_steps / max(now - self.since, 1e-9)
         left = (now - self.begun) / (step - self.first_step) * (trainer.total_steps - step)
         epoch = (step - 1) // trainer.steps_per_epoch + 1
-        say(
+        skipped = f"  skipped {trainer.progress.skipped_in_all}" if trainer.progress.skipped_in_all else ""
+        trainer.say(
             f"epoch {epoch}/{hp.epoch}  step {step}/{trainer.total_steps} "
             f"({100 * step / trainer.total_steps:.1f}%)  loss {loss:.3f}  in-batch acc {accuracy:.3f}  "
             f"lr {lr:.1e}  {rate:.1f} {task.unit}/s  mem {peak_memory_gb(trainer.device):.1f} GB  "
-            f"eta {duration(left)}"
+            f"eta {duration(left)}{skipped}"
         )
         self._clear()
         return loss, accuracy

@@ -4,14 +4,15 @@ import dataclasses
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from torch_src import hparams
 from torch_src.backbones import check_fits, load_config, model_fingerprint
+from torch_src.checkpoints import delete_checkpoints
 from torch_src.devices import choose_device, choose_precision, set_threads
+from torch_src.grad_cache import ChunkedForward
 from torch_src.helpers import atomic_write, say
+from torch_src.process_group import ProcessGroup
 from torch_src.stamps import clear_stamp, fingerprint_files, up_to_date, write_stamp
 from torch_src.tokenization import (
     length_sorted_batches,
@@ -24,7 +25,8 @@ from torch_src.training import Progress, Task, Trainer
 # Settings that change where things lie or what is said, but not the weights a run ends with.
 NOT_STAMPED = {
     "data_dir", "train_set", "dev_set", "passage_dir", "passage_ids", "dev_candidates", "output_dir",
-    "log_every", "pretrained_model_path", "dual_params", "vocab_path", "force", "debug", "threads", "device",
+    "log_every", "save_every_minutes", "pretrained_model_path", "dual_params", "vocab_path", "force", "debug",
+    "threads", "device",
 }  # fmt: skip
 
 
@@ -42,11 +44,21 @@ class TrainingStage:
         self.hp = hp
         self.device = choose_device(hp.device)
         self.precision = choose_precision(hp.precision, self.device)
-        say(f"device {self.device}  precision {self.precision}  threads {set_threads(hp.threads)}")
+        threads = set_threads(hp.threads)
+        self.group = ProcessGroup(self.device)
+        say(f"device {self.device}  precision {self.precision}  threads {threads}")
+        self._check_share()
+        if self.group.world > 1:
+            say(f"process {self.group.rank + 1} of {self.group.world}; they share each step's batch")
         self.config = load_config(hp.pretrained_model_path, hp.dropout)
         self.tokenizer = load_tokenizer(hp.pretrained_model_path, hp.vocab_path)
         lengths = {name: getattr(hp, name) for name in self.lengths}
         check_fits(self.config, len(self.tokenizer), lengths, hp.pretrained_model_path)
+
+    def _check_share(self) -> None:
+        for name in ("batch_size", "groups_per_step"):
+            if hasattr(self.hp, name):
+                hparams.check_range(name, getattr(self.hp, name), self.group.world)
 
     def load(self) -> None:
         """Load the dev set and the model: what takes time, after everything cheap was checked."""
@@ -73,15 +85,26 @@ class TrainingStage:
             "train_rows": fingerprint_files([self.hp.train_set_path]), "dev": fingerprint_files(dev),
         }  # fmt: skip
 
-    def in_chunks(self, lengths: list[int], forward) -> Tensor:
-        """Return forward's rows for all texts, run in length-sorted chunks and put back in order.
+    def in_chunks(self, lengths: list[int], forward, at: tuple[int, ...]) -> ChunkedForward:
+        """Return forward's outputs for all texts, run in length-sorted chunks and put back in order.
 
-        `forward(rows)` gives one row of output for each of `rows`. Every text still takes part in one loss;
-        only the padding is saved.
+        `forward(rows)` gives one row of output for each of `rows`; `at` names this place in the run, for its
+        dropout. Every text still takes part in one loss; only the padding is saved, and with grad_cache_chunk
+        the memory.
         """
-        chunks = length_sorted_batches(lengths, len(lengths), self.hp.tokens_per_batch)
-        parts = torch.cat([forward(rows) for rows in chunks])
-        return parts[torch.from_numpy(np.argsort(np.concatenate(chunks))).to(self.device)]
+        cached = self.hp.grad_cache_chunk
+        chunks = length_sorted_batches(lengths, cached or len(lengths), self.hp.tokens_per_batch)
+        seed = (self.hp.seed, *map(int, at), self.group.rank)
+        return ChunkedForward(forward, chunks, seed, bool(cached))
+
+    def checkpoint_gradients(self, backbone) -> None:
+        """Compute activations once more in the backward pass instead of keeping them, when asked."""
+        if not self.hp.gradient_checkpointing:
+            return
+        if hasattr(backbone, "activation_checkpointing_enable"):  # its name in newer versions of transformers
+            backbone.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
     def state(self) -> dict:
         """Return the state dict that is saved."""
@@ -108,22 +131,38 @@ class TrainingStage:
 
     def _is_done(self, params: str, stamp: dict) -> bool:
         record = Path(params).parent / f"{self.name}_hparams.json"
-        if not record.exists():
+        if not record.exists() and self.group.rank == 0:
             clear_stamp(params)
         return up_to_date(params, {**stamp, "weights": self.best_fingerprint()}, say)
 
     def run(self) -> None:
         """Train unless the result is up to date."""
+        try:
+            self._run()
+        finally:
+            self.group.close()
+
+    def _run(self) -> None:
         params, checkpoint = self.hp.params_path, Path(self.hp.output_dir) / f"{self.name}_checkpoint.pt"
-        stamp = self.stamp()
+        stamp, first = self.stamp(), self.group.rank == 0
         if self.hp.force:
-            checkpoint.unlink(missing_ok=True)
+            if first:
+                delete_checkpoints(checkpoint)
+            self.group.wait()
         elif self._is_done(params, stamp):
             say(f"{params}: up to date")
             return
+        self.group.wait()  # the first process must not change what the others are looking at
         self.load()
-        clear_stamp(params)
-        progress = Trainer(self.hp, self.task(), self.device, self.precision, str(checkpoint), stamp).run()
-        write_stamp(params, {**stamp, "weights": progress.best_weights})
-        say(f"wrote {params} (step {progress.best_step})")
-        self.summary(progress)
+        if first:
+            clear_stamp(params)
+        task = self.task()
+        if task.negatives:
+            say(f"each query is held against {task.negatives} negatives in a step (fewer where texts repeat)")
+        progress = Trainer(
+            self.hp, task, self.device, self.precision, str(checkpoint), stamp, self.group
+        ).run()
+        if first:
+            write_stamp(params, {**stamp, "weights": progress.best_weights})
+            say(f"wrote {params} (step {progress.best_step})")
+            self.summary(progress)

@@ -1,0 +1,56 @@
+"""Checkpoints of a training run: the last two, each whole or not there."""
+
+import pickle
+from pathlib import Path
+
+import torch
+
+from torch_src.errors import UserError
+from torch_src.helpers import atomic_write, say, warn
+
+DAMAGE = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError)
+
+
+def previous(path) -> Path:
+    """Return where the checkpoint before the last one is."""
+    return Path(path).with_suffix(".previous.pt")
+
+
+def save_checkpoint(path, state: dict) -> None:
+    """Write the checkpoint; the one that was there becomes the previous. A full disk leaves both whole."""
+    try:
+        with atomic_write(path, "wb", keep_old=previous(path)) as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # what torch makes of a full disk
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{path}: cannot be written ({reason[:120]}); is the disk full? "
+            "The checkpoints before it are whole"
+        ) from error
+
+
+def load_checkpoint(path) -> dict | None:
+    """Return the last checkpoint, or the one before where that is damaged; None when there is none."""
+    damaged = []
+    for candidate in (Path(path), previous(path)):
+        if not candidate.exists():
+            continue
+        try:
+            state = torch.load(candidate, map_location="cpu", weights_only=True)
+            state["stamp"], state["progress"]["step"]  # noqa: B018 (a file of something else has none)
+        except DAMAGE as error:
+            warn(f"{candidate}: damaged ({str(error).strip().split(chr(10))[0][:100]})")
+            damaged.append(candidate)
+            continue
+        if damaged:
+            say(f"{candidate}: taking up the checkpoint before it")
+        return state
+    if damaged:
+        raise UserError(f"{damaged[0]}: damaged; delete it to start from the beginning")
+    return None
+
+
+def delete_checkpoints(path) -> None:
+    """Remove both."""
+    for each in (Path(path), previous(path)):
+        each.unlink(missing_ok=True)
