@@ -24,7 +24,7 @@ def contrastive_loss(scores: Tensor, targets: Tensor, masked: Tensor) -> tuple[T
     """
     scores = scores.masked_fill(masked, float("-inf"))
     loss = torch.nn.functional.cross_entropy(scores, targets)
-    return loss, (scores.argmax(dim=1) == targets).float().mean()
+    return loss, (scores.argmax(dim=1) == targets).double().mean()
 
 
 def pointwise_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def pointwise_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logits = at_least_float32(logits)
     labels = labels.to(logits.dtype)
     loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
-    return loss, ((logits > 0) == (labels > 0.5)).float().mean()
+    return loss, ((logits > 0) == (labels > 0.5)).double().mean()
 
 
 def listwise_loss(logits: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -43,4 +43,4 @@ def listwise_loss(logits: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """
     groups = at_least_float32(logits).view(-1, group_size)
     targets = torch.zeros(len(groups), dtype=torch.long, device=logits.device)
-    return torch.nn.functional.cross_entropy(groups, targets), (groups.argmax(1) == 0).float().mean()
+    return torch.nn.functional.cross_entropy(groups, targets), (groups.argmax(1) == 0).double().mean()
