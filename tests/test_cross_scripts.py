@@ -210,6 +210,17 @@ def test_training_and_inference_agree_on_the_dev_figures(trained, capsys):
     assert params.read_bytes() == (trained / "output/cross_params.bin").read_bytes()  # same seed, same bytes
 
 
+def test_negatives_that_were_too_easy_are_noticed_at_inference_too(world, capsys):
+    """The scores of some training negatives lie beside the weights; here they are far below the candidates'."""
+    path = world / "output/cross_negatives.json"
+    assert len(load(path)["scores"]) > 10
+    assert infer(world, "--force") == 0
+    assert "do not look like the candidates" not in capsys.readouterr().out
+    path.write_text(json.dumps({"scores": [-50.0] * 100}))
+    assert infer(world, "--force") == 0
+    assert "do not look like the candidates" in capsys.readouterr().out
+
+
 def test_topk_keeps_fewer_but_scores_all(world):
     assert infer(world, "--topk", "7") == 0
     few, many = ranking(world / "output/res.rerank7"), ranking(world / "output/res.rerank50")

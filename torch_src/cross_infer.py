@@ -19,7 +19,7 @@ from torch_src.devices import choose_device, choose_precision, peak_memory_gb, s
 from torch_src.encoding import Progress
 from torch_src.errors import UserError
 from torch_src.formats import RunRow, format_run_row, read_dev
-from torch_src.helpers import atomic_write, exit_status, require, say, warn
+from torch_src.helpers import atomic_write, exit_status, read_json, require, say, warn
 from torch_src.inference_cross_hparams import DEBUG, PRETRAINED, InferenceCrossHparams
 from torch_src.inference_stage import FoundModel, find_pretrained_model, find_trained_model, read_query_ids
 from torch_src.passage_ids import check_length, read_passage_ids, rows_of
@@ -187,8 +187,21 @@ class CrossInference:
                 before[qid] = [pid.decode() for pid in self.pids[span]]
         retriever, reranked = (compute_metrics(reference, run)["MRR@10"] for run in (before, result))
         say(f"MRR@10 of the candidates as they came {retriever:.4f}, re-ranked {reranked:.4f}")
-        if warning := guards.below_retriever(reranked, retriever):
+        warnings = (guards.below_retriever(reranked, retriever), self.easy_negatives(logits, reference))
+        for warning in filter(None, warnings):
             warn(warning)
+
+    def easy_negatives(self, logits: np.ndarray, reference: dict[str, set[str]]) -> str | None:
+        """Return a warning when the training negatives, as scored after training, were easier than these."""
+        path = guards.negatives_path(self.hp.cross_params_path)
+        if self.model.params is None or not path.exists():
+            return None
+        wrong = []
+        for query, span in self.candidates.spans():
+            answers = set().union(*(reference.get(qid, ()) for qid in self.qids[query] or ()))
+            wrong += [pid.decode() not in answers for pid in self.pids[span]]
+        negatives = np.array(read_json(path).get("scores", []), dtype=np.float32)
+        return guards.negatives_too_easy(negatives, logits[np.array(wrong)])
 
 
 def run(hp: InferenceCrossHparams) -> None:

@@ -19,7 +19,7 @@ from torch_src.cross_model import load_cross_encoder, start_from_retriever
 from torch_src.devices import autocast, token_budget
 from torch_src.formats import read_dev
 from torch_src.grad_cache import ChunkedForward
-from torch_src.helpers import exit_status, require, say, warn
+from torch_src.helpers import exit_status, require, say, warn, write_json
 from torch_src.losses import listwise_loss, pointwise_loss
 from torch_src.passage_ids import check_length, read_passage_ids
 from torch_src.scoring import PairScorer, pair_tensors, rank_pairs
@@ -213,6 +213,9 @@ class CrossTraining(TrainingStage):
         say(f"MRR@10 of the dev candidates: {order}")
         spans = [span for _, span in self.dev.candidates.spans()]
         negatives = self.scorer().score(self._negatives())
+        write_json(
+            guards.negatives_path(self.hp.params_path), {"scores": [round(x, 6) for x in negatives.tolist()]}
+        )
         warnings = (
             guards.collapsed(scores, spans),
             guards.below_retriever(reranked["MRR@10"], retriever["MRR@10"]),

@@ -1,5 +1,7 @@
 """What goes wrong silently with re-rankers, as warnings that name cause and mend."""
 
+from pathlib import Path
+
 import numpy as np
 
 FLAT = 1e-3  # a spread of logits within a query below this decides nothing
@@ -38,6 +40,11 @@ def below_retriever(reranked: float, retriever: float) -> str | None:
         "train on negatives from the retriever's own results, longer; or try --loss listwise, "
         "--fuse_retriever_weight"
     )
+
+
+def negatives_path(params) -> Path:
+    """Return where the scores of some training negatives are kept, beside the re-ranker's weights."""
+    return Path(params).with_name("cross_negatives.json")
 
 
 def negatives_too_easy(negatives: np.ndarray, candidates: np.ndarray) -> str | None:
