@@ -37,9 +37,9 @@ STAGES = ["check", "dual_train", "dual_infer", "convert", "cross_train", "cross_
 TOPK = 50  # what enter() in do_dual_infer.py says; --dual_infer.topk wins
 
 
-def split_options(argv: list[str]) -> dict[str, list[str]]:
+def split_options(argv: list[str], programs: dict = PROGRAMS) -> dict[str, list[str]]:
     """Return each program's options; UserError for a knob that no program has."""
-    options: dict[str, list[str]] = {name: [] for name in PROGRAMS}
+    options: dict[str, list[str]] = {name: [] for name in programs}
     groups, at = [], 0
     while at < len(argv):
         end = at + 1
@@ -49,7 +49,7 @@ def split_options(argv: list[str]) -> dict[str, list[str]]:
         at = end
     for words in groups:
         stage, _, knob = words[0].removeprefix("--").rpartition(".")
-        takers = [name for name in PROGRAMS if (not stage or name == stage) and has_knob(name, knob)]
+        takers = [n for n, pair in programs.items() if (not stage or n == stage) and has_knob(pair[0], knob)]
         if not takers or not words[0].startswith("--"):
             raise UserError(f"{words[0]}: no program has such a knob; see `sh script/run_all.sh --help`")
         for name in takers:
@@ -57,8 +57,8 @@ def split_options(argv: list[str]) -> dict[str, list[str]]:
     return options
 
 
-def has_knob(program: str, knob: str) -> bool:
-    return knob.removeprefix("no_") in {field.name for field in dataclasses.fields(PROGRAMS[program][0])}
+def has_knob(settings: type, knob: str) -> bool:
+    return knob.removeprefix("no_") in {field.name for field in dataclasses.fields(settings)}
 
 
 def check_data(hp) -> None:
@@ -71,10 +71,9 @@ def check_data(hp) -> None:
     say(f"{passages:,} passages, {len(queries):,} dev queries, {answered:,} of them with answers")
 
 
-def convert(hp, topk: int) -> None:
+def convert(hp, run_path: Path, topk: int) -> None:
     """Run metric/convert_recall_res_to_json.py as the README says."""
-    run_path = str(Path(hp.output_dir) / f"res.top{topk}")
-    files = [hp.dev_q2qid_path, hp.passage_ids_path, run_path, str(topk)]
+    files = [hp.dev_q2qid_path, hp.passage_ids_path, str(run_path), str(topk)]
     call(["metric/convert_recall_res_to_json.py", *files])
 
 
@@ -92,12 +91,17 @@ def table(times: dict[str, float], dev: str, output: Path) -> list[str]:
     lines = [f"{'stage':12} {'time':>8}  " + "  ".join(f"{name:>9}" for name in MEASURES)]
     for stage in STAGES:
         took = duration(times[stage]) if stage in times else "-"
-        figures = ""
-        if stage in results and results[stage].exists():
-            metrics = compute_metrics(load_reference(dev), load_result(results[stage]))
-            figures = "  ".join(f"{metrics[name]:9.4f}" for name in MEASURES)
+        figures = figures_of(dev, results[stage]) if stage in results else ""
         lines.append(f"{stage:12} {took:>8}  {figures}".rstrip())
     return lines
+
+
+def figures_of(dev: str, result: Path) -> str:
+    """Return the metrics of a result as a line of the table; nothing where it is not there."""
+    if not result.exists():
+        return ""
+    metrics = compute_metrics(load_reference(dev), load_result(result))
+    return "  ".join(f"{metrics[name]:9.4f}" for name in MEASURES)
 
 
 def run(argv: list[str]) -> None:
@@ -120,7 +124,8 @@ def run(argv: list[str]) -> None:
         if stage == "check":
             check_data(infer)
         elif stage == "convert":
-            convert(infer, infer.topk or TOPK)
+            topk = infer.topk or TOPK
+            convert(infer, output / f"res.top{topk}", topk)
         else:
             call([f"do_{stage}.py", *options[stage]])
         times[stage] = time.monotonic() - begun

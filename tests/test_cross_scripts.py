@@ -211,7 +211,7 @@ def test_training_and_inference_agree_on_the_dev_figures(trained, capsys):
 
 
 def test_negatives_that_were_too_easy_are_noticed_at_inference_too(world, capsys):
-    """The scores of some training negatives lie beside the weights; here they are far below the candidates'."""
+    """The scores of some training negatives lie beside the weights; here they are far below the others."""
     path = world / "output/cross_negatives.json"
     assert len(load(path)["scores"]) > 10
     assert infer(world, "--force") == 0
@@ -566,8 +566,9 @@ def test_an_unknown_knob_is_refused(word):
 
 
 def test_has_knob():
-    assert run_all.has_knob("cross_train", "fgm_epsilon") and run_all.has_knob("cross_train", "no_force")
-    assert not run_all.has_knob("cross_infer", "fgm_epsilon") and not run_all.has_knob("dual_train", "topk")
+    train, infer, dual = (run_all.PROGRAMS[name][0] for name in ("cross_train", "cross_infer", "dual_train"))
+    assert run_all.has_knob(train, "fgm_epsilon") and run_all.has_knob(train, "no_force")
+    assert not run_all.has_knob(infer, "fgm_epsilon") and not run_all.has_knob(dual, "topk")
 
 
 def test_run_all_refuses_before_anything_runs(capsys):

@@ -193,3 +193,33 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path, bad):
     path.write_bytes(b"q\t\tp\t\tn\t0\n" * 2 + bad)
     with pytest.raises(UserError, match=r"t\.tsv:3: "):
         DualTrainingSet(path)
+
+
+def test_each_querys_own_passages_with_their_teacher(tmp_path):
+    rows = make_world(4)
+    teacher = np.arange(2 * len(rows), dtype=np.float32).reshape(-1, 2)
+    teacher[::5, 1] = np.nan
+    data = DualTrainingSet(write(tmp_path / "t.tsv", rows), teacher=teacher)
+    scores = {}
+    for (query, positive, negative), (high, low) in zip(rows, teacher.tolist(), strict=True):
+        scores.setdefault((query, positive, 0), high)
+        scores.setdefault((query, negative, 1), low)
+    for step in range(4):
+        batch = data.batch(1, 0, step, 5, 2)
+        assert batch.lists.shape == batch.teacher.shape and batch.lists.shape[0] == 5
+        assert (batch.lists[:, 0] == batch.targets).all()
+        for at, query in enumerate(batch.queries):
+            for place, (column, logit) in enumerate(zip(batch.lists[at], batch.teacher[at], strict=True)):
+                if column < 0:
+                    assert np.isnan(logit) and place > 0
+                    continue
+                expected = scores[query, batch.passages[column], min(place, 1)]
+                assert logit == expected or (np.isnan(logit) and np.isnan(expected))
+    plain = DualTrainingSet(tmp_path / "t.tsv").batch(1, 0, 0, 5, 2)
+    assert np.isnan(plain.teacher).all() and (plain.lists == data.batch(1, 0, 0, 5, 2).lists).all()
+
+
+def test_a_teacher_of_another_length_is_refused(tmp_path):
+    path = write(tmp_path / "t.tsv", make_world())
+    with pytest.raises(UserError, match="of a teacher's scores"):
+        DualTrainingSet(path, teacher=np.zeros((3, 2), dtype=np.float32))

@@ -4,14 +4,16 @@ import itertools
 
 import pytest
 import torch
-from toy_world import make_world
+from toy_world import lines, make_world, write
 
 from torch_src.cross_hparams import CrossHparams
 from torch_src.cross_train import CrossTraining
 from torch_src.dual_hparams import DualHparams
 from torch_src.dual_train import DualTraining
+from torch_src.errors import UserError
 from torch_src.grad_cache import ChunkedForward, seed_of
 from torch_src.losses import contrastive_loss, contrastive_scores, listwise_loss, pointwise_loss
+from torch_src.mined_files import COLUMNS
 from torch_src.scoring import pair_tensors
 from torch_src.tokenization import pad
 from torch_src.training import Trainer
@@ -232,3 +234,69 @@ def test_outputs_are_in_the_order_of_the_texts():
     chunks = [np.array([2, 0]), np.array([1])]
     forward = ChunkedForward(lambda rows: torch.tensor(rows, dtype=torch.float32), chunks, (1,), True)
     assert forward.outputs.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_matryoshka_is_the_mean_over_its_dimensions(world, share):
+    knobs = dict(batch_size=8, dropout=0.0, normalize=True, temperature=0.1, share_encoder=share)
+    made = stage(world, "dual", matryoshka_dims="4,16", grad_cache_chunk=3, **knobs)
+    found = gradients(made)
+    made.model.zero_grad(set_to_none=True)
+    batch = made.prepare(0, 0)
+    queries, passages = (
+        made.model(side, *map(torch.from_numpy, pad(ids, made.tokenizer.pad_token_id)))
+        for side, ids in (("query", batch.queries), ("passage", batch.passages))
+    )
+    masks = [torch.from_numpy(array) for array in (batch.source.targets, batch.source.masked)]
+    losses = []
+    for dims in (4, 16, 32):
+        q, p = (torch.nn.functional.normalize(v[:, :dims], dim=1) for v in (queries, passages))
+        losses.append(contrastive_loss(q @ p.T / 0.1, *masks)[0])
+    (sum(losses) / 3).backward()
+    assert apart(found, flat(made.model)) < 1e-9
+    for wrong in ("16,4", "4,32", "0", "a", "4,4"):
+        with pytest.raises(UserError, match="matryoshka_dims"):
+            stage(world, "dual", matryoshka_dims=wrong, **knobs)
+
+
+def test_r_drop_with_cached_gradients(world):
+    """Without dropout both passes agree and it adds nothing; with it the loss is higher and it is learnt
+    from.
+    """
+    knobs = dict(batch_size=6, loss="pointwise", grad_cache_chunk=2)
+    plain, same = (stage(world, "cross", dropout=0.0, r_drop_alpha=alpha, **knobs) for alpha in (0.0, 5.0))
+    assert apart(gradients(same), gradients(plain)) < 1e-9
+    with_dropout = [
+        stage(world, "cross", dropout=0.5, r_drop_alpha=alpha, **knobs) for alpha in (1e-12, 50.0)
+    ]
+    assert apart(gradients(with_dropout[1]), gradients(with_dropout[0])) > 1e-2
+    kept = stage(world, "cross", dropout=0.5, r_drop_alpha=50.0, **{**knobs, "grad_cache_chunk": 0})
+    kept_chunks = stage(world, "cross", dropout=0.5, r_drop_alpha=50.0, **{**knobs, "grad_cache_chunk": 100})
+    assert apart(gradients(kept_chunks), gradients(kept)) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["kl", "margin_mse"])
+def test_distillation_alone_fits_the_teacher(world, tmp_path, kind):
+    """With the contrastive loss off, the student comes to score its own passages as the teacher does."""
+    rows = lines(world / "data/train/dual.train.tsv")
+    write(tmp_path / "dual.train.tsv", rows)
+    fields = [["", "", "", "", f"{len(row) % 5}", "", "", "", "", f"{len(row) % 3 - 2}"] for row in rows]
+    write(tmp_path / "dual.train.ids.tsv", ["\t".join(COLUMNS), *("\t".join(field) for field in fields)])
+    knobs = dict(
+        batch_size=8, dropout=0.0, normalize=True, temperature=0.05, pooling="mean", hard_negatives=2
+    )
+    more = dict(
+        distill_loss=kind, contrastive_weight=0.0, train_set=str(tmp_path / "dual.train.tsv"), lr=2e-3
+    )
+    made = stage(world, "dual", epoch=30, max_steps=60, **knobs, **more)
+    losses = []
+    trainer = Trainer(made.hp, made.task(), made.device, "fp32", str(tmp_path / "c.pt"), {})
+    note = trainer._note
+    trainer._note = lambda loss, *rest: (losses.append(loss), note(loss, *rest))
+    trainer.run()
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_a_training_file_without_a_teacher_is_named(world):
+    with pytest.raises(UserError, match="dual.train.ids.tsv: no such file"):
+        stage(world, "dual", batch_size=8, distill_loss="kl")

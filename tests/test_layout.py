@@ -38,6 +38,7 @@ ROWS = [
         "devices",
         "backbones",
         "row_file",
+        "mined_files",
     ],
     [
         "datasets",

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from torch_src.losses import contrastive_loss, contrastive_scores
+from torch_src.losses import contrastive_loss, contrastive_scores, distillation_loss, r_drop_loss
 
 
 def slow_loss(queries, passages, targets, masked, temperature):
@@ -136,3 +136,64 @@ def test_scores_are_fp32_also_under_autocast_and_of_half_vectors(dtype):
     exact = q.double() @ p.double().T / 0.5
     # bf16 products would be off by 1e-2 or more
     assert (scores.double() - exact).abs().max() < 1e-4
+
+
+def distilled_slowly(kind, scores, lists, teacher, temperature):
+    """The same by loops over Python floats."""
+    total = 0.0
+    for at, row in enumerate(lists):
+        known = [
+            (scores[at][c], t) for c, t in zip(row, teacher[at], strict=True) if c >= 0 and not math.isnan(t)
+        ]
+        if kind == "kl" and len(known) > 1:
+            p, q = (
+                softmax([pair[side] / temp for pair in known]) for side, temp in ((1, temperature), (0, 1))
+            )
+            total += sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
+        if kind == "margin_mse" and not math.isnan(teacher[at][0]):
+            gaps = [
+                (scores[at][row[0]] - scores[at][c] - (teacher[at][0] - t) / temperature) ** 2
+                for c, t in zip(row[1:], teacher[at][1:], strict=True)
+                if c >= 0 and not math.isnan(t)
+            ]
+            total += sum(gaps) / max(1, len(gaps))
+    return total / len(lists)
+
+
+def softmax(values):
+    powers = [math.exp(value - max(values)) for value in values]
+    return [power / sum(powers) for power in powers]
+
+
+@pytest.mark.parametrize("kind", ["kl", "margin_mse"])
+@pytest.mark.parametrize("seed", range(4))
+def test_distillation_against_loops(kind, seed):
+    draw = torch.Generator().manual_seed(seed)
+    scores = 3 * torch.randn(6, 9, generator=draw, dtype=torch.float64)
+    lists = torch.stack([torch.randperm(9, generator=draw)[:4] for _ in range(6)])
+    teacher = 5 * torch.randn(6, 4, generator=draw)
+    lists[0, 3] = lists[1, 1] = -1  # fewer negatives
+    teacher[2, 2] = teacher[3, 0] = float("nan")  # not known
+    teacher[4, 1:] = float("nan")  # nothing to compare with
+    found = distillation_loss(kind, scores, lists, teacher, 2.0)
+    expected = distilled_slowly(kind, scores.tolist(), lists.tolist(), teacher.tolist(), 2.0)
+    assert found.item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["kl", "margin_mse"])
+def test_distillation_is_zero_where_student_and_teacher_agree(kind):
+    teacher = torch.tensor([[3.0, 1.0, -2.0], [0.5, 0.0, float("nan")]])
+    scores = torch.tensor([[3.0, 1.0, -2.0, 9.0], [1.5, 1.0, 7.0, 7.0]], requires_grad=True)
+    loss = distillation_loss(kind, scores, torch.tensor([[0, 1, 2], [0, 1, 2]]), teacher, 1.0)
+    loss.backward()
+    assert abs(loss.item()) < 1e-6 and scores.grad.abs().max() < 1e-6
+    assert scores.grad[0, 3] == 0  # only a query's own passages are compared
+
+
+def test_r_drop_by_hand():
+    one, other = torch.tensor([0.0, 2.0]), torch.tensor([0.0, -1.0])
+    p, q = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1))
+    there = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    back = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+    assert r_drop_loss(one, other).item() == pytest.approx((there + back) / 2 / 2, rel=1e-5)
+    assert r_drop_loss(one, one).item() == 0

@@ -10,7 +10,8 @@ from toy_world import ROOT, lines, make_world, options, train_options, write
 from torch_src import mining
 from torch_src.collection import PassageCollection
 from torch_src.errors import UserError
-from torch_src.mining import SIDECAR_COLUMNS, Miner, Rules
+from torch_src.mined_files import COLUMNS
+from torch_src.mining import Miner, Rules
 
 PASSAGES = [f"文{number}" for number in range(12)]
 
@@ -162,7 +163,7 @@ def test_what_is_written(world, tmp_path):
     ]  # fmt: skip
     assert lines(tmp_path / "cross.train.tsv")[:3] == ["甲\t\t文3\t1", "甲\t\t无\t1", "甲\t\t文5\t0"]
     header, *ids = [line.split("\t") for line in lines(tmp_path / mining.SIDECAR)]
-    assert header == SIDECAR_COLUMNS
+    assert header == COLUMNS
     assert ids[0] == ["3", "p3", "", "", "4", "5", "p5", "1", "8", "-5"]
     assert ids[2] == ["", "", "", "", "", "6", "p6", "3", "6", "-5"]  # this positive is in no row
     assert ids[4] == ["0", "p0", "", "", "3", "1", "p1", "1", "8", "-5"]

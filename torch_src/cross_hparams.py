@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from torch_src.errors import UserError
 from torch_src.hparams import (
     SAMPLE_DIR,
     TINY_MODEL,
@@ -49,6 +50,7 @@ class CrossHparams(OfficialLayout):
     dropout: float | None = None  # of layers and attention; default: as the model's config.json has it
 
     # optimisation
+    r_drop_alpha: float = 0.0  # weight of R-Drop between two passes of other dropout (pointwise); 0: off
     fgm_epsilon: float = 0.0  # FGM: step on the word embeddings; 0: off, the official recipe: 0.01
     warmup_proportion: float = 0.1  # share of the steps in which lr rises from 0; then it falls linearly to 0
     weight_decay: float = 0.01  # AdamW, on weight matrices only (not biases and norms)
@@ -90,9 +92,11 @@ class CrossHparams(OfficialLayout):
         check_choice("loss", self.loss, LOSSES)
         for name, low in (("groups_per_step", 1), ("group_size", 2), ("dev_queries", 1), ("dev_depth", 1)):
             check_range(name, getattr(self, name), low)
-        for name in ("fgm_epsilon", "head_lr"):
+        for name in ("fgm_epsilon", "head_lr", "r_drop_alpha"):
             check_range(name, getattr(self, name), 0)
         check_range("max_seq_len", self.max_seq_len, 8)
+        if self.r_drop_alpha and (self.loss != "pointwise" or self.fgm_epsilon):
+            raise UserError("--r_drop_alpha is for --loss pointwise without --fgm_epsilon")
 
 
 # --debug lowers these defaults; an explicit option still wins.

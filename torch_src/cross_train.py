@@ -20,7 +20,7 @@ from torch_src.devices import autocast, token_budget
 from torch_src.formats import read_dev
 from torch_src.grad_cache import ChunkedForward
 from torch_src.helpers import exit_status, require, say, warn, write_json
-from torch_src.losses import listwise_loss, pointwise_loss
+from torch_src.losses import listwise_loss, pointwise_loss, r_drop_loss
 from torch_src.passage_ids import check_length, read_passage_ids
 from torch_src.scoring import PairScorer, pair_tensors, rank_pairs
 from torch_src.stamps import fingerprint_files
@@ -149,11 +149,16 @@ class CrossTraining(TrainingStage):
             return self._plain_backward(batch, begin, 1)
 
     def _plain_backward(self, batch: TokenBatch, begin, number: int) -> torch.Tensor:
-        logits = self.logits(batch, number)
-        loss, accuracy = self.loss(logits.outputs, batch)
+        passes = [self.logits(batch, number + at) for at in range(2 if self.hp.r_drop_alpha else 1)]
+        losses = [self.loss(logits.outputs, batch) for logits in passes]
+        loss = torch.stack([loss for loss, _ in losses]).mean()
+        if self.hp.r_drop_alpha:
+            share = len(batch.labels) / self.units
+            loss = loss + self.hp.r_drop_alpha * share * r_drop_loss(*(logits.outputs for logits in passes))
         begin(loss).backward()
-        logits.backward(logits.outputs.grad)
-        return accuracy
+        for logits in passes:
+            logits.backward(logits.outputs.grad)
+        return losses[0][1]
 
     def _embedding_gradient(self, batch: TokenBatch, table: torch.nn.Parameter) -> torch.Tensor:
         """Return the gradient of all processes' loss with respect to the word embeddings alone."""

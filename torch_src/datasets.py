@@ -18,14 +18,22 @@ class DualBatch:
     passages: list[str]
     targets: np.ndarray  # (B,) int64: the column of each query's positive
     masked: np.ndarray  # (B, P) bool: True where a passage must not count as a negative
+    lists: np.ndarray  # (B, 1 + N) int64: columns of each query's positive and own hard negatives; -1: none
+    teacher: np.ndarray  # (B, 1 + N) float32: the re-ranker's logits of these; NaN: none
     rows: list[int]  # line numbers of the training file, from 1, to name them in an error
 
 
 class DualTrainingSet:
     """dual.train.tsv grouped by query. Holds hashes and offsets (about 40 bytes a row), never the texts."""
 
-    def __init__(self, path, clean: Callable[[str], str] = lambda text: text):
-        """Read the file once. `clean` is what makes two texts the same for the model (no spaces, say)."""
+    def __init__(
+        self, path, clean: Callable[[str], str] = lambda text: text, teacher: np.ndarray | None = None
+    ):
+        """Read the file once. `clean` is what makes two texts the same for the model (no spaces, say).
+
+        teacher (rows, 2) float32: a re-ranker's logits of each row's positive and negative, NaN where
+        unknown.
+        """
         self.path = path
 
         def hashes(row) -> tuple[int, ...]:
@@ -34,6 +42,11 @@ class DualTrainingSet:
         self.file = RowFile(path, parse_dual_row, hashes)
         self.query_hash, self.positive_hash, self.negative_hash = self.file.numbers.T
         self.groups = group_rows(self.query_hash)
+        self.teacher = teacher
+        if teacher is not None and len(teacher) != len(self.file):
+            raise UserError(
+                f"{path}: {len(self.file):,} rows, but {len(teacher):,} of a teacher's scores beside it"
+            )
 
     @property
     def rows(self) -> int:
@@ -86,5 +99,20 @@ class DualTrainingSet:
             known = {int(text) for text in self.positive_hash[group]}
             masked[at, [column[text] for text in known if text in column]] = True
         masked[np.arange(len(picks)), targets] = False
-        queries = [at.query for at in parsed]
-        return DualBatch(queries, list(texts.values()), targets, masked, [row + 1 for row in positives])
+        lists, teacher = self._lists(picks, column)
+        queries, rows = [at.query for at in parsed], [row + 1 for row in positives]
+        return DualBatch(queries, list(texts.values()), targets, masked, lists, teacher, rows)
+
+    def _lists(
+        self, picks: list[tuple[int, list[int]]], column: dict[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return each query's own passages as (columns, teacher's logits)."""
+        width = 1 + max((len(negatives) for _, negatives in picks), default=0)
+        lists = np.full((len(picks), width), -1, dtype=np.int64)
+        teacher = np.full(lists.shape, np.nan, dtype=np.float32)
+        for at, (positive, negatives) in enumerate(picks):
+            texts = [self.positive_hash[positive], *self.negative_hash[negatives]]
+            lists[at, : len(texts)] = [column[int(text)] for text in texts]
+            if self.teacher is not None:
+                teacher[at, : len(texts)] = [self.teacher[positive, 0], *self.teacher[negatives, 1]]
+        return lists, teacher

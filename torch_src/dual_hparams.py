@@ -21,6 +21,9 @@ FIXED_BY_WEIGHTS = (
 )  # fmt: skip
 
 
+DISTILL_LOSSES = ("none", "kl", "margin_mse")
+
+
 @dataclass(frozen=True)
 class DualHparams(OfficialLayout):
     """Train the dual encoder: train/dual.train.tsv -> output/dual_params.bin."""
@@ -55,6 +58,13 @@ class DualHparams(OfficialLayout):
     normalize: bool = False  # scale vectors to length 1 (then set temperature below 1)
     dropout: float | None = None  # of layers and attention; default: as the model's config.json has it
     temperature: float = 1.0  # scores are divided by it in the loss; 0.01 to 0.05 with normalize
+
+    # a teacher's scores, and small vectors
+    distill_loss: str = "none"  # none, kl or margin_mse: learn the re-ranker's scores in a mined train_set
+    distill_weight: float = 1.0  # of that loss
+    distill_temperature: float = 1.0  # the re-ranker's logits are divided by it
+    contrastive_weight: float = 1.0  # of the contrastive loss beside it
+    matryoshka_dims: str = ""  # e.g. 64,128: these first dimensions alone are trained to retrieve, too
 
     # optimisation
     warmup_proportion: float = 0.1  # share of the steps in which lr rises from 0; then it falls linearly to 0
@@ -98,6 +108,13 @@ class DualHparams(OfficialLayout):
             check_range(name, getattr(self, name), low)
         for name in ("q_max_seq_len", "p_max_seq_len"):
             check_range(name, getattr(self, name), 3)
+        check_choice("distill_loss", self.distill_loss, DISTILL_LOSSES)
+        for name, low in (("distill_weight", 0), ("contrastive_weight", 0), ("distill_temperature", 1e-12)):
+            check_range(name, getattr(self, name), low)
+        if self.distill_loss != "none" and not self.hard_negatives:
+            raise UserError(
+                "--distill_loss needs hard negatives, whose scores are learnt; --hard_negatives is 0"
+            )
         if self.early_stop and self.eval_every < 0:
             raise UserError("--early_stop needs dev retrievals; --eval_every -1 turns them off")
         if self.batch_size == 1 and not self.hard_negatives:

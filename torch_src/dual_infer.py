@@ -69,6 +69,7 @@ class DualInference:
         self.model = find_model(hp)
         lengths = {name: self.model.fixed[name] for name in ("q_max_seq_len", "p_max_seq_len")}
         check_fits(self.model.config, len(self.model.tokenizer), lengths, self.model.path)
+        hparams.check_range("vector_dims", hp.vector_dims, 0, self.model.config.hidden_size)
         self.collection = PassageCollection(hp.passage_dir_path, str(Path(hp.output_dir) / "cache"))
         self.output = Path(hp.output_dir)
 
@@ -84,9 +85,10 @@ class DualInference:
         fixed = self.model.fixed
         length = {"query": "q_max_seq_len", "passage": "p_max_seq_len"}[side]
         names = ("pooling", "normalize", "remove_spaces", f"{side}_prefix", length)
+        dims = {"vector_dims": self.hp.vector_dims} if self.hp.vector_dims else {}
         return {
             "weights": self.model.fingerprint, "tokenizer": tokenizer_fingerprint(self.model.tokenizer),
-            **{name: fixed[name] for name in names}, "precision": self.precision,
+            **{name: fixed[name] for name in names}, **dims, "precision": self.precision,
             "device": self.device.type,
         }  # fmt: skip
 
@@ -116,7 +118,7 @@ class DualInference:
         return Encoder(
             model.tower(side).to(self.device).eval(), self.model.tokenizer, rules, fixed["pooling"],
             fixed["normalize"], self.device, self.precision, hp.batch_size,
-            token_budget(hp.tokens_per_batch, self.device),
+            token_budget(hp.tokens_per_batch, self.device), hp.vector_dims,
         )  # fmt: skip
 
     def encode(self) -> tuple[np.ndarray | None, VectorStore]:
@@ -128,7 +130,7 @@ class DualInference:
             queries = self.encoder("query", model).encode(self.queries)
             save_vectors(self.output / "query.emb.npy", queries)
             write_stamp(self.output / "query.emb.npy", self.vector_stamp("query"))
-        hidden = model.passage_encoder.config.hidden_size
+        hidden = self.encoder("passage", model).width
         if model.query_encoder is not model.passage_encoder:
             model.query_encoder = None  # its memory is the passage tower's now
         stamp = {**self.vector_stamp("passage"), "collection": self.collection.fingerprint}

@@ -45,6 +45,14 @@ def embed(
     return nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
 
+def shorten(vectors: Tensor, dims: int, normalize: bool) -> Tensor:
+    """Return the first `dims` dimensions, of length 1 again where vectors are (Kusupati et al. 2022)."""
+    if dims == vectors.shape[-1]:
+        return vectors
+    vectors = vectors[..., :dims]
+    return nn.functional.normalize(vectors, dim=-1) if normalize else vectors
+
+
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     """Return (B, H) fp32 from the last layer (B, L, H): the first token (cls), or the mean over
     real tokens.

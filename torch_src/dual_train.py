@@ -11,11 +11,13 @@ from torch_src.datasets import DualBatch, DualTrainingSet
 from torch_src.dev_retrieval import build_dev_retrieval
 from torch_src.devices import autocast, tensors_to, token_budget
 from torch_src.dual_hparams import DEBUG, FIXED_BY_WEIGHTS, DualHparams
-from torch_src.dual_model import DualEncoder, load_backbone
+from torch_src.dual_model import DualEncoder, load_backbone, shorten
 from torch_src.encoding import Encoder
 from torch_src.grad_cache import ChunkedForward
 from torch_src.helpers import exit_status, say, warn
-from torch_src.losses import contrastive_loss, contrastive_scores
+from torch_src.losses import contrastive_loss, contrastive_scores, distillation_loss
+from torch_src.mined_files import read_teacher, sidecar_path
+from torch_src.stamps import fingerprint_files
 from torch_src.tokenization import TextRules, pad, tokenize
 from torch_src.training import Progress, Task
 from torch_src.training_stage import TrainingStage
@@ -46,7 +48,10 @@ class DualTraining(TrainingStage):
             "query": TextRules(hp.q_max_seq_len, hp.query_prefix, hp.remove_spaces),
             "passage": TextRules(hp.p_max_seq_len, hp.passage_prefix, hp.remove_spaces),
         }
-        self.data = DualTrainingSet(hp.train_set_path, self.rules["passage"].clean)
+        teacher = None if hp.distill_loss == "none" else read_teacher(hp.train_set_path)
+        self.data = DualTrainingSet(hp.train_set_path, self.rules["passage"].clean, teacher)
+        hidden = self.config.hidden_size
+        self.dims = [*hparams.dimensions("matryoshka_dims", hp.matryoshka_dims, hidden), hidden]
 
     def load(self) -> None:
         hp = self.hp
@@ -56,6 +61,12 @@ class DualTraining(TrainingStage):
         backbone = load_backbone(hp.pretrained_model_path, self.config, hp.pooling, hp.seed)
         self.checkpoint_gradients(backbone)
         self.model = DualEncoder(backbone, hp.share_encoder, hp.pooling, hp.normalize).to(self.device)
+
+    def stamp(self) -> dict:
+        hp = self.hp
+        if hp.distill_loss == "none":
+            return super().stamp()
+        return {**super().stamp(), "teacher": fingerprint_files([sidecar_path(hp.train_set_path)])}
 
     def task(self) -> Task:
         hp = self.hp
@@ -94,16 +105,32 @@ class DualTraining(TrainingStage):
         )
         count, own = len(batch.source.queries), self.group.share(len(batch.source.queries))
         everyones = self.group.gather(passages.outputs.detach(), len(batch.source.passages)).requires_grad_()
-        scores = contrastive_scores(queries.outputs, everyones, self.hp.temperature)
-        targets, masked = (
-            torch.from_numpy(a[own]).to(self.device) for a in (batch.source.targets, batch.source.masked)
-        )
-        loss, accuracy = contrastive_loss(scores, targets, masked)
-        share = len(targets) / count
+        loss, accuracy = self.loss(queries.outputs, everyones, batch.source, own)
+        share = len(queries.outputs) / count
         begin(loss * share).backward()
         queries.backward(queries.outputs.grad)
         passages.backward(self.group.sum_(everyones.grad)[self.group.share(len(everyones))])
         return accuracy * share
+
+    def loss(
+        self, queries: torch.Tensor, passages: torch.Tensor, batch: DualBatch, own: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (loss, accuracy) of this process's queries (`own` of the batch) against all passages."""
+        hp = self.hp
+        arrays = (batch.targets, batch.masked, batch.lists, batch.teacher)
+        targets, masked, lists, teacher = tensors_to(self.device, *(array[own] for array in arrays))
+        losses, accuracies = [], []
+        for dims in self.dims:
+            scores = contrastive_scores(
+                *(shorten(v, dims, hp.normalize) for v in (queries, passages)), hp.temperature
+            )
+            loss, accuracy = contrastive_loss(scores, targets, masked)
+            if hp.distill_loss != "none":
+                distilled = distillation_loss(hp.distill_loss, scores, lists, teacher, hp.distill_temperature)
+                loss = hp.contrastive_weight * loss + hp.distill_weight * distilled
+            losses.append(loss)
+            accuracies.append(accuracy)
+        return torch.stack(losses).mean(), accuracies[-1]
 
     def embed(self, side: str, batch: TokenBatch, ids: list[list[int]]) -> ChunkedForward:
         """Return the vectors (len(ids), H) fp32, chunk by chunk."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from torch_src.claims import Claims
 from torch_src.collection import PassageCollection
 from torch_src.devices import autocast, tensors_to
-from torch_src.dual_model import embed
+from torch_src.dual_model import embed, shorten
 from torch_src.errors import UserError
 from torch_src.helpers import duration, one_ahead, say, warn
 from torch_src.token_table import TokenTable
@@ -41,6 +41,12 @@ class Encoder:
     precision: str
     batch_size: int  # texts in one forward pass, at most
     tokens_per_batch: int  # padded tokens in one forward pass, at most; halved when memory does not suffice
+    dims: int = 0  # of a vector that are kept, the first ones; 0: all
+
+    @property
+    def width(self) -> int:
+        """Return the dimensions of a vector."""
+        return self.dims or self.tower.config.hidden_size
 
     def tokenize(self, texts: list[str]) -> TokenTable:
         """Return the texts' token ids."""
@@ -67,8 +73,7 @@ class Encoder:
         """
         was_training = self.tower.training
         self.tower.eval()
-        shape = (len(table), self.tower.config.hidden_size)
-        vectors = torch.empty(shape, dtype=dtype, device=self.device)
+        vectors = torch.empty((len(table), self.width), dtype=dtype, device=self.device)
         order = np.argsort(-table.lengths, kind="stable")
         start = 0
         with autocast(self.device, self.precision):  # one context: the cast weights are kept for all batches
@@ -89,7 +94,8 @@ class Encoder:
     def _forward(self, table: TokenTable, rows: np.ndarray, vectors: torch.Tensor) -> None:
         arrays = (*table.padded(rows, self.tokenizer.pad_token_id), rows)
         input_ids, mask, at = tensors_to(self.device, *arrays)
-        vectors[at] = embed(self.tower, input_ids, mask, self.pooling, self.normalize).to(vectors.dtype)
+        found = embed(self.tower, input_ids, mask, self.pooling, self.normalize)
+        vectors[at] = shorten(found, self.width, self.normalize).to(vectors.dtype)
 
     def _halve_budget(self, longest: int, error: torch.OutOfMemoryError) -> None:
         if self.tokens_per_batch // 2 < max(LEAST_TOKENS, longest):

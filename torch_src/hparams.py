@@ -109,6 +109,17 @@ def check_range(name: str, value, low, high=float("inf")) -> None:
         raise UserError(f"--{name} {value}: must be {limit}")
 
 
+def dimensions(name: str, text: str, hidden: int) -> list[int]:
+    """Return the numbers of `64,128`; UserError unless they rise and stay below the model's width."""
+    try:
+        found = [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        found = [0]
+    if found and not 0 < found[0] <= found[-1] < hidden or found != sorted(set(found)):
+        raise UserError(f"--{name} {text}: expected rising numbers below the model's {hidden}, e.g. 64,128")
+    return found
+
+
 def check_training(hp) -> None:
     """UserError for a value out of range among the knobs that both training programs have."""
     check_choice("precision", hp.precision, PRECISIONS)

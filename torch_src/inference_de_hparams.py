@@ -41,6 +41,8 @@ class InferenceDeHparams(OfficialLayout):
     para_emb: str = ""  # folder of passage vectors, to share them between results; empty: output_dir/para_emb
     output_dir: str = "output"  # where everything else is written
 
+    vector_dims: int = 0  # keep the first so many dimensions (trained with matryoshka_dims); 0: all
+
     # fixed by the weights: the default is what they were trained with, anything else is refused
     share_encoder: bool | None = None  # one tower for queries and passages
     pooling: str | None = None  # cls, mean or pooler
@@ -85,7 +87,7 @@ class InferenceDeHparams(OfficialLayout):
         for name, low in (("topk", 1), ("bs", 1), ("q_max_seq_len", 3), ("p_max_seq_len", 3)):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), low)
-        for name in ("threads", "seed", "tokens_per_batch", "recall_queries"):
+        for name in ("threads", "seed", "tokens_per_batch", "recall_queries", "vector_dims"):
             check_range(name, getattr(self, name), 0)
         check_range("workers", self.workers, -1)
         if self.search_params and not self.index:

@@ -16,11 +16,11 @@ from torch_src.datasets import DualTrainingSet
 from torch_src.errors import UserError
 from torch_src.formats import FormatError, RunRow, format_run_row, read_lines, read_run
 from torch_src.helpers import atomic_write
+from torch_src.mined_files import COLUMNS, SIDECAR
 from torch_src.row_file import text_hash
 
 READ_ROWS = 4096  # passages held at once while positives are looked for in the collection
 RANK_BINS = (1, 11, 21, 51, 101, 201, 501)  # first ranks of the histogram
-SIDECAR = "dual.train.ids.tsv"
 
 
 def same_text(text: str) -> str:
@@ -284,7 +284,7 @@ def write_mined(mined: Iterable[tuple[str, list, list]], folder: Path, pid_of) -
     """
     dual, cross, ids = (folder / name for name in ("dual.train.tsv", "cross.train.tsv", SIDECAR))
     with atomic_write(dual) as dual_file, atomic_write(cross) as cross_file, atomic_write(ids) as id_file:
-        id_file.write("\t".join(SIDECAR_COLUMNS) + "\n")
+        id_file.write("\t".join(COLUMNS) + "\n")
         for query, positives, negatives in mined:
             for at, positive in enumerate(positives):
                 share = negatives[at :: len(positives)] or [negatives[at % len(negatives)]]
@@ -294,11 +294,6 @@ def write_mined(mined: Iterable[tuple[str, list, list]], folder: Path, pid_of) -
                 cross_file.write(f"{query}\t\t{positive.text}\t1\n")
             for negative in negatives:
                 cross_file.write(f"{query}\t\t{negative.text}\t0\n")
-
-
-SIDECAR_COLUMNS = [
-    f"{side}_{name}" for side in ("positive", "negative") for name in ("row", "pid", "rank", "score", "logit")
-]
 
 
 def _ids(passage: Passage, pid_of) -> list[str]:

@@ -1,0 +1,121 @@
+"""Rounds of training on negatives that the last round's retriever found: train, search, mine, train again.
+
+    sh script/run_rounds.sh 3                                  # three rounds, settings as in
+    torch_src/*_hparams.py sh script/run_rounds.sh 3 --denoise                        # each round's negatives
+    denoised by its re-ranker sh script/run_rounds.sh 2 --debug                          # the sample
+    collection on a CPU sh script/run_rounds.sh 3 --dual_train.epoch 4 --mine.negatives 8 --output_dir
+    output/rounds
+
+Round r lies in output/rounds/round{r}: the retriever, its vectors and result, and in mined/ the training
+files of the next round (after the last round nothing is mined). With --denoise each round also trains a re-
+ranker on the negatives that its retriever found, and mines again with its scores. A stage that is up to date
+costs seconds, so the same command carries on after a kill. A knob goes to every program that has it,
+`--STAGE.knob` to one alone; stages: dual_train, dual_infer, mine, cross_train. One table at the end; the best
+round is the one to keep.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
+
+from run_all import PROGRAMS, call, convert, figures_of, split_options
+
+from metric.evaluation import MEASURES
+from torch_src import hparams, mining_hparams
+from torch_src.errors import UserError
+from torch_src.helpers import duration, exit_status, say, write_json
+
+DEFAULT_OUTPUT = "output/rounds"
+STAGES = {
+    **{name: PROGRAMS[name] for name in ("dual_train", "dual_infer", "cross_train")},
+    "mine": (mining_hparams.MiningHparams, mining_hparams.DEBUG),
+}
+SCRIPTS = {"mine": "script/mine_negatives.py"}
+
+
+class Rounds:
+    """The stages of every round, with the options of each."""
+
+    def __init__(self, count: int, denoise: bool, argv: list[str]):
+        self.count, self.denoise = count, denoise
+        self.options = split_options(argv, STAGES)
+        parsed = {name: hparams.parse(pair[0], self.options[name], pair[1]) for name, pair in STAGES.items()}
+        self.infer, self.dev_set = parsed["dual_infer"], parsed["dual_train"].dev_set_path
+        given = any(word == "--output_dir" for word in argv)
+        self.output = Path(
+            self.infer.output_dir if given else DEFAULT_OUTPUT + ("_debug" if self.infer.debug else "")
+        )
+        self.seconds: dict[str, float] = {}
+
+    def folder(self, number: int) -> Path:
+        return self.output / f"round{number}"
+
+    def stage(self, number: int, name: str, *more, label: str = "") -> None:
+        """Run one program of one round; what we add comes last, and wins."""
+        label = label or name
+        say(f"== round {number}: {label}")
+        begun = time.monotonic()
+        words = [*self.options[name], "--output_dir", str(self.folder(number)), *map(str, more)]
+        call([SCRIPTS.get(name, f"do_{name}.py"), *words])
+        self.seconds[f"{number} {label}"] = time.monotonic() - begun
+
+    def train_set(self, number: int, kind: str) -> list[str]:
+        """Return the option that names the training file of a round: the one mined by the round before."""
+        if number == 1:
+            return []
+        mined = "denoised" if self.denoise else "mined"
+        return ["--train_set", str(self.folder(number - 1) / f"{mined}/{kind}.train.tsv")]
+
+    def run(self) -> None:
+        """Run all rounds and print the table."""
+        topk = self.infer.topk or 50
+        for number in range(1, self.count + 1):
+            self.stage(number, "dual_train", *self.train_set(number, "dual"))
+            self.stage(number, "dual_infer", "--topk", topk)
+            convert(self.infer, self.folder(number) / f"res.top{topk}", topk)
+            if number < self.count:
+                self.mine(number)
+        lines = self.table()
+        say("\n" + "\n".join(lines))
+        write_json(self.output / "rounds.json", {"rounds": self.count, "seconds": self.seconds})
+
+    def mine(self, number: int) -> None:
+        """Mine the next round's training files; they start from the data set's own positives each time."""
+        self.stage(number, "mine")
+        if not self.denoise:
+            return
+        mined = self.folder(number) / "mined/cross.train.tsv"
+        self.stage(number, "cross_train", "--train_set", mined)
+        cross = ["--cross_params", str(self.folder(number) / "cross_params.bin")]
+        self.stage(number, "mine", *cross, "--mined_dir", self.folder(number) / "denoised", label="denoise")
+
+    def table(self) -> list[str]:
+        """Return the lines of the closing table."""
+        lines = [f"{'round':>5} {'time':>8}  " + "  ".join(f"{name:>9}" for name in MEASURES)]
+        for number in range(1, self.count + 1):
+            took = sum(seconds for name, seconds in self.seconds.items() if name.startswith(f"{number} "))
+            figures = figures_of(self.dev_set, self.folder(number) / "dual_res.json")
+            lines.append(f"{number:>5} {duration(took):>8}  {figures}".rstrip())
+        return lines
+
+
+def run(argv: list[str]) -> None:
+    """Run as many rounds as the first word says."""
+    if not argv or not argv[0].isdecimal() or int(argv[0]) < 1:
+        raise UserError("how many rounds? e.g. sh script/run_rounds.sh 3")
+    denoise = "--denoise" in argv
+    Rounds(int(argv[0]), denoise, [word for word in argv[1:] if word != "--denoise"]).run()
+
+
+def main(argv: list[str]) -> int:
+    """Return the exit status."""
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
+    return exit_status(lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
