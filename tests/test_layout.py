@@ -59,7 +59,7 @@ ROWS = [
     ],
     ["encoding", "search", "scoring"],
     ["optimisation", "training_log"],
-    ["training", "dev_retrieval", "ann_index"],
+    ["training", "dev_retrieval", "ann_index", "data_check"],
     ["training_stage"],
     ["inference_stage"],
     ["dual_train", "dual_infer", "cross_train", "cross_infer", "mining"],
@@ -204,6 +204,10 @@ def test_every_readme_command_parses():
             if rest[0] in SETTINGS:
                 settings, debug = SETTINGS[rest[0]]
                 hparams.parse(settings, rest[1:], debug)
+        elif program == "torchrun":
+            script = next(at for at, word in enumerate(rest) if word.endswith(".py"))
+            settings, debug = SETTINGS[rest[script]]
+            hparams.parse(settings, rest[script + 1 :], debug)
         elif program == "sh":
             assert subprocess.run(["sh", "-n", ROOT / rest[0]]).returncode == 0, words
             seen.add(rest[0])

@@ -28,7 +28,7 @@ from torch_src.dual_hparams import DualHparams
 from torch_src.dual_train import DualTraining
 from torch_src.training import Trainer
 
-BATCH, LR, TEMPERATURE, QUERY_LENGTH, PASSAGE_LENGTH = 32, 5e-5, 0.02, 40, 384
+LR, TEMPERATURE, QUERY_LENGTH, PASSAGE_LENGTH = 5e-5, 0.02, 40, 384
 CPU = torch.device("cpu")
 
 
@@ -53,8 +53,9 @@ def figures(times: list[float], losses: list[float], precision: str) -> dict:
 
 def settings(given, output: str) -> DualHparams:
     return DualHparams(
-        pretrained_model_path=given.model, data_dir=given.data_dir, output_dir=output, batch_size=BATCH,
-        lr=LR, q_max_seq_len=QUERY_LENGTH, p_max_seq_len=PASSAGE_LENGTH, query_prefix="query: ",
+        pretrained_model_path=given.model, data_dir=given.data_dir, output_dir=output,
+        batch_size=given.batch, grad_cache_chunk=given.chunk, seed=given.seed, lr=LR,
+        q_max_seq_len=QUERY_LENGTH, p_max_seq_len=PASSAGE_LENGTH, query_prefix="query: ",
         passage_prefix="passage: ", share_encoder=True, pooling="mean", normalize=True,
         temperature=TEMPERATURE, dropout=given.dropout, max_steps=given.steps, warmup_proportion=0.0,
         eval_every=-1, log_every=1, precision=given.precision,
@@ -76,7 +77,8 @@ def triplets(given) -> dict[str, list[str]]:
     data = DualTrainingSet(f"{given.data_dir}/train/dual.train.tsv")
     rows: dict[str, list[str]] = {"anchor": [], "positive": [], "negative": []}
     for step in range(given.steps):
-        batch = data.batch(DualHparams().seed, 0, step, BATCH, 1)
+        epoch, at = divmod(step, data.steps_per_epoch(given.batch))
+        batch = data.batch(given.seed, epoch, at, given.batch, 1)
         own = set(batch.targets.tolist())
         others = [text for at, text in enumerate(batch.passages) if at not in own] or batch.passages
         for at, query in enumerate(batch.queries):
@@ -86,55 +88,54 @@ def triplets(given) -> dict[str, list[str]]:
     return rows
 
 
+def st_training(given, mini_batch: int):
+    """Train by sentence-transformers' trainer; return (model, times, losses, precision)."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer import losses
+    from torch.utils.data import BatchSampler, SequentialSampler
+    from transformers import TrainerCallback
+
+    torch.manual_seed(given.seed)
+    model = bi_encoder(given.model, PASSAGE_LENGTH)
+    if given.dropout is not None:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = given.dropout
+            if hasattr(module, "dropout_prob"):
+                module.dropout_prob = given.dropout
+    times, seen = [], []
+
+    def in_order(data, batch_size: int, **_) -> BatchSampler:
+        return BatchSampler(SequentialSampler(data), batch_size, True)
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            times.append(time.perf_counter())
+
+        def on_log(self, args, state, control, logs=None, **_):
+            if "loss" in (logs or {}):
+                seen.append(float(logs["loss"]))
+
+    kind = losses.CachedMultipleNegativesRankingLoss if mini_batch else losses.MultipleNegativesRankingLoss
+    more = {"mini_batch_size": mini_batch} if mini_batch else {}
+    low = choose_precision(given.precision, CPU) == "bf16" and given.peer_bf16
+    with tempfile.TemporaryDirectory() as output:
+        arguments = SentenceTransformerTrainingArguments(
+            output, per_device_train_batch_size=given.batch, num_train_epochs=1, learning_rate=LR, bf16=low,
+            logging_steps=1, report_to=[], save_strategy="no", lr_scheduler_type="linear", use_cpu=True,
+            disable_tqdm=True, warmup_steps=0, seed=given.seed, batch_sampler=in_order,
+        )  # fmt: skip
+        loss, data = kind(model, scale=1 / TEMPERATURE, **more), Dataset.from_dict(triplets(given))
+        SentenceTransformerTrainer(
+            model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[Clock()]
+        ).train()
+    return model, times, seen, "bf16" if low else "fp32"
+
+
 def sentence_transformers(mini_batch: int):
     def side(given) -> dict:
-        from datasets import Dataset
-        from sentence_transformers import (
-            SentenceTransformerTrainer,
-            SentenceTransformerTrainingArguments,
-        )
-        from sentence_transformers.sentence_transformer import losses
-        from torch.utils.data import BatchSampler, SequentialSampler
-        from transformers import TrainerCallback
-
-        model = bi_encoder(given.model, PASSAGE_LENGTH)
-        if given.dropout is not None:
-            for module in model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = given.dropout
-                if hasattr(module, "dropout_prob"):
-                    module.dropout_prob = given.dropout
-        times, seen = [], []
-
-        def in_order(data, batch_size: int, **_) -> BatchSampler:
-            return BatchSampler(SequentialSampler(data), batch_size, True)
-
-        class Clock(TrainerCallback):
-            def on_step_end(self, *_, **__):
-                times.append(time.perf_counter())
-
-            def on_log(self, args, state, control, logs=None, **_):
-                if "loss" in (logs or {}):
-                    seen.append(float(logs["loss"]))
-
-        kind = (
-            losses.CachedMultipleNegativesRankingLoss if mini_batch else losses.MultipleNegativesRankingLoss
-        )
-        more = {"mini_batch_size": mini_batch} if mini_batch else {}
-        low = choose_precision(given.precision, CPU) == "bf16" and given.peer_bf16
-        with tempfile.TemporaryDirectory() as output:
-            arguments = SentenceTransformerTrainingArguments(
-                output, per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=LR, bf16=low,
-                logging_steps=1, report_to=[], save_strategy="no", lr_scheduler_type="linear", use_cpu=True,
-                disable_tqdm=True, warmup_steps=0,
-                batch_sampler=in_order,
-            )  # fmt: skip
-            loss = kind(model, scale=1 / TEMPERATURE, **more)
-            data = Dataset.from_dict(triplets(given))
-            SentenceTransformerTrainer(
-                model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[Clock()]
-            ).train()
-        return figures(times, seen, "bf16" if low else "fp32")
+        return figures(*st_training(given, mini_batch)[1:])
 
     return side
 
@@ -144,6 +145,9 @@ def main() -> None:
     options.add_argument("--data_dir", required=True)
     options.add_argument("--model", required=True, help="folder of an encoder")
     options.add_argument("--steps", type=int, default=6)
+    options.add_argument("--batch", type=int, default=32)
+    options.add_argument("--chunk", type=int, default=0, help="our grad_cache_chunk")
+    options.add_argument("--seed", type=int, default=42)
     options.add_argument(
         "--dropout", type=float, default=None, help="of both sides; default: the model's own"
     )

@@ -1,0 +1,124 @@
+"""Training quality, ours against sentence-transformers': the same model, rows, batch, rate and updates,
+several seeds.
+
+    python -m pip install -r script/bench/requirements.txt
+    python script/bench/quality.py --data_dir D --model M --batch 32 --steps 40 --seeds 1 2 3
+
+Ours is do_dual_train.py's loop with grad_cache_chunk; theirs SentenceTransformerTrainer with
+CachedMultipleNegativesRankingLoss in mini-batches of the same size, fed the same batches in the same order.
+Both end in the dev retrieval of do_dual_train.py (all dev queries over the whole collection). Prints dev
+MRR@10 of each seed, mean and standard error, seconds an update and peak unshared memory; last a JSON line.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: the root is not on it
+
+from common import in_turn, parser, run_side
+from train_step import TimedTrainer, figures, settings, st_training
+
+from torch_src.dual_train import DualTraining
+from torch_src.encoding import Encoder
+
+
+def dev_figures(stage: DualTraining, tower) -> float:
+    """Return dev MRR@10 of a tied tower, by the dev retrieval of the training program."""
+    hp = stage.hp
+    encoders = [
+        Encoder(
+            tower,
+            stage.tokenizer,
+            stage.rules[side],
+            hp.pooling,
+            hp.normalize,
+            stage.device,
+            "fp32",
+            512,
+            4096,
+        )
+        for side in ("query", "passage")
+    ]
+    from metric.evaluation import compute_metrics
+
+    return compute_metrics(stage.dev.reference, stage.dev.retrieve(*encoders))["MRR@10"]
+
+
+def loaded(given, output: str) -> DualTraining:
+    """Return a stage with its dev set, which the training itself does not look at."""
+    stage = DualTraining(replace(settings(given, output), eval_every=10**9))
+    stage.load()
+    return stage
+
+
+def ours(seed: int):
+    def side(given) -> dict:
+        given.seed = seed
+        with tempfile.TemporaryDirectory() as output:
+            stage = loaded(given, output)
+            hp = replace(stage.hp, eval_every=-1)
+            trainer = TimedTrainer(
+                hp, stage.task(), stage.device, stage.precision, f"{output}/checkpoint.pt", {}
+            )
+            trainer.run()
+            quality = dev_figures(stage, stage.model.query_encoder)
+        return {**figures(trainer.times, trainer.losses, stage.precision), "MRR@10": quality}
+
+    return side
+
+
+def theirs(seed: int):
+    def side(given) -> dict:
+        given.seed = seed
+        model, times, losses, precision = st_training(given, given.chunk)
+        with tempfile.TemporaryDirectory() as output:
+            quality = dev_figures(loaded(given, output), model[0].auto_model)
+        return {**figures(times, losses, precision), "MRR@10": quality}
+
+    return side
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--data_dir", required=True)
+    options.add_argument("--model", required=True, help="folder of an encoder")
+    options.add_argument("--steps", type=int, default=40)
+    options.add_argument("--batch", type=int, default=32)
+    options.add_argument("--chunk", type=int, default=16)
+    options.add_argument("--dropout", type=float, default=0.0)
+    options.add_argument("--precision", default="auto")
+    options.add_argument("--peer_bf16", action="store_true")
+    options.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    given = options.parse_args()
+    sides = {
+        f"{name}_{seed}": make(seed)
+        for seed in given.seeds
+        for name, make in (("ours", ours), ("st", theirs))
+    }
+    if given.side:
+        return run_side(given, sides)
+    given.runs = 1
+    with tempfile.TemporaryDirectory() as folder:
+        found = in_turn(given, list(sides), Path(folder))
+    line = {"bench": "quality", "steps": given.steps, "batch": given.batch, "chunk": given.chunk}
+    for name in ("ours", "st"):
+        runs = [found[f"{name}_{seed}"][0] for seed in given.seeds]
+        quality = [run["MRR@10"] for run in runs]
+        error = statistics.stdev(quality) / len(quality) ** 0.5 if len(quality) > 1 else 0.0
+        seconds, memory = statistics.median(r["seconds"] for r in runs), max(r["unshared_gb"] for r in runs)
+        print(f"{name:5} MRR@10 {statistics.mean(quality):.4f} +- {error:.4f} (standard error)  "
+              f"{seconds:.2f} s an update  {memory:.2f} GB")  # fmt: skip
+        line[name] = {"MRR@10": quality, "mean": statistics.mean(quality), "standard_error": error,
+                      "seconds": seconds, "unshared_gb": memory}  # fmt: skip
+    line["ratio"] = round(line["ours"]["seconds"] / line["st"]["seconds"], 3)
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Check a data folder of the official layout before anything long is started on it.
+
+    python script/check_data.py dureader-retrieval-baseline-dataset
+    python script/check_data.py DIR --q_max_seq_len 32 --p_max_seq_len 384 --fix-report faults.tsv
+
+One pass over every file, in bounded memory: columns, encoding, counts, ids, dev positives and their texts,
+repeats, queries that are in train and dev, lengths. Lengths are in characters, of which Chinese vocabularies
+make about one token each. Prints a table, then every fault as file:line (the first 50; --fix-report writes
+all). Exit status: 0 sound, 1 with faults, 2 when it cannot be checked.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
+
+from torch_src.data_check import PERCENTILES, DataCheck, Findings
+from torch_src.helpers import atomic_write, exit_status, require
+
+SHOWN = 50  # faults printed
+
+
+def table(found: Findings, limits: dict[str, int]) -> list[str]:
+    """Return the lines of the table: rows of each file, then lengths of each kind of text."""
+    lines = [f"{'file':56} {'rows':>12}"]
+    lines += [f"{name:56} {count:>12,}" for name, count in found.rows.items()]
+    head = " ".join(f"{f'p{p}' if p < 100 else 'max':>7}" for p in PERCENTILES)
+    lines += ["", f"{'characters':32} {head} {'cut at':>7} {'share':>7}"]
+    for kind, lengths in sorted(found.lengths.items()):
+        limit = limits["query" if "query" in kind else "passage"]
+        figures = " ".join(f"{lengths.percentile(p):>7}" for p in PERCENTILES)
+        lines.append(f"{kind:32} {figures} {limit:>7} {100 * lengths.share_above(limit):>6.1f}%")
+    return lines
+
+
+def run(given: argparse.Namespace) -> bool:
+    """Check, print and report; return whether the data are sound."""
+    found = DataCheck(require(given.folder, "the data folder")).run()
+    limits = {"query": given.q_max_seq_len - 2, "passage": given.p_max_seq_len - 2}  # [CLS] and [SEP]
+    print("\n".join(table(found, limits)))
+    for note in found.notes:
+        print(f"note: {note}")
+    for path, line, what in found.faults[:SHOWN]:
+        print(f"{path}:{line}: {what}")
+    if len(found.faults) > SHOWN:
+        print(f"... and {len(found.faults) - SHOWN:,} more; --fix-report FILE writes all of them")
+    print(f"{len(found.faults):,} faults" if found.faults else "sound: no faults")
+    if given.fix_report:
+        with atomic_write(given.fix_report) as file:
+            file.write("file\tline\twhat\n")
+            file.writelines(f"{path}\t{line}\t{what}\n" for path, line, what in found.faults)
+    return not found.faults
+
+
+def main(argv: list[str]) -> int:
+    """Return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", help="a data folder of the official layout")
+    parser.add_argument("--q_max_seq_len", type=int, default=32, help="tokens of a query")
+    parser.add_argument("--p_max_seq_len", type=int, default=384, help="tokens of a passage")
+    parser.add_argument("--fix-report", dest="fix_report", help="write every fault to this file")
+    given = parser.parse_args(argv)
+    sound: list[bool] = []
+    status = exit_status(lambda: sound.append(run(given)))
+    return status or int(not sound[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
