@@ -51,6 +51,7 @@ ROWS = [
         "products",
         "faiss_loading",
         "token_table",
+        "output_lock",
         "grad_cache",
         "checkpoints",
         "process_group",

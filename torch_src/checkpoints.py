@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 
 import torch
+import xxhash
 
 from torch_src.errors import UserError
 from torch_src.helpers import atomic_write, say, warn
@@ -18,6 +19,7 @@ def previous(path) -> Path:
 
 def save_checkpoint(path, state: dict) -> None:
     """Write the checkpoint; the one that was there becomes the previous. A full disk leaves both whole."""
+    state = {**state, "xxh3": checksum(state)}
     try:
         with atomic_write(path, "wb", keep_old=previous(path)) as file:
             torch.save(state, file)
@@ -29,6 +31,29 @@ def save_checkpoint(path, state: dict) -> None:
         ) from error
 
 
+def checksum(state) -> str:
+    """Return 16 hex digits over all that is in nested dictionaries and lists of tensors and plain values."""
+    digest = xxhash.xxh3_64()
+
+    def add(value) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                digest.update(f"{key!r}:")
+                add(inner)
+        elif isinstance(value, list | tuple):
+            digest.update(f"[{len(value)}")
+            for inner in value:
+                add(inner)
+        elif isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}")
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        else:
+            digest.update(repr(value))
+
+    add(state)
+    return digest.hexdigest()
+
+
 def load_checkpoint(path) -> dict | None:
     """Return the last checkpoint, or the one before where that is damaged; None when there is none."""
     damaged = []
@@ -37,7 +62,9 @@ def load_checkpoint(path) -> dict | None:
             continue
         try:
             state = torch.load(candidate, map_location="cpu", weights_only=True)
-            state["stamp"], state["progress"]["step"]  # noqa: B018 (a file of something else has none)
+            written = state.pop("xxh3")
+            if written != checksum(state):
+                raise ValueError("its contents are not those that were written")
         except DAMAGE as error:
             warn(f"{candidate}: damaged ({str(error).strip().split(chr(10))[0][:100]})")
             damaged.append(candidate)

@@ -22,11 +22,12 @@ from torch_src.formats import RunRow, format_run_row, read_dev
 from torch_src.helpers import atomic_write, exit_status, read_json, require, say, warn
 from torch_src.inference_cross_hparams import DEBUG, PRETRAINED, InferenceCrossHparams
 from torch_src.inference_stage import FoundModel, find_pretrained_model, find_trained_model, read_query_ids
+from torch_src.output_lock import output_lock
 from torch_src.passage_ids import check_length, read_passage_ids, rows_of
 from torch_src.scoring import PairScorer, fuse, rank_pairs
 from torch_src.stamps import clear_stamp, fingerprint_files, fingerprint_text, up_to_date, write_stamp
 from torch_src.tokenization import TextRules, tokenizer_fingerprint
-from torch_src.vectors import ScoreStore
+from torch_src.vectors import DamagedBlock, ScoreStore
 
 RESULT = "cross_res.json"
 SCORES, ID_MAP = "cross_scores.txt", "cross_id_map.tsv"  # what the official converter reads
@@ -109,12 +110,17 @@ class CrossInference:
         store = ScoreStore.create_or_continue(
             folder, self.score_stamp(), total, 1, min(hp.block_pairs, total), say, hp.force
         )
-        missing = store.missing_blocks()
-        if missing:
-            self._score_blocks(store, missing, model.to(self.device))
-        else:
-            say(f"{folder}: scores up to date ({total:,} pairs)")
-        return np.concatenate([np.array(block[:, 0]) for _, block in store.blocks()])
+        while True:
+            missing = store.missing_blocks()
+            if missing:
+                self._score_blocks(store, missing, model.to(self.device))
+            else:
+                say(f"{folder}: scores up to date ({total:,} pairs)")
+            try:
+                return np.concatenate([np.array(block[:, 0]) for _, block in store.blocks()])
+            except DamagedBlock as damage:
+                warn(f"{str(damage).removesuffix('; delete it and run again')}; it is made again")
+                store.drop(damage.block)
 
     def _score_blocks(self, store: ScoreStore, missing: list[int], model: CrossEncoder) -> None:
         hp, fixed = self.hp, self.model.fixed
@@ -207,6 +213,11 @@ class CrossInference:
 def run(hp: InferenceCrossHparams) -> None:
     """Score the candidates and write the re-ranked run, unless it is up to date."""
     hparams.announce("re-rank", hp)
+    with output_lock(hp.output_dir):
+        _run(hp)
+
+
+def _run(hp: InferenceCrossHparams) -> None:
     inference = CrossInference(hp)
     path = inference.output / f"res.rerank{hp.topk}"
     stamp = inference.result_stamp()

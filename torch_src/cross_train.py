@@ -75,12 +75,12 @@ class CrossTraining(TrainingStage):
         super().__init__(hp)
         self.rules = TextRules(hp.max_seq_len, "", hp.remove_spaces)
         self.listwise = hp.loss == "listwise"
-        self.data = CrossTrainingSet(hp.train_set_path, self.rules.clean)
         self.units = hp.groups_per_step if self.listwise else hp.batch_size
-        self.steps = self.data.steps_per_epoch(self.units, self.listwise)
 
     def load(self) -> None:
         hp = self.hp
+        self.data = CrossTrainingSet(hp.train_set_path, self.rules.clean)
+        self.steps = self.data.steps_per_epoch(self.units, self.listwise)  # UserError when they are too many
         say(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
         short = self.data.short_lists(hp.group_size) if self.listwise else 0
         if short:

@@ -30,11 +30,12 @@ from torch_src.formats import RunRow, format_run_row
 from torch_src.helpers import atomic_write, duration, exit_status, rank, require, say, warn
 from torch_src.inference_de_hparams import DEBUG, PRETRAINED, InferenceDeHparams
 from torch_src.inference_stage import FoundModel, find_pretrained_model, find_trained_model, read_query_ids
+from torch_src.output_lock import TOGETHER, output_lock
 from torch_src.passage_ids import check_length, read_passage_ids
 from torch_src.search import choose_kind, chunk_rows, search
 from torch_src.stamps import clear_stamp, fingerprint_text, up_to_date, write_stamp
 from torch_src.tokenization import TextRules, tokenizer_fingerprint
-from torch_src.vectors import VectorStore, save_vectors
+from torch_src.vectors import DamagedBlock, VectorStore, save_vectors
 
 
 def find_model(hp: InferenceDeHparams) -> FoundModel:
@@ -185,6 +186,23 @@ class DualInference:
         write_stamp(path, self.run_stamp())
 
 
+def search_soundly(inference: DualInference, path: Path) -> VectorStore | None:
+    """Encode what is missing and write the run; None when a damaged block of vectors had to be dropped."""
+    queries, store = inference.encode()
+    if queries is None:
+        return store  # not the first process
+    gc.collect()
+    if inference.device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        inference.write_run(path, queries, store)
+    except DamagedBlock as damage:
+        warn(f"{str(damage).removesuffix('; delete it and run again')}; it is made again")
+        store.drop(damage.block)
+        return None
+    return store
+
+
 def run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
     """Encode, search and write the run, unless it is up to date."""
     hparams.announce("encode and search", hp)
@@ -192,6 +210,11 @@ def run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
     hparams.check_range("topk", topk, 1)
     hparams.check_range("bs", bs, 1)
     say(f"topk {topk}  bs {bs}")
+    with output_lock(hp.output_dir, TOGETHER):
+        _run(hp, topk, bs)
+
+
+def _run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
     inference = DualInference(hp, topk, bs)
     path = inference.output / f"res.top{topk}"
     if not hp.force and up_to_date(path, inference.run_stamp(), say):
@@ -203,13 +226,10 @@ def run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
             f"the collection has {len(inference.collection)} passages, fewer than topk {topk}: "
             "all of them are kept"
         )
-    queries, store = inference.encode()
-    if queries is None:
-        return  # the first process searches
-    gc.collect()
-    if inference.device.type == "cuda":
-        torch.cuda.empty_cache()
-    inference.write_run(path, queries, store)
+    while (store := search_soundly(inference, path)) is None:
+        continue  # a damaged block was dropped: it is encoded again
+    if rank():
+        return  # the first process has searched
     hparams.save(
         hp,
         inference.output / "dual_infer_hparams.json",
@@ -217,7 +237,7 @@ def run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
         bs=bs,
         fixed_by_weights=inference.model.fixed,
     )
-    say(f"wrote {path} ({len(queries):,} queries x {min(topk, store.rows)})  "
+    say(f"wrote {path} ({len(inference.queries):,} queries x {min(topk, store.rows)})  "
         f"peak memory {peak_memory_gb(inference.device):.2f} GB")  # fmt: skip
 
 

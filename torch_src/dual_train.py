@@ -48,13 +48,14 @@ class DualTraining(TrainingStage):
             "query": TextRules(hp.q_max_seq_len, hp.query_prefix, hp.remove_spaces),
             "passage": TextRules(hp.p_max_seq_len, hp.passage_prefix, hp.remove_spaces),
         }
-        teacher = None if hp.distill_loss == "none" else read_teacher(hp.train_set_path)
-        self.data = DualTrainingSet(hp.train_set_path, self.rules["passage"].clean, teacher)
         hidden = self.config.hidden_size
         self.dims = [*hparams.dimensions("matryoshka_dims", hp.matryoshka_dims, hidden), hidden]
 
     def load(self) -> None:
         hp = self.hp
+        teacher = None if hp.distill_loss == "none" else read_teacher(hp.train_set_path)
+        self.data = DualTrainingSet(hp.train_set_path, self.rules["passage"].clean, teacher)
+        self.steps = self.data.steps_per_epoch(hp.batch_size)  # UserError when the batch is too large
         say(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
         evaluates = hp.eval_every >= 0 and self.group.rank == 0
         self.dev = build_dev_retrieval(hp, str(Path(hp.output_dir) / "cache")) if evaluates else None
@@ -70,7 +71,6 @@ class DualTraining(TrainingStage):
 
     def task(self) -> Task:
         hp = self.hp
-        steps = self.data.steps_per_epoch(hp.batch_size)
         parts = (
             self.prepare,
             self.backward,
@@ -80,7 +80,7 @@ class DualTraining(TrainingStage):
             self.best_fingerprint,
         )
         negatives = hp.batch_size * (1 + hp.hard_negatives) - 1
-        return Task(self.model, steps, *parts, queries_per_step=hp.batch_size, negatives=negatives)
+        return Task(self.model, self.steps, *parts, queries_per_step=hp.batch_size, negatives=negatives)
 
     def prepare(self, epoch: int, micro_step: int) -> TokenBatch:
         """Draw one micro-batch and tokenise this process's share (in the thread that runs ahead)."""

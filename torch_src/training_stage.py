@@ -11,7 +11,8 @@ from torch_src.backbones import check_fits, load_config, model_fingerprint
 from torch_src.checkpoints import delete_checkpoints
 from torch_src.devices import choose_device, choose_precision, set_threads
 from torch_src.grad_cache import ChunkedForward
-from torch_src.helpers import atomic_write, say
+from torch_src.helpers import atomic_write, require, say
+from torch_src.output_lock import output_lock
 from torch_src.process_group import ProcessGroup
 from torch_src.stamps import clear_stamp, fingerprint_files, up_to_date, write_stamp
 from torch_src.tokenization import (
@@ -78,11 +79,12 @@ class TrainingStage:
         ids_path = self.hp.dev_candidates_path.replace(".res.tsv", ".res.id_map.tsv")
         dev = [self.hp.dev_set_path, *{self.hp.dev_candidates_path: 0, ids_path: 0}]
         dev = [path for path in dev if os.path.exists(path)]
+        rows = require(self.hp.train_set_path, "training rows", "get it with `sh script/download.sh`")
         return {
             "stage": f"{self.name}_train", **settings, "precision": self.precision,
             "start": model_fingerprint(self.hp.pretrained_model_path),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "train_rows": fingerprint_files([self.hp.train_set_path]), "dev": fingerprint_files(dev),
+            "train_rows": fingerprint_files([rows]), "dev": fingerprint_files(dev),
         }  # fmt: skip
 
     def in_chunks(self, lengths: list[int], forward, at: tuple[int, ...]) -> ChunkedForward:
@@ -138,7 +140,8 @@ class TrainingStage:
     def run(self) -> None:
         """Train unless the result is up to date."""
         try:
-            self._run()
+            with output_lock(self.hp.output_dir, first=self.group.rank == 0):
+                self._run()
         finally:
             self.group.close()
 

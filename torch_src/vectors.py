@@ -5,11 +5,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from torch_src.claims import Claims
 from torch_src.errors import UserError
 from torch_src.helpers import atomic_write, read_json, write_json
 from torch_src.stamps import CODE_VERSION, changes
+
+
+class DamagedBlock(UserError):
+    """A block whose bytes are not those that were written; `block` is its number."""
+
+    def __init__(self, path: Path, block: int, what: str):
+        super().__init__(f"{path}: {what}; delete it and run again")
+        self.block = block
 
 
 class VectorStore:
@@ -27,6 +36,7 @@ class VectorStore:
         self.rows: int = manifest["rows"]
         self.hidden: int = manifest["hidden"]
         self.block_rows: int = manifest["block_rows"]
+        self.reading: tuple = (-1, 0, None)  # block, rows of it read in order so far, their checksum
 
     @classmethod
     def create_or_continue(
@@ -98,21 +108,29 @@ class VectorStore:
         """Write one block, (rows of the block, H) of the store's dtype, atomically, then its note."""
         first, last = self.block_range(block)
         assert vectors.shape == (last - first, self.hidden) and vectors.dtype == self.dtype
-        for left in self.folder.glob(f"{self.block_path(block).name}.*.tmp"):
+        for left in self.folder.glob(f"block-{block:05d}.*.tmp"):
             left.unlink(missing_ok=True)  # of a killed process: nobody else writes a block that is claimed
         with atomic_write(self.block_path(block), "wb") as file:
             np.save(file, vectors, allow_pickle=False)
-        write_json(self.note_path(block), made_with or {})
+        write_json(self.note_path(block), {**(made_with or {}), "xxh3": _checksum(vectors)})
+
+    def drop(self, block: int) -> None:
+        """Forget a block: it will be made again."""
+        self.note_path(block).unlink(missing_ok=True)
+        self.block_path(block).unlink(missing_ok=True)
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, vectors (rows, H) float16, memory-mapped) of every block in row order."""
+        """Yield (first row, vectors (rows, H), memory-mapped) of every block in order, its bytes checked."""
         for block in range(self.block_count):
-            yield self.block_range(block)[0], self._open(block)
+            vectors = self._open(block)
+            self._compare(block, _checksum(vectors))
+            yield self.block_range(block)[0], vectors
 
     def read_into(self, first: int, out: np.ndarray) -> None:
         """Fill `out` (rows, H) with the vectors from row `first` on, by plain reads.
 
-        A memory map would leave the pages that were read in this process's resident memory.
+        A memory map would leave the pages that were read in this process's resident memory. Where a block is
+        read from its first row to its last, call by call, its bytes are checked at the end (DamagedBlock).
         """
         at = 0
         while at < len(out):
@@ -150,21 +168,38 @@ class VectorStore:
             while filled < len(into):
                 count = file.readinto(into[filled:])
                 if not count:
-                    raise UserError(f"{path}: ends before its last vector; delete it and run again")
+                    raise DamagedBlock(path, block, "ends before its last vector")
                 filled += count
+        self._check(block, first, out)
+
+    def _check(self, block: int, first: int, out: np.ndarray) -> None:
+        if first == 0:
+            self.reading = (block, 0, xxhash.xxh3_64())
+        at, row, digest = self.reading
+        if (at, row) != (block, first):
+            return  # not in order: nothing to compare with
+        digest.update(out)
+        self.reading = (block, first + len(out), digest)
+        begin, end = self.block_range(block)
+        if first + len(out) == end - begin:
+            self._compare(block, digest.hexdigest())
+
+    def _compare(self, block: int, found: str) -> None:
+        written = read_json(self.note_path(block)).get("xxh3")
+        if written != found:
+            raise DamagedBlock(self.block_path(block), block, "its bytes are not those that were written")
 
     def _open(self, block: int) -> np.ndarray:
         path = self.block_path(block)
         try:
             vectors = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
-            raise UserError(f"{path}: cannot be read as vectors ({error}); delete it and run again") from None
+            raise DamagedBlock(path, block, f"cannot be read as vectors ({error})") from None
         first, last = self.block_range(block)
         if vectors.shape != (last - first, self.hidden) or vectors.dtype != self.dtype:
             expected = (last - first, self.hidden)
-            raise UserError(
-                f"{path}: holds {vectors.shape} {vectors.dtype}, expected {expected} {self.dtype}; delete it"
-            )
+            what = f"holds {vectors.shape} {vectors.dtype}, expected {expected} {self.dtype}"
+            raise DamagedBlock(path, block, what)
         return vectors
 
 
@@ -172,6 +207,10 @@ class ScoreStore(VectorStore):
     """Blocks of logits (pairs, 1) float32."""
 
     dtype = np.dtype(np.float32)
+
+
+def _checksum(vectors: np.ndarray) -> str:
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(vectors))
 
 
 def _old_manifest(path: Path) -> dict:
