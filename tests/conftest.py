@@ -40,3 +40,12 @@ def tiny_bert(tiny_config):
         return BertModel(tiny_config, add_pooling_layer=add_pooling_layer).eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def programs():
+    """A server that starts the four programs quickly, as processes of their own."""
+    from preloaded import Preloaded
+
+    with Preloaded() as server:
+        yield server

@@ -2,13 +2,11 @@
 
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from toy_world import ROOT, make_world, options, train_options
+from toy_world import make_world, options, train_options
 
 from torch_src.checkpoints import load_checkpoint, previous, save_checkpoint
 from torch_src.errors import UserError
@@ -21,34 +19,21 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def command(world, kind: str, name: str) -> list[str]:
-    """A run of some two seconds that writes a checkpoint after every update."""
-    clock = ["--save_every_minutes", "1e-9", "--dropout", "0.1", "--log_every", "1"]
+def command(world, kind: str, name: str) -> tuple[str, list[str]]:
+    """A run of a second or two that writes a checkpoint after every update: its program and options."""
+    clock = "--save_every_minutes 1e-9 --dropout 0.1 --log_every 1"
     if kind == "dual":
-        words = [
-            *train_options(world, world / name),
-            "--epoch",
-            "6",
-            "--ema_decay",
-            "0.9",
-            "--grad_cache_chunk",
-            "4",
-        ]
-        return [sys.executable, str(ROOT / "do_dual_train.py"), *words, *clock]
-    words = [*options(world, world / name), "--pretrained_model_path", str(world / "model"), "--epoch", "1"]
-    more = [
-        "--loss",
-        "listwise",
-        "--groups_per_step",
-        "4",
-        "--group_size",
-        "3",
-        "--eval_every",
-        "3",
-        "--lr",
-        "1e-3",
-    ]
-    return [sys.executable, str(ROOT / "do_cross_train.py"), *words, *more, *clock]
+        more = "--epoch 6 --ema_decay 0.9 --grad_cache_chunk 4"
+        return "do_dual_train.py", [*train_options(world, world / name), *more.split(), *clock.split()]
+    more = "--epoch 1 --loss listwise --groups_per_step 4 --group_size 3 --eval_every 3 --lr 1e-3"
+    model = ["--pretrained_model_path", str(world / "model")]
+    return "do_cross_train.py", [*options(world, world / name), *model, *more.split(), *clock.split()]
+
+
+def wait_for(process, *words: str) -> None:
+    """Return when one of the words stands in the program's output, or it has ended."""
+    while process.poll() is None and not any(word in process.output() for word in words):
+        time.sleep(0.005)
 
 
 def results(folder, kind: str) -> list[bytes]:
@@ -63,43 +48,33 @@ def results(folder, kind: str) -> list[bytes]:
 
 @pytest.mark.parametrize("kind", ["dual", "cross"])
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(world, kind, kills):
-    whole, name = f"{kind}-whole", f"{kind}-{kills}"
+def test_killed_at_random_moments(programs, world, kind, kills):
+    whole, name, log = f"{kind}-whole", f"{kind}-{kills}", world / "log"
     if not (world / whole).exists():
-        subprocess.run(command(world, kind, whole), check=True, stdout=subprocess.DEVNULL)
+        assert programs.run(*command(world, kind, whole), log).returncode == 0
     draw, statuses = random.Random(kills), []
     for at in range(kills):
-        with subprocess.Popen(
-            command(world, kind, name), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        ) as process:
-            for line in process.stdout:  # the run's first update, or evaluation, is what it waits for
-                if b"epoch " in line or b"dev step" in line:
-                    break
-            time.sleep(draw.random() * 0.15)
-            process.send_signal(SIGNALS[at % 3])
-            process.stdout.read()
-        statuses.append(process.returncode)
-    done = subprocess.run(command(world, kind, name), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "starting from the beginning" not in done.stdout
+        process = programs.start(*command(world, kind, name), log)
+        wait_for(process, "epoch ", "dev step")  # the run's first update, or evaluation
+        time.sleep(draw.random() * 0.15)
+        process.send_signal(SIGNALS[at % 3])
+        statuses.append(process.wait())
+    done = programs.run(*command(world, kind, name), log)
+    assert done.returncode == 0, done.output()
+    assert "starting from the beginning" not in done.output()
     assert results(world / name, kind) == results(world / whole, kind)
     # -SIGTERM: it came before or after the training itself, where there is nothing to save
     assert set(statuses) <= {-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT, 0}
-    again = subprocess.run(command(world, kind, name), capture_output=True, text=True)
-    assert "up to date" in again.stdout
+    assert "up to date" in programs.run(*command(world, kind, name), log).output()
 
 
-def test_a_signal_saves_and_says_how_to_carry_on(world):
-    with subprocess.Popen(
-        command(world, "dual", "asked"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        for line in process.stdout:
-            if "step 3/" in line:
-                process.send_signal(signal.SIGTERM)
-                break
-        rest = process.stdout.read()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM" in rest and "the same command carries on" in rest and "Traceback" not in rest
+def test_a_signal_saves_and_says_how_to_carry_on(programs, world):
+    process = programs.start(*command(world, "dual", "asked"), world / "log")
+    wait_for(process, "step 3/")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    out = process.output()
+    assert "stopped by SIGTERM" in out and "the same command carries on" in out and "Traceback" not in out
     assert load_checkpoint(world / "asked/dual_checkpoint.pt")["progress"]["step"] >= 3
 
 

@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from toy_world import ROOT, make_world, options, train_options
+from toy_world import ROOT, make_world, options
 
+from torch_src import cross_infer, cross_train, dual_infer, dual_train
 from torch_src.errors import UserError
 from torch_src.output_lock import ALONE, TOGETHER, output_lock
 
@@ -42,22 +43,14 @@ def test_who_may_run_beside_whom(tmp_path, theirs, ours, free):
         pass
 
 
-def test_the_programs_refuse_a_folder_in_use(tmp_path):
+@pytest.mark.parametrize("program", [dual_train, dual_infer, cross_train, cross_infer])
+def test_the_programs_refuse_a_folder_in_use(tmp_path, capsys, program):
     world = make_world(tmp_path)
     process = holder(world / "out", ALONE)
-    for name, words in (
-        ("do_dual_train.py", train_options(world, world / "out")),
-        (
-            "do_cross_train.py",
-            [*options(world, world / "out"), "--pretrained_model_path", str(world / "model")],
-        ),
-        ("do_dual_infer.py", options(world, world / "out")),
-        ("do_cross_infer.py", options(world, world / "out")),
-    ):
-        done = subprocess.run(
-            [sys.executable, str(ROOT / name), *words], capture_output=True, text=True, cwd=ROOT
-        )
-        assert done.returncode == 2 and "another run is writing there" in done.stderr, name
+    words = [*options(world, world / "out"), "--pretrained_model_path", str(world / "model")]
+    more = {"topk": 50, "bs": 10} if program is dual_infer else {}
+    assert program.main(words, **more) == 2
+    assert "another run is writing there" in capsys.readouterr().err
     process.kill()
     process.communicate()
-    assert {path.name for path in (world / "out").iterdir()} <= {"lock"}
+    assert {path.name for path in (world / "out").iterdir()} == {"lock"}

@@ -1,6 +1,5 @@
 """Encoding killed at any moment, and shared by several processes: the same bytes in every block."""
 
-import os
 import random
 import signal
 import subprocess
@@ -21,14 +20,14 @@ def world(tmp_path_factory):
     return folder, blocks(folder / "undisturbed")
 
 
-def command(world, name: str) -> list[str]:
+def words(world, name: str) -> list[str]:
     more = ["--dual_params", "none", "--pretrained_model_path", str(world / "model"), "--block_rows", "20"]
-    return [str(ROOT / "do_dual_infer.py"), *options(world, world / name), *more]
+    return [*options(world, world / name), *more]
 
 
 def run(world, name: str, launcher=()) -> str:
-    words = [sys.executable, *launcher, *command(world, name)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, *launcher, str(ROOT / "do_dual_infer.py"), *words(world, name)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -38,7 +37,7 @@ def blocks(folder) -> dict[str, bytes]:
     return {**found, "run": (folder / "res.top50").read_bytes()}
 
 
-def killed_runs(world, name: str, kills: int, seed: int) -> int:
+def killed_runs(programs, world, name: str, kills: int, seed: int) -> int:
     """Start the program `kills` times and kill it, each a little later than the last; return blocks found
     then.
 
@@ -47,9 +46,7 @@ def killed_runs(world, name: str, kills: int, seed: int) -> int:
     draw = random.Random(seed)
     for _ in range(kills):
         before = count_blocks(world / name)
-        process = subprocess.Popen(
-            [sys.executable, *command(world, name)], cwd=ROOT, stdout=subprocess.DEVNULL
-        )
+        process = programs.start("do_dual_infer.py", words(world, name), world / "log")
         while process.poll() is None and count_blocks(world / name) <= before:
             time.sleep(0.002)
         time.sleep(draw.random() * 0.02)
@@ -63,11 +60,11 @@ def count_blocks(folder) -> int:
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_again_and_again_then_finished(world, kills):
+def test_killed_again_and_again_then_finished(programs, world, kills):
     folder, expected = world
     name = f"killed{kills}"
-    assert 0 < killed_runs(folder, name, kills, seed=kills)
-    run(folder, name)
+    assert 0 < killed_runs(programs, folder, name, kills, seed=kills)
+    assert programs.run("do_dual_infer.py", words(folder, name), folder / "log").returncode == 0
     assert blocks(folder / name) == expected
     assert not list((folder / name / "para_emb").glob("*.tmp"))
 
@@ -81,19 +78,16 @@ def test_any_number_of_processes_gives_the_same_bytes(world, processes):
     assert blocks(folder / f"together{processes}") == expected
 
 
-def test_a_process_takes_over_what_a_killed_one_left(world):
+def test_a_process_takes_over_what_a_killed_one_left(programs, world):
     """Two share the blocks, one is killed in the middle: the other finishes all of them."""
     folder, expected = world
-    environments = [{**os.environ, "RANK": rank} for rank in ("0", "1")]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *command(folder, "one_dies")], cwd=ROOT, env=env, stdout=subprocess.DEVNULL
-        )
-        for env in environments
-    ]
-    while processes[1].poll() is None and count_blocks(folder / "one_dies") < 3:
+    first, second = (
+        programs.start("do_dual_infer.py", words(folder, "one_dies"), folder / f"log{rank}", RANK=rank)
+        for rank in ("0", "1")
+    )
+    while second.poll() is None and count_blocks(folder / "one_dies") < 3:
         time.sleep(0.002)
-    processes[1].kill()
-    processes[1].wait()
-    assert processes[0].wait() == 0
+    second.send_signal(signal.SIGKILL)
+    second.wait()
+    assert first.wait() == 0, first.output()
     assert blocks(folder / "one_dies") == expected
