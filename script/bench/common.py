@@ -91,3 +91,28 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         found = in_turn(given, names, Path(folder))
         report(given, found, names[0], **more(Path(folder)))
+
+
+def by_seed(given, sides: dict[str, Callable], more: dict) -> None:
+    """Run each side once a seed of `given.seeds`, in turn; print MRR@10 and seconds of each, then a JSON
+    line.
+    """
+    names = {f"{name}_{seed}": (name, seed) for seed in given.seeds for name in sides}
+    if given.side:
+        name, given.seed = names[given.side]
+        return run_side(given, {given.side: sides[name]})
+    given.runs = 1
+    with tempfile.TemporaryDirectory() as folder:
+        found = in_turn(given, list(names), Path(folder))
+    line: dict = {"bench": Path(sys.argv[0]).stem, **more}
+    for name in sides:
+        runs = [found[f"{name}_{seed}"][0] for seed in given.seeds]
+        quality = [run["MRR@10"] for run in runs]
+        error = statistics.stdev(quality) / len(quality) ** 0.5 if len(quality) > 1 else 0.0
+        seconds, memory = statistics.median(r["seconds"] for r in runs), max(r["unshared_gb"] for r in runs)
+        print(f"{name:5} MRR@10 {statistics.mean(quality):.4f} +- {error:.4f} (standard error)  "
+              f"{seconds:.2f} s an update  {memory:.2f} GB")  # fmt: skip
+        line[name] = {"MRR@10": quality, "mean": statistics.mean(quality), "standard_error": error,
+                      "seconds": seconds, "unshared_gb": memory}  # fmt: skip
+    line["ratio"] = round(line["ours"]["seconds"] / line["st"]["seconds"], 3)
+    print(json.dumps(line))

@@ -11,8 +11,6 @@ MRR@10 of each seed, mean and standard error, seconds an update and peak unshare
 """
 
 import argparse
-import json
-import statistics
 import sys
 import tempfile
 from dataclasses import replace
@@ -20,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: the root is not on it
 
-from common import in_turn, parser, run_side
+from common import by_seed, parser
 from train_step import TimedTrainer, figures, settings, st_training
 
 from torch_src.dual_train import DualTraining
@@ -56,31 +54,21 @@ def loaded(given, output: str) -> DualTraining:
     return stage
 
 
-def ours(seed: int):
-    def side(given) -> dict:
-        given.seed = seed
-        with tempfile.TemporaryDirectory() as output:
-            stage = loaded(given, output)
-            hp = replace(stage.hp, eval_every=-1)
-            trainer = TimedTrainer(
-                hp, stage.task(), stage.device, stage.precision, f"{output}/checkpoint.pt", {}
-            )
-            trainer.run()
-            quality = dev_figures(stage, stage.model.query_encoder)
-        return {**figures(trainer.times, trainer.losses, stage.precision), "MRR@10": quality}
-
-    return side
+def ours(given) -> dict:
+    with tempfile.TemporaryDirectory() as output:
+        stage = loaded(given, output)
+        hp = replace(stage.hp, eval_every=-1)
+        trainer = TimedTrainer(hp, stage.task(), stage.device, stage.precision, f"{output}/checkpoint.pt", {})
+        trainer.run()
+        quality = dev_figures(stage, stage.model.query_encoder)
+    return {**figures(trainer.times, trainer.losses, stage.precision), "MRR@10": quality}
 
 
-def theirs(seed: int):
-    def side(given) -> dict:
-        given.seed = seed
-        model, times, losses, precision = st_training(given, given.chunk)
-        with tempfile.TemporaryDirectory() as output:
-            quality = dev_figures(loaded(given, output), model[0].auto_model)
-        return {**figures(times, losses, precision), "MRR@10": quality}
-
-    return side
+def theirs(given) -> dict:
+    model, times, losses, precision = st_training(given, given.chunk)
+    with tempfile.TemporaryDirectory() as output:
+        quality = dev_figures(loaded(given, output), model[0].auto_model)
+    return {**figures(times, losses, precision), "MRR@10": quality}
 
 
 def main() -> None:
@@ -96,28 +84,8 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     given = options.parse_args()
-    sides = {
-        f"{name}_{seed}": make(seed)
-        for seed in given.seeds
-        for name, make in (("ours", ours), ("st", theirs))
-    }
-    if given.side:
-        return run_side(given, sides)
-    given.runs = 1
-    with tempfile.TemporaryDirectory() as folder:
-        found = in_turn(given, list(sides), Path(folder))
-    line = {"bench": "quality", "steps": given.steps, "batch": given.batch, "chunk": given.chunk}
-    for name in ("ours", "st"):
-        runs = [found[f"{name}_{seed}"][0] for seed in given.seeds]
-        quality = [run["MRR@10"] for run in runs]
-        error = statistics.stdev(quality) / len(quality) ** 0.5 if len(quality) > 1 else 0.0
-        seconds, memory = statistics.median(r["seconds"] for r in runs), max(r["unshared_gb"] for r in runs)
-        print(f"{name:5} MRR@10 {statistics.mean(quality):.4f} +- {error:.4f} (standard error)  "
-              f"{seconds:.2f} s an update  {memory:.2f} GB")  # fmt: skip
-        line[name] = {"MRR@10": quality, "mean": statistics.mean(quality), "standard_error": error,
-                      "seconds": seconds, "unshared_gb": memory}  # fmt: skip
-    line["ratio"] = round(line["ours"]["seconds"] / line["st"]["seconds"], 3)
-    print(json.dumps(line))
+    more = {"steps": given.steps, "batch": given.batch, "chunk": given.chunk}
+    by_seed(given, {"ours": ours, "st": theirs}, more)
 
 
 if __name__ == "__main__":
