@@ -21,7 +21,7 @@ from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.mining_hparams import DEBUG, NO_CROSS, MiningHparams
 from torch_src.passage_ids import check_length, read_passage_ids
-from torch_src.stamps import clear_stamp, fingerprint_files, up_to_date, write_stamp
+from torch_src.stamps import clear_stamp, fingerprint_files, seal, up_to_date
 
 OUTPUTS = ("dual.train.tsv", "cross.train.tsv", mining.SIDECAR)
 
@@ -83,7 +83,7 @@ def run(hp: MiningHparams) -> None:
     mining.write_mined(miner.mine(found, logits), folder, lambda row: ids[row].decode())
     write_json(folder / "mining.json", {**dataclasses.asdict(hp), "counts": dataclasses.asdict(miner.counts)})
     for output in outputs:
-        write_stamp(output, stamp)
+        seal(output, stamp)
     say("\n".join(miner.counts.lines()))
     say(f"wrote {outputs[0]} and {outputs[1]}")
 

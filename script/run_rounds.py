@@ -20,9 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
 
-from run_all import PROGRAMS, call, convert, figures_of, split_options
-
 from metric.evaluation import MEASURES
+from script.run_all import PROGRAMS, call, convert, figures_of, split_options
 from torch_src import hparams, mining_hparams
 from torch_src.errors import UserError
 from torch_src.helpers import duration, exit_status, say, write_json

@@ -107,7 +107,6 @@ def serve() -> None:
 
 def child(request: dict) -> None:
     """Become the program; it ends by SystemExit."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     nothing = os.open(os.devnull, os.O_RDONLY)
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
@@ -115,6 +114,7 @@ def child(request: dict) -> None:
     if request["limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
     os.environ.update(request["env"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     sys.argv = [request["program"], *request["words"]]
     runpy.run_path(str(ROOT / request["program"]), run_name="__main__")
     sys.exit(0)

@@ -1,13 +1,10 @@
 """Approximate indexes: what they find against exact search, what is refused, what is kept."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from test_search import CPU, full_sort, make_store
-from toy_world import ROOT, lines, make_world, options
+from toy_world import lines, make_world, options
 
 from torch_src import ann_index
 from torch_src.ann_index import ApproximateSearch, IndexSettings, check_memory, estimate_bytes
@@ -74,12 +71,19 @@ def test_the_index_is_read_again_while_its_stamp_agrees(world, tmp_path, capsys)
     assert path.stat().st_mtime_ns > made
 
 
-def test_a_damaged_or_foreign_index_is_named(world, tmp_path):
+@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]])
+def test_a_damaged_index_is_made_again(world, tmp_path, capsys, damage):
     path = tmp_path / "para.index"
     open_index(world, path)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match="para.index: cannot be read as an index; delete it"):
-        open_index(world, path)
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    open_index(world, path)
+    assert "its bytes are not those that were written" in capsys.readouterr().out
+    assert path.read_bytes() == whole
+
+
+def test_an_index_of_other_vectors_is_named(world, tmp_path):
+    path = tmp_path / "para.index"
     other = make_store(tmp_path / "other", world[1][:100], 50)
     ApproximateSearch(other, IndexSettings("Flat", "", 0.1, 1), path, {"a": 1}, force=True)
     with pytest.raises(UserError, match="has 100 vectors, not 3,000"):
@@ -117,16 +121,16 @@ def test_training_vectors_are_bounded_by_memory(world, tmp_path):
     assert torch.from_numpy(index._sample(ann_index.new_index("IVF8,Flat", 32))).shape == (3000, 32)
 
 
-def test_the_program_takes_an_index(tmp_path):
+def test_the_program_takes_an_index(tmp_path, programs):
     world = make_world(tmp_path)
-    command = [
-        sys.executable, str(ROOT / "do_dual_infer.py"), *options(world, tmp_path / "out"), "--topk", "10",
+    words = [
+        *options(world, tmp_path / "out"), "--topk", "10",
         "--dual_params", "none", "--pretrained_model_path", str(world / "model"),
     ]  # fmt: skip
     runs = []
     for more in ([], ["--index", "HNSW8", "--search_params", "efSearch=100"]):
-        done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        done = programs.run("do_dual_infer.py", [*words, *more], tmp_path / "log")
+        assert done.returncode == 0, done.output()
         runs.append(lines(tmp_path / "out/res.top10"))
-    assert "recall@10 1.0000" in done.stdout and "index:" in done.stdout.split("out of date")[1]
+    assert "recall@10 1.0000" in done.output() and "index:" in done.output().split("out of date")[1]
     assert (tmp_path / "out/para.index").exists() and runs[0] == runs[1]

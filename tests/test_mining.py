@@ -1,11 +1,9 @@
 """Mining: what is dropped, what is chosen, what is written; cases small enough to work out by hand."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from toy_world import ROOT, lines, make_world, options, train_options, write
+from toy_world import lines, make_world, options, train_options, write
 
 from torch_src import mining
 from torch_src.collection import PassageCollection
@@ -169,14 +167,19 @@ def test_what_is_written(world, tmp_path):
     assert ids[4] == ["0", "p0", "", "", "3", "1", "p1", "1", "8", "-5"]
 
 
-def program(name: str, *words) -> str:
-    command = [sys.executable, str(ROOT / name), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def program(programs, tmp_path):
+    """Return program(name, *options), which runs one to its good end and returns what it said."""
+
+    def run(name: str, *words, status: int = 0) -> str:
+        done = programs.run(name, list(map(str, words)), tmp_path / "log")
+        assert done.returncode == status, done.output()
+        return done.output()
+
+    return run
 
 
-def test_from_trained_models_to_the_next_training_files(tmp_path):
+def test_from_trained_models_to_the_next_training_files(tmp_path, program):
     """The program itself, with and without a re-ranker; its files train the next round; nothing is redone."""
     world = make_world(tmp_path)
     shared = options(world, tmp_path / "out")
@@ -200,7 +203,7 @@ def test_from_trained_models_to_the_next_training_files(tmp_path):
     program("do_dual_train.py", *again, "--train_set", tmp_path / "out/mined/dual.train.tsv")
 
 
-def test_vectors_of_another_model_are_not_thrown_away(tmp_path):
+def test_vectors_of_another_model_are_not_thrown_away(tmp_path, program):
     """`--para_emb` names vectors of another run: they are refused, not made again over it."""
     world = make_world(tmp_path)
     untrained = (
@@ -213,7 +216,6 @@ def test_vectors_of_another_model_are_not_thrown_away(tmp_path):
     program("do_dual_infer.py", *untrained)
     words = [*options(world, tmp_path / "b"), *untrained[-4:], "--para_emb", tmp_path / "a/para_emb"]
     program("do_dual_infer.py", *words)
-    command = [sys.executable, str(ROOT / "do_dual_infer.py"), *map(str, words), "--p_max_seq_len", "20"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and "vectors of another run" in done.stderr
+    said = program("do_dual_infer.py", *words, "--p_max_seq_len", "20", status=2)
+    assert "vectors of another run" in said
     program("do_dual_infer.py", *words)  # still there

@@ -6,7 +6,16 @@ import os
 import pytest
 
 from torch_src import stamps
-from torch_src.stamps import fingerprint_files, fingerprint_text, stamp_path, up_to_date, write_stamp
+from torch_src.stamps import (
+    fingerprint_files,
+    fingerprint_text,
+    is_sealed,
+    record_seal,
+    seal,
+    stamp_path,
+    up_to_date,
+    write_stamp,
+)
 
 STAMP = {"model": "a", "lengths": (32, 384), "prefix": "问", "dropout": None}
 
@@ -123,3 +132,18 @@ def test_fingerprint_does_not_depend_on_the_size_of_a_read(tmp_path, monkeypatch
 def test_text_fingerprint_follows_the_text():
     assert fingerprint_text("水") == fingerprint_text("水") != fingerprint_text("水 ")
     assert len(fingerprint_text("")) == 16
+
+
+def test_a_sealed_artifact_that_changed_is_made_again(artifact):
+    seal(artifact, STAMP)
+    assert is_sealed(artifact) and told(artifact, STAMP) == (True, [])
+    artifact.write_bytes(b"y")
+    fresh, (line,) = told(artifact, STAMP)
+    assert not fresh and not is_sealed(artifact) and "its bytes are not those that were written" in line
+
+
+def test_the_seal_of_a_record_covers_all_but_itself():
+    record = {"a": 1, "b": [1.5, "问"], "c": {"d": None}}
+    sealed = {**record, "seal": record_seal(record)}
+    assert record_seal(json.loads(json.dumps(sealed))) == sealed["seal"]
+    assert record_seal({**sealed, "a": 2}) != sealed["seal"]

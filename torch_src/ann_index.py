@@ -13,7 +13,7 @@ from torch_src.errors import UserError
 from torch_src.faiss_loading import load_faiss
 from torch_src.helpers import atomic_write, duration, say
 from torch_src.search import BestRows, exact_scores, read_chunks, search
-from torch_src.stamps import changes, clear_stamp, read_stamp, write_stamp
+from torch_src.stamps import changes, clear_stamp, is_sealed, read_stamp, seal
 from torch_src.vectors import VectorStore
 
 FILL_ROWS = 16384  # vectors added at once
@@ -44,11 +44,14 @@ class ApproximateSearch:
         self.store, self.settings, self.faiss = store, settings, load_faiss()
         stamp = {**stamp, "factory": settings.factory, "seed": settings.seed}
         old = None if force else read_stamp(path)
-        if old is not None and not (different := changes(old, stamp)):
+        different = [] if old is None else changes(old, stamp)
+        if old is not None and not different and not is_sealed(path):
+            different = ["its bytes are not those that were written"]
+        if old is not None and not different:
             self.index = self._read(path)
             say(f"{path}: up to date")
         else:
-            if old is not None:
+            if different:
                 say(f"{path}: out of date, made again ({'; '.join(different)})")
             self.index = self._make(path, stamp)
         self._set_parameters()
@@ -78,7 +81,7 @@ class ApproximateSearch:
         clear_stamp(path)
         with atomic_write(path, "wb") as file:
             self.faiss.write_index(index, file.name)
-        write_stamp(path, stamp)
+        seal(path, stamp)
         size = os.path.getsize(path) / 1e9
         say(f"wrote {path} ({size:.2f} GB) in {duration(time.monotonic() - begun)}")
         return index

@@ -25,7 +25,7 @@ from torch_src.inference_stage import FoundModel, find_pretrained_model, find_tr
 from torch_src.output_lock import output_lock
 from torch_src.passage_ids import check_length, read_passage_ids, rows_of
 from torch_src.scoring import PairScorer, fuse, rank_pairs
-from torch_src.stamps import clear_stamp, fingerprint_files, fingerprint_text, up_to_date, write_stamp
+from torch_src.stamps import clear_stamp, fingerprint_files, fingerprint_text, seal, up_to_date
 from torch_src.tokenization import TextRules, tokenizer_fingerprint
 from torch_src.vectors import DamagedBlock, ScoreStore
 
@@ -221,7 +221,7 @@ def _run(hp: InferenceCrossHparams) -> None:
     inference = CrossInference(hp)
     path = inference.output / f"res.rerank{hp.topk}"
     stamp = inference.result_stamp()
-    outputs = [path, inference.output / RESULT]
+    outputs = [path, *(inference.output / name for name in (RESULT, SCORES, ID_MAP))]
     if not hp.force and all([up_to_date(output, stamp, say) for output in outputs]):
         return say(f"{path}: up to date")
     inference.pids, inference.rows = inference.pids_and_rows()
@@ -231,7 +231,7 @@ def _run(hp: InferenceCrossHparams) -> None:
     result = inference.write(path, logits)
     hparams.save(hp, inference.output / "cross_infer_hparams.json", fixed_by_weights=inference.model.fixed)
     for output in outputs:
-        write_stamp(output, stamp)
+        seal(output, stamp)
     say(f"wrote {path} ({len(inference.candidates.queries):,} queries)  "
         f"peak memory {peak_memory_gb(inference.device):.2f} GB")  # fmt: skip
     inference.look(logits, result)

@@ -33,7 +33,7 @@ from torch_src.inference_stage import FoundModel, find_pretrained_model, find_tr
 from torch_src.output_lock import TOGETHER, output_lock
 from torch_src.passage_ids import check_length, read_passage_ids
 from torch_src.search import choose_kind, chunk_rows, search
-from torch_src.stamps import clear_stamp, fingerprint_text, up_to_date, write_stamp
+from torch_src.stamps import clear_stamp, fingerprint_text, seal, up_to_date, write_stamp
 from torch_src.tokenization import TextRules, tokenizer_fingerprint
 from torch_src.vectors import DamagedBlock, VectorStore, save_vectors
 
@@ -183,7 +183,7 @@ class DualInference:
                         file.write(format_run_row(RunRow(query, row, rank, score)))
                 done = f"searched {min(start + self.bs, len(queries)):,}/{len(queries):,} queries"
                 say(f"{done} in {duration(time.monotonic() - begun)}  {note}".rstrip())
-        write_stamp(path, self.run_stamp())
+        seal(path, self.run_stamp())
 
 
 def search_soundly(inference: DualInference, path: Path) -> VectorStore | None:

@@ -9,7 +9,7 @@ from torch_src.backbones import load_config, model_fingerprint
 from torch_src.errors import UserError
 from torch_src.formats import read_q2qid, read_queries, read_question_ids
 from torch_src.helpers import read_json, require, warn
-from torch_src.stamps import fingerprint_files, fingerprint_text
+from torch_src.stamps import fingerprint_files, fingerprint_text, record_seal
 from torch_src.tokenization import load_tokenizer, tokenizer_fingerprint
 
 
@@ -36,6 +36,11 @@ def find_trained_model(hp, name: str, params_path: str, fixed_names: tuple[str, 
     )
     if "fixed_by_weights" not in record or "tokenizer" not in record:
         raise UserError(f"{record_path}: not written by {program}")
+    if record.get("seal", seal := record_seal(record)) != seal:
+        raise UserError(
+            f"{record_path}: changed since {program} wrote it, but what the weights fix cannot be changed; "
+            "train again, or take its line `seal` out if you know what you do"
+        )
     fixed = record["fixed_by_weights"]
     for knob in fixed_names:
         asked = getattr(hp, knob)
@@ -48,6 +53,9 @@ def find_trained_model(hp, name: str, params_path: str, fixed_names: tuple[str, 
     if record.get("weights", fingerprint) != fingerprint:
         warn(f"{params} is not the file that {record_path} was written for; its settings are used")
     beside = folder / f"{name}_model"
+    for name, written in record.get("model_files", {}).items() if beside.exists() else ():
+        if not (beside / name).exists() or fingerprint_files([beside / name]) != written:
+            raise UserError(f"{beside / name}: not what {program} wrote; restore it, or train again")
     path = hp.pretrained_model_path or (str(beside) if beside.exists() else record["pretrained_model_path"])
     vocab_path = hp.vocab_path or ("" if path == str(beside) else fixed["vocab_path"])
     tokenizer = load_tokenizer(path, vocab_path)

@@ -2,7 +2,7 @@
 
 A stamp is a flat dictionary of the settings that matter and fingerprints of the inputs (their content, not
 their time). A result whose stamp still agrees is up to date; one that disagrees is made again and the log
-says which field changed.
+says which field changed. A sealed stamp also holds the fingerprint of the artifact itself.
 """
 
 import json
@@ -14,6 +14,7 @@ from torch_src.helpers import write_json
 
 CODE_VERSION = 1  # raised when the same settings and inputs would give other results
 READ_SIZE = 1 << 22
+CONTENT = "content"  # field of a sealed stamp
 
 
 def fingerprint_files(paths) -> str:
@@ -42,9 +43,26 @@ def write_stamp(artifact, stamp: dict) -> None:
     write_json(stamp_path(artifact), {**stamp, "code": CODE_VERSION})
 
 
+def seal(artifact, stamp: dict) -> None:
+    """Write the stamp with the fingerprint of the artifact: a later change to a byte of it is noticed."""
+    write_stamp(artifact, {**stamp, CONTENT: fingerprint_files([artifact])})
+
+
+def is_sealed(artifact) -> bool:
+    """Return whether the artifact is, byte for byte, what its sealed stamp was written for."""
+    stamp = read_stamp(artifact)
+    return stamp is not None and stamp.get(CONTENT) == fingerprint_files([artifact])
+
+
 def clear_stamp(artifact) -> None:
     """Remove the stamp: the artifact is about to change."""
     stamp_path(artifact).unlink(missing_ok=True)
+
+
+def record_seal(record: dict) -> str:
+    """Return 16 hex digits over a JSON record, its own `seal` left out."""
+    rest = {key: value for key, value in record.items() if key != "seal"}
+    return fingerprint_text(json.dumps(rest, sort_keys=True))
 
 
 def changes(old: dict, new: dict) -> list[str]:
@@ -52,7 +70,7 @@ def changes(old: dict, new: dict) -> list[str]:
     new = json.loads(
         json.dumps({**new, "code": CODE_VERSION})
     )  # as it reads back from disk: tuples become lists
-    fields = [field for field in {**old, **new} if old.get(field) != new.get(field)]
+    fields = [f for f in {**old, **new} if f != CONTENT and old.get(f) != new.get(f)]
     return [f"{field}: {old.get(field, 'unknown')} -> {new.get(field, 'gone')}" for field in fields]
 
 
@@ -76,4 +94,7 @@ def up_to_date(artifact, stamp: dict, say) -> bool:
     different = changes(old, stamp)
     if different:
         say(f"{artifact}: out of date, made again ({'; '.join(different)})")
+    elif CONTENT in old and not is_sealed(artifact):
+        say(f"{artifact}: its bytes are not those that were written; it is made again")
+        return False
     return not different

@@ -11,10 +11,10 @@ from torch_src.backbones import check_fits, load_config, model_fingerprint
 from torch_src.checkpoints import delete_checkpoints
 from torch_src.devices import choose_device, choose_precision, set_threads
 from torch_src.grad_cache import ChunkedForward
-from torch_src.helpers import atomic_write, require, say
+from torch_src.helpers import atomic_write, require, say, write_json
 from torch_src.output_lock import output_lock
 from torch_src.process_group import ProcessGroup
-from torch_src.stamps import clear_stamp, fingerprint_files, up_to_date, write_stamp
+from torch_src.stamps import clear_stamp, fingerprint_files, record_seal, up_to_date, write_stamp
 from torch_src.tokenization import (
     length_sorted_batches,
     load_tokenizer,
@@ -123,12 +123,17 @@ class TrainingStage:
         self.config.save_pretrained(folder)
         save_tokenizer(self.tokenizer, folder)
         fixed = {name: getattr(self.hp, name) for name in self.fixed_by_weights}
-        record = {"fixed_by_weights": fixed, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        record = {
+            **dataclasses.asdict(self.hp), "fixed_by_weights": fixed,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "model_files": {path.name: fingerprint_files([path]) for path in sorted(folder.iterdir())},
+        }  # fmt: skip
         with atomic_write(params, "wb") as file:
             torch.save(self.state(), file)
             file.flush()
             weights = fingerprint_files([file.name])
-            hparams.save(self.hp, params.parent / f"{self.name}_hparams.json", **record, weights=weights)
+            record = {**record, "weights": weights}
+            write_json(params.parent / f"{self.name}_hparams.json", {**record, "seal": record_seal(record)})
         return weights
 
     def _is_done(self, params: str, stamp: dict) -> bool:

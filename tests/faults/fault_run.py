@@ -1,0 +1,259 @@
+"""Faults by the hundred over the four programs, each followed by the same command: what comes out must be the
+same bytes as without the fault, or the log must name the damaged file.
+
+    python tests/faults/fault_run.py --kills 500 --flips 100 --truncations 50 --disks 20 --seed 1
+
+Prints a table: faults of each kind, wrong results, lost work, tracebacks. Exit status 1 if any of these is
+not 0.
+"""
+
+import argparse
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+if __name__ == "__main__":  # run by path: neither the root nor tests/ is on it
+    sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+
+from chain import Chain, SmallDisk, Stage, files, steps
+from preloaded import Preloaded, Running
+
+SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+MADE_LAST = (
+    "res.",
+    "cross_res",
+    "cross_scores.txt",
+    "cross_id_map",
+)  # results that would hide a damage
+WORDS = ("error", "WARNING", "made again", "damaged", "out of date", "not the file", "changed")
+# -SIGTERM, -SIGINT: before or after the work itself, where there is nothing to save
+ENDS = {0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT, 2}
+
+
+class FaultRun:
+    """Faults and what came of them: `counts` of each kind, `failures` in words."""
+
+    def __init__(self, chain: Chain, seed: int):
+        self.chain, self.draw = chain, random.Random(seed)
+        self.counts, self.failures = Counter(), []
+
+    def fail(self, kind: str, what: str) -> None:
+        self.failures.append(f"{kind}: {what}")
+        print(f"FAILED {kind}: {what}", flush=True)
+
+    def look(self, kind: str, running: Running) -> None:
+        """A user-side cause ends in one line, never in a traceback."""
+        if "Traceback" in running.output():
+            self.fail("traceback", f"{kind}: {running.output()[-3000:]}")
+        if running.returncode not in ENDS:
+            self.fail("status", f"{kind}: {running.returncode}\n{running.output()[-2000:]}")
+
+    def finish(self, kind: str, stage: Stage, done: dict[str, int] | None = None) -> Running:
+        """Run the stage to its end; its results must be those of the undisturbed run, what was done kept."""
+        running = self.chain.run(stage)
+        self.look(kind, running)
+        if running.returncode:
+            self.fail(kind, f"{stage.name} does not carry on: {running.output()[-2000:]}")
+        self.compare(kind, stage)
+        if done:
+            self.compare_work(kind, stage, done, running.output())
+        return running
+
+    def compare(self, kind: str, stage: Stage) -> bool:
+        found, expected = self.chain.contents(), stage.results
+        wrong = sorted(n for n in {**found, **expected} if found.get(n) != expected.get(n))
+        if wrong:
+            self.fail(kind, f"{stage.name}: other results: {', '.join(wrong)}")
+        return not wrong
+
+    def compare_work(self, kind: str, stage: Stage, done: dict[str, int], log: str) -> None:
+        """What was finished before the fault is not done again."""
+        again = [p for p, at in done.items() if p != "step" and Path(p).stat().st_mtime_ns != at]
+        if again:
+            self.fail("lost work", f"{kind} {stage.name}: made again: {', '.join(again)}")
+        first = min(steps(log), default=None)
+        if "step" in done and first is not None and first <= done["step"]:
+            self.fail("lost work", f"{kind} {stage.name}: step {first} again, {done['step']} were saved")
+
+    # ---- kills
+
+    def kills(self, count: int) -> None:
+        """Kill a stage once to three times, mostly after its first write, then let it finish."""
+        while count > 0:
+            stage, left = self.draw.choice(self.chain.stages), min(count, self.draw.randint(1, 3))
+            self.chain.restore(self.chain.before(stage))
+            done: dict[str, int] = {}
+            for _ in range(left):
+                self.kill(stage, done)
+                done = self.chain.done_work(stage)
+            self.finish("kill", stage, done)
+            count -= left
+
+    def kill(self, stage: Stage, done: dict[str, int]) -> None:
+        running, number = self.chain.start(stage), self.draw.choice(SIGNALS)
+        while running.poll() is None and not running.log.stat().st_size:
+            time.sleep(0.002)  # before its first line it is python's start that a signal would meet
+        late, share = self.draw.random() < 0.75, self.draw.random()
+        if late:
+            seen = files(self.chain.out)
+            while running.poll() is None and files(self.chain.out) == seen:
+                time.sleep(0.002)
+            time.sleep(share * (stage.seconds - stage.first_write))
+        else:
+            time.sleep(share * stage.seconds)
+        alive = running.poll() is None
+        running.send_signal(number)
+        running.wait()
+        self.counts["kills"] += 1
+        self.counts["kills after the first write"] += late and alive
+        self.counts["kills after the end"] += not alive
+        self.look("kill", running)
+        self.compare_work("kill", stage, done, running.output())
+        saved, told = self.chain.done_work(stage).get("step"), max(steps(running.output()), default=0)
+        if stage.name.endswith("_train") and told > 1 and (saved or 0) < told - 1:
+            self.fail("lost work", f"{stage.name}: {told} updates, {saved} of them saved")
+
+    # ---- damaged files
+
+    def damages(self, count: int, kind: str) -> None:
+        """Damage one file of a finished chain, drop the results that would hide it, run the chain again."""
+        for _ in range(count):
+            self.chain.restore(self.chain.folder / "after")
+            victims = [p for p in sorted(self.chain.out.rglob("*")) if self._can_be_damaged(p)]
+            victim = self.draw.choice(victims)
+            name, data = str(victim.relative_to(self.chain.out)), victim.read_bytes()
+            victim.write_bytes(damaged(data, kind, self.draw))
+            self.counts[kind] += 1
+            self._drop_results(victim)
+            self._run_again(kind, name, victim)
+
+    def _can_be_damaged(self, path: Path) -> bool:
+        return path.is_file() and "tensorboard" not in path.parts and path.stat().st_size > 0
+
+    def _drop_results(self, victim: Path) -> None:
+        """Delete what is made of the victim, so that it is read again; a damaged checkpoint needs its weights
+        gone.
+        """
+        for path in self.chain.out.iterdir():
+            if path != victim and path.name.startswith(MADE_LAST) and path.is_file():
+                path.unlink()
+        if "checkpoint" in victim.name:
+            stamp = self.chain.out / f"{victim.name.split('_')[0]}_params.bin.stamp.json"
+            stamp.unlink()
+
+    def _run_again(self, kind: str, name: str, victim: Path) -> None:
+        logs = []
+        for stage in self.chain.stages:
+            running = self.chain.run(stage)
+            self.look(kind, running)
+            logs.append(running.output())
+            if running.returncode:  # the message says which file to delete
+                self.counts["refused by name"] += 1
+                if victim.name not in running.output() and str(victim.parent) + ":" not in running.output():
+                    self.fail(kind, f"{name}: {stage.name} does not name it: {running.output()[-1500:]}")
+                victim.unlink(missing_ok=True)
+                if victim.name in ("dual_hparams.json", "cross_hparams.json"):
+                    break
+                running = self.chain.run(stage)
+                logs.append(running.output())
+                if running.returncode:  # deleting is not enough: what it belongs to must be made again
+                    break
+        found, expected = self.chain.contents(), self.chain.stages[-1].results
+        if found == expected:
+            self.counts[f"{kind}: same bytes"] += 1
+            return
+        lines = [line for log in logs for line in log.splitlines() if any(word in line for word in WORDS)]
+        if any(part in line for line in lines for part in (victim.name, "weights:", "tokenizer:")):
+            self.counts[f"{kind}: noticed by name"] += 1
+        else:
+            wrong = sorted(n for n in {**found, **expected} if found.get(n) != expected.get(n))
+            self.fail(kind, f"{name}: unnoticed; other results: {', '.join(wrong)}")
+
+    # ---- disks
+
+    def disks(self, count: int) -> None:
+        """A disk that fills up or is read-only, then the same command on a good one."""
+        small = SmallDisk.can_mount(self.chain.out)
+        for at in range(count):
+            stage = self.draw.choice(self.chain.stages)
+            if not small:
+                self.limited_file(stage)
+                continue
+            shutil.rmtree(self.chain.out)
+            self.chain.out.mkdir()
+            with SmallDisk(self.chain.out) as disk:
+                shutil.copytree(self.chain.before(stage), self.chain.out, dirs_exist_ok=True)
+                if at % 4 == 3:
+                    disk.read_only(True)
+                    self.must_fail("read-only", stage, self.chain.run(stage))
+                    disk.read_only(False)
+                else:
+                    disk.leave_free(self.draw.randrange(4096, self.written(stage)))
+                    self.must_fail("full disk", stage, self.chain.run(stage))
+                    disk.grow()
+                self.finish("disk", stage, self.chain.done_work(stage))
+
+    def written(self, stage: Stage) -> int:
+        """Return about how many bytes the stage leaves."""
+        before = sum(p.stat().st_size for p in self.chain.before(stage).rglob("*") if p.is_file())
+        return max(16384, sum(map(len, stage.results.values())) - before)
+
+    def must_fail(self, kind: str, stage: Stage, running: Running) -> None:
+        self.counts[kind] += 1
+        self.look(kind, running)
+        if running.returncode == 0:
+            self.counts[f"{kind}: was enough"] += 1
+        elif running.returncode != 2 or "error: " not in running.output():
+            self.fail(kind, f"{stage.name}: status {running.returncode}: {running.output()[-1500:]}")
+
+    def limited_file(self, stage: Stage) -> None:
+        """Without the right to mount: a limit on a file's size, which writing meets as on a full disk."""
+        self.chain.restore(self.chain.before(stage))
+        largest = max(map(len, stage.results.values()))
+        limit = self.draw.randrange(min(16384, largest - 1), largest)
+        self.must_fail("file limit", stage, self.chain.run(stage, file_limit=limit))
+        self.finish("disk", stage, self.chain.done_work(stage))
+
+
+def damaged(data: bytes, kind: str, draw: random.Random) -> bytes:
+    """Return the bytes with one bit of one byte changed, or cut at any place."""
+    at = draw.randrange(len(data))
+    if kind == "truncation":
+        return data[:at]
+    return data[:at] + bytes([data[at] ^ (1 << draw.randrange(8))]) + data[at + 1 :]
+
+
+def run(folder: Path, programs: Preloaded, given) -> FaultRun:
+    """Make the world in `folder` and let all faults happen."""
+    chain = Chain(folder, programs)
+    chain.prepare()
+    faults = FaultRun(chain, given.seed)
+    faults.kills(given.kills)
+    faults.damages(given.flips, "byte flip")
+    faults.damages(given.truncations, "truncation")
+    faults.disks(given.disks)
+    return faults
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (("kills", 500), ("flips", 100), ("truncations", 50), ("disks", 20), ("seed", 1)):
+        options.add_argument(f"--{name}", type=int, default=default)
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder, Preloaded() as programs:
+        faults = run(Path(folder), programs, given)
+    for kind, count in sorted(faults.counts.items()):
+        print(f"{count:6d}  {kind}")
+    print(f"{len(faults.failures):6d}  failures (wrong results, lost work, tracebacks)")
+    return 1 if faults.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

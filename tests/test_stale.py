@@ -1,0 +1,110 @@
+"""What decides vectors and runs, each changed alone: it is noticed, named, and no more is done again than
+needed.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from toy_world import make_world, options, train_options
+
+from torch_src import dual_infer, dual_train
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """A world whose run was made by the pretrained model, every setting spelled out."""
+    world = make_world(tmp_path_factory.mktemp("world"))
+    assert infer(world) == 0
+    return world
+
+
+@pytest.fixture
+def world(encoded, tmp_path):
+    shutil.copytree(encoded, tmp_path / "world")
+    return tmp_path / "world"
+
+
+def infer(world, *more: str) -> int:
+    settings = {
+        "dual_params": "none", "pretrained_model_path": str(world / "model"), "pooling": "mean", "topk": "10",
+        "query_prefix": "q: ", "passage_prefix": "p: ", "q_max_seq_len": "32", "p_max_seq_len": "64",
+    }  # fmt: skip
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    return dual_infer.main([*options(world, world / "output"), *words, *more])
+
+
+def blocks(world) -> dict[str, tuple[int, bytes]]:
+    """Return time and bytes of each block of passage vectors."""
+    found = sorted((world / "output/para_emb").glob("*.npy"))
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+
+
+@pytest.mark.parametrize(("knob", "value", "passages"), [
+    ("query_prefix", "问：", False), ("passage_prefix", "文：", True), ("q_max_seq_len", "16", False),
+    ("p_max_seq_len", "32", True), ("pooling", "cls", True), ("normalize", None, True),
+    ("remove_spaces", None, True), ("vector_dims", "16", True), ("seed", "7", True), ("topk", "5", False),
+])  # fmt: skip
+def test_a_setting_changed_alone(world, capsys, knob, value, passages):
+    before = blocks(world)
+    capsys.readouterr()
+    assert infer(world, f"--{knob}", *([] if value is None else [value])) == 0
+    said = capsys.readouterr().out
+    if knob != "topk":  # another k is another file
+        assert "res.top10: out of date" in said
+        assert (
+            "weights: " if knob == "seed" else f"{knob}: "
+        ) in said  # drawn from the seed: no weights there
+    assert (blocks(world) != before) == passages
+    assert ("vectors up to date" in said) != passages
+
+
+def test_another_tokenizer_is_noticed(world, capsys):
+    vocab = world / "vocab.txt"
+    words = (world / "model/vocab.txt").read_text(encoding="utf-8").split("\n")
+    words[200], words[201] = words[201], words[200]
+    vocab.write_text("\n".join(words), encoding="utf-8")
+    assert infer(world, "--vocab_path", str(vocab)) == 0
+    assert "tokenizer: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tower", ["query_encoder", "passage_encoder"])
+def test_a_tower_changed_alone(tmp_path, capsys, tower):
+    world = make_world(tmp_path)
+    assert dual_train.main(train_options(world, world / "output")) == 0
+    assert dual_infer.main(options(world, world / "output"), topk=10) == 0
+    path, run = world / "output/dual_params.bin", (world / "output/res.top10").read_bytes()
+    state = torch.load(path, weights_only=True)
+    name = next(name for name in state if name.startswith(tower) and name.endswith("query.weight"))
+    state[name] += 0.5
+    torch.save(state, path)
+    capsys.readouterr()
+    assert dual_infer.main(options(world, world / "output"), topk=10) == 0
+    said = capsys.readouterr().out
+    assert "is not the file that" in said and "weights: " in said
+    assert (world / "output/res.top10").read_bytes() != run
+
+
+@pytest.mark.parametrize(
+    "name", ["dual_hparams.json", "dual_model/config.json", "dual_model/tokenizer_config.json"]
+)
+def test_what_the_weights_fix_cannot_be_edited(tmp_path, capsys, name):
+    world = make_world(tmp_path)
+    assert dual_train.main(train_options(world, world / "output")) == 0
+    path = world / "output" / name
+    record = json.loads(path.read_text(encoding="utf-8"))
+    (record.get("fixed_by_weights") or record)["pooling"] = "mean"
+    path.write_text(json.dumps(record), encoding="utf-8")
+    assert dual_infer.main(options(world, world / "output"), topk=10) == 2
+    error = capsys.readouterr().err
+    assert name in error and ("changed since" in error or "is not what" in error or "not what" in error)
+
+
+def test_a_result_edited_by_hand_is_made_again(world, capsys):
+    path = world / "output/res.top10"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"\t1\t", b"\t9\t", 1))
+    assert infer(world) == 0
+    assert "its bytes are not those that were written" in capsys.readouterr().out
+    assert path.read_bytes() == whole
