@@ -10,7 +10,7 @@ import xxhash
 
 from torch_src.errors import UserError
 from torch_src.file_cache import cached_array
-from torch_src.formats import decode, parse_passage
+from torch_src.formats import LONGEST_LINE, FormatError, decode, parse_passage
 
 PART = re.compile(r"part-(\d+)$")
 READ_SIZE = 1 << 22
@@ -141,4 +141,7 @@ def _scan(path: Path) -> tuple[np.ndarray, str]:
         ends.append(np.array([position]))  # a last line without its newline is a row all the same
     offsets = np.zeros(1 + sum(map(len, ends)), dtype=np.int64)
     np.concatenate(ends or [offsets[1:]], out=offsets[1:])
+    too_long = np.flatnonzero(np.diff(offsets) > LONGEST_LINE)
+    if len(too_long):
+        raise FormatError(path, int(too_long[0]) + 1, f"a line of more than {LONGEST_LINE >> 20} MiB")
     return offsets, digest.hexdigest()

@@ -14,6 +14,7 @@ from torch_src.formats import (
     parse_cross_row,
     parse_dual_row,
     parse_passage,
+    raw_lines,
     read_dev,
     read_q2qid,
     split_columns,
@@ -86,12 +87,17 @@ class DataCheck:
             self.found.notes.append(f"{path}: not there")
             return
         with open(path, "rb") as file:
-            for line, raw in enumerate(file, start=1):
+            lines = raw_lines(file, path)
+            while True:
                 rows += 1
                 try:
+                    line, raw = next(lines)
                     yield line, parse(decode(raw, path, line), path, line)
-                except FormatError as error:
-                    self.found.fault(path, line, str(error).removeprefix(f"{path}:{line}: "))
+                except StopIteration:
+                    rows -= 1
+                    break
+                except FormatError as error:  # after a line that is too long there is no next one
+                    self.found.fault(path, rows, str(error).removeprefix(f"{path}:{rows}: "))
         self.found.rows[str(path.relative_to(self.folder))] = rows
         if not rows:
             self.found.fault(path, 1, "the file is empty")

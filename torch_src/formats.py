@@ -12,11 +12,15 @@ from dataclasses import dataclass
 
 from torch_src.errors import UserError
 
+CUTS = {"\t", "\n"}  # what would cut a column or a line of a run
 ABSENT = (
     "",
     "null",
     "-",
 )  # how an empty column is written: real files, the readme, the query and passage files
+
+
+LONGEST_LINE = 1 << 24  # bytes; a longer one is no line of these files, and would be held in memory whole
 
 
 class FormatError(UserError):
@@ -65,6 +69,16 @@ def decode(raw: bytes, path, line: int) -> str:
     return text
 
 
+def raw_lines(file, path) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, bytes) of a binary file; FormatError for a line above LONGEST_LINE."""
+    number = 0
+    while raw := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(raw) > LONGEST_LINE:
+            raise FormatError(path, number, f"a line of more than {LONGEST_LINE >> 20} MiB")
+        yield number, raw
+
+
 def read_lines(path) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, text) of a UTF-8 file, cutting at `\\n` and nowhere else."""
     try:
@@ -74,7 +88,7 @@ def read_lines(path) -> Iterator[tuple[int, str]]:
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, expected a file") from None
     with file:
-        for number, raw in enumerate(file, start=1):
+        for number, raw in raw_lines(file, path):
             yield number, decode(raw, path, number)
 
 
@@ -125,6 +139,26 @@ def parse_passage(text: str, path, line: int) -> str:
     return split_columns(text, 4, path, line, "-, null, passage, 0")[2]
 
 
+def parse_json(text: str, path, line: int, **options):
+    """Return the JSON value of a text; FormatError when it is malformed, too deep or holds half a surrogate
+    pair, which no file could take.
+    """
+    try:
+        value = json.loads(text, **options)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except UserError:
+        raise  # of a hook among the options
+    except json.JSONDecodeError as error:
+        raise FormatError(path, line + error.lineno - 1, f"not JSON ({error.msg})") from None
+    except UnicodeEncodeError:
+        raise FormatError(
+            path, line, "an escape that stands for half a character (a lone surrogate)"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(path, line, f"not JSON that can be read ({error})") from None
+
+
 def read_queries(path) -> list[str]:
     """Return the query texts of dev.q.format in file order.
 
@@ -147,14 +181,12 @@ def read_question_ids(path) -> dict[str, list[str]]:
     """Return {query text: its qids} of JSON lines with question_id and question (test1.json, dev.json)."""
     found: dict[str, list[str]] = {}
     for line, text in read_lines(path):
+        entry = parse_json(text, path, line)
         try:
-            entry = json.loads(text)
             qid, query = entry["question_id"], entry["question"]
-        except json.JSONDecodeError as error:
-            raise FormatError(path, line, f"not JSON ({error.msg})") from None
         except (KeyError, TypeError):
             raise FormatError(path, line, "expected {question_id, question}") from None
-        if not isinstance(qid, str) or not isinstance(query, str) or "\t" in query or "\n" in query:
+        if not isinstance(qid, str) or not isinstance(query, str) or CUTS & {*query, *qid}:
             raise FormatError(path, line, "question_id and question must be texts without TAB or line end")
         found.setdefault(_query(query, path, line), []).append(qid)
     if not found:
@@ -182,6 +214,8 @@ def read_q2qid(path) -> dict[str, str]:
     mapping = _load_json(path, object_pairs_hook=unique)
     if not isinstance(mapping, dict) or not all(isinstance(qid, str) for qid in mapping.values()):
         raise UserError(f"{path}: expected one JSON object {{query text: qid}}")
+    if any(CUTS & {*text} for pair in mapping.items() for text in pair):
+        raise UserError(f"{path}: a query or qid with a TAB or a line end in it")
     if len(set(mapping.values())) < len(mapping):
         raise UserError(f"{path}: two queries have the same qid")
     return mapping
@@ -190,13 +224,11 @@ def read_q2qid(path) -> dict[str, str]:
 def _load_json(path, **options):
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file, **options)
+            return parse_json(file.read(), path, 1, **options)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise FormatError(path, error.lineno, f"not JSON ({error.msg})") from None
 
 
 @dataclass(frozen=True)
@@ -212,12 +244,10 @@ def read_dev(path) -> list[DevQuery]:
     """Return the queries of dev.json with their positives."""
     found, seen = [], set()
     for line, text in read_lines(path):
+        entry = parse_json(text, path, line)
         try:
-            entry = json.loads(text)
             answers = {str(a["paragraph_id"]): str(a["paragraph_text"]) for a in entry["answer_paragraphs"]}
             found.append(DevQuery(str(entry["question_id"]), str(entry["question"]), answers))
-        except json.JSONDecodeError as error:
-            raise FormatError(path, line, f"not JSON ({error.msg})") from None
         except (KeyError, TypeError) as error:
             fields = "question_id, question, answer_paragraphs: [{paragraph_id, paragraph_text}]"
             raise FormatError(path, line, f"expected {{{fields}}}; missing or malformed: {error}") from None

@@ -12,6 +12,8 @@ from torch_src.file_cache import cached_array
 from torch_src.helpers import require
 
 CHUNK = 1 << 20  # characters read at a time
+LONGEST_PAIR = 1 << 22  # characters in which at least one row -> pid must stand
+CUT = re.compile(r"[\t\n\0]")  # a pid with one could not stand in a column; numpy drops NULs
 PLAIN = re.compile(r'"([^"\\]*)"\s*:\s*"([^"\\]*)"\s*,')  # no escapes, and not the last one
 PLAIN_RUN = re.compile(r'(?:\s*"[^"\\]*"\s*:\s*"[^"\\]*"\s*,)+')
 PAIR = re.compile(r'\s*"((?:[^"\\]|\\.)*)"\s*:\s*"((?:[^"\\]|\\.)*)"\s*([,}])')
@@ -44,6 +46,10 @@ def iter_json_lists(path, chunk: int) -> Iterator[list[tuple[str, str]]]:
             match = PAIR.match(text, at)
             if match is None:
                 rest = text[at:]
+                if len(rest) > LONGEST_PAIR:
+                    raise UserError(
+                        f"{path}: malformed near {rest[:40]!r} (no row -> pid in {len(rest):,} characters)"
+                    )
                 text, at = _read_more(file, rest, max(chunk, len(rest)), path), 0
                 if len(text) == len(rest):
                     if rest.strip() == "}":
@@ -94,9 +100,11 @@ def read_passage_ids(path, cache_dir=None) -> np.ndarray:
 def _parse_passage_ids(path) -> np.ndarray:
     rows, pids = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype="S1")]
     for pairs in iter_json_lists(path, CHUNK):
-        for key, _ in pairs:
+        for key, pid in pairs:
             if not key.isascii() or not key.isdecimal() or len(key) > 18:
                 raise UserError(f"{path}: the key {key[:20]!r} is not a row number")
+            if CUT.search(pid):
+                raise UserError(f"{path}: the pid {pid[:40]!r} has a TAB, a line end or a NUL in it")
         rows.append(np.array([int(key) for key, _ in pairs]))
         pids.append(np.array([pid.encode() for _, pid in pairs]))
     return _in_row_order(np.concatenate(rows), pids, path)

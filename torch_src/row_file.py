@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from torch_src.errors import UserError
-from torch_src.formats import decode
+from torch_src.formats import decode, raw_lines
 
 
 class RowFile:
@@ -21,18 +21,18 @@ class RowFile:
             raise UserError(f"{path}: no such file (training rows); get it with `sh script/download.sh`")
         self.path, self.parse = path, parse
         with open(path, "rb") as file:
-            rows = sum(1 for _ in file)
+            rows = sum(1 for _ in raw_lines(file, path))
         if not rows:
             raise UserError(f"{path}: no training rows in it")
         self.offsets = np.zeros(rows + 1, dtype=np.int64)
         numbers = None
         with open(path, "rb") as file:
-            for row, raw in enumerate(file):
-                found = numbers_of(parse(decode(raw, path, row + 1), path, row + 1))
+            for line, raw in raw_lines(file, path):
+                found = numbers_of(parse(decode(raw, path, line), path, line))
                 if numbers is None:
                     numbers = np.empty((rows, len(found)), dtype=np.uint64)
-                numbers[row] = found
-                self.offsets[row + 1] = self.offsets[row] + len(raw)
+                numbers[line - 1] = found
+                self.offsets[line] = self.offsets[line - 1] + len(raw)
         self.numbers = numbers
 
     def __len__(self) -> int:

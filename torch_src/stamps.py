@@ -79,7 +79,7 @@ def read_stamp(artifact) -> dict | None:
     path = stamp_path(artifact)
     try:
         stamp = json.loads(path.read_text(encoding="utf-8")) if Path(artifact).exists() else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return stamp if isinstance(stamp, dict) else None
 
