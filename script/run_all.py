@@ -4,6 +4,7 @@
     sh script/run_all.sh --debug                           the sample collection on a CPU
     sh script/run_all.sh --from cross_train                start later
     sh script/run_all.sh --data_dir D --dual_train.epoch 3
+    sh script/run_all.sh --plan                            what it would take: time, memory, disk
 
 A knob goes to every program that has it; `--STAGE.knob` goes to that one alone. Stages: check, dual_train,
 dual_infer, convert, cross_train, cross_infer.
@@ -117,6 +118,10 @@ def run(argv: list[str]) -> None:
     infer = parsed["dual_infer"]
     if infer.topk and not parsed["cross_infer"].retrieval_result:
         options["cross_infer"] += ["--retrieval_result", str(Path(infer.output_dir) / f"res.top{infer.topk}")]
+    if infer.plan:
+        for stage in PROGRAMS:
+            call([f"do_{stage}.py", *options[stage]])
+        return
     output, times = Path(infer.output_dir), {}
     for stage in STAGES[STAGES.index(first) :]:
         say(f"== {stage}")

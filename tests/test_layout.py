@@ -59,7 +59,7 @@ ROWS = [
         "ema",
     ],
     ["encoding", "search", "scoring"],
-    ["optimisation", "training_log"],
+    ["optimisation", "training_log", "planning"],
     ["training", "dev_retrieval", "ann_index", "data_check"],
     ["training_stage"],
     ["inference_stage"],

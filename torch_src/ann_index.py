@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from torch_src.devices import free_memory
 from torch_src.errors import UserError
 from torch_src.faiss_loading import load_faiss
 from torch_src.helpers import atomic_write, duration, say
@@ -178,13 +179,3 @@ def check_memory(factory: str, needed: int, available: Callable[[], int] | None 
             f"--index {factory}: needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
             "take a smaller one (IVF4096,PQ192x4fs, say), or none: exact search needs no memory for it"
         )
-
-
-def free_memory() -> int:
-    """Return the bytes of memory that programs can still get."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            line = next(line for line in file if line.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

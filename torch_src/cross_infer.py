@@ -10,7 +10,7 @@ import numpy as np
 from metric.evaluation import compute_metrics
 from torch_src import guards, hparams
 from torch_src.backbones import check_fits, load_weights
-from torch_src.candidates import OFFICIAL, OFFICIAL_IDS, open_candidates
+from torch_src.candidates import OFFICIAL, OFFICIAL_IDS, Candidates, ListedCandidates, open_candidates
 from torch_src.collection import PassageCollection
 from torch_src.cross_hparams import DEBUG as TRAIN_DEBUG
 from torch_src.cross_hparams import FIXED_BY_WEIGHTS, CrossHparams
@@ -24,9 +24,10 @@ from torch_src.inference_cross_hparams import DEBUG, PRETRAINED, InferenceCrossH
 from torch_src.inference_stage import FoundModel, find_pretrained_model, find_trained_model, read_query_ids
 from torch_src.output_lock import output_lock
 from torch_src.passage_ids import check_length, read_passage_ids, rows_of
+from torch_src.planning import Plan, evenly, memory_gb, seconds_a_text
 from torch_src.scoring import PairScorer, fuse, rank_pairs
 from torch_src.stamps import clear_stamp, fingerprint_files, fingerprint_text, seal, up_to_date
-from torch_src.tokenization import TextRules, tokenizer_fingerprint
+from torch_src.tokenization import TextRules, tokenize_pairs, tokenizer_fingerprint
 from torch_src.vectors import DamagedBlock, ScoreStore
 
 RESULT = "cross_res.json"
@@ -35,7 +36,8 @@ SCORES, ID_MAP = "cross_scores.txt", "cross_id_map.tsv"  # what the official con
 
 def find_model(hp: InferenceCrossHparams) -> FoundModel:
     """Return the model that the settings name: fine-tuned, or with `--cross_params none` as it is."""
-    if hp.cross_params != PRETRAINED:
+    planned_before_training = hp.plan and not Path(hp.cross_params_path).exists()
+    if hp.cross_params != PRETRAINED and not planned_before_training:
         return find_trained_model(hp, "cross", hp.cross_params_path, FIXED_BY_WEIGHTS)
     trained = replace(CrossHparams(), **TRAIN_DEBUG) if hp.debug else CrossHparams()
     return find_pretrained_model(hp, trained, FIXED_BY_WEIGHTS)
@@ -60,16 +62,25 @@ class CrossInference:
         self.threads = set_threads(hp.threads)
         say(f"device {self.device}  precision {self.precision}  threads {self.threads}")
         self.qids = read_query_ids(hp)
+        self._open_candidates()
+        self.model = find_model(hp)
+        lengths = {"max_seq_len": self.model.fixed["max_seq_len"]}
+        check_fits(self.model.config, len(self.model.tokenizer), lengths, self.model.path)
+
+    def _open_candidates(self) -> None:
+        hp, cache = self.hp, str(self.output / "cache")
+        if hp.plan and not os.path.exists(hp.retrieval_result_path):  # before there is anything to re-rank
+            self.collection = PassageCollection(hp.passage_dir_path, cache)
+            self.candidates = imagined_candidates(list(self.qids), self.collection)
+            self.pairs = hp.topk * len(self.qids)
+            return
         source = require(hp.retrieval_result_path, "candidates to re-rank", "run do_dual_infer.py first")
-        cache = str(self.output / "cache")
         self.official = source.endswith(OFFICIAL)
         self.id_map = source[: -len(OFFICIAL)] + OFFICIAL_IDS if self.official else ""
         self.collection = None if self.official else PassageCollection(hp.passage_dir_path, cache)
         self.candidates = open_candidates(source, self.collection, cache)
+        self.pairs = len(self.candidates)
         self._check_queries(source)
-        self.model = find_model(hp)
-        lengths = {"max_seq_len": self.model.fixed["max_seq_len"]}
-        check_fits(self.model.config, len(self.model.tokenizer), lengths, self.model.path)
 
     def _check_queries(self, source: str) -> None:
         unknown = [query for query in self.candidates.queries if query not in self.qids]
@@ -122,11 +133,36 @@ class CrossInference:
                 warn(f"{str(damage).removesuffix('; delete it and run again')}; it is made again")
                 store.drop(damage.block)
 
-    def _score_blocks(self, store: ScoreStore, missing: list[int], model: CrossEncoder) -> None:
+    def scorer(self, model: CrossEncoder) -> PairScorer:
         hp, fixed = self.hp, self.model.fixed
         rules = TextRules(fixed["max_seq_len"], "", fixed["remove_spaces"])
         sizes = (hp.batch_size, token_budget(hp.tokens_per_batch, self.device))
-        scorer = PairScorer(model, self.model.tokenizer, rules, self.device, self.precision, *sizes)
+        return PairScorer(model, self.model.tokenizer, rules, self.device, self.precision, *sizes)
+
+    def plan(self) -> Plan:
+        """Return what scoring would take."""
+        planned = Plan("do_cross_infer.py")
+        scorer = self.scorer(load_model(self.model, self.hp.seed))
+        tokens, few = [], self.candidates
+
+        def score(rows: list[int]) -> None:
+            queries = [few.queries[few.query_of[row]] for row in rows]
+            texts = [few.passages(row, row + 1)[0] for row in rows]
+            pairs = tokenize_pairs(self.model.tokenizer, queries, texts, scorer.rules)
+            tokens.extend(pairs.lengths)
+            scorer.score(pairs)
+
+        each = seconds_a_text(score, evenly(len(few)))
+        mean = np.mean(tokens)
+        what = f"score {self.pairs:,} pairs ({mean:.0f} tokens, {mean / each:,.0f} tokens/s)"
+        planned.add(what, each * self.pairs)
+        planned.ram_gb, planned.gpu_gb = memory_gb(self.device)
+        planned.disk_gb = 150 * self.pairs / 1e9  # a line of each of four files, and the scores in blocks
+        planned.advice = "lower --tokens_per_batch or --block_pairs"
+        return planned
+
+    def _score_blocks(self, store: ScoreStore, missing: list[int], model: CrossEncoder) -> None:
+        hp, scorer = self.hp, self.scorer(model)
         total = sum(last - first for first, last in map(store.block_range, missing))
         progress = Progress(total, hp.log_every, "scored", "pairs")
         for block in missing:
@@ -210,9 +246,21 @@ class CrossInference:
         return guards.negatives_too_easy(negatives, logits[np.array(wrong)])
 
 
+def imagined_candidates(queries: list[str], collection: PassageCollection) -> Candidates:
+    """Return pairs of some queries with some passages, in place of a run that is not there yet."""
+    rows = np.array(evenly(len(collection)))
+    few = queries[: len(rows)]
+    query_of = np.arange(len(rows), dtype=np.int32) % len(few)
+    texts = [collection[row] for row in rows.tolist()]
+    return ListedCandidates(few, query_of, rows, np.zeros(len(rows), np.float32), None, None, texts)
+
+
 def run(hp: InferenceCrossHparams) -> None:
     """Score the candidates and write the re-ranked run, unless it is up to date."""
     hparams.announce("re-rank", hp)
+    if hp.plan:
+        inference = CrossInference(hp)
+        return inference.plan().say(hp.output_dir, inference.device)
     with output_lock(hp.output_dir):
         _run(hp)
 

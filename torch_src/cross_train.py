@@ -22,6 +22,7 @@ from torch_src.grad_cache import ChunkedForward
 from torch_src.helpers import exit_status, require, say, warn, write_json
 from torch_src.losses import listwise_loss, pointwise_loss, r_drop_loss
 from torch_src.passage_ids import check_length, read_passage_ids
+from torch_src.planning import evenly, seconds_a_text
 from torch_src.scoring import PairScorer, pair_tensors, rank_pairs
 from torch_src.stamps import fingerprint_files
 from torch_src.tokenization import Pairs, TextRules, tokenize_pairs
@@ -205,6 +206,21 @@ class CrossTraining(TrainingStage):
     def evaluate(self) -> dict[str, float]:
         """Return the dev metrics after re-ranking; empty without dev candidates."""
         return {} if self.dev is None else self.dev.metrics(self.scorer().score_all(self.dev.candidates))
+
+    def evaluation_seconds(self) -> float:
+        pairs = self.dev.candidates
+        texts = pairs.passages(0, len(pairs))
+        rows = evenly(len(pairs))
+
+        def score(some: list[int]) -> None:
+            queries = [pairs.queries[pairs.query_of[row]] for row in some]
+            given = tokenize_pairs(self.tokenizer, queries, [texts[row] for row in some], self.rules)
+            self.scorer().score(given)
+
+        return len(pairs) * seconds_a_text(score, rows)
+
+    def texts_a_step(self) -> int:
+        return self.units * self.group_size
 
     def summary(self, progress: Progress) -> None:
         """Warn of collapsed scores, a better retriever, too easy negatives."""

@@ -89,6 +89,7 @@ class DualHparams(OfficialLayout):
     threads: int = 0  # CPU threads of this process; 0: what torch chooses
     seed: int = 42  # weights, dropout, order and draws
     log_every: int = 20  # updates between log lines
+    plan: bool = False  # print time, memory and disk of this run from a short probe, and exit
     force: bool = False  # train again although the result is up to date, and from the start
     debug: bool = False  # a few minutes on a CPU with no download: sample data, small random model
 

@@ -1,6 +1,7 @@
 """do_dual_infer.py: queries + collection + output/dual_params.bin -> query.emb.npy, para_emb/, res.top50."""
 
 import gc
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,6 +33,7 @@ from torch_src.inference_de_hparams import DEBUG, PRETRAINED, InferenceDeHparams
 from torch_src.inference_stage import FoundModel, find_pretrained_model, find_trained_model, read_query_ids
 from torch_src.output_lock import TOGETHER, output_lock
 from torch_src.passage_ids import check_length, read_passage_ids
+from torch_src.planning import Plan, evenly, memory_gb, seconds_a_text, seconds_of
 from torch_src.search import choose_kind, chunk_rows, search
 from torch_src.stamps import clear_stamp, fingerprint_text, seal, up_to_date, write_stamp
 from torch_src.tokenization import TextRules, tokenizer_fingerprint
@@ -40,7 +42,8 @@ from torch_src.vectors import DamagedBlock, VectorStore, save_vectors
 
 def find_model(hp: InferenceDeHparams) -> FoundModel:
     """Return the model that the settings name: fine-tuned, or with `--dual_params none` as it is."""
-    if hp.dual_params != PRETRAINED:
+    planned_before_training = hp.plan and not Path(hp.dual_params_path).exists()
+    if hp.dual_params != PRETRAINED and not planned_before_training:
         return find_trained_model(hp, "dual", hp.dual_params_path, FIXED_BY_WEIGHTS)
     trained = replace(DualHparams(), **TRAIN_DEBUG) if hp.debug else DualHparams()
     return find_pretrained_model(hp, trained, FIXED_BY_WEIGHTS)
@@ -148,6 +151,39 @@ class DualInference:
             say(f"{store.folder}: vectors up to date ({store.rows:,} passages)")
         return queries, store
 
+    def plan(self) -> Plan:
+        """Return what encoding and exact search would take."""
+        planned, rows = Plan("do_dual_infer.py"), len(self.collection)
+        encoder = self.encoder("passage", load_model(self.model, self.hp.seed))
+        texts = [self.collection[row] for row in evenly(rows)]
+        tokens = np.mean(encoder.tokenize(texts).lengths)
+        each = seconds_a_text(encoder.encode, texts)
+        what = f"encode {rows:,} passages ({tokens:.0f} tokens, {tokens / each:,.0f} tokens/s)"
+        planned.add(what, each * rows)
+        # a block's tokens and vectors, and the next one's, tokenised ahead
+        block = min(rows, self.hp.block_rows) * (2 * 4 * tokens + 2 * encoder.width) / 1e9
+        planned.ram_gb = memory_gb(self.device)[0] + block
+        planned.add(f"search {len(self.queries):,} queries, exactly", self.search_seconds(encoder.width))
+        ram, planned.gpu_gb = memory_gb(self.device)
+        planned.ram_gb = max(planned.ram_gb, ram)
+        planned.disk_gb = rows * (2 * encoder.width + 8) / 1e9
+        planned.advice = "lower --search_memory_gb, --bs or --block_rows"
+        return planned
+
+    def search_seconds(self, width: int) -> float:
+        """Return about how long the search takes, by one over a few generated vectors."""
+        devices, memory = search_devices(self.hp.device, self.device), self.hp.search_memory_gb
+        at_once, rows = min(self.bs, len(self.queries)), len(self.collection)
+        kind = choose_kind(self.hp.search_product, width, devices[0], say)
+        some = min(rows, 3 * chunk_rows(at_once, width, memory, devices[0].type, len(devices)))
+        draw = np.random.default_rng(0)
+        queries = draw.standard_normal((at_once, width), dtype=np.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            store = VectorStore.create_or_continue(folder, {}, some, width, some, say)
+            store.write_block(0, draw.standard_normal((some, width), dtype=np.float32).astype(np.float16))
+            took = seconds_of(lambda: search(store, queries, self.topk, devices, kind, memory))
+        return took * rows / some * len(self.queries) / at_once
+
     def searcher(self, queries: np.ndarray, store: VectorStore) -> Callable:
         """Return search(round of queries) -> (rows, scores, what to say of it): exact, or by an index."""
         hp, devices = self.hp, search_devices(self.hp.device, self.device)
@@ -210,6 +246,9 @@ def run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
     hparams.check_range("topk", topk, 1)
     hparams.check_range("bs", bs, 1)
     say(f"topk {topk}  bs {bs}")
+    if hp.plan:
+        inference = DualInference(hp, topk, bs)
+        return inference.plan().say(hp.output_dir, inference.device)
     with output_lock(hp.output_dir, TOGETHER):
         _run(hp, topk, bs)
 

@@ -17,6 +17,7 @@ from torch_src.grad_cache import ChunkedForward
 from torch_src.helpers import exit_status, say, warn
 from torch_src.losses import contrastive_loss, contrastive_scores, distillation_loss
 from torch_src.mined_files import read_teacher, sidecar_path
+from torch_src.planning import evenly, seconds_a_text
 from torch_src.stamps import fingerprint_files
 from torch_src.tokenization import TextRules, pad, tokenize
 from torch_src.training import Progress, Task
@@ -160,6 +161,16 @@ class DualTraining(TrainingStage):
         result = self.dev.retrieve(self.encoder("query"), self.encoder("passage"))
         metrics = compute_metrics(self.dev.reference, result)
         return {name: metrics[name] for name in MEASURES}
+
+    def evaluation_seconds(self) -> float:
+        texts = [self.dev.passages[row] for row in evenly(len(self.dev.passages))]
+        queries = [query.query for query in self.dev.queries]
+        some = [queries[row] for row in evenly(len(queries))]
+        passages = len(self.dev.passages) * seconds_a_text(self.encoder("passage").encode, texts)
+        return passages + len(queries) * seconds_a_text(self.encoder("query").encode, some)
+
+    def texts_a_step(self) -> int:
+        return self.hp.batch_size * (2 + self.hp.hard_negatives)
 
     def summary(self, progress: Progress) -> None:
         if self.dev and progress.best <= progress.untrained:

@@ -65,6 +65,7 @@ class InferenceDeHparams(OfficialLayout):
     threads: int = 0  # CPU threads of this process; 0: what torch chooses
     seed: int = 42  # weights of a model that has none (the sample's)
     log_every: int = 10  # seconds between log lines
+    plan: bool = False  # print time, memory and disk of this run from a short probe, and exit
     force: bool = False  # encode and search again although the results are up to date
     debug: bool = False  # a few minutes on a CPU with no download: sample data, small random model
 

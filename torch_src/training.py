@@ -118,6 +118,24 @@ class Trainer:
             self.board.close()
         return self.progress
 
+    def probe(self, updates: int) -> list[float]:
+        """Make some updates, nothing being written or measured on dev; return seconds of each."""
+        seconds = []
+        for step in range(updates):
+            begun = time.perf_counter()
+            self.loss, lr = 0.0, self._set_lr(step)
+            for micro in range(self.hp.accumulation_steps):
+                at = step * self.hp.accumulation_steps + micro
+                self._backward(self.task.prepare(0, at % self.task.micro_steps_per_epoch), lr)
+            self._update()
+            seconds.append(time.perf_counter() - begun)
+        return seconds
+
+    def evaluations(self) -> int:
+        """Return how often the run will measure on dev."""
+        every = self.hp.eval_every or self.steps_per_epoch
+        return 0 if every < 0 else 1 + -(-self.total_steps // every)
+
     def _loop(self, ahead: ThreadPoolExecutor) -> None:
         waiting = self._submit(ahead, self.progress.step, 0)
         try:

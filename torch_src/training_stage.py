@@ -2,17 +2,20 @@
 
 import dataclasses
 import os
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from torch_src import hparams
 from torch_src.backbones import check_fits, load_config, model_fingerprint
 from torch_src.checkpoints import delete_checkpoints
-from torch_src.devices import choose_device, choose_precision, set_threads
+from torch_src.devices import choose_device, choose_precision, free_memory, set_threads
 from torch_src.grad_cache import ChunkedForward
-from torch_src.helpers import atomic_write, require, say, write_json
+from torch_src.helpers import atomic_write, duration, require, say, write_json
 from torch_src.output_lock import output_lock
+from torch_src.planning import Plan, checkpoint_gb, memory_gb, smaller_chunk
 from torch_src.process_group import ProcessGroup
 from torch_src.stamps import clear_stamp, fingerprint_files, record_seal, up_to_date, write_stamp
 from torch_src.tokenization import (
@@ -23,11 +26,13 @@ from torch_src.tokenization import (
 )
 from torch_src.training import Progress, Task, Trainer
 
+PROBED_UPDATES = 3  # that a plan times, after one more
+
 # Settings that change where things lie or what is said, but not the weights a run ends with.
 NOT_STAMPED = {
     "data_dir", "train_set", "dev_set", "passage_dir", "passage_ids", "dev_candidates", "output_dir",
     "log_every", "save_every_minutes", "pretrained_model_path", "dual_params", "vocab_path", "force", "debug",
-    "threads", "device",
+    "threads", "device", "plan",
 }  # fmt: skip
 
 
@@ -142,9 +147,44 @@ class TrainingStage:
             clear_stamp(params)
         return up_to_date(params, {**stamp, "weights": self.best_fingerprint()}, say)
 
+    def evaluation_seconds(self) -> float:
+        """Return about how long one measurement on dev takes, by a probe."""
+        raise AssertionError("a subclass knows what it measures")
+
+    def texts_a_step(self) -> int:
+        """Return the texts, or pairs, of one micro-batch."""
+        raise AssertionError("a subclass knows its batch")
+
+    def plan(self) -> Plan:
+        """Return what the training would take."""
+        self.load()
+        planned = Plan(f"do_{self.name}_train.py")
+        with tempfile.TemporaryDirectory() as folder:
+            hp = dataclasses.replace(self.hp, output_dir=folder)
+            trainer = Trainer(hp, self.task(), self.device, self.precision, f"{folder}/none", {}, self.group)
+        base = memory_gb(self.device)
+        seconds = float(np.median(trainer.probe(1 + PROBED_UPDATES)[1:]))
+        planned.add(f"{trainer.total_steps:,} updates ({seconds:.2f} s each)", seconds * trainer.total_steps)
+        if (evaluations := trainer.evaluations()) and self.dev is not None:
+            each = self.evaluation_seconds()
+            what = f"{evaluations} dev evaluations ({duration(each)} each)"
+            planned.add(what, each * evaluations)
+        planned.ram_gb, planned.gpu_gb = memory_gb(self.device)
+        planned.disk_gb = checkpoint_gb(self.model, bool(self.hp.ema_decay))
+        planned.advice = self._advice(base, (planned.ram_gb, planned.gpu_gb))
+        return planned
+
+    def _advice(self, base: tuple[float, float], peak: tuple[float, float]) -> str:
+        cuda = self.device.type == "cuda"
+        free = torch.cuda.mem_get_info(self.device)[1] if cuda else free_memory()
+        texts = self.hp.grad_cache_chunk or self.texts_a_step()
+        return f"try --grad_cache_chunk {smaller_chunk(texts, base[cuda], peak[cuda], free / 1e9)}"
+
     def run(self) -> None:
-        """Train unless the result is up to date."""
+        """Train unless the result is up to date, or say what it would take."""
         try:
+            if self.hp.plan:
+                return self.plan().say(self.hp.output_dir, self.device)
             with output_lock(self.hp.output_dir, first=self.group.rank == 0):
                 self._run()
         finally:

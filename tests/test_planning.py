@@ -1,0 +1,67 @@
+"""--plan: what it prints, that nothing is done, and that its arithmetic is the run's."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from toy_world import make_world, options, train_options
+
+from torch_src import cross_infer, cross_train, dual_infer, dual_train, planning
+from torch_src.planning import Plan, checkpoint_gb, evenly, smaller_chunk
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize(("program", "counted"), [
+    (dual_train, "6 updates"), (dual_infer, "encode 60 passages"), (cross_train, "updates"),
+    (cross_infer, "score 300 pairs"),
+])  # fmt: skip
+def test_before_anything_is_trained(world, tmp_path, capsys, program, counted):
+    model = ["--pretrained_model_path", str(world / "model")]
+    if program is dual_train:
+        words = train_options(world, tmp_path / "out")
+    else:
+        words = [*options(world, tmp_path / "out"), *model]
+    assert program.main([*words, "--plan"]) == 0
+    out = capsys.readouterr().out
+    assert counted in out and "it fits" in out and "time in all" in out
+    assert re.search(r"memory +0\.\d\d GB of", out) and re.search(r"disk +0\.\d\d GB of", out)
+    assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} <= {
+        path.name for path in (tmp_path / "out/cache").glob("*")
+    }
+
+
+def test_a_plan_does_not_change_what_is_up_to_date(world, tmp_path, capsys):
+    words = train_options(world, tmp_path / "out")
+    assert dual_train.main(words) == 0
+    assert dual_train.main([*words, "--plan"]) == 0
+    capsys.readouterr()
+    assert dual_train.main(words) == 0
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_said_with_the_mend(monkeypatch, tmp_path):
+    plan = Plan("do_dual_train.py", [("a", 60.0), ("b", 30.0)], ram_gb=8, disk_gb=1, advice="try less")
+    monkeypatch.setattr(planning, "free_memory", lambda: 4e9)
+    monkeypatch.setattr(planning, "_own_memory", lambda: 1e9)
+    monkeypatch.setattr(planning, "free_disk", lambda folder: 2e9)
+    lines = plan.lines(str(tmp_path), CPU)
+    assert lines[-1] == "  IT DOES NOT FIT (memory): try less"
+    assert "memory           8.00 GB of 5.0 GB free" in lines[-3] and plan.seconds == 90
+    plan.ram_gb = 5
+    assert plan.lines(str(tmp_path), CPU)[-1] == "  it fits"
+
+
+def test_arithmetic():
+    assert evenly(5) == [0, 1, 2, 3, 4] and evenly(100, 3) == [0, 49, 99]
+    layer = torch.nn.Linear(1000, 1000, bias=False)  # 4 MB
+    assert np.isclose(checkpoint_gb(layer, averaged=False), 0.004 * 10)
+    assert np.isclose(checkpoint_gb(layer, averaged=True), 0.004 * 13)
+    # 64 texts take 6 GB above 2: 0.9 x 5 GB leave room for 26, the power of two below is 16
+    assert smaller_chunk(64, 2.0, 8.0, 5.0) == 16 and smaller_chunk(64, 2.0, 8.0, 1.0) == 1
