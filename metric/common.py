@@ -7,6 +7,7 @@ or, when they are imported from the repository root themselves, as `metric.commo
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -157,3 +158,45 @@ def write_lists(path, lists):
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
+
+
+def digest(path):
+    """The sha256 of a file, in hexadecimal digits."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def write_stamp(output, program, inputs, **settings):
+    """Write OUTPUT.stamp.json: what made the result, of which files, and its own digest."""
+    made_of = {os.path.basename(path): digest(path) for path in inputs}
+    stamp = {"stage": program, **settings, "inputs": made_of, "sha256": digest(output)}
+    temporary = f"{output}.stamp.json.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(stamp, file, ensure_ascii=False, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, f"{output}.stamp.json")
+
+
+def warn_if_stale(result):
+    """Warn where a result is not what its stamp was written for, or a file it was made of has changed since.
+
+    A result without a stamp of ours is taken as it is.
+    """
+    try:
+        with open(f"{result}.stamp.json", encoding="utf-8") as file:
+            stamp = json.load(file)
+        made_of = stamp["inputs"].items()
+        own = stamp["sha256"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return
+    if own != digest(result):
+        warn(f"{result}: changed since {stamp.get('stage')} wrote it")
+    for name, known in made_of:
+        path = os.path.join(os.path.dirname(result), name)
+        if os.path.isfile(path) and digest(path) != known:
+            warn(f"{result}: {path} has changed since this was made of it; convert it again")

@@ -214,6 +214,8 @@ def convert(query2id, para2id, model_output, topk, output=None):
             for qid, ranking in rankings.items()
         ),
     )
+    inputs = (query2id, para2id, model_output)
+    common.write_stamp(output, "convert_recall_res_to_json", inputs, topk=topk)
     results = sum(len(ranking.rows) for ranking in rankings.values())
     print(f"{len(rankings)} queries, {results} results -> {output}")
 

@@ -92,6 +92,7 @@ def convert(score_file, id_map, output=None):
             "and keep the order of the id map"
         )
     common.write_lists(output, ((qid, rank(scores)) for qid, scores in scores_of.items()))
+    common.write_stamp(output, "convert_rerank_res_to_json", (score_file, id_map))
     results = sum(min(len(scores), KEPT) for scores in scores_of.values())
     print(f"{len(scores_of)} queries, {results} results -> {output}")
 

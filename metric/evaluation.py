@@ -164,6 +164,7 @@ def warn_about(path, reference, result):
 def evaluate(reference_path, result_path):
     """Print the measures as one JSON line."""
     reference, result = load_reference(reference_path), load_result(result_path)
+    common.warn_if_stale(result_path)
     try:
         metrics = compute_metrics(reference, result)
     except InputError as error:

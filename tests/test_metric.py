@@ -117,9 +117,29 @@ def test_output_stands_beside_the_run(folder, name, output):
     Path("runs").mkdir()
     Path("res.top3").rename(Path("runs", name))
     assert convert(10, f"runs/{name}") == 0
-    assert [path.name for path in Path("runs").iterdir() if path.name != name] == [output]
+    assert {path.name for path in Path("runs").iterdir()} == {name, output, f"{output}.stamp.json"}
     assert read(f"runs/{output}") == LISTS
     assert convert(10, f"runs/{name}", "mine.json") == 0 and read("mine.json") == LISTS
+
+
+def test_a_result_that_is_stale_or_changed_is_warned_of(folder, capsys):
+    assert convert(10) == 0
+    stamp = read("dual_res.json.stamp.json")
+    assert stamp["topk"] == 10 and set(stamp["inputs"]) == {"q2qid", "map", "res.top3"}
+    capsys.readouterr()
+    common.warn_if_stale("dual_res.json")
+    assert capsys.readouterr().err == ""
+    whole = Path("res.top3").read_text(encoding="utf-8")
+    Path("res.top3").write_text(whole + "\n", encoding="utf-8")
+    common.warn_if_stale("dual_res.json")
+    assert "res.top3 has changed since this was made of it" in capsys.readouterr().err
+    Path("res.top3").write_text(whole, encoding="utf-8")
+    Path("dual_res.json").write_text("{}", encoding="utf-8")
+    common.warn_if_stale("dual_res.json")
+    assert "changed since convert_recall_res_to_json wrote it" in capsys.readouterr().err
+    Path("dual_res.json.stamp.json").write_text("[", encoding="utf-8")
+    common.warn_if_stale("dual_res.json")  # no stamp of ours: the result is taken as it is
+    assert capsys.readouterr().err == ""
 
 
 def test_output_never_goes_over_an_input_or_the_first_stage(folder, capsys):
