@@ -15,17 +15,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 
 import numpy as np
 
+from metric.common import InputError
 from metric.evaluation import compute_metrics, load_reference
 from torch_src.errors import UserError
 from torch_src.formats import FormatError, read_lines, read_run, split_columns
 from torch_src.helpers import exit_status
 from torch_src.scoring import fused_scores
+from torch_src.stamps import fingerprint_files, read_stamp
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 
 
 def read_pairs(run: str, scores: str, id_map: str) -> tuple[list[str], np.ndarray, np.ndarray, list[str]]:
     """Return (qids, retriever's scores, logits, pids), aligned; UserError when the files differ in length."""
+    stamp = read_stamp(scores) or {}
+    if stamp.get("candidates") not in (None, fingerprint_files([run])):
+        raise UserError(f"{scores}: the scores of other candidates than {run}; run do_cross_infer.py again")
     retriever = np.array([row.score for row in read_run(run)])
     logits = np.array([parse_score(text, scores, line) for line, text in read_lines(scores)])
     ids = [split_columns(text, 2, id_map, line, "qid, pid") for line, text in read_lines(id_map)]
@@ -75,7 +80,7 @@ def main(argv: list[str]) -> int:
     for name in ("run", "scores", "id_map", "reference"):
         parser.add_argument(f"--{name}", required=True)
     given = parser.parse_args(argv)
-    return exit_status(lambda: run(given))
+    return exit_status(lambda: run(given), InputError)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 
 from torch_src import cross_infer, dual_infer, hparams, mining
 from torch_src.collection import PassageCollection
-from torch_src.helpers import exit_status, require, say, write_json
+from torch_src.helpers import exit_status, read_json, require, say, write_json
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.mining_hparams import DEBUG, NO_CROSS, MiningHparams
@@ -28,11 +28,14 @@ OUTPUTS = ("dual.train.tsv", "cross.train.tsv", mining.SIDECAR)
 
 def retrieve(hp: MiningHparams, queries: Path) -> Path:
     """Run do_dual_infer.py on the training queries; return the run."""
+    there = Path(hp.para_emb_path) / "manifest.json"  # vectors that are there are used as they are
+    manifest = read_json(there) if there.exists() else {}
     settings = InferenceDeHparams(
         dual_params=hp.dual_params_path, topk=hp.topk, bs=hp.bs, data_dir=hp.data_dir, dev_q=str(queries),
         dev_q2qid="none", passage_dir=hp.passage_dir_path, passage_ids=hp.passage_ids_path,
         para_emb=hp.para_emb_path, output_dir=str(queries.parent), precision=hp.precision, device=hp.device,
-        threads=hp.threads, force=hp.force, debug=hp.debug,
+        block_rows=manifest.get("block_rows", InferenceDeHparams.block_rows),
+        vector_dims=manifest.get("vector_dims", 0), threads=hp.threads, force=hp.force, debug=hp.debug,
     )  # fmt: skip
     dual_infer.run(settings, hp.topk, hp.bs)
     return queries.parent / f"res.top{hp.topk}"

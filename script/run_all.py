@@ -11,6 +11,8 @@ dual_infer, convert, cross_train, cross_infer.
 """
 
 import dataclasses
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,12 +20,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
 
+from metric.common import InputError
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result
 from torch_src import cross_hparams, dual_hparams, hparams, inference_cross_hparams, inference_de_hparams
 from torch_src.collection import PassageCollection
 from torch_src.errors import UserError
 from torch_src.formats import read_dev
-from torch_src.helpers import duration, exit_status, say, write_json
+from torch_src.helpers import duration, exit_status, require, say, write_json
 from torch_src.inference_stage import read_query_ids
 from torch_src.passage_ids import check_length, read_passage_ids
 
@@ -62,13 +65,21 @@ def has_knob(settings: type, knob: str) -> bool:
     return knob.removeprefix("no_") in {field.name for field in dataclasses.fields(settings)}
 
 
-def check_data(hp) -> None:
-    """UserError unless the files of both stages are there and their ids fit together."""
+def check_data(parsed: dict) -> None:
+    """UserError unless the files of both stages are there and their ids fit together; check_data.py looks at
+    every line of them.
+    """
+    hp = parsed["dual_infer"]
+    for stage in ("dual_train", "cross_train"):
+        require(
+            parsed[stage].train_set_path, f"training rows of {stage}", "get it with `sh script/download.sh`"
+        )
     queries = read_query_ids(hp)
     passages = len(PassageCollection(hp.passage_dir_path, str(Path(hp.output_dir) / "cache")))
     ids = read_passage_ids(hp.passage_ids_path, str(Path(hp.output_dir) / "cache"))
     check_length(hp.passage_ids_path, len(ids), passages)
-    answered = len(read_dev(Path(hp.data_dir) / "dev/dev.json"))
+    dev = parsed["cross_infer"].dev_set_path
+    answered = len(read_dev(dev)) if os.path.exists(dev) else 0
     say(f"{passages:,} passages, {len(queries):,} dev queries, {answered:,} of them with answers")
 
 
@@ -79,7 +90,20 @@ def convert(hp, run_path: Path, topk: int) -> None:
 
 
 def call(command: list[str]) -> None:
-    status = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    """Run a program to its end. A signal that asks us to stop is its to answer: it saves first, we wait."""
+    # A session of its own: a terminal's Ctrl-C would reach it once by itself and once through us.
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, start_new_session=True)
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            before[number] = signal.signal(number, lambda number, _: process.send_signal(number))
+    except ValueError:
+        pass  # not the main thread: who runs us there stops the program himself
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if status:
         raise UserError(
             f"{command[0]} ended with status {status}; the same command carries on after the mend"
@@ -99,7 +123,7 @@ def table(times: dict[str, float], dev: str, output: Path) -> list[str]:
 
 def figures_of(dev: str, result: Path) -> str:
     """Return the metrics of a result as a line of the table; nothing where it is not there."""
-    if not result.exists():
+    if not result.exists() or not os.path.exists(dev):
         return ""
     metrics = compute_metrics(load_reference(dev), load_result(result))
     return "  ".join(f"{metrics[name]:9.4f}" for name in MEASURES)
@@ -127,7 +151,7 @@ def run(argv: list[str]) -> None:
         say(f"== {stage}")
         begun = time.monotonic()
         if stage == "check":
-            check_data(infer)
+            check_data(parsed)
         elif stage == "convert":
             topk = infer.topk or TOPK
             convert(infer, output / f"res.top{topk}", topk)
@@ -144,7 +168,7 @@ def main(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(__doc__)
         return 0
-    return exit_status(lambda: run(argv))
+    return exit_status(lambda: run(argv), InputError)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
 
+from metric.common import InputError
 from metric.evaluation import MEASURES
 from script.run_all import PROGRAMS, call, convert, figures_of, split_options
 from torch_src import hparams, mining_hparams
@@ -113,7 +114,7 @@ def main(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(__doc__)
         return 0
-    return exit_status(lambda: run(argv))
+    return exit_status(lambda: run(argv), InputError)
 
 
 if __name__ == "__main__":

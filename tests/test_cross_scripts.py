@@ -18,6 +18,7 @@ from torch_src import cross_infer, cross_train, dual_infer
 from torch_src.backbones import load_config
 from torch_src.cross_model import build_cross_encoder
 from torch_src.errors import UserError
+from torch_src.stamps import record_seal
 
 OFFICIAL = "auxiliary/dev.retrieval.top50.res.tsv"
 QUERIES, DEPTH = 6, 50
@@ -216,9 +217,33 @@ def test_negatives_that_were_too_easy_are_noticed_at_inference_too(world, capsys
     assert len(load(path)["scores"]) > 10
     assert infer(world, "--force") == 0
     assert "do not look like the candidates" not in capsys.readouterr().out
-    path.write_text(json.dumps({"scores": [-50.0] * 100}))
+    lower = {"weights": load(path)["weights"], "scores": [-50.0] * 100}
+    path.write_text(json.dumps(lower))  # without its seal: damaged, and not believed
+    assert infer(world, "--force") == 0
+    assert "do not look like the candidates" not in capsys.readouterr().out
+    path.write_text(json.dumps({**lower, "seal": record_seal(lower)}))
     assert infer(world, "--force") == 0
     assert "do not look like the candidates" in capsys.readouterr().out
+
+
+def test_a_lost_or_damaged_record_is_written_again(world, capsys):
+    record, config = world / "output/cross_hparams.json", world / "output/cross_model/config.json"
+    record.unlink()
+    assert train(world) == 0  # the record names the output folder, and this is a copy of it
+    before = content(world / "output")
+    capsys.readouterr()
+    for damage in (
+        record.unlink,
+        lambda: record.write_text("{"),
+        config.unlink,
+        lambda: config.write_text("{}"),
+    ):
+        damage()
+        assert infer(world) == 2
+        assert train(world) == 0
+        assert "damaged or not there; written again" in capsys.readouterr().out
+        assert content(world / "output") == before
+        assert infer(world) == 0
 
 
 def test_topk_keeps_fewer_but_scores_all(world):

@@ -1,5 +1,6 @@
 """Log lines, atomic files, exit statuses, durations."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,17 +33,53 @@ def test_atomic_write_takes_bytes(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"\xff\r\n"
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, OSError])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, PermissionError(13, "no")])
 @pytest.mark.parametrize("before", [["file"], []])
 def test_failed_atomic_write_leaves_the_old_file_and_no_tmp(tmp_path, error, before):
     for name in before:
         (tmp_path / name).write_text("old")
-    with pytest.raises(error), helpers.atomic_write(tmp_path / "file") as file:
+    kind = error if isinstance(error, type) else type(error)
+    with pytest.raises(kind), helpers.atomic_write(tmp_path / "file") as file:
         file.write("half")
         file.flush()
-        raise error()
+        raise error
     assert names(tmp_path) == before
     assert all((tmp_path / name).read_text() == "old" for name in before)
+
+
+def test_an_error_of_the_library_that_writes_names_the_file(tmp_path):
+    """numpy's own for a full disk has neither number nor file name."""
+    words = "file: could not be written .5 requested and 2 written.; is the disk full"
+    with pytest.raises(UserError, match=words), helpers.atomic_write(tmp_path / "file"):
+        raise OSError("5 requested and 2 written")
+    assert names(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host = socket.gethostname()
+    left = [
+        f"file.{host}.{dead.pid}.tmp",
+        f"file.{host}.1.tmp",
+        "file.elsewhere.2.tmp",
+        f"other.{host}.{dead.pid}.tmp",
+    ]
+    for name in left:
+        (tmp_path / name).write_text("half")
+    with helpers.atomic_write(tmp_path / "file") as file:
+        file.write("new")
+    assert names(tmp_path) == sorted(["file", *left[1:]])
+
+
+def test_memory_that_does_not_suffice_is_one_line(capsys):
+    class OutOfMemoryError(RuntimeError):
+        """Named as torch's is."""
+
+    assert (
+        helpers.exit_status(fail_with(OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"))) == 2
+    )
+    assert "error: out of memory (CUDA out of memory)" in capsys.readouterr().err
 
 
 def test_new_content_is_not_seen_before_the_block_ends(tmp_path):

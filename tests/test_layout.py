@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     ["errors"],
     ["formats", "helpers"],
-    ["hparams", "stamps", "claims", "file_cache"],
+    ["model_folder", "stamps", "claims", "file_cache"],
+    ["hparams"],
     [
         "dual_hparams",
         "inference_de_hparams",
@@ -66,9 +67,9 @@ ROWS = [
     ["dual_train", "dual_infer", "cross_train", "cross_infer", "mining"],
 ]
 ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
-TORCH_FREE = [*(module for row in ROWS[:3] for module in row), "collection", "passage_ids"]
+TORCH_FREE = [*(module for row in ROWS[:4] for module in row), "collection", "passage_ids"]
 MODULES = sorted((ROOT / "torch_src").glob("[a-z]*.py"))
-SEES_HPARAMS = {module for row in ROWS[6:] for module in row} | {
+SEES_HPARAMS = {module for row in ROWS[7:] for module in row} | {
     "hparams",
     "dual_hparams",
     "inference_de_hparams",

@@ -344,3 +344,18 @@ def test_plain_scores_are_within_their_bound():
     plain = Float32(draw.normal(size=(20, 768)).astype(np.float32), CPU)
     error = plain.scores(vectors).double() - vectors.double() @ plain.queries.double().T
     assert (error.abs() <= plain.bound(vectors)).all()
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize(("rows", "topk"), [(200, 500), (200, 200), (130, 129), (65, 1)])
+def test_more_asked_for_than_a_short_last_chunk_has(tmp_path, monkeypatch, rows, topk, devices):
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 64)
+    draw = np.random.default_rng(rows)
+    vectors, queries = (
+        draw.normal(size=(rows, 8)).astype(np.float16),
+        draw.normal(size=(5, 8)).astype(np.float32),
+    )
+    store = make_store(tmp_path / "v", vectors, 50)
+    found, scores, _ = search(store, queries, topk, [CPU] * devices)
+    expected, values = full_sort(vectors, queries, topk)
+    assert np.array_equal(found, expected) and np.array_equal(scores, values)

@@ -7,7 +7,7 @@ import pytest
 
 from torch_src.errors import UserError
 from torch_src.stamps import CODE_VERSION
-from torch_src.vectors import VectorStore, save_vectors
+from torch_src.vectors import DamagedBlock, VectorStore, save_vectors
 
 STAMP = {"weights": "abc", "max_len": 32, "prefix": "", "normalize": False}
 
@@ -175,7 +175,7 @@ def test_a_write_that_fails_leaves_the_old_block(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("torch_src.vectors.np.save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="is the disk full"):
         store.write_block(0, np.zeros((4, 3), np.float16))
     assert not list(tmp_path.glob("*.tmp"))
     assert np.array_equal(next(store.blocks())[1], vectors[:4])
@@ -215,3 +215,70 @@ def test_a_block_that_was_cut_off_is_named_when_it_is_read(tmp_path):
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(UserError, match="block-00001.npy.*delete it"):
         store.read_into(2, np.empty((5, 3), dtype=np.float16))
+
+
+def test_two_runs_with_other_settings_never_mix_their_blocks(tmp_path):
+    """The second empties the folder; the first, still at work, is stopped, and its block is not taken."""
+    first = make(tmp_path)
+    first.write_block(0, np.ones((4, 3), np.float16))
+    second = make(tmp_path, stamp={**STAMP, "weights": "xyz"})
+    with pytest.raises(UserError, match="another run with other settings"):
+        first.write_block(1, np.ones((4, 3), np.float16))
+    vectors = fill(second)
+    assert first.missing_blocks() == [0, 1, 2]  # of another manifest: not its own
+    with pytest.raises(DamagedBlock):
+        first.read_into(0, np.empty((9, 3), np.float16))
+    found = np.empty((9, 3), np.float16)
+    second.read_into(0, found)
+    assert np.array_equal(found, vectors)
+
+
+def test_what_cannot_be_read_just_now_is_no_damage(tmp_path, monkeypatch):
+    store = make(tmp_path)
+    fill(store)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "block")
+
+    monkeypatch.setattr("torch_src.vectors.np.load", refuse)
+    with pytest.raises(PermissionError):
+        list(store.blocks())
+    assert store.missing_blocks() == []
+
+
+def test_a_block_that_was_mended_meanwhile_is_not_dropped(tmp_path):
+    store = make(tmp_path)
+    vectors = fill(store)
+    path = store.block_path(1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"x")
+    with pytest.raises(DamagedBlock) as caught:
+        list(store.blocks())
+    path.write_bytes(whole)  # by another process that saw it, too
+    store.drop(caught.value.block)
+    assert store.missing_blocks() == [] and np.array_equal(store.vectors_at(np.arange(9)), vectors)
+    path.write_bytes(whole[:-1] + b"x")
+    store.drop(1)
+    assert store.missing_blocks() == [1]
+
+
+def test_shared_blocks_without_a_manifest_are_not_deleted(tmp_path):
+    store = make(tmp_path)
+    fill(store)
+    store.manifest_path.unlink()
+    with pytest.raises(UserError, match="blocks without a manifest"):
+        VectorStore.create_or_continue(tmp_path, STAMP, 9, 3, 4, print, shared=True)
+    assert store.block_path(0).exists()
+
+
+def test_a_complete_folder_that_may_not_be_written_to_is_used(tmp_path, monkeypatch):
+    vectors = fill(make(tmp_path))
+
+    class NoClaims:
+        def __init__(self, folder):
+            raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("torch_src.vectors.Claims", NoClaims)
+    assert np.array_equal(make(tmp_path).vectors_at(np.arange(9)), vectors)
+    with pytest.raises(PermissionError):
+        make(tmp_path, stamp={**STAMP, "weights": "xyz"})

@@ -43,19 +43,23 @@ class ApproximateSearch:
         UserError for a malformed factory string or parameter, and when the index will not fit into memory.
         """
         self.store, self.settings, self.faiss = store, settings, load_faiss()
-        stamp = {**stamp, "factory": settings.factory, "seed": settings.seed}
+        stamp = {
+            **stamp, "factory": settings.factory, "seed": settings.seed, "memory_gb": settings.memory_gb,
+        }  # fmt: skip
         old = None if force else read_stamp(path)
         different = [] if old is None else changes(old, stamp)
         if old is not None and not different and not is_sealed(path):
             different = ["its bytes are not those that were written"]
         if old is not None and not different:
             self.index = self._read(path)
+            for _ in read_chunks(store, FILL_ROWS, buffers=3):
+                pass  # the exact scores come from the blocks: reading them in order checks their bytes
             say(f"{path}: up to date")
         else:
             if different:
                 say(f"{path}: out of date, made again ({'; '.join(different)})")
             self.index = self._make(path, stamp)
-        self._set_parameters()
+        set_parameters(self.index, settings.factory, settings.search_params)
 
     def _read(self, path: Path):
         try:
@@ -75,13 +79,22 @@ class ApproximateSearch:
         if not index.is_trained:
             sample = self._sample(index)
             say(f"index {self.settings.factory}: training on {len(sample):,} vectors")
-            index.train(sample)
+            try:
+                index.train(sample)
+            except RuntimeError as error:
+                why = str(error).strip().split("\n")[-1][-200:]
+                raise UserError(
+                    f"--index {self.settings.factory}: not for {len(sample):,} vectors ({why})"
+                ) from error
             del sample
         for _, chunk in read_chunks(self.store, FILL_ROWS, buffers=3):
             index.add(torch.from_numpy(chunk).float().numpy())
         clear_stamp(path)
         with atomic_write(path, "wb") as file:
-            self.faiss.write_index(index, file.name)
+            try:
+                self.faiss.write_index(index, file.name)
+            except RuntimeError as error:
+                raise UserError(f"{path}: could not be written; is the disk full?") from error
         seal(path, stamp)
         size = os.path.getsize(path) / 1e9
         say(f"wrote {path} ({size:.2f} GB) in {duration(time.monotonic() - begun)}")
@@ -95,16 +108,6 @@ class ApproximateSearch:
         draw = np.random.default_rng([self.settings.seed, 5])
         rows = np.sort(draw.choice(self.store.rows, min(wanted, self.store.rows), replace=False))
         return torch.from_numpy(self.store.vectors_at(rows)).float().numpy()
-
-    def _set_parameters(self) -> None:
-        for parameter in filter(None, self.settings.search_params.split(",")):
-            try:
-                self.faiss.ParameterSpace().set_index_parameters(self.index, parameter)
-            except RuntimeError as error:
-                raise UserError(
-                    f"--search_params {parameter}: not a parameter of an index {self.settings.factory} "
-                    "(nprobe, efSearch, k_factor_rf, ...)"
-                ) from error
 
     def search(self, queries: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (rows (B, K) int64, scores (B, K) float64), best first, ties by row.
@@ -145,6 +148,18 @@ def new_index(factory: str, hidden: int):
         return faiss.index_factory(hidden, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise UserError(f"--index {factory}: faiss makes no such index of {hidden} dimensions") from error
+
+
+def set_parameters(index, factory: str, parameters: str) -> None:
+    """Set `nprobe=64,k_factor_rf=10`, ...; UserError for one that this kind of index does not have."""
+    for parameter in filter(None, parameters.split(",")):
+        try:
+            load_faiss().ParameterSpace().set_index_parameters(index, parameter)
+        except RuntimeError as error:
+            raise UserError(
+                f"--search_params {parameter}: not a parameter of an index {factory} "
+                "(nprobe, efSearch, k_factor_rf, ...)"
+            ) from error
 
 
 def inverted_lists(index) -> int:

@@ -17,18 +17,21 @@ def previous(path) -> Path:
     return Path(path).with_suffix(".previous.pt")
 
 
+def save_tensors(path, state: dict, **options) -> None:
+    """Write nested dictionaries of tensors and plain values, atomically; UserError when that fails."""
+    try:
+        with atomic_write(path, "wb", **options) as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # torch reports a full disk so
+        raise UserError(
+            f"{path}: could not be written ({str(error).strip().split(chr(10))[0][:100]}); is the disk full? "
+            "What was there before is whole; the same command carries on"
+        ) from error
+
+
 def save_checkpoint(path, state: dict) -> None:
     """Write the checkpoint; the one that was there becomes the previous. A full disk leaves both whole."""
-    state = {**state, "xxh3": checksum(state)}
-    try:
-        with atomic_write(path, "wb", keep_old=previous(path)) as file:
-            torch.save(state, file)
-    except RuntimeError as error:  # what torch makes of a full disk
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{path}: cannot be written ({reason[:120]}); is the disk full? "
-            "The checkpoints before it are whole"
-        ) from error
+    save_tensors(path, {**state, "xxh3": checksum(state)}, keep_old=previous(path))
 
 
 def checksum(state) -> str:

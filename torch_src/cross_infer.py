@@ -26,7 +26,7 @@ from torch_src.output_lock import output_lock
 from torch_src.passage_ids import check_length, read_passage_ids, rows_of
 from torch_src.planning import Plan, evenly, memory_gb, seconds_a_text
 from torch_src.scoring import PairScorer, fuse, rank_pairs
-from torch_src.stamps import clear_stamp, fingerprint_files, fingerprint_text, seal, up_to_date
+from torch_src.stamps import clear_stamp, fingerprint_files, fingerprint_text, record_seal, seal, up_to_date
 from torch_src.tokenization import TextRules, tokenize_pairs, tokenizer_fingerprint
 from torch_src.vectors import DamagedBlock, ScoreStore
 
@@ -43,10 +43,10 @@ def find_model(hp: InferenceCrossHparams) -> FoundModel:
     return find_pretrained_model(hp, trained, FIXED_BY_WEIGHTS)
 
 
-def load_model(model: FoundModel, seed: int) -> CrossEncoder:
-    """Return the cross-encoder with its weights, on the CPU."""
+def load_model(model: FoundModel, seed: int, trained: bool = True) -> CrossEncoder:
+    """Return the cross-encoder with its weights, on the CPU; not `trained`: its head may be random."""
     if model.params is None:
-        return load_cross_encoder(model.path, model.config, seed, trained=True)
+        return load_cross_encoder(model.path, model.config, seed, trained)
     encoder = build_cross_encoder(model.config)
     load_weights(model.params, encoder.model, "do_cross_train.py")
     return encoder
@@ -121,6 +121,7 @@ class CrossInference:
         store = ScoreStore.create_or_continue(
             folder, self.score_stamp(), total, 1, min(hp.block_pairs, total), say, hp.force
         )
+        dropped: set[int] = set()
         while True:
             missing = store.missing_blocks()
             if missing:
@@ -130,6 +131,9 @@ class CrossInference:
             try:
                 return np.concatenate([np.array(block[:, 0]) for _, block in store.blocks()])
             except DamagedBlock as damage:
+                if damage.block in dropped:
+                    raise  # made again, and damaged again: not for us to mend
+                dropped.add(damage.block)
                 warn(f"{str(damage).removesuffix('; delete it and run again')}; it is made again")
                 store.drop(damage.block)
 
@@ -142,7 +146,7 @@ class CrossInference:
     def plan(self) -> Plan:
         """Return what scoring would take."""
         planned = Plan("do_cross_infer.py")
-        scorer = self.scorer(load_model(self.model, self.hp.seed))
+        scorer = self.scorer(load_model(self.model, self.hp.seed, trained=False))
         tokens, few = [], self.candidates
 
         def score(rows: list[int]) -> None:
@@ -226,7 +230,7 @@ class CrossInference:
         before = {qid: [] for qid in result}
         for query, span in self.candidates.spans():
             for qid in self.qids[query] or ():
-                before[qid] = [pid.decode() for pid in self.pids[span]]
+                before[qid] = [pid.decode() for pid in self.pids[span]][: self.hp.topk]
         retriever, reranked = (compute_metrics(reference, run)["MRR@10"] for run in (before, result))
         say(f"MRR@10 of the candidates as they came {retriever:.4f}, re-ranked {reranked:.4f}")
         warnings = (guards.below_retriever(reranked, retriever), self.easy_negatives(logits, reference))
@@ -238,11 +242,17 @@ class CrossInference:
         path = guards.negatives_path(self.hp.cross_params_path)
         if self.model.params is None or not path.exists():
             return None
+        try:
+            known = read_json(path)
+        except UserError:
+            known = {}
+        if known.get("seal") != record_seal(known) or known.get("weights") != self.model.fingerprint:
+            return None  # damaged, or of other weights
         wrong = []
         for query, span in self.candidates.spans():
             answers = set().union(*(reference.get(qid, ()) for qid in self.qids[query] or ()))
             wrong += [pid.decode() not in answers for pid in self.pids[span]]
-        negatives = np.array(read_json(path).get("scores", []), dtype=np.float32)
+        negatives = np.array(known["scores"], dtype=np.float32)
         return guards.negatives_too_easy(negatives, logits[np.array(wrong)])
 
 

@@ -24,7 +24,7 @@ from torch_src.losses import listwise_loss, pointwise_loss, r_drop_loss
 from torch_src.passage_ids import check_length, read_passage_ids
 from torch_src.planning import evenly, seconds_a_text
 from torch_src.scoring import PairScorer, pair_tensors, rank_pairs
-from torch_src.stamps import fingerprint_files
+from torch_src.stamps import fingerprint_files, record_seal
 from torch_src.tokenization import Pairs, TextRules, tokenize_pairs
 from torch_src.training import Progress, Task
 from torch_src.training_stage import TrainingStage
@@ -74,6 +74,7 @@ class CrossTraining(TrainingStage):
 
     def __init__(self, hp: CrossHparams):
         super().__init__(hp)
+        self.config.num_labels = 1
         self.rules = TextRules(hp.max_seq_len, "", hp.remove_spaces)
         self.listwise = hp.loss == "listwise"
         self.units = hp.groups_per_step if self.listwise else hp.batch_size
@@ -97,12 +98,17 @@ class CrossTraining(TrainingStage):
         self.checkpoint_gradients(self.model.model)
         self.model.to(self.device)
 
+    def forget(self) -> None:
+        guards.negatives_path(self.hp.params_path).unlink(missing_ok=True)
+
     def stamp(self) -> dict:
-        start = self.hp.dual_params
-        if start == FROM_PRETRAINED:
-            return super().stamp()
-        weights = fingerprint_files([require(start, "trained retriever", "run do_dual_train.py first")])
-        return {**super().stamp(), "start_weights": weights}
+        start, stamp = self.hp.dual_params, super().stamp()
+        if self.hp.eval_every >= 0 and not self.hp.dev_candidates_path.endswith(OFFICIAL):
+            stamp |= self.collection_stamp()  # a run names its texts and pids by rows
+        if start != FROM_PRETRAINED:
+            retriever = require(start, "trained retriever", "run do_dual_train.py first")
+            stamp["start_weights"] = fingerprint_files([retriever])
+        return stamp
 
     def state(self) -> dict:
         return self.model.model.state_dict()
@@ -234,9 +240,10 @@ class CrossTraining(TrainingStage):
         say(f"MRR@10 of the dev candidates: {order}")
         spans = [span for _, span in self.dev.candidates.spans()]
         negatives = self.scorer().score(self._negatives())
-        write_json(
-            guards.negatives_path(self.hp.params_path), {"scores": [round(x, 6) for x in negatives.tolist()]}
-        )
+        looked_at = {
+            "weights": progress.best_weights, "scores": [round(x, 6) for x in negatives.tolist()],
+        }  # fmt: skip
+        write_json(guards.negatives_path(self.hp.params_path), {**looked_at, "seal": record_seal(looked_at)})
         warnings = (
             guards.collapsed(scores, spans),
             guards.below_retriever(reranked["MRR@10"], retriever["MRR@10"]),

@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -98,9 +99,10 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-# glibc's malloc options (malloc.h): give memory back to the system late, take it in large pieces, and use the
-# heap also for large blocks.
-MALLOC_OPTIONS = ((-1, 2**31 - 1), (-2, 64 << 20), (-3, 1 << 30))
+# glibc's malloc options (malloc.h): use the heap also for large blocks (older versions refuse more than 32
+# MiB), give memory back to the system late, take it in large pieces.
+MMAP_THRESHOLD, MMAP_LIMITS = -3, (1 << 30, 32 << 20)
+MALLOC_OPTIONS = ((-1, 2**31 - 1), (-2, 64 << 20))
 
 
 def keep_freed_memory() -> bool:
@@ -113,6 +115,8 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False  # not glibc
+    if not any(mallopt(MMAP_THRESHOLD, limit) == 1 for limit in MMAP_LIMITS):
+        return False  # the others alone would make it worse
     return all([mallopt(option, value) == 1 for option, value in MALLOC_OPTIONS])
 
 
@@ -142,10 +146,20 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def free_memory() -> int:
-    """Return the bytes of memory that programs can still get."""
+    """Return the bytes of memory that programs can still get, within the limit of a container, too."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             line = next(line for line in file if line.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
+        free = int(line.split()[1]) * 1024
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
+        return min(free, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):
+        return free  # no container, or one without a limit ("max")
+
+
+def free_gpu_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU's memory that are free or this process's already."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)

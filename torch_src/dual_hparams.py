@@ -116,8 +116,6 @@ class DualHparams(OfficialLayout):
             raise UserError(
                 "--distill_loss needs hard negatives, whose scores are learnt; --hard_negatives is 0"
             )
-        if self.early_stop and self.eval_every < 0:
-            raise UserError("--early_stop needs dev retrievals; --eval_every -1 turns them off")
         if self.batch_size == 1 and not self.hard_negatives:
             raise UserError("--batch_size 1 --hard_negatives 0: no query would have a negative to learn from")
 

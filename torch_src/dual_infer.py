@@ -1,6 +1,7 @@
 """do_dual_infer.py: queries + collection + output/dual_params.bin -> query.emb.npy, para_emb/, res.top50."""
 
 import gc
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,7 +12,14 @@ import numpy as np
 import torch
 
 from torch_src import hparams
-from torch_src.ann_index import ApproximateSearch, IndexSettings
+from torch_src.ann_index import (
+    ApproximateSearch,
+    IndexSettings,
+    check_memory,
+    estimate_bytes,
+    new_index,
+    set_parameters,
+)
 from torch_src.backbones import check_fits, load_weights
 from torch_src.collection import PassageCollection
 from torch_src.devices import (
@@ -31,6 +39,7 @@ from torch_src.formats import RunRow, format_run_row
 from torch_src.helpers import atomic_write, duration, exit_status, rank, require, say, warn
 from torch_src.inference_de_hparams import DEBUG, PRETRAINED, InferenceDeHparams
 from torch_src.inference_stage import FoundModel, find_pretrained_model, find_trained_model, read_query_ids
+from torch_src.model_folder import own_settings
 from torch_src.output_lock import TOGETHER, output_lock
 from torch_src.passage_ids import check_length, read_passage_ids
 from torch_src.planning import Plan, evenly, memory_gb, seconds_a_text, seconds_of
@@ -39,6 +48,8 @@ from torch_src.stamps import clear_stamp, fingerprint_text, seal, up_to_date, wr
 from torch_src.tokenization import TextRules, tokenizer_fingerprint
 from torch_src.vectors import DamagedBlock, VectorStore, save_vectors
 
+INDEX = "para.index"
+
 
 def find_model(hp: InferenceDeHparams) -> FoundModel:
     """Return the model that the settings name: fine-tuned, or with `--dual_params none` as it is."""
@@ -46,7 +57,8 @@ def find_model(hp: InferenceDeHparams) -> FoundModel:
     if hp.dual_params != PRETRAINED and not planned_before_training:
         return find_trained_model(hp, "dual", hp.dual_params_path, FIXED_BY_WEIGHTS)
     trained = replace(DualHparams(), **TRAIN_DEBUG) if hp.debug else DualHparams()
-    return find_pretrained_model(hp, trained, FIXED_BY_WEIGHTS)
+    own = own_settings(hp.pretrained_model_path or trained.pretrained_model_path)
+    return find_pretrained_model(hp, replace(trained, **own), FIXED_BY_WEIGHTS)
 
 
 def load_model(model: FoundModel, seed: int) -> DualEncoder:
@@ -105,7 +117,8 @@ class DualInference:
             "queries": fingerprint_text("\n".join(self.queries)),
             "collection": self.collection.fingerprint,
         }
-        index = {"index": self.hp.index, "search_params": self.hp.search_params} if self.hp.index else {}
+        names = ("index", "search_params", "seed", "search_memory_gb")  # all of which decide an index
+        index = {name: getattr(self.hp, name) for name in names} if self.hp.index else {}
         return {
             "stage": "dual_infer",
             **sides,
@@ -125,23 +138,50 @@ class DualInference:
             token_budget(hp.tokens_per_batch, self.device), hp.vector_dims,
         )  # fmt: skip
 
-    def encode(self) -> tuple[np.ndarray | None, VectorStore]:
+    @property
+    def width(self) -> int:
+        """Return the dimensions of a stored vector."""
+        return self.hp.vector_dims or self.model.config.hidden_size
+
+    def check_search(self) -> None:
+        """UserError for what the search could only say after the encoding."""
+        hp, devices = self.hp, search_devices(self.hp.device, self.device)
+        if not hp.index:
+            at_once = min(self.bs, len(self.queries))
+            chunk_rows(at_once, self.width, hp.search_memory_gb, devices[0].type, len(devices))
+            return
+        set_parameters(new_index(hp.index, self.width), hp.index, hp.search_params)
+        if not (self.output / INDEX).exists():
+            check_memory(hp.index, estimate_bytes(hp.index, self.width, len(self.collection)))
+
+    def open_store(self, force: bool) -> VectorStore:
+        """Return the vectors that are on disk; with `force` the first process empties the folder before."""
+        stamp = {**self.vector_stamp("passage"), "collection": self.collection.fingerprint}
+        folder, own = self.hp.para_emb_path, started_by()
+        if force and rank():  # what is there now is about to be thrown away
+            while read_text(Path(folder) / "forced") != own:
+                time.sleep(0.2)
+        store = VectorStore.create_or_continue(
+            folder, stamp, len(self.collection), self.width, self.hp.block_rows, say,
+            force and rank() == 0, shared=bool(self.hp.para_emb),
+        )  # fmt: skip
+        if force and rank() == 0:
+            with atomic_write(Path(folder) / "forced") as file:
+                file.write(own)
+        return store
+
+    def encode(self, force: bool) -> tuple[np.ndarray | None, VectorStore]:
         """Return the query vectors (B, H) float32 and the passage vectors on disk; one tower on the device at
         a time. Only the first of several processes encodes the queries; all of them share the passages.
         """
         model, queries = load_model(self.model, self.hp.seed), None
+        store = self.open_store(force)
         if rank() == 0:
             queries = self.encoder("query", model).encode(self.queries)
             save_vectors(self.output / "query.emb.npy", queries)
             write_stamp(self.output / "query.emb.npy", self.vector_stamp("query"))
-        hidden = self.encoder("passage", model).width
         if model.query_encoder is not model.passage_encoder:
             model.query_encoder = None  # its memory is the passage tower's now
-        stamp = {**self.vector_stamp("passage"), "collection": self.collection.fingerprint}
-        store = VectorStore.create_or_continue(
-            self.hp.para_emb_path, stamp, len(self.collection), hidden, self.hp.block_rows, say,
-            self.hp.force and rank() == 0, shared=bool(self.hp.para_emb),
-        )  # fmt: skip
         if store.missing_blocks():
             workers = worker_count(self.hp.workers, self.device)
             encode_collection(
@@ -189,7 +229,7 @@ class DualInference:
         hp, devices = self.hp, search_devices(self.hp.device, self.device)
         if hp.index:
             settings = IndexSettings(hp.index, hp.search_params, hp.search_memory_gb, hp.seed)
-            path, stamp = self.output / "para.index", {**store.manifest, "stage": "index"}
+            path, stamp = self.output / INDEX, {**store.manifest, "stage": "index"}
             index = ApproximateSearch(store, settings, path, stamp, hp.force)
             if hp.recall_queries:
                 say(index.recall(queries, self.topk, self.device, hp.recall_queries))
@@ -214,17 +254,28 @@ class DualInference:
                 rows, scores, note = find(queries[start : start + self.bs])
                 texts = self.queries[start : start + self.bs]
                 for query, found, values in zip(texts, rows.tolist(), scores.tolist(), strict=True):
-                    pairs = zip(found, values, strict=True)
-                    for rank, (row, score) in enumerate((pair for pair in pairs if pair[0] >= 0), start=1):
-                        file.write(format_run_row(RunRow(query, row, rank, score)))
+                    pairs = (pair for pair in zip(found, values, strict=True) if pair[0] >= 0)
+                    for place, (row, score) in enumerate(pairs, start=1):
+                        file.write(format_run_row(RunRow(query, row, place, score)))
                 done = f"searched {min(start + self.bs, len(queries)):,}/{len(queries):,} queries"
                 say(f"{done} in {duration(time.monotonic() - begun)}  {note}".rstrip())
         seal(path, self.run_stamp())
 
 
-def search_soundly(inference: DualInference, path: Path) -> VectorStore | None:
-    """Encode what is missing and write the run; None when a damaged block of vectors had to be dropped."""
-    queries, store = inference.encode()
+def started_by() -> str:
+    """Return what the processes of one start by torchrun have in common."""
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
+    return " ".join(os.getenv(name, "-") for name in names)
+
+
+def read_text(path: Path) -> str:
+    """Return a small file's text; empty when it is not there."""
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def search_soundly(inference: DualInference, path: Path, dropped: set[int]) -> VectorStore | None:
+    """Encode what is missing and write the run; None when a damaged block of vectors had to be `dropped`."""
+    queries, store = inference.encode(inference.hp.force and not dropped)
     if queries is None:
         return store  # not the first process
     gc.collect()
@@ -233,8 +284,11 @@ def search_soundly(inference: DualInference, path: Path) -> VectorStore | None:
     try:
         inference.write_run(path, queries, store)
     except DamagedBlock as damage:
+        if damage.block in dropped:
+            raise  # made again, and damaged again: not for us to mend
         warn(f"{str(damage).removesuffix('; delete it and run again')}; it is made again")
         store.drop(damage.block)
+        dropped.add(damage.block)
         return None
     return store
 
@@ -265,7 +319,9 @@ def _run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
             f"the collection has {len(inference.collection)} passages, fewer than topk {topk}: "
             "all of them are kept"
         )
-    while (store := search_soundly(inference, path)) is None:
+    inference.check_search()
+    dropped: set[int] = set()
+    while (store := search_soundly(inference, path, dropped)) is None:
         continue  # a damaged block was dropped: it is encoded again
     if rank():
         return  # the first process has searched

@@ -65,10 +65,12 @@ class DualTraining(TrainingStage):
         self.model = DualEncoder(backbone, hp.share_encoder, hp.pooling, hp.normalize).to(self.device)
 
     def stamp(self) -> dict:
-        hp = self.hp
-        if hp.distill_loss == "none":
-            return super().stamp()
-        return {**super().stamp(), "teacher": fingerprint_files([sidecar_path(hp.train_set_path)])}
+        hp, stamp = self.hp, super().stamp()
+        if hp.eval_every >= 0:
+            stamp |= self.collection_stamp()  # the pool of dev decides which weights are kept
+        if hp.distill_loss != "none":
+            stamp["teacher"] = fingerprint_files([sidecar_path(hp.train_set_path)])
+        return stamp
 
     def task(self) -> Task:
         hp = self.hp

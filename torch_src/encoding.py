@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -127,12 +128,13 @@ def encode_collection(
     try:
         while store.missing_blocks():
             blocks = claims.takeable(store)
-            worked = False
-            for block, table in _tokenized_blocks(encoder, collection, store, blocks, workers):
-                _encode_block(encoder, store, block, table, progress)
-                claims.give_back(block)
-                worked = True
-            if not worked:
+            first = next(blocks, None)  # worker processes are started when there is work for them
+            if first is not None:
+                mine = chain([first], blocks)
+                for block, table in _tokenized_blocks(encoder, collection, store, mine, workers):
+                    _encode_block(encoder, store, block, table, progress)
+                    claims.give_back(block)
+            else:
                 if not waiting:
                     say(
                         f"waiting for other processes: they have {len(store.missing_blocks())} blocks in hand"
@@ -166,8 +168,10 @@ class _Pieces(Dataset):
         block, first, last = piece
         try:
             table = TokenTable.of_lists(*tokenize(self.tokenizer, self.collection[first:last], self.rules))
-        except UserError as error:
-            return UserError(str(error))  # raised where it is read: a loader would wrap it in a traceback
+        except (UserError, OSError) as error:
+            # raised where it is read: a loader would wrap it in a traceback
+            named = getattr(error, "filename", None)
+            return UserError(f"{named}: {error.strerror}" if named else str(error))
         return block, last, table.ids, table.lengths, table.cut
 
 

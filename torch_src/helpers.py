@@ -1,7 +1,9 @@
 """Small things every program needs: log lines, atomic files, exit statuses."""
 
+import glob
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,14 +30,20 @@ def warn(line: str) -> None:
     say(f"WARNING: {line}")
 
 
-def exit_status(program) -> int:
-    """Run `program()` and return the process's exit status: 0, 2 for a user's mistake, 130 when
-    interrupted.
+def exit_status(program, *mistakes: type[Exception]) -> int:
+    """Run `program()` and return the process's exit status: 0, 2 for a user's mistake (UserError, and what
+    else `mistakes` names) or when memory does not suffice, 130 when interrupted.
     """
     try:
         program()
-    except UserError as error:
+    except (UserError, *mistakes) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's: it is not imported here
+            raise
+        mend = "lower --grad_cache_chunk (training) or --tokens_per_batch; --plan suggests a number"
+        print(f"error: out of memory ({str(error).split('. ')[0]}); {mend}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
         if error.filename is None and error.errno is None:
@@ -62,7 +70,11 @@ def atomic_write(path, mode: str = "w", keep_old=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     # One process at a time writes a given file, but two may meet on a shared folder: keep their tmp files
     # apart.
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    here = f"{path.name}.{socket.gethostname()}"
+    tmp = path.with_name(f"{here}.{os.getpid()}.tmp")
+    for left in path.parent.glob(f"{glob.escape(here)}.*.tmp"):
+        if not _is_running(left.name.split(".")[-2]):
+            left.unlink(missing_ok=True)  # of a killed process
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
         with open(tmp, mode, **text) as file:
@@ -72,6 +84,10 @@ def atomic_write(path, mode: str = "w", keep_old=None):
         if keep_old is not None and path.exists():
             os.replace(path, keep_old)
         os.replace(tmp, path)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise UserError(f"{path}: could not be written ({error}); is the disk full?") from error  # numpy's
     finally:
         tmp.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -79,6 +95,17 @@ def atomic_write(path, mode: str = "w", keep_old=None):
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _is_running(pid: str) -> bool:
+    """Return whether a process of this machine has the number; True where that cannot be known."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, OverflowError):
+        return True
+    return True
 
 
 def write_json(path, value) -> None:
@@ -92,6 +119,18 @@ def read_json(path) -> dict:
     """Return the JSON object in `path`. UserError names the file when it is missing, torn or not an
     object.
     """
+    return _read_json(path, dict, "object")
+
+
+def read_json_list(path) -> list[dict]:
+    """Return the JSON array of objects in `path`; UserError as read_json."""
+    value = _read_json(path, list, "array")
+    if not all(isinstance(entry, dict) for entry in value):
+        raise UserError(f"{path}: expected a JSON array of objects")
+    return value
+
+
+def _read_json(path, kind: type, name: str):
     try:
         with open(path, encoding="utf-8") as file:
             value = json.load(file)
@@ -99,8 +138,8 @@ def read_json(path) -> dict:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    if not isinstance(value, kind):
+        raise UserError(f"{path}: expected a JSON {name}, got {type(value).__name__}")
     return value
 
 

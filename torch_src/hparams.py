@@ -12,6 +12,7 @@ import tyro
 
 from torch_src.errors import UserError
 from torch_src.helpers import say, write_json
+from torch_src.model_folder import own_settings
 
 SAMPLE_DIR = "script/sample_data"
 TINY_MODEL = f"{SAMPLE_DIR}/tiny_bert"  # no weights there: they are drawn from the seed
@@ -28,17 +29,30 @@ def parse(settings: type, argv: list[str], debug_defaults: dict):
     defaults = settings()
     if is_debug(settings, argv):
         defaults = dataclasses.replace(defaults, **debug_defaults)
-    doc = (settings.__doc__ or "").strip()
-    parsed = tyro.cli(
+    parsed = _cli(settings, argv, defaults)
+    own = _of_the_model(parsed)
+    if own:  # between the defaults in the file and the options
+        parsed = _cli(settings, argv, dataclasses.replace(defaults, **own))
+    parsed.check()
+    return parsed
+
+
+def _cli(settings: type, argv: list[str], defaults):
+    return tyro.cli(
         settings,
         args=_spell_out(settings, argv),
         default=defaults,
         use_underscores=True,
-        description=doc,
+        description=(settings.__doc__ or "").strip(),
         prog=Path(sys.argv[0]).name,
     )
-    parsed.check()
-    return parsed
+
+
+def _of_the_model(hp) -> dict:
+    """Return the pooling, normalisation and prefixes that the pretrained model's own folder asks for."""
+    if not isinstance(getattr(type(hp), "pooling", None), str):
+        return {}  # a program without these knobs, or one that takes them from the trained weights
+    return own_settings(hp.pretrained_model_path)
 
 
 def _spell_out(settings: type, argv: list[str]) -> list[str]:
@@ -131,6 +145,8 @@ def check_training(hp) -> None:
         check_range(name, getattr(hp, name), 0)
     for name in ("lr", "max_grad_norm"):
         check_range(name, getattr(hp, name), 1e-12)
+    if hp.early_stop and hp.eval_every < 0:
+        raise UserError("--early_stop needs evaluations on dev; --eval_every -1 turns them off")
     check_range("warmup_proportion", hp.warmup_proportion, 0, 1)
     if hp.dropout is not None:
         check_range("dropout", hp.dropout, 0, 0.9)

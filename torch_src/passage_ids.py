@@ -12,6 +12,7 @@ from torch_src.file_cache import cached_array
 from torch_src.helpers import require
 
 CHUNK = 1 << 20  # characters read at a time
+LONGEST_PID = 1000  # characters: pids are kept side by side, each as wide as the longest
 LONGEST_PAIR = 1 << 22  # characters in which at least one row -> pid must stand
 CUT = re.compile(r"[\t\n\0]")  # a pid with one could not stand in a column; numpy drops NULs
 PLAIN = re.compile(r'"([^"\\]*)"\s*:\s*"([^"\\]*)"\s*,')  # no escapes, and not the last one
@@ -101,13 +102,23 @@ def _parse_passage_ids(path) -> np.ndarray:
     rows, pids = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype="S1")]
     for pairs in iter_json_lists(path, CHUNK):
         for key, pid in pairs:
-            if not key.isascii() or not key.isdecimal() or len(key) > 18:
-                raise UserError(f"{path}: the key {key[:20]!r} is not a row number")
+            row_number(key, path)
+            if len(pid) > LONGEST_PID:
+                raise UserError(
+                    f"{path}: a pid of {len(pid):,} characters; at most {LONGEST_PID} can be held"
+                )
             if CUT.search(pid):
                 raise UserError(f"{path}: the pid {pid[:40]!r} has a TAB, a line end or a NUL in it")
         rows.append(np.array([int(key) for key, _ in pairs]))
         pids.append(np.array([pid.encode() for _, pid in pairs]))
     return _in_row_order(np.concatenate(rows), pids, path)
+
+
+def row_number(key: str, path) -> int:
+    """Return the row that a key of the map names; UserError when it names none."""
+    if not key.isascii() or not key.isdecimal() or len(key) > 18:
+        raise UserError(f"{path}: the key {key[:20]!r} is not a row number")
+    return int(key)
 
 
 def _in_row_order(rows: np.ndarray, pids: list[np.ndarray], path) -> np.ndarray:
@@ -135,5 +146,5 @@ def rows_of(path, pids: np.ndarray) -> np.ndarray:
     rows = dict.fromkeys(pids.tolist(), -1)
     for key, pid in iter_json_pairs(path):
         if (name := pid.encode()) in rows:
-            rows[name] = int(key)
+            rows[name] = row_number(key, path)
     return np.array([rows[pid] for pid in pids.tolist()], dtype=np.int64)

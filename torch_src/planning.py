@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from torch_src.devices import free_memory, peak_memory_gb
+from torch_src.devices import free_gpu_memory, free_memory, peak_memory_gb
 from torch_src.helpers import duration, say
 
 PROBED_TEXTS = 96  # texts or pairs that a forward pass is measured on
@@ -45,8 +45,7 @@ class Plan:
         lines.append(f"  {'time in all':58} {duration(self.seconds):>9}")
         wanted = [("memory", self.ram_gb, (free_memory() + _own_memory()) / 1e9)]
         if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            wanted.append(("GPU memory", self.gpu_gb, (free + torch.cuda.memory_reserved(device)) / 1e9))
+            wanted.append(("GPU memory", self.gpu_gb, free_gpu_memory(device) / 1e9))
         wanted.append(("disk", self.disk_gb, free_disk(folder) / 1e9))
         short = [name for name, needed, free in wanted if needed > free]
         lines += [f"  {name:12} {needed:8.2f} GB of {free:,.1f} GB free" for name, needed, free in wanted]

@@ -5,6 +5,8 @@ can reach a score of `floor[query]` or more? Every pair that does is in the answ
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -75,8 +77,22 @@ class Products:
         raise AssertionError("each kind of product has its own")
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Within the block CUDA's fp32 products are fp32 (no tf32) and sums of bf16 products are fp32: the bounds
+    below count on both.
+    """
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_tf32, flags.allow_bf16_reduced_precision_reduction
+    flags.allow_tf32, flags.allow_bf16_reduced_precision_reduction = False, False
+    try:
+        yield
+    finally:
+        flags.allow_tf32, flags.allow_bf16_reduced_precision_reduction = before
+
+
 class Float32(Products):
-    """Plain fp32 products; on CUDA the caller has switched tf32 off."""
+    """Plain fp32 products; on CUDA within `full_precision`."""
 
     name = "fp32"
 
@@ -183,11 +199,10 @@ def above(scores: Tensor, threshold: Tensor, limit: int) -> tuple[Tensor, Tensor
     if len(query) > limit:
         return None
     at, within = torch.nonzero(groups[group, :, query] >= lowest[query][:, None], as_tuple=True)
-    if len(at) > limit:
-        return None
     passage = group[at] * GROUP + within
     real = passage < passages  # not of the padding, which a threshold of -inf lets through
-    return query[at][real], passage[real]
+    found = query[at][real], passage[real]
+    return None if len(found[0]) > limit else found
 
 
 def _round_down(values: Tensor) -> Tensor:

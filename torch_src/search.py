@@ -19,7 +19,7 @@ import torch
 
 from torch_src.errors import UserError
 from torch_src.helpers import one_ahead
-from torch_src.products import GROUP, KINDS, Float32, Products, fastest, int8_is_exact
+from torch_src.products import GROUP, KINDS, Float32, Products, fastest, full_precision, int8_is_exact
 from torch_src.vectors import VectorStore
 
 CHUNK_ROWS = {
@@ -143,7 +143,8 @@ def _inner_products(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     """Return (n,) fp64: row by row, always summed in the same order, so that equal vectors get
     equal scores.
     """
-    return (queries * vectors.astype(np.float64)).sum(axis=1)
+    exact = torch.from_numpy(vectors).double().numpy()  # numpy's own conversion from fp16 is slow
+    return np.multiply(queries, exact, out=exact).sum(axis=1)
 
 
 def exact_scores(store: VectorStore, queries: np.ndarray, query: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -177,11 +178,12 @@ def search(
     kind = choose_kind(kind, store.hidden, devices[0], lambda line: None)
     searchers = [Searcher(queries, keep, kind, device) for device in devices]
     chunks = read_chunks(store, rows, buffers=2 + len(devices))
-    if len(searchers) == 1:
-        for first, chunk in chunks:
-            searchers[0].look_at(first, chunk)
-    else:
-        _share_out(searchers, chunks)
+    with full_precision():
+        if len(searchers) == 1:
+            for first, chunk in chunks:
+                searchers[0].look_at(first, chunk)
+        else:
+            _share_out(searchers, chunks)
     best, effort = searchers[0].best, searchers[0].effort
     for other in searchers[1:]:
         query = np.repeat(np.arange(len(queries)), keep)

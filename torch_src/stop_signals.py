@@ -45,4 +45,6 @@ class StopSignals:
     def stopped(self, where: str) -> Stopped:
         """Return what is raised to end the run."""
         name = signal.Signals(self.asked).name
-        return Stopped(self.asked, f"stopped by {name} {where}; the same command carries on from here")
+        return Stopped(
+            self.asked, f"stopped by {name} {where}; the same command carries on from here (without --force)"
+        )

@@ -241,6 +241,12 @@ class Trainer:
             return False
         return step % every == 0 or step == self.total_steps
 
+    def _keeps_weights_at(self, progress: Progress) -> bool:
+        """Return whether what follows this progress at once may write the best weights."""
+        step, every = progress.step, self.hp.eval_every or self.steps_per_epoch
+        due = step == self.total_steps or (every > 0 and step % every == 0)
+        return due and progress.evaluated != step
+
     def _stopped_early(self) -> bool:
         return 0 < self.hp.early_stop <= self.progress.evaluations_without_gain
 
@@ -353,7 +359,7 @@ class Trainer:
         kept, there = state["progress"]["best_weights"], self.task.best_fingerprint()
         # Killed after the best weights were written and before that was noted: the evaluation of this step
         # comes once more and writes the same again.
-        pending = there is not None and state["progress"]["evaluated"] != state["progress"]["step"]
+        pending = there is not None and self._keeps_weights_at(Progress(**state["progress"]))
         if kept and kept != there and not pending:
             self.say(
                 f"{self.checkpoint}: the best weights it speaks of are not there; starting from the beginning"

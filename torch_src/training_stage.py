@@ -10,10 +10,12 @@ import torch
 
 from torch_src import hparams
 from torch_src.backbones import check_fits, load_config, model_fingerprint
-from torch_src.checkpoints import delete_checkpoints
+from torch_src.checkpoints import delete_checkpoints, save_tensors
+from torch_src.collection import PassageCollection
 from torch_src.devices import choose_device, choose_precision, free_memory, set_threads
+from torch_src.errors import UserError
 from torch_src.grad_cache import ChunkedForward
-from torch_src.helpers import atomic_write, duration, require, say, write_json
+from torch_src.helpers import duration, read_json, require, say, write_json
 from torch_src.output_lock import output_lock
 from torch_src.planning import Plan, checkpoint_gb, memory_gb, smaller_chunk
 from torch_src.process_group import ProcessGroup
@@ -78,6 +80,9 @@ class TrainingStage:
         """Say what the finished run was worth; warn where it was worth little."""
         raise AssertionError("a subclass looks at its result")
 
+    def forget(self) -> None:
+        """Delete what was found out about the weights that are about to be replaced."""
+
     def stamp(self) -> dict:
         """Return what decides the weights: settings, the model started from, the files."""
         settings = {k: v for k, v in dataclasses.asdict(self.hp).items() if k not in NOT_STAMPED}
@@ -90,6 +95,16 @@ class TrainingStage:
             "start": model_fingerprint(self.hp.pretrained_model_path),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "train_rows": fingerprint_files([rows]), "dev": fingerprint_files(dev),
+        }  # fmt: skip
+
+    def collection_stamp(self) -> dict:
+        """Return the fingerprints of the collection and its map, as far as they are there."""
+        hp = self.hp
+        if not os.path.exists(hp.passage_dir_path) or not os.path.exists(hp.passage_ids_path):
+            return {}
+        collection = PassageCollection(hp.passage_dir_path, str(Path(hp.output_dir) / "cache"))
+        return {
+            "collection": collection.fingerprint, "passage_ids_map": fingerprint_files([hp.passage_ids_path]),
         }  # fmt: skip
 
     def in_chunks(self, lengths: list[int], forward, at: tuple[int, ...]) -> ChunkedForward:
@@ -121,31 +136,65 @@ class TrainingStage:
         """Return the fingerprint of NAME_params.bin, None when it is not there."""
         return fingerprint_files([self.hp.params_path]) if os.path.exists(self.hp.params_path) else None
 
+    @property
+    def record_path(self) -> Path:
+        return Path(self.hp.params_path).with_name(f"{self.name}_hparams.json")
+
+    @property
+    def model_folder(self) -> Path:
+        """Return where configuration and tokenizer are kept, for inference."""
+        return Path(self.hp.params_path).with_name(f"{self.name}_model")
+
     def save_best(self) -> str:
-        """Write NAME_params.bin and what inference must know of it; return its fingerprint."""
-        params = Path(self.hp.params_path)
-        folder = params.parent / f"{self.name}_model"  # inference then needs no folder but the result's
-        self.config.save_pretrained(folder)
-        save_tokenizer(self.tokenizer, folder)
+        """Write NAME_params.bin and what inference must know of it; return its fingerprint.
+
+        The record goes first and comes last: weights never stand beside the settings of others.
+        """
+        self.record_path.unlink(missing_ok=True)
+        save_tensors(self.hp.params_path, self.state())
+        weights = fingerprint_files([self.hp.params_path])
+        self.write_record(weights)
+        return weights
+
+    def write_record(self, weights: str) -> None:
+        """Write NAME_model/ and NAME_hparams.json of weights with this fingerprint."""
+        self.config.save_pretrained(self.model_folder)
+        save_tokenizer(self.tokenizer, self.model_folder)
         fixed = {name: getattr(self.hp, name) for name in self.fixed_by_weights}
+        files = sorted(self.model_folder.iterdir())
         record = {
             **dataclasses.asdict(self.hp), "fixed_by_weights": fixed,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "model_files": {path.name: fingerprint_files([path]) for path in sorted(folder.iterdir())},
+            "model_files": {path.name: fingerprint_files([path]) for path in files}, "weights": weights,
         }  # fmt: skip
-        with atomic_write(params, "wb") as file:
-            torch.save(self.state(), file)
-            file.flush()
-            weights = fingerprint_files([file.name])
-            record = {**record, "weights": weights}
-            write_json(params.parent / f"{self.name}_hparams.json", {**record, "seal": record_seal(record)})
-        return weights
+        write_json(self.record_path, {**record, "seal": record_seal(record)})
+
+    def record_is_sound(self) -> bool:
+        """Return whether record and model folder are, byte for byte, what was written beside the weights."""
+        try:
+            record = read_json(self.record_path)
+        except UserError:
+            return False
+        files = record.get("model_files")
+        return (
+            record.get("seal") == record_seal(record)
+            and isinstance(files, dict)
+            and all(
+                (self.model_folder / name).exists()
+                and fingerprint_files([self.model_folder / name]) == written
+                for name, written in files.items()
+            )
+        )
 
     def _is_done(self, params: str, stamp: dict) -> bool:
-        record = Path(params).parent / f"{self.name}_hparams.json"
-        if not record.exists() and self.group.rank == 0:
-            clear_stamp(params)
-        return up_to_date(params, {**stamp, "weights": self.best_fingerprint()}, say)
+        weights = self.best_fingerprint()
+        if not up_to_date(params, {**stamp, "weights": weights}, say):
+            return False
+        if self.group.rank == 0 and not self.record_is_sound():
+            say(f"{self.record_path}, {self.model_folder}: damaged or not there; written again")
+            self.load()  # the configuration is complete once there is a model of it
+            self.write_record(weights)
+        return True
 
     def evaluation_seconds(self) -> float:
         """Return about how long one measurement on dev takes, by a probe."""
@@ -176,7 +225,11 @@ class TrainingStage:
 
     def _advice(self, base: tuple[float, float], peak: tuple[float, float]) -> str:
         cuda = self.device.type == "cuda"
-        free = torch.cuda.mem_get_info(self.device)[1] if cuda else free_memory()
+        free = (
+            torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+            if cuda
+            else free_memory()
+        )
         texts = self.hp.grad_cache_chunk or self.texts_a_step()
         return f"try --grad_cache_chunk {smaller_chunk(texts, base[cuda], peak[cuda], free / 1e9)}"
 
@@ -204,6 +257,7 @@ class TrainingStage:
         self.load()
         if first:
             clear_stamp(params)
+            self.forget()
         task = self.task()
         if task.negatives:
             say(f"each query is held against {task.negatives} negatives in a step (fewer where texts repeat)")
@@ -211,6 +265,13 @@ class TrainingStage:
             self.hp, task, self.device, self.precision, str(checkpoint), stamp, self.group
         ).run()
         if first:
-            write_stamp(params, {**stamp, "weights": progress.best_weights})
+            if self.best_fingerprint() != progress.best_weights:
+                raise UserError(
+                    f"{params}: no longer the best weights of this run (replaced or damaged); train again "
+                    "with --force"
+                )
+            if not self.record_is_sound():
+                self.write_record(progress.best_weights)
             say(f"wrote {params} (step {progress.best_step})")
             self.summary(progress)
+            write_stamp(params, {**stamp, "weights": progress.best_weights})  # last: it says that all is done

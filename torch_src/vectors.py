@@ -1,5 +1,6 @@
 """Arrays on disk in blocks of rows with a manifest: passage vectors (fp16) and re-ranking scores (fp32)."""
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import xxhash
 from torch_src.claims import Claims
 from torch_src.errors import UserError
 from torch_src.helpers import atomic_write, read_json, write_json
-from torch_src.stamps import CODE_VERSION, changes
+from torch_src.stamps import CODE_VERSION, changes, record_seal
 
 
 class DamagedBlock(UserError):
@@ -36,6 +37,7 @@ class VectorStore:
         self.rows: int = manifest["rows"]
         self.hidden: int = manifest["hidden"]
         self.block_rows: int = manifest["block_rows"]
+        self.identity = record_seal(manifest)  # stands in every block's note: no other run's block is taken
         self.reading: tuple = (-1, 0, None)  # block, rows of it read in order so far, their checksum
 
     @classmethod
@@ -49,7 +51,17 @@ class VectorStore:
         """
         manifest = {**stamp, "rows": rows, "hidden": hidden, "block_rows": block_rows, "code": CODE_VERSION}
         store = cls(folder, manifest)
-        claims = Claims(folder)
+        try:
+            claims = Claims(folder)
+        except OSError as error:
+            readable = error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and not force
+            if (
+                readable
+                and not changes(_old_manifest(store.manifest_path), manifest)
+                and not store.missing_blocks()
+            ):
+                return store  # of others, complete, and not ours to write to
+            raise
         try:
             with claims.whole_folder():
                 store._keep_or_empty(manifest, say, force, shared)
@@ -58,7 +70,7 @@ class VectorStore:
         return store
 
     def _keep_or_empty(self, manifest: dict, say, force: bool, shared: bool) -> None:
-        path, folder = self.folder / "manifest.json", self.folder
+        path, folder = self.manifest_path, self.folder
         blocks = sorted(folder.glob("block-*"))
         if path.exists() and not force:
             different = changes(_old_manifest(path), manifest)
@@ -70,12 +82,18 @@ class VectorStore:
                     "leave --para_emb out, name another folder, or pass --force to make them again there"
                 )
             say(f"{folder}: the vectors there are of another run and are made again ({'; '.join(different)})")
+        elif blocks and shared and not force:
+            raise UserError(f"{folder}: blocks without a manifest; name another folder, or pass --force")
         elif blocks:
             say(f"{folder}: {'--force' if force else 'no manifest beside the vectors'}; they are made again")
         path.unlink(missing_ok=True)  # first: blocks without a manifest are never trusted
         for block in blocks:
             block.unlink(missing_ok=True)
         write_json(path, manifest)
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.folder / "manifest.json"
 
     @property
     def block_count(self) -> int:
@@ -94,30 +112,50 @@ class VectorStore:
         """
         return self.folder / f"block-{block:05d}.json"
 
+    def note(self, block: int) -> dict:
+        """Return a block's note; empty when there is none, or it is of a run with another manifest."""
+        try:
+            note = read_json(self.note_path(block))
+        except UserError:
+            return {}
+        return note if note.get("manifest") == self.identity else {}
+
     def missing_blocks(self) -> list[int]:
         """Return the blocks that are not there yet, whole."""
-        there = {path.name for path in self.folder.glob("block-*")}
-        blocks = range(self.block_count)
-        return [b for b in blocks if not {self.block_path(b).name, self.note_path(b).name} <= there]
+        return [block for block in range(self.block_count) if self.is_missing(block)]
 
     def is_missing(self, block: int) -> bool:
         """Return whether a block is not there yet, or not whole."""
-        return not (self.block_path(block).exists() and self.note_path(block).exists())
+        return not (self.note(block) and self.block_path(block).exists())
 
     def write_block(self, block: int, vectors: np.ndarray, made_with: dict | None = None) -> None:
         """Write one block, (rows of the block, H) of the store's dtype, atomically, then its note."""
         first, last = self.block_range(block)
         assert vectors.shape == (last - first, self.hidden) and vectors.dtype == self.dtype
+        if changes(_old_manifest(self.manifest_path), self.manifest):
+            raise UserError(
+                f"{self.folder}: another run with other settings makes its vectors there now; "
+                "give one of the two another --output_dir"
+            )
         for left in self.folder.glob(f"block-{block:05d}.*.tmp"):
             left.unlink(missing_ok=True)  # of a killed process: nobody else writes a block that is claimed
         with atomic_write(self.block_path(block), "wb") as file:
             np.save(file, vectors, allow_pickle=False)
-        write_json(self.note_path(block), {**(made_with or {}), "xxh3": _checksum(vectors)})
+        note = {**(made_with or {}), "manifest": self.identity, "xxh3": _checksum(vectors)}
+        write_json(self.note_path(block), note)
 
     def drop(self, block: int) -> None:
-        """Forget a block: it will be made again."""
-        self.note_path(block).unlink(missing_ok=True)
-        self.block_path(block).unlink(missing_ok=True)
+        """Forget a damaged block, so that it is made again; one that another process has mended stays."""
+        claims = Claims(self.folder)
+        try:
+            with claims.whole_folder():
+                try:
+                    self._compare(block, _checksum(self._open(block)))
+                except DamagedBlock:
+                    self.note_path(block).unlink(missing_ok=True)
+                    self.block_path(block).unlink(missing_ok=True)
+        finally:
+            claims.close()
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, vectors (rows, H), memory-mapped) of every block in order, its bytes checked."""
@@ -185,15 +223,14 @@ class VectorStore:
             self._compare(block, digest.hexdigest())
 
     def _compare(self, block: int, found: str) -> None:
-        written = read_json(self.note_path(block)).get("xxh3")
-        if written != found:
+        if self.note(block).get("xxh3") != found:
             raise DamagedBlock(self.block_path(block), block, "its bytes are not those that were written")
 
     def _open(self, block: int) -> np.ndarray:
         path = self.block_path(block)
         try:
             vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+        except (ValueError, EOFError, FileNotFoundError) as error:
             raise DamagedBlock(path, block, f"cannot be read as vectors ({error})") from None
         first, last = self.block_range(block)
         if vectors.shape != (last - first, self.hidden) or vectors.dtype != self.dtype:

@@ -28,7 +28,10 @@ RANDOM_ROWS = 20000
 def make(given) -> None:
     """Write the collection and the map, unless they are there."""
     target = given.folder / "passages"
-    if (target / "made").exists():
+    made = target / "made"
+    if made.exists():
+        if made.read_text() != str(given.rows):
+            raise SystemExit(f"{target}: holds another number of rows; name another folder")
         return
     target.mkdir(parents=True, exist_ok=True)
     source = sorted((Path(given.data_dir) / "passage-collection").glob("part-*"))
@@ -40,7 +43,7 @@ def make(given) -> None:
         file.write("{")
         file.writelines(f'{", " if row else ""}"{row}": "{row:032x}"' for row in range(given.rows))
         file.write("}\n")
-    (target / "made").touch()
+    made.write_text(str(given.rows))
 
 
 def plain_read(given) -> dict:

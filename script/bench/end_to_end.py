@@ -146,8 +146,12 @@ def main() -> None:
         return fill_vectors(given.folder)
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
-        if not (folder / "model").exists():
+        size = f"{given.rows} {given.queries}"
+        if not (folder / "size").exists():
             make_data(folder, given.rows, given.queries)
+            (folder / "size").write_text(size)
+        elif (folder / "size").read_text() != size:
+            raise SystemExit(f"{folder}: holds another number of rows and queries; name another folder")
         subprocess.run([sys.executable, __file__, "--fill", "--folder", folder], check=True)
         words = [word for name, value in settings(folder).items() for word in (f"--{name}", value)]
         data, output = folder / "data", folder / "output"

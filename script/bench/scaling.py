@@ -1,10 +1,10 @@
 """Encoding and search at 1x, 2x, 4x and 8x rows: time a row and peak memory, which should not move.
 
-    python script/bench/scaling.py encode --data_dir D --rows 20000        # a 2-layer, 64-wide model, 32
-    tokens python script/bench/scaling.py search --rows 250000 --queries 200
+    python script/bench/scaling.py encode --data_dir D --rows 20000      # a 2-layer, 64-wide model, 32 tokens
+    python script/bench/scaling.py search --rows 250000 --queries 200
 
 Each size runs in a process of its own; blocks of a quarter of the smallest size, so that every size has
-several. Prints a table, last a JSON line with the largest and smallest of both figures against the first.
+several. Prints a table, last a JSON line with both figures of the largest size against those of the smallest.
 """
 
 import json

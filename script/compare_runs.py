@@ -1,0 +1,132 @@
+"""Two results side by side: DuReader's measures and trec_eval's, wins and losses, a paired test.
+
+    python -m pip install -r requirements-tools.txt
+    python script/compare_runs.py output/dual_res.json output/cross_res.json --reference D/dev/dev.json
+
+A and B are results ({qid: [pid, ...]}, best first). MRR@10, recall@1 and recall@50 are DuReader's (recall is
+a hit rate there); RR@10, nDCG@10, AP@50, R@50 and Success@50 are trec_eval's, by ir-measures. p: paired
+randomisation test, two-sided (Smucker et al. 2007). Interval: 95 %, bootstrap over queries. --per_query
+writes one line a query.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
+
+import numpy as np
+
+from metric.common import InputError
+from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result, per_query
+from torch_src.errors import UserError
+from torch_src.helpers import atomic_write, exit_status
+
+TREC = ("RR@10", "nDCG@10", "AP@50", "R@50", "Success@50")
+DRAWS = 10_000  # of the randomisation test and of the bootstrap
+
+
+def trec_values(reference: dict[str, set[str]], result: dict[str, list[str]]) -> dict[str, np.ndarray]:
+    """Return {measure: (queries,) values} of trec_eval's measures, in the order of the reference."""
+    try:
+        import ir_measures
+    except ImportError:
+        raise UserError(
+            "ir-measures is not installed: python -m pip install -r requirements-tools.txt"
+        ) from None
+    qrels = [ir_measures.Qrel(qid, pid, 1) for qid, pids in reference.items() for pid in pids]
+    # A score that falls with the rank: trec_eval orders by score, not by rank.
+    run = [
+        ir_measures.ScoredDoc(qid, pid, -float(rank))
+        for qid in reference
+        for rank, pid in enumerate(unique(result.get(qid, ())))
+    ]
+    places = {qid: at for at, qid in enumerate(reference)}
+    values = {name: np.zeros(len(reference)) for name in TREC}
+    for metric in ir_measures.iter_calc([ir_measures.parse_measure(name) for name in TREC], qrels, run):
+        values[str(metric.measure)][places[metric.query_id]] = metric.value
+    return values
+
+
+def unique(pids: Iterable[str]) -> list[str]:
+    """Return the pids once each, the first place counts; trec_eval refuses a repeated one."""
+    return list(dict.fromkeys(pids))
+
+
+def all_values(reference: dict, result: dict) -> dict[str, np.ndarray]:
+    """Return {measure: (queries,) values} under each tool's own names."""
+    compute_metrics(reference, result)  # InputError where no query is in common
+    own = per_query(reference, result).values()
+    dureader = {name: np.array([values[name] for values in own]) for name in MEASURES}
+    return {**dureader, **trec_values(reference, result)}
+
+
+def randomisation_p(differences: np.ndarray, seed: int) -> float:
+    """Return the two-sided p of the mean difference: signs are drawn at random, query by query."""
+    draw = np.random.default_rng([seed, 1])
+    seen, observed = 0, abs(differences.sum())
+    for start in range(0, DRAWS, 500):
+        signs = draw.integers(0, 2, (min(500, DRAWS - start), len(differences))) * 2 - 1
+        seen += int((np.abs(signs @ differences) >= observed - 1e-12).sum())
+    return (seen + 1) / (DRAWS + 1)
+
+
+def interval(differences: np.ndarray, seed: int) -> tuple[float, float]:
+    """Return the 95 % interval of the mean difference, by bootstrap over queries."""
+    draw = np.random.default_rng([seed, 2])
+    count = len(differences)
+    means = [differences[draw.integers(0, count, count)].mean() for _ in range(2000)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def table(first: dict[str, np.ndarray], second: dict[str, np.ndarray], seed: int) -> list[str]:
+    """Return the lines that are printed."""
+    lines = [f"{'':11} {'A':>8} {'B':>8} {'B - A':>8} {'95 % interval':>19} {'p':>7}  better/worse/same"]
+    for name in first:
+        if name == TREC[0]:
+            lines.append("trec_eval:")
+        differences = second[name] - first[name]
+        low, high = interval(differences, seed)
+        won, lost = int((differences > 0).sum()), int((differences < 0).sum())
+        lines.append(
+            f"{name:11} {first[name].mean():8.4f} {second[name].mean():8.4f} {differences.mean():+8.4f} "
+            f"[{low:+.4f}, {high:+.4f}] {randomisation_p(differences, seed):8.4f}  "
+            f"{won}/{lost}/{len(differences) - won - lost}"
+        )
+    return lines
+
+
+def run(given) -> None:
+    try:
+        reference = load_reference(given.reference)
+        first, second = (all_values(reference, load_result(path)) for path in (given.a, given.b))
+    except InputError as error:
+        raise UserError(str(error)) from None
+    print(f"A {given.a}\nB {given.b}\n{len(reference):,} queries of {given.reference}\nDuReader:")
+    print("\n".join(table(first, second, given.seed)))
+    if given.per_query:
+        with atomic_write(given.per_query) as file:
+            for at, qid in enumerate(reference):
+                pair = {name: [float(first[name][at]), float(second[name][at])] for name in first}
+                file.write(json.dumps({"qid": qid, **pair}, ensure_ascii=False) + "\n")
+        print(f"wrote {given.per_query}")
+
+
+def main(argv: list[str]) -> int:
+    """Return the exit status."""
+    plain = argparse.RawDescriptionHelpFormatter
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    options.add_argument("a", metavar="A")
+    options.add_argument("b", metavar="B")
+    options.add_argument("--reference", required=True, help="dev.json")
+    options.add_argument("--per_query", default="", help="a file of one JSON line a query")
+    options.add_argument("--seed", type=int, default=42)
+    given = options.parse_args(argv)
+    return exit_status(lambda: run(given))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

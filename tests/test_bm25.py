@@ -1,0 +1,90 @@
+"""BM25: terms by hand, scores against the formula, fusion by hand, a run like any other."""
+
+import math
+
+import pytest
+from toy_world import lines, make_world, write
+
+from metric import convert_recall_res_to_json
+from script import bm25
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("清蒸鱼", ["清蒸", "蒸鱼"]), ("鱼", ["鱼"]), ("", []), ("，。！", []),
+    ("用 iPhone15 拍照", ["用", "iphone15", "拍照"]),
+    ("a-b 3.5", ["a", "b", "3", "5"]), ("清。蒸鱼", ["清", "蒸鱼"]), ("𠮷野家", ["𠮷野", "野家"]),
+])  # fmt: skip
+def test_terms(text, expected):
+    assert bm25.terms(text) == expected
+
+
+def collection(tmp_path, texts: list[str]):
+    write(tmp_path / "data/passage-collection/part-00", [f"-\t\t{text}\t0" for text in texts])
+    return tmp_path / "data"
+
+
+def search(tmp_path, data, queries: list[str], topk: int = 50) -> list[list[str]]:
+    write(data / "dev/dev.q.format", [f"{query}\t-\t-\t0" for query in queries])
+    words = ["--data_dir", str(data), "--index", str(tmp_path / "bm25"), "--topk", str(topk)]
+    assert bm25.main(["index", *words]) == 0
+    assert bm25.main(["search", *words]) == 0
+    return [line.split("\t") for line in lines(tmp_path / f"bm25/res.top{topk}")]
+
+
+def test_scores_are_bm25s(tmp_path):
+    """k1 1.2, b 0.75; texts short enough that the engine stores their lengths exactly."""
+    texts = ["清蒸鱼", "清蒸鱼的味汁", "红烧肉", "清蒸 清蒸 rice", "米饭 rice rice"]
+    rows = search(tmp_path, collection(tmp_path, texts), ["清蒸rice"])
+    documents = [bm25.terms(text) for text in texts]
+    mean = sum(map(len, documents)) / len(documents)
+
+    def score(document):
+        total = 0.0
+        for term in bm25.terms("清蒸rice"):
+            holding = sum(term in other for other in documents)
+            idf = math.log(1 + (len(documents) - holding + 0.5) / (holding + 0.5))
+            count = document.count(term)
+            total += idf * count * 2.2 / (count + 1.2 * (0.25 + 0.75 * len(document) / mean))
+        return total
+
+    expected = sorted(((score(d), -row) for row, d in enumerate(documents) if score(d) > 0), reverse=True)
+    assert [int(row) for _, row, _, _ in rows] == [-row for _, row in expected]
+    assert [float(value) for *_, value in rows] == pytest.approx([value for value, _ in expected], rel=1e-4)
+
+
+def test_the_run_goes_through_the_converter_and_the_index_is_kept(tmp_path, capsys):
+    world = make_world(tmp_path)
+    words = ["--data_dir", str(world / "data"), "--index", str(world / "bm25")]
+    assert bm25.main(["index", *words]) == 0 and bm25.main(["index", *words]) == 0
+    assert "up to date" in capsys.readouterr().out
+    assert bm25.main(["search", *words]) == 0
+    maps = [world / "data/dev/q2qid.dev.json", world / "data/passage-collection/passage2id.map.json"]
+    run = world / "bm25/res.top50"
+    assert convert_recall_res_to_json.main([*map(str, maps), str(run), "50"]) == 0
+
+
+def test_equal_scores_are_in_the_order_of_rows_and_nothing_found_is_said(tmp_path, capsys):
+    rows = search(tmp_path, collection(tmp_path, ["清蒸鱼"] * 5 + ["别的"]), ["蒸鱼", "xyz"])
+    assert [int(row) for _, row, _, _ in rows] == [0, 1, 2, 3, 4]
+    assert "1 queries have no term" in capsys.readouterr().out
+
+
+def test_search_before_index(tmp_path, capsys):
+    words = ["--data_dir", str(collection(tmp_path, ["鱼"])), "--index", str(tmp_path / "i")]
+    assert bm25.main(["search", *words]) == 2
+    assert "run `bm25.py index` first" in capsys.readouterr().err
+
+
+def test_fusion_by_hand(tmp_path):
+    write(tmp_path / "a", ["q\t5\t1\t3", "q\t6\t2\t1"])
+    write(tmp_path / "b", ["q\t6\t1\t10", "q\t7\t2\t8"])
+    runs = ["--runs", str(tmp_path / "a"), str(tmp_path / "b"), "--run", str(tmp_path / "c")]
+    assert bm25.main(["fuse", *runs]) == 0
+    rows = [line.split("\t") for line in lines(tmp_path / "c")]
+    assert [row[1] for row in rows] == ["6", "5", "7"]
+    assert [float(row[3]) for row in rows] == pytest.approx([1 / 62 + 1 / 61, 1 / 61, 1 / 62])
+    # by scores: 5 has +1, 6 -1 in a (2 and 0 above the least), 6 has +1, 7 -1 in b, times 3
+    assert bm25.main(["fuse", *runs, "--weights", "1", "3"]) == 0
+    rows = [line.split("\t") for line in lines(tmp_path / "c")]
+    assert [(row[1], float(row[3])) for row in rows] == [("6", 6.0), ("5", 2.0), ("7", 0.0)]
+    assert bm25.main(["fuse", *runs, "--weights", "1"]) == 2
