@@ -36,21 +36,23 @@ def table(found: Findings, limits: dict[str, int]) -> list[str]:
 
 def run(given: argparse.Namespace) -> bool:
     """Check, print and report; return whether the data are sound."""
-    found = DataCheck(require(given.folder, "the data folder")).run()
+    folder = require(given.folder, "the data folder")
+    if given.fix_report:
+        with atomic_write(given.fix_report) as file:
+            file.write("file\tline\twhat\n")
+            found = DataCheck(folder, lambda *fault: file.write("\t".join(map(str, fault)) + "\n")).run()
+    else:
+        found = DataCheck(folder).run()
     limits = {"query": given.q_max_seq_len - 2, "passage": given.p_max_seq_len - 2}  # [CLS] and [SEP]
     print("\n".join(table(found, limits)))
     for note in found.notes:
         print(f"note: {note}")
     for path, line, what in found.faults[:SHOWN]:
         print(f"{path}:{line}: {what}")
-    if len(found.faults) > SHOWN:
-        print(f"... and {len(found.faults) - SHOWN:,} more; --fix-report FILE writes all of them")
-    print(f"{len(found.faults):,} faults" if found.faults else "sound: no faults")
-    if given.fix_report:
-        with atomic_write(given.fix_report) as file:
-            file.write("file\tline\twhat\n")
-            file.writelines(f"{path}\t{line}\t{what}\n" for path, line, what in found.faults)
-    return not found.faults
+    if found.fault_count > SHOWN:
+        print(f"... and {found.fault_count - SHOWN:,} more; --fix-report FILE writes all of them")
+    print(f"{found.fault_count:,} faults" if found.fault_count else "sound: no faults")
+    return not found.fault_count
 
 
 def main(argv: list[str]) -> int:

@@ -7,6 +7,7 @@ import sys
 import pytest
 from toy_world import ROOT, SAMPLE, lines, make_world, write
 
+from script import check_data
 from torch_src.data_check import DataCheck, Lengths
 
 
@@ -139,3 +140,21 @@ def test_the_program(data, tmp_path):
     assert lines(tmp_path / "out.tsv")[1].split("\t")[1] == "2"
     done = subprocess.run([*command[:2], str(tmp_path / "none")], capture_output=True, text=True)
     assert done.returncode == 2 and "no such file or folder" in done.stderr
+
+
+def test_faults_without_number_are_counted_but_not_kept(data, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("torch_src.data_check.KEPT", 3)
+    path = data / "passage-collection/part-00"
+    path.write_text("broken\n" * 200, encoding="utf-8")
+    told = []
+    found = DataCheck(str(data), lambda *fault: told.append(fault)).run()
+    assert len(found.faults) == 3 and found.fault_count == len(told) > 200
+    assert check_data.main([str(data), "--fix-report", str(tmp_path / "report.tsv")]) == 1
+    assert len((tmp_path / "report.tsv").read_text(encoding="utf-8").split("\n")) == len(told) + 2
+
+
+def test_qids_of_another_set_are_found(data):
+    path = data / "dev/q2qid.dev.json"
+    qids = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({query: f"other-{qid}" for query, qid in qids.items()}), encoding="utf-8")
+    assert any("is not in q2qid.dev.json" in what for _, _, what in faults(data))

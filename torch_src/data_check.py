@@ -1,5 +1,6 @@
 """One pass over a data folder of the official layout: every fault with file and line, in bounded memory."""
 
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch_src.formats import (
 from torch_src.passage_ids import read_passage_ids
 from torch_src.row_file import text_hash
 
+KEPT = 1000  # faults in memory, whatever their number
 PERCENTILES = (50, 90, 99, 100)
 LONGEST = 1 << 16  # characters; longer texts are counted as this long
 
@@ -46,15 +48,24 @@ class Lengths:
 
 @dataclass
 class Findings:
-    """What was found: faults (file, line, what), notes, counts and lengths."""
+    """What was found: faults (file, line, what), notes, counts and lengths.
 
+    Only the first `KEPT` faults stay in memory; `report(file, line, what)` is told of every one.
+    """
+
+    report: Callable[[str, int, str], object] | None = None
+    fault_count: int = 0
     faults: list[tuple[str, int, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)
     lengths: dict[str, Lengths] = field(default_factory=dict)
 
     def fault(self, path, line: int, what: str) -> None:
-        self.faults.append((str(path), line, what))
+        self.fault_count += 1
+        if len(self.faults) < KEPT:
+            self.faults.append((str(path), line, what))
+        if self.report is not None:
+            self.report(str(path), line, what)
 
     def length(self, kind: str, text: str) -> None:
         self.lengths.setdefault(kind, Lengths()).add(text)
@@ -63,10 +74,11 @@ class Findings:
 class DataCheck:
     """Checks one folder; `run()` returns what it found. Files that are not there are notes, not faults."""
 
-    def __init__(self, folder: str):
-        self.folder, self.found = Path(folder), Findings()
+    def __init__(self, folder: str, report: Callable | None = None):
+        self.folder, self.found = Path(folder), Findings(report)
         self.pids: np.ndarray | None = None
         self.dev_queries: set[int] = set()
+        self.dev_qids: dict[str, int] = {}  # qid -> line of dev.json
         self.answers: dict[bytes, int] = {}  # pid -> hash of its text in dev.json
 
     def run(self) -> Findings:
@@ -141,6 +153,7 @@ class DataCheck:
             return
         self.found.rows["dev/dev.json"] = len(queries)
         for line, query in enumerate(queries, start=1):
+            self.dev_qids[query.qid] = line
             self.found.length("dev query", query.query)
             for pid, text in query.answers.items():
                 self.answers[pid.encode()] = text_hash(text)
@@ -150,6 +163,7 @@ class DataCheck:
     def check_queries(self) -> None:
         path, q2qid_path = self.folder / "dev/dev.q.format", self.folder / "dev/q2qid.dev.json"
         qids = self.whole(q2qid_path, read_q2qid, {})
+        set_of_qids = set(qids.values())
         seen: dict[str, int] = {}
         for line, query in self.rows_of(path, parse_query):
             self.dev_queries.add(text_hash(query))
@@ -158,6 +172,11 @@ class DataCheck:
             seen.setdefault(query, line)
             if qids and query not in qids:
                 self.found.fault(path, line, f"{query[:40]!r} has no qid in q2qid.dev.json")
+        for qid, line in self.dev_qids.items() if qids else ():
+            if qid not in set_of_qids:
+                self.found.fault(
+                    self.folder / "dev/dev.json", line, f"question_id {qid} is not in q2qid.dev.json"
+                )
         others = len(set(qids) - set(seen))
         if seen and others:
             self.found.notes.append(f"{q2qid_path}: {others} of its queries are not in dev.q.format")
@@ -172,7 +191,7 @@ class DataCheck:
         hashes: list[np.ndarray] = []
         row, empty = 0, 0
         for path in files:
-            part = []
+            part = array("Q")
             first = row
             for line, text in self.rows_of(path, parse_passage):
                 row = first + line - 1
