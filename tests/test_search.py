@@ -359,3 +359,23 @@ def test_more_asked_for_than_a_short_last_chunk_has(tmp_path, monkeypatch, rows,
     found, scores, _ = search(store, queries, topk, [CPU] * devices)
     expected, values = full_sort(vectors, queries, topk)
     assert np.array_equal(found, expected) and np.array_equal(scores, values)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_vectors_that_stay_on_the_devices_are_read_once(tmp_path, monkeypatch, devices):
+    """A GPU's second round of queries, here with CPUs in their place: the same result without the files."""
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 64)
+    draw = np.random.default_rng(3)
+    vectors = draw.normal(size=(500, 8)).astype(np.float16)
+    rounds = [draw.normal(size=(count, 8)).astype(np.float32) for count in (9, 9, 4)]
+    store, places = make_store(tmp_path / "v", vectors, 90), [CPU] * devices
+    resident = module.Resident(places)
+    for number, queries in enumerate(rounds):
+        found, scores, _ = search(store, queries, 10, places, resident=resident)
+        expected, values = full_sort(vectors, queries, 10)
+        assert np.array_equal(found, expected) and np.array_equal(scores, values)
+        if not number:
+            for path in (tmp_path / "v").glob("*.npy"):
+                path.unlink()
+    assert sum(len(chunk) for kept in resident.kept for _, chunk in kept) == 500
+    assert module.Resident.where_they_fit(store, places) is None  # no GPU

@@ -43,7 +43,7 @@ from torch_src.model_folder import own_settings
 from torch_src.output_lock import TOGETHER, output_lock
 from torch_src.passage_ids import check_length, read_passage_ids
 from torch_src.planning import Plan, evenly, memory_gb, seconds_a_text, seconds_of
-from torch_src.search import choose_kind, chunk_rows, search
+from torch_src.search import Resident, choose_kind, chunk_rows, search
 from torch_src.stamps import clear_stamp, fingerprint_text, seal, up_to_date, write_stamp
 from torch_src.tokenization import TextRules, tokenizer_fingerprint
 from torch_src.vectors import DamagedBlock, VectorStore, save_vectors
@@ -238,8 +238,11 @@ class DualInference:
         at_once = min(self.bs, len(queries))
         chunk_rows(at_once, store.hidden, hp.search_memory_gb, devices[0].type, len(devices))  # UserError
 
+        resident = Resident.where_they_fit(store, devices) if len(queries) > self.bs else None
+
         def exact(some: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
-            rows, scores, effort = search(store, some, self.topk, devices, kind, hp.search_memory_gb)
+            memory = hp.search_memory_gb
+            rows, scores, effort = search(store, some, self.topk, devices, kind, memory, resident)
             return rows, scores, effort.line()
 
         return exact

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from torch_src.devices import free_gpu_memory
 from torch_src.errors import UserError
 from torch_src.helpers import one_ahead
 from torch_src.products import GROUP, KINDS, Float32, Products, fastest, full_precision, int8_is_exact
@@ -27,6 +28,7 @@ CHUNK_ROWS = {
     "cuda": 65536,
 }  # passages scored at once, at most: on a CPU they stay in its caches
 REFINE_PAIRS = 2048  # pairs scored in fp32 or fp64 at once
+RESIDENT_SHARE = 0.6  # of a GPU's free memory that vectors may take for good
 PAIRS_SHARE = 1 / 128  # of all pairs of a chunk: beyond it the fast product decides too little to pay
 LONGEST_REST = 16  # chunks for which a product that decided too little is left out, at most
 
@@ -81,16 +83,21 @@ class Effort:
 class Searcher:
     """One round of queries on one device; chunks may come in any order."""
 
-    def __init__(self, queries: np.ndarray, keep: int, kind: str, device: torch.device):
-        self.queries, self.device = queries.astype(np.float64), device
+    def __init__(self, queries: np.ndarray, keep: int, kind: str, device: torch.device, kept: list | None):
+        """`kept`: where the chunks go that are to stay on the device."""
+        self.queries, self.device, self.kept = queries.astype(np.float64), device, kept
         self.plain = Float32(queries, device)
         self.fast: Products = self.plain if kind == Float32.name else KINDS[kind](queries, device)
         self.best, self.effort = BestRows(len(queries), keep), Effort()
         self.rest, self.failures = 0, 0
 
-    def look_at(self, first: int, chunk: np.ndarray) -> None:
-        """Take one chunk (C, H) float16 whose first row is `first`."""
-        on_device = torch.from_numpy(chunk).to(self.device)
+    def look_at(self, first: int, chunk: np.ndarray | torch.Tensor) -> None:
+        """Take one chunk (C, H) float16 whose first row is `first`; a tensor is on the device already."""
+        on_device = chunk
+        if isinstance(chunk, np.ndarray):
+            on_device = torch.from_numpy(chunk).to(self.device, copy=self.kept is not None)
+            if self.kept is not None:
+                self.kept.append((first, on_device))
         vectors = self.plain.scratch.like(on_device, "vectors").copy_(on_device)  # fp16 to fp32
         worst = torch.from_numpy(self.best.worst).to(self.device) * self.plain.scale
         found = None
@@ -101,7 +108,7 @@ class Searcher:
         if found is None:
             found = self._by_fp32(vectors, worst)
         self.effort.chunks += 1
-        self._refine(first, chunk, vectors, worst, *found)
+        self._refine(first, on_device, vectors, worst, *found)
 
     def _fast_product_pays(self, worst: torch.Tensor) -> bool:
         if self.fast is self.plain or not bool(torch.isfinite(worst).all()):
@@ -124,7 +131,7 @@ class Searcher:
         assert found is not None
         return found
 
-    def _refine(self, first: int, chunk: np.ndarray, vectors, worst, query, column) -> None:
+    def _refine(self, first: int, chunk: torch.Tensor, vectors, worst, query, column) -> None:
         """Score the pairs in fp32, those that can still enter in fp64, and keep the best."""
         self.effort.pairs += len(query)
         floor = worst - self.plain.bound(vectors)
@@ -132,8 +139,9 @@ class Searcher:
             q, c = query[start : start + REFINE_PAIRS], column[start : start + REFINE_PAIRS]
             scores = (self.plain.queries[q] * vectors[c]).sum(1)
             near = scores.double() >= floor[q]
-            q, c = q[near].cpu().numpy(), c[near].cpu().numpy()
-            exact = _inner_products(self.queries[q], chunk[c])
+            q, c = q[near].cpu().numpy(), c[near]
+            exact = _inner_products(self.queries[q], chunk[c].cpu().numpy())
+            c = c.cpu().numpy()
             self.effort.exact_pairs += len(q)
             enters = exact >= self.best.worst[q]
             self.best.add(q[enters], c[enters] + first, exact[enters])
@@ -158,6 +166,23 @@ def exact_scores(store: VectorStore, queries: np.ndarray, query: np.ndarray, row
     return scores
 
 
+class Resident:
+    """Vectors that stay on their devices from one round of queries to the next, after being read once."""
+
+    def __init__(self, devices: list[torch.device]):
+        self.kept: list[list] = [[] for _ in devices]
+        self.complete = False
+
+    @classmethod
+    def where_they_fit(cls, store: VectorStore, devices: list[torch.device]) -> "Resident | None":
+        """Return a place for the vectors on the GPUs; None on a CPU, or when they are too many."""
+        if any(device.type != "cuda" for device in devices):
+            return None
+        share = store.rows * store.hidden * 2 / len(devices)
+        fits = all(share < RESIDENT_SHARE * free_gpu_memory(device) for device in devices)
+        return cls(devices) if fits else None
+
+
 def search(
     store: VectorStore,
     queries: np.ndarray,
@@ -165,25 +190,29 @@ def search(
     devices: list[torch.device],
     kind: str = "auto",
     memory_gb: float = 2.0,
+    resident: Resident | None = None,
 ) -> tuple[np.ndarray, np.ndarray, Effort]:
     """Return (rows (B, K) int64, scores (B, K) float64, effort), K = min(topk, passages), best first.
 
     queries: (B, H) float32. kind: fp32, bf16, int8, or auto for the fastest here; the result is the same.
     Several devices share the chunks out. Memory: at most `memory_gb` (10^9 bytes) beside the queries and
-    results.
+    results, and what is `resident` on the devices.
     """
     assert queries.dtype == np.float32 and queries.ndim == 2 and queries.shape[1] == store.hidden
     keep = min(topk, store.rows)
     rows = chunk_rows(len(queries), store.hidden, memory_gb, devices[0].type, len(devices))
     kind = choose_kind(kind, store.hidden, devices[0], lambda line: None)
-    searchers = [Searcher(queries, keep, kind, device) for device in devices]
-    chunks = read_chunks(store, rows, buffers=2 + len(devices))
+    places = resident.kept if resident and not resident.complete else [None] * len(devices)
+    searchers = [Searcher(queries, keep, kind, *pair) for pair in zip(devices, places, strict=True)]
+    if resident and resident.complete:
+        sources = [iter(kept) for kept in resident.kept]
+    else:
+        chunks = read_chunks(store, rows, buffers=2 + len(devices))
+        sources = [chunks] if len(devices) == 1 else _shared(chunks, len(devices))
     with full_precision():
-        if len(searchers) == 1:
-            for first, chunk in chunks:
-                searchers[0].look_at(first, chunk)
-        else:
-            _share_out(searchers, chunks)
+        _look_at_all(searchers, sources)
+    if resident:
+        resident.complete = True
     best, effort = searchers[0].best, searchers[0].effort
     for other in searchers[1:]:
         query = np.repeat(np.arange(len(queries)), keep)
@@ -238,23 +267,40 @@ def read_chunks(store: VectorStore, rows: int, buffers: int) -> Iterator[tuple[i
     return one_ahead(read, range(math.ceil(store.rows / rows)))
 
 
-def _share_out(searchers: list[Searcher], chunks: Iterator[tuple[int, np.ndarray]]) -> None:
-    """Let every device take the next chunk as soon as it is done with its last."""
-    lock, faults = threading.Lock(), []
+def _shared(chunks: Iterator[tuple[int, np.ndarray]], count: int) -> list[Iterator]:
+    """Return `count` iterators, for as many threads, that take the next chunk each as they come."""
+    lock = threading.Lock()
 
-    def work(searcher: Searcher) -> None:
+    def take() -> Iterator[tuple[int, np.ndarray]]:
+        while True:
+            with lock:
+                first, chunk = next(chunks, (0, None))
+                if chunk is None:
+                    return
+                chunk = chunk.copy()  # the others may come round to its memory before this one is done
+            yield first, chunk
+
+    return [take() for _ in range(count)]
+
+
+def _look_at_all(searchers: list[Searcher], sources: list[Iterator]) -> None:
+    """Let every device look at its chunks, several at the same time."""
+    faults: list[BaseException] = []
+
+    def work(searcher: Searcher, chunks: Iterator) -> None:
         try:
-            while not faults:
-                with lock:
-                    first, chunk = next(chunks, (0, None))
-                    if chunk is None:
-                        return
-                    chunk = chunk.copy()  # the others may come round to its memory before this one is done
+            for first, chunk in chunks:
                 searcher.look_at(first, chunk)
+                if faults:
+                    return
         except BaseException as fault:  # it must not die silently in its thread: it is raised again below
             faults.append(fault)
 
-    threads = [threading.Thread(target=work, args=(searcher,)) for searcher in searchers]
+    if len(searchers) == 1:
+        for first, chunk in sources[0]:
+            searchers[0].look_at(first, chunk)
+        return
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(searchers, sources, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
