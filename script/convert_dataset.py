@@ -1,12 +1,11 @@
 """Other people's data sets to the official layout and back, streaming; ids are kept.
 
-    python script/convert_dataset.py beir FOLDER --to D         corpus.jsonl, queries.jsonl, qrels/*.tsv
-    python script/convert_dataset.py jsonl CORPUS --queries Q --to D      your own passages, perhaps with
-    queries python script/convert_dataset.py hub FOLDER --to D          corpus .tsv/.jsonl and train/dev
-    .jsonl of the hub mirrors python script/convert_dataset.py dureader FOLDER --to D     the original JSON of
-    DuReader-retrieval python script/convert_dataset.py to_beir D --to FOLDER      the official layout as a
-    BEIR folder python script/convert_dataset.py to_trec RESULT --reference D/dev/dev.json --to FOLDER
-    run.txt and qrels.txt
+    python script/convert_dataset.py beir FOLDER --to D           corpus.jsonl, queries.jsonl, qrels/*.tsv
+    python script/convert_dataset.py jsonl CORPUS --queries Q --to D     your own passages and queries
+    python script/convert_dataset.py hub FOLDER --to D            rows of the hub mirrors: corpus, train, dev
+    python script/convert_dataset.py dureader FOLDER --to D       the original JSON of DuReader-retrieval
+    python script/convert_dataset.py to_beir D --to FOLDER        the official layout as a BEIR folder
+    python script/convert_dataset.py to_trec RESULT --reference DEV --to FOLDER     run.txt and qrels.txt
 
 Every file may be gzipped. A line of CORPUS is {"id" or "_id" or "docid" or "paragraph_id", "text" or
 "contents" or "paragraph_text", and perhaps "title"}, a line of Q {"id", "text", "positives": [id, ...],

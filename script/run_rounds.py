@@ -1,10 +1,9 @@
 """Rounds of training on negatives that the last round's retriever found: train, search, mine, train again.
 
-    sh script/run_rounds.sh 3                                  # three rounds, settings as in
-    torch_src/*_hparams.py sh script/run_rounds.sh 3 --denoise                        # each round's negatives
-    denoised by its re-ranker sh script/run_rounds.sh 2 --debug                          # the sample
-    collection on a CPU sh script/run_rounds.sh 3 --dual_train.epoch 4 --mine.negatives 8 --output_dir
-    output/rounds
+    sh script/run_rounds.sh 3                    three rounds, settings as in torch_src/*_hparams.py
+    sh script/run_rounds.sh 3 --denoise          each round's negatives denoised by its re-ranker
+    sh script/run_rounds.sh 2 --debug            the sample collection on a CPU
+    sh script/run_rounds.sh 3 --dual_train.epoch 4 --mine.negatives 8 --output_dir output/rounds
 
 Round r lies in output/rounds/round{r}: the retriever, its vectors and result, and in mined/ the training
 files of the next round (after the last round nothing is mined). With --denoise each round also trains a re-

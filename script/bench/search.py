@@ -1,8 +1,8 @@
 """Exact search, ours against faiss, over generated fp16 vectors on disk.
 
-    python script/bench/search.py --rows 1000000 --queries 1000                 # against blockwise faiss.knn
-    python script/bench/search.py --rows 1000000 --queries 1000 --peer flat     # against IndexFlatIP in
-    memory python script/bench/search.py --rows 8096668 --queries 1000 --folder F      # 12.4 GB, kept in F
+    python script/bench/search.py --rows 1000000 --queries 1000                # against blockwise faiss.knn
+    python script/bench/search.py --rows 1000000 --queries 1000 --peer flat    # against IndexFlatIP
+    python script/bench/search.py --rows 8096668 --queries 1000 --folder F     # 12.4 GB, kept in F
 
 Vectors and queries are independent normal numbers: nothing in them helps a search to skip anything. Each run
 is a process of its own, ours and the peer's in turn; medians. Blockwise faiss reads ahead in a thread as we
