@@ -1,6 +1,7 @@
 #!/bin/sh
 # Run the tests: sh script/test.sh [pytest options]. Makes .venv and installs what is needed on the first run.
-# Without options: ruff, then every test but those marked slow; `-m slow` runs the slow ones.
+# Without options: ruff, then the quick tests. Others: -m slow (whole programs, kills, several processes), -m real
+# (needs the real data beside the checkout), -m long (minutes each).
 set -eu
 cd "$(dirname "$0")/.."
 more=requirements-test.txt
@@ -8,6 +9,6 @@ more=requirements-test.txt
 $python -m ruff check .
 $python -m ruff format --check --quiet .
 if [ $# -eq 0 ]; then
-    set -- -m "not slow"
+    set -- -m "not slow and not real and not long"
 fi
 exec $python -m pytest "$@"

@@ -121,6 +121,7 @@ def test_training_vectors_are_bounded_by_memory(world, tmp_path):
     assert torch.from_numpy(index._sample(ann_index.new_index("IVF8,Flat", 32))).shape == (3000, 32)
 
 
+@pytest.mark.slow
 def test_the_program_takes_an_index(tmp_path, programs):
     world = make_world(tmp_path)
     words = [

@@ -39,8 +39,9 @@ WORLDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [*list(WORLDS)[:1], *(pytest.param(n, marks=pytest.mark.slow) for n in list(WORLDS)[1:])]
+    "name", [*list(WORLDS)[:1], *(pytest.param(n, marks=pytest.mark.long) for n in list(WORLDS)[1:])]
 )
 def test_two_processes_take_the_steps_of_one(world, name):
     one, two = (steps(world, processes=count, name=name, **WORLDS[name]) for count in (1, 2))
@@ -50,6 +51,7 @@ def test_two_processes_take_the_steps_of_one(world, name):
     assert (one["losses"][0] - one["losses"][-1]).abs().max() > 1e-3  # it did learn
 
 
+@pytest.mark.slow
 def test_the_program_under_torchrun(world):
     """Only the first process writes and evaluates; the weights are those of one process up to rounding."""
     weights = []
@@ -69,6 +71,7 @@ def test_the_program_under_torchrun(world):
         assert torch.allclose(value, weights[1][name], atol=2e-3), name
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_instead_of_a_hang(world):
     words = [
         *train_options(world, world / "dies"),

@@ -57,6 +57,7 @@ def refused(capsys, world: Path, status: int, *words: str) -> None:
         assert word in error
 
 
+@pytest.mark.slow
 def test_scripts_run_as_the_document_says(tmp_path):
     """The four commands as subprocesses, from the repository root."""
     world = make_world(tmp_path, passages=40)

@@ -275,6 +275,7 @@ def test_r_drop_with_cached_gradients(world):
     assert apart(gradients(kept_chunks), gradients(kept)) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kl", "margin_mse"])
 def test_distillation_alone_fits_the_teacher(world, tmp_path, kind):
     """With the contrastive loss off, the student comes to score its own passages as the teacher does."""

@@ -46,8 +46,9 @@ def results(folder, kind: str) -> list[bytes]:
     return [(folder / f"{kind}_params.bin").read_bytes(), *(tensor.numpy().tobytes() for tensor in tensors)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dual", "cross"])
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.long)])
 def test_killed_at_random_moments(programs, world, kind, kills):
     whole, name, log = f"{kind}-whole", f"{kind}-{kills}", world / "log"
     if not (world / whole).exists():
@@ -68,6 +69,7 @@ def test_killed_at_random_moments(programs, world, kind, kills):
     assert "up to date" in programs.run(*command(world, kind, name), log).output()
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_says_how_to_carry_on(programs, world):
     process = programs.start(*command(world, "dual", "asked"), world / "log")
     wait_for(process, "step 3/")

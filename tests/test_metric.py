@@ -272,6 +272,7 @@ def test_map_cut_anywhere_is_an_error(folder):
             recall.read_rows("map", array("q", [0]), 1 + length % 7)
 
 
+@pytest.mark.slow
 def test_streamed_map_stays_in_bounded_memory(folder, monkeypatch):
     pids = [f"{row * 2654435761 % 2**128:032x}" for row in range(300_000)]
     Path("map").write_text(json.dumps(dict(enumerate(pids))), encoding="utf-8")

@@ -179,6 +179,7 @@ def program(programs, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_from_trained_models_to_the_next_training_files(tmp_path, program):
     """The program itself, with and without a re-ranker; its files train the next round; nothing is redone."""
     world = make_world(tmp_path)
@@ -203,6 +204,7 @@ def test_from_trained_models_to_the_next_training_files(tmp_path, program):
     program("do_dual_train.py", *again, "--train_set", tmp_path / "out/mined/dual.train.tsv")
 
 
+@pytest.mark.slow
 def test_vectors_of_another_model_are_not_thrown_away(tmp_path, program):
     """`--para_emb` names vectors of another run: they are refused, not made again over it."""
     world = make_world(tmp_path)

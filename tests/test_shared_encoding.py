@@ -59,7 +59,8 @@ def count_blocks(folder) -> int:
     return len(list((folder / "para_emb").glob("block-*.npy")))
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
 def test_killed_again_and_again_then_finished(programs, world, kills):
     folder, expected = world
     name = f"killed{kills}"
@@ -69,7 +70,8 @@ def test_killed_again_and_again_then_finished(programs, world, kills):
     assert not list((folder / name / "para_emb").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_any_number_of_processes_gives_the_same_bytes(world, processes):
     folder, expected = world
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
@@ -78,6 +80,7 @@ def test_any_number_of_processes_gives_the_same_bytes(world, processes):
     assert blocks(folder / f"together{processes}") == expected
 
 
+@pytest.mark.slow
 def test_a_process_takes_over_what_a_killed_one_left(programs, world):
     """Two share the blocks, one is killed in the middle: the other finishes all of them."""
     folder, expected = world
