@@ -15,4 +15,3 @@ def test_faults_leave_the_same_bytes_or_are_named(tmp_path, programs, kills, dam
     found = run(tmp_path, programs, given)
     assert not found.failures, "\n".join(found.failures)
     assert found.counts["kills"] == kills and found.counts["byte flip"] == damages
-    assert found.counts["kills after the first write"] > kills // 3
