@@ -301,25 +301,24 @@ def own_queries(path: Path) -> Iterator[Query]:
 
 def hub_queries(folder: Path) -> Iterator[Query]:
     """Yield queries of train.jsonl and dev.jsonl: query_id, query, positive_passages, negative_passages."""
-    for split in ("train", "dev"):
-        path = find(folder, split)
-        for line, entry in json_lines(path) if path else ():
-            try:
-                positives = [str(passage["docid"]) for passage in entry["positive_passages"]]
-                negatives = [str(passage["docid"]) for passage in entry.get("negative_passages", [])]
-                yield Query(str(entry["query_id"]), str(entry["query"]), positives, negatives, split)
-            except (KeyError, TypeError) as error:
-                raise FormatError(path, line, f"missing or malformed: {error}") from None
+    return _listed_queries(folder, ("query_id", "query", "positive_passages", "docid"), "negative_passages")
 
 
 def dureader_queries(folder: Path) -> Iterator[Query]:
     """Yield the queries of train.json and dev.json: question_id, question, answer_paragraphs."""
+    return _listed_queries(folder, ("question_id", "question", "answer_paragraphs", "paragraph_id"))
+
+
+def _listed_queries(folder: Path, names: tuple[str, str, str, str], negative: str = "") -> Iterator[Query]:
+    """Yield the queries of train.* and dev.*; `names`: of qid, text, list of positives, id in that list."""
+    qid, query, positive, pid = names
     for split in ("train", "dev"):
         path = find(folder, split)
         for line, entry in json_lines(path) if path else ():
             try:
-                positives = [str(answer["paragraph_id"]) for answer in entry["answer_paragraphs"]]
-                yield Query(str(entry["question_id"]), str(entry["question"]), positives, split=split)
+                positives = [str(passage[pid]) for passage in entry[positive]]
+                negatives = [str(passage[pid]) for passage in entry.get(negative, [])]
+                yield Query(str(entry[qid]), str(entry[query]), positives, negatives, split)
             except (KeyError, TypeError) as error:
                 raise FormatError(path, line, f"missing or malformed: {error}") from None
 

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
@@ -163,12 +164,17 @@ def run(argv: list[str]) -> None:
     write_json(output / "run_all.json", {"seconds": {name: round(took, 1) for name, took in times.items()}})
 
 
+def start(program: Callable[[list[str]], None], doc: str, argv: list[str]) -> int:
+    """Run program(argv), or print its help; return the exit status."""
+    if "--help" in argv or "-h" in argv:
+        print(doc)
+        return 0
+    return exit_status(lambda: program(argv), InputError)
+
+
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
-    return exit_status(lambda: run(argv), InputError)
+    return start(run, __doc__, argv)
 
 
 if __name__ == "__main__":

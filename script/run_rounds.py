@@ -19,12 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
 
-from metric.common import InputError
 from metric.evaluation import MEASURES
-from script.run_all import PROGRAMS, call, convert, figures_of, split_options
+from script.run_all import PROGRAMS, call, convert, figures_of, split_options, start
 from torch_src import hparams, mining_hparams
 from torch_src.errors import UserError
-from torch_src.helpers import duration, exit_status, say, write_json
+from torch_src.helpers import duration, say, write_json
 
 DEFAULT_OUTPUT = "output/rounds"
 STAGES = {
@@ -110,10 +109,7 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
-    return exit_status(lambda: run(argv), InputError)
+    return start(run, __doc__, argv)
 
 
 if __name__ == "__main__":

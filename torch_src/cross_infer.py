@@ -21,13 +21,19 @@ from torch_src.errors import UserError
 from torch_src.formats import RunRow, format_run_row, read_dev
 from torch_src.helpers import atomic_write, exit_status, read_json, require, say, warn
 from torch_src.inference_cross_hparams import DEBUG, PRETRAINED, InferenceCrossHparams
-from torch_src.inference_stage import FoundModel, find_pretrained_model, find_trained_model, read_query_ids
+from torch_src.inference_stage import (
+    FoundModel,
+    find_pretrained_model,
+    find_trained_model,
+    planned_before_training,
+    read_query_ids,
+)
 from torch_src.output_lock import output_lock
 from torch_src.passage_ids import check_length, read_passage_ids, rows_of
 from torch_src.planning import Plan, evenly, memory_gb, seconds_a_text
 from torch_src.scoring import PairScorer, fuse, rank_pairs
 from torch_src.stamps import clear_stamp, fingerprint_files, fingerprint_text, record_seal, seal, up_to_date
-from torch_src.tokenization import TextRules, tokenize_pairs, tokenizer_fingerprint
+from torch_src.tokenization import TextRules, tokenizer_fingerprint
 from torch_src.vectors import DamagedBlock, ScoreStore
 
 RESULT = "cross_res.json"
@@ -36,8 +42,7 @@ SCORES, ID_MAP = "cross_scores.txt", "cross_id_map.tsv"  # what the official con
 
 def find_model(hp: InferenceCrossHparams) -> FoundModel:
     """Return the model that the settings name: fine-tuned, or with `--cross_params none` as it is."""
-    planned_before_training = hp.plan and not Path(hp.cross_params_path).exists()
-    if hp.cross_params != PRETRAINED and not planned_before_training:
+    if hp.cross_params != PRETRAINED and not planned_before_training(hp, hp.cross_params_path):
         return find_trained_model(hp, "cross", hp.cross_params_path, FIXED_BY_WEIGHTS)
     trained = replace(CrossHparams(), **TRAIN_DEBUG) if hp.debug else CrossHparams()
     return find_pretrained_model(hp, trained, FIXED_BY_WEIGHTS)
@@ -131,11 +136,7 @@ class CrossInference:
             try:
                 return np.concatenate([np.array(block[:, 0]) for _, block in store.blocks()])
             except DamagedBlock as damage:
-                if damage.block in dropped:
-                    raise  # made again, and damaged again: not for us to mend
-                dropped.add(damage.block)
-                warn(f"{str(damage).removesuffix('; delete it and run again')}; it is made again")
-                store.drop(damage.block)
+                store.drop_once(damage, dropped)
 
     def scorer(self, model: CrossEncoder) -> PairScorer:
         hp, fixed = self.hp, self.model.fixed
@@ -150,11 +151,7 @@ class CrossInference:
         tokens, few = [], self.candidates
 
         def score(rows: list[int]) -> None:
-            queries = [few.queries[few.query_of[row]] for row in rows]
-            texts = [few.passages(row, row + 1)[0] for row in rows]
-            pairs = tokenize_pairs(self.model.tokenizer, queries, texts, scorer.rules)
-            tokens.extend(pairs.lengths)
-            scorer.score(pairs)
+            tokens.extend(scorer.score_rows(few, rows)[1].lengths)
 
         each = seconds_a_text(score, evenly(len(few)))
         mean = np.mean(tokens)

@@ -114,17 +114,11 @@ class CrossTraining(TrainingStage):
         return self.model.model.state_dict()
 
     def task(self) -> Task:
-        parts = (
-            self.prepare,
-            self.backward,
-            self.describe,
-            self.evaluate,
-            self.save_best,
-            self.best_fingerprint,
-        )
-        pairs = self.units * (self.hp.group_size if self.listwise else 1)
+        pairs = self.texts_a_step()
         own_lr = dict.fromkeys(self.model.drawn, self.hp.head_lr) if self.hp.head_lr else {}
-        return Task(self.model, self.steps, *parts, queries_per_step=pairs, unit="pairs", own_lr=own_lr)
+        return Task(
+            self.model, self.steps, *self.parts(), queries_per_step=pairs, unit="pairs", own_lr=own_lr
+        )
 
     def prepare(self, epoch: int, micro_step: int) -> TokenBatch:
         """Draw and tokenise one micro-batch (in the thread that runs ahead of the model)."""
@@ -215,15 +209,8 @@ class CrossTraining(TrainingStage):
 
     def evaluation_seconds(self) -> float:
         pairs = self.dev.candidates
-        texts = pairs.passages(0, len(pairs))
-        rows = evenly(len(pairs))
-
-        def score(some: list[int]) -> None:
-            queries = [pairs.queries[pairs.query_of[row]] for row in some]
-            given = tokenize_pairs(self.tokenizer, queries, [texts[row] for row in some], self.rules)
-            self.scorer().score(given)
-
-        return len(pairs) * seconds_a_text(score, rows)
+        each = seconds_a_text(lambda rows: self.scorer().score_rows(pairs, rows), evenly(len(pairs)))
+        return len(pairs) * each
 
     def texts_a_step(self) -> int:
         return self.units * self.group_size

@@ -38,7 +38,13 @@ from torch_src.encoding import Encoder, encode_collection
 from torch_src.formats import RunRow, format_run_row
 from torch_src.helpers import atomic_write, duration, exit_status, rank, require, say, warn
 from torch_src.inference_de_hparams import DEBUG, PRETRAINED, InferenceDeHparams
-from torch_src.inference_stage import FoundModel, find_pretrained_model, find_trained_model, read_query_ids
+from torch_src.inference_stage import (
+    FoundModel,
+    find_pretrained_model,
+    find_trained_model,
+    planned_before_training,
+    read_query_ids,
+)
 from torch_src.model_folder import own_settings
 from torch_src.output_lock import TOGETHER, output_lock
 from torch_src.passage_ids import check_length, read_passage_ids
@@ -53,8 +59,7 @@ INDEX = "para.index"
 
 def find_model(hp: InferenceDeHparams) -> FoundModel:
     """Return the model that the settings name: fine-tuned, or with `--dual_params none` as it is."""
-    planned_before_training = hp.plan and not Path(hp.dual_params_path).exists()
-    if hp.dual_params != PRETRAINED and not planned_before_training:
+    if hp.dual_params != PRETRAINED and not planned_before_training(hp, hp.dual_params_path):
         return find_trained_model(hp, "dual", hp.dual_params_path, FIXED_BY_WEIGHTS)
     trained = replace(DualHparams(), **TRAIN_DEBUG) if hp.debug else DualHparams()
     own = own_settings(hp.pretrained_model_path or trained.pretrained_model_path)
@@ -287,11 +292,7 @@ def search_soundly(inference: DualInference, path: Path, dropped: set[int]) -> V
     try:
         inference.write_run(path, queries, store)
     except DamagedBlock as damage:
-        if damage.block in dropped:
-            raise  # made again, and damaged again: not for us to mend
-        warn(f"{str(damage).removesuffix('; delete it and run again')}; it is made again")
-        store.drop(damage.block)
-        dropped.add(damage.block)
+        store.drop_once(damage, dropped)
         return None
     return store
 

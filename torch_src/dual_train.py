@@ -74,16 +74,10 @@ class DualTraining(TrainingStage):
 
     def task(self) -> Task:
         hp = self.hp
-        parts = (
-            self.prepare,
-            self.backward,
-            self.describe,
-            self.evaluate,
-            self.save_best,
-            self.best_fingerprint,
-        )
         negatives = hp.batch_size * (1 + hp.hard_negatives) - 1
-        return Task(self.model, self.steps, *parts, queries_per_step=hp.batch_size, negatives=negatives)
+        return Task(
+            self.model, self.steps, *self.parts(), queries_per_step=hp.batch_size, negatives=negatives
+        )
 
     def prepare(self, epoch: int, micro_step: int) -> TokenBatch:
         """Draw one micro-batch and tokenise this process's share (in the thread that runs ahead)."""

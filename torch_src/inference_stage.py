@@ -9,7 +9,7 @@ from torch_src.backbones import load_config, model_fingerprint
 from torch_src.errors import UserError
 from torch_src.formats import read_q2qid, read_queries, read_question_ids
 from torch_src.helpers import read_json, require, warn
-from torch_src.stamps import fingerprint_files, fingerprint_text, record_seal
+from torch_src.stamps import changed_files, fingerprint_files, fingerprint_text, record_seal
 from torch_src.tokenization import load_tokenizer, tokenizer_fingerprint
 
 
@@ -23,6 +23,11 @@ class FoundModel:
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     config: object = field(repr=False, default=None)
+
+
+def planned_before_training(hp, params_path: str) -> bool:
+    """Return whether a plan is asked for that has no trained weights yet: the pretrained model will do."""
+    return hp.plan and not Path(params_path).exists()
 
 
 def find_trained_model(hp, name: str, params_path: str, fixed_names: tuple[str, ...]) -> FoundModel:
@@ -53,9 +58,8 @@ def find_trained_model(hp, name: str, params_path: str, fixed_names: tuple[str, 
     if record.get("weights", fingerprint) != fingerprint:
         warn(f"{params} is not the file that {record_path} was written for; its settings are used")
     beside = folder / f"{name}_model"
-    for name, written in record.get("model_files", {}).items() if beside.exists() else ():
-        if not (beside / name).exists() or fingerprint_files([beside / name]) != written:
-            raise UserError(f"{beside / name}: not what {program} wrote; restore it, or train again")
+    for changed in changed_files(beside, record.get("model_files", {})) if beside.exists() else ():
+        raise UserError(f"{changed}: not what {program} wrote; restore it, or train again")
     path = hp.pretrained_model_path or (str(beside) if beside.exists() else record["pretrained_model_path"])
     vocab_path = hp.vocab_path or ("" if path == str(beside) else fixed["vocab_path"])
     tokenizer = load_tokenizer(path, vocab_path)

@@ -63,6 +63,12 @@ class PairScorer:
         for start, pairs in one_ahead(piece, range(first, last, TOKENIZE_AHEAD)):
             yield start, self.score(pairs), pairs
 
+    def score_rows(self, candidates: Candidates, rows: list[int]) -> tuple[np.ndarray, Pairs]:
+        """Return (logits, pairs) of some of the candidates, by their numbers."""
+        queries = [candidates.queries[candidates.query_of[row]] for row in rows]
+        pairs = self.tokenize(queries, [candidates.passages(row, row + 1)[0] for row in rows])
+        return self.score(pairs), pairs
+
     def score_all(self, candidates: Candidates) -> np.ndarray:
         """Return the logits (N,) float32 of all candidates."""
         return np.concatenate(

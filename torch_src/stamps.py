@@ -59,6 +59,12 @@ def clear_stamp(artifact) -> None:
     stamp_path(artifact).unlink(missing_ok=True)
 
 
+def changed_files(folder: Path, written: dict[str, str]) -> list[Path]:
+    """Return the files of {name: fingerprint} that are no longer there, or other than they were."""
+    paths = {folder / name: known for name, known in written.items()}
+    return [path for path, known in paths.items() if not path.exists() or fingerprint_files([path]) != known]
+
+
 def record_seal(record: dict) -> str:
     """Return 16 hex digits over a JSON record, its own `seal` left out."""
     rest = {key: value for key, value in record.items() if key != "seal"}
@@ -94,7 +100,7 @@ def up_to_date(artifact, stamp: dict, say) -> bool:
     different = changes(old, stamp)
     if different:
         say(f"{artifact}: out of date, made again ({'; '.join(different)})")
-    elif CONTENT in old and not is_sealed(artifact):
+    elif CONTENT in old and old[CONTENT] != fingerprint_files([artifact]):
         say(f"{artifact}: its bytes are not those that were written; it is made again")
         return False
     return not different

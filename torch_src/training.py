@@ -236,10 +236,7 @@ class Trainer:
             say(line)
 
     def _evaluation_due(self) -> bool:
-        step, every = self.progress.step, self.hp.eval_every or self.steps_per_epoch
-        if every < 0 or self.progress.evaluated == step:
-            return False
-        return step % every == 0 or step == self.total_steps
+        return self.hp.eval_every >= 0 and self._keeps_weights_at(self.progress)
 
     def _keeps_weights_at(self, progress: Progress) -> bool:
         """Return whether what follows this progress at once may write the best weights."""

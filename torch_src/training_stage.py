@@ -6,20 +6,26 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from torch_src import hparams
 from torch_src.backbones import check_fits, load_config, model_fingerprint
 from torch_src.checkpoints import delete_checkpoints, save_tensors
 from torch_src.collection import PassageCollection
-from torch_src.devices import choose_device, choose_precision, free_memory, set_threads
+from torch_src.devices import choose_device, choose_precision, free_gpu_memory, free_memory, set_threads
 from torch_src.errors import UserError
 from torch_src.grad_cache import ChunkedForward
 from torch_src.helpers import duration, read_json, require, say, write_json
 from torch_src.output_lock import output_lock
 from torch_src.planning import Plan, checkpoint_gb, memory_gb, smaller_chunk
 from torch_src.process_group import ProcessGroup
-from torch_src.stamps import clear_stamp, fingerprint_files, record_seal, up_to_date, write_stamp
+from torch_src.stamps import (
+    changed_files,
+    clear_stamp,
+    fingerprint_files,
+    record_seal,
+    up_to_date,
+    write_stamp,
+)
 from torch_src.tokenization import (
     length_sorted_batches,
     load_tokenizer,
@@ -75,6 +81,12 @@ class TrainingStage:
     def task(self) -> Task:
         """Return what the loop needs."""
         raise AssertionError("a subclass makes its task")
+
+    def parts(self) -> tuple:
+        """Return what both tasks give the loop, in Task's order after the model and its steps."""
+        return (
+            self.prepare, self.backward, self.describe, self.evaluate, self.save_best, self.best_fingerprint,
+        )  # fmt: skip
 
     def summary(self, progress: Progress) -> None:
         """Say what the finished run was worth; warn where it was worth little."""
@@ -176,15 +188,9 @@ class TrainingStage:
         except UserError:
             return False
         files = record.get("model_files")
-        return (
-            record.get("seal") == record_seal(record)
-            and isinstance(files, dict)
-            and all(
-                (self.model_folder / name).exists()
-                and fingerprint_files([self.model_folder / name]) == written
-                for name, written in files.items()
-            )
-        )
+        if record.get("seal") != record_seal(record) or not isinstance(files, dict):
+            return False
+        return not changed_files(self.model_folder, files)
 
     def _is_done(self, params: str, stamp: dict) -> bool:
         weights = self.best_fingerprint()
@@ -225,11 +231,7 @@ class TrainingStage:
 
     def _advice(self, base: tuple[float, float], peak: tuple[float, float]) -> str:
         cuda = self.device.type == "cuda"
-        free = (
-            torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
-            if cuda
-            else free_memory()
-        )
+        free = free_gpu_memory(self.device) if cuda else free_memory()
         texts = self.hp.grad_cache_chunk or self.texts_a_step()
         return f"try --grad_cache_chunk {smaller_chunk(texts, base[cuda], peak[cuda], free / 1e9)}"
 

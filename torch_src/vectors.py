@@ -10,7 +10,7 @@ import xxhash
 
 from torch_src.claims import Claims
 from torch_src.errors import UserError
-from torch_src.helpers import atomic_write, read_json, write_json
+from torch_src.helpers import atomic_write, read_json, warn, write_json
 from torch_src.stamps import CODE_VERSION, changes, record_seal
 
 
@@ -19,7 +19,7 @@ class DamagedBlock(UserError):
 
     def __init__(self, path: Path, block: int, what: str):
         super().__init__(f"{path}: {what}; delete it and run again")
-        self.block = block
+        self.block, self.what = block, f"{path}: {what}"
 
 
 class VectorStore:
@@ -143,6 +143,14 @@ class VectorStore:
             np.save(file, vectors, allow_pickle=False)
         note = {**(made_with or {}), "manifest": self.identity, "xxh3": _checksum(vectors)}
         write_json(self.note_path(block), note)
+
+    def drop_once(self, damage: DamagedBlock, dropped: set[int]) -> None:
+        """Forget the block, to be made again, and note it in `dropped`; a second time it is raised."""
+        if damage.block in dropped:
+            raise damage  # made again, and damaged again: not for us to mend
+        warn(f"{damage.what}; it is made again")
+        self.drop(damage.block)
+        dropped.add(damage.block)
 
     def drop(self, block: int) -> None:
         """Forget a damaged block, so that it is made again; one that another process has mended stays."""

@@ -20,6 +20,18 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return made
 
 
+def seeded_parser(doc: str, steps: int) -> argparse.ArgumentParser:
+    """Return the parser of a training that is run once a seed (by_seed)."""
+    made = parser(doc)
+    made.add_argument("--data_dir", required=True)
+    made.add_argument("--model", required=True, help="folder of an encoder")
+    made.add_argument("--steps", type=int, default=steps)
+    made.add_argument("--batch", type=int, default=32)
+    made.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    return made
+
+
 class PeakMemory(threading.Thread):
     """The most unshared memory (RssAnon) of this process so far, in 10^9 bytes; looked at every 20 ms."""
 

@@ -9,17 +9,16 @@ same pairs in the same batches. Both re-rank the same dev candidates in the end.
 seed, mean and standard error, seconds an update and peak unshared memory; last a JSON line.
 """
 
-import argparse
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: the root is not on it
 
 import torch
-from common import by_seed, parser
+from common import by_seed, seeded_parser
+from peers import clock, set_dropout, trainer_arguments
 from rerank import with_head
 from train_step import TimedTrainer, figures
 
@@ -57,8 +56,6 @@ def theirs(given) -> dict:
     from datasets import Dataset
     from sentence_transformers import CrossEncoder
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments, losses
-    from torch.utils.data import BatchSampler, SequentialSampler
-    from transformers import TrainerCallback
 
     with tempfile.TemporaryDirectory() as output:
         stage = loaded(given, output)
@@ -73,32 +70,12 @@ def theirs(given) -> dict:
             given.model, max_length=LENGTH, device="cpu", activation_fn=torch.nn.Identity(),
             model_kwargs={"dtype": torch.float32},
         )  # fmt: skip
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-            if hasattr(module, "dropout_prob"):
-                module.dropout_prob = 0.0
+        set_dropout(model, 0.0)
         times, seen = [], []
-
-        def in_order(data, batch_size: int, **_) -> BatchSampler:
-            return BatchSampler(SequentialSampler(data), batch_size, True)
-
-        class Clock(TrainerCallback):
-            def on_step_end(self, *_, **__):
-                times.append(time.perf_counter())
-
-            def on_log(self, args, state, control, logs=None, **_):
-                if "loss" in (logs or {}):
-                    seen.append(float(logs["loss"]))
-
-        arguments = CrossEncoderTrainingArguments(
-            output, per_device_train_batch_size=given.batch, num_train_epochs=1, learning_rate=LR,
-            logging_steps=1, report_to=[], save_strategy="no", lr_scheduler_type="linear", use_cpu=True,
-            disable_tqdm=True, warmup_steps=0, seed=given.seed, batch_sampler=in_order,
-        )  # fmt: skip
+        arguments = trainer_arguments(CrossEncoderTrainingArguments, output, given, LR)
         CrossEncoderTrainer(
             model=model, args=arguments, train_dataset=Dataset.from_dict(rows),
-            loss=losses.BinaryCrossEntropyLoss(model), callbacks=[Clock()],
+            loss=losses.BinaryCrossEntropyLoss(model), callbacks=[clock(times, seen)],
         ).train()  # fmt: skip
         stage.model.model.load_state_dict(trained_weights(model))
         return {**figures(times, seen, "fp32"), **stage.evaluate()}
@@ -112,17 +89,11 @@ def trained_weights(model) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--data_dir", required=True)
-    options.add_argument("--model", required=True, help="folder of an encoder")
+    options = seeded_parser(__doc__, steps=60)
     options.add_argument("--train_set", default="", help="default: the data folder's own cross.train.tsv")
     options.add_argument("--run", default="", help="dev candidates: default the data folder's official file")
     options.add_argument("--queries", type=int, default=100)
     options.add_argument("--depth", type=int, default=20)
-    options.add_argument("--steps", type=int, default=60)
-    options.add_argument("--batch", type=int, default=32)
-    options.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
-    options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         if not given.side:

@@ -10,7 +10,6 @@ Both end in the dev retrieval of do_dual_train.py (all dev queries over the whol
 MRR@10 of each seed, mean and standard error, seconds an update and peak unshared memory; last a JSON line.
 """
 
-import argparse
 import sys
 import tempfile
 from dataclasses import replace
@@ -18,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: the root is not on it
 
-from common import by_seed, parser
+from common import by_seed, seeded_parser
 from train_step import TimedTrainer, figures, settings, st_training
 
 from torch_src.dual_train import DualTraining
@@ -72,17 +71,11 @@ def theirs(given) -> dict:
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--data_dir", required=True)
-    options.add_argument("--model", required=True, help="folder of an encoder")
-    options.add_argument("--steps", type=int, default=40)
-    options.add_argument("--batch", type=int, default=32)
+    options = seeded_parser(__doc__, steps=40)
     options.add_argument("--chunk", type=int, default=16)
     options.add_argument("--dropout", type=float, default=0.0)
     options.add_argument("--precision", default="auto")
     options.add_argument("--peer_bf16", action="store_true")
-    options.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
-    options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     given = options.parse_args()
     more = {"steps": given.steps, "batch": given.batch, "chunk": given.chunk}
     by_seed(given, {"ours": ours, "st": theirs}, more)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: the
 
 import torch
 from common import compare, parser
-from peers import bi_encoder
+from peers import bi_encoder, clock, set_dropout, trainer_arguments
 
 from torch_src.datasets import DualTrainingSet
 from torch_src.devices import choose_precision
@@ -93,42 +93,20 @@ def st_training(given, mini_batch: int):
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer import losses
-    from torch.utils.data import BatchSampler, SequentialSampler
-    from transformers import TrainerCallback
 
     torch.manual_seed(given.seed)
     model = bi_encoder(given.model, PASSAGE_LENGTH)
     if given.dropout is not None:
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = given.dropout
-            if hasattr(module, "dropout_prob"):
-                module.dropout_prob = given.dropout
+        set_dropout(model, given.dropout)
     times, seen = [], []
-
-    def in_order(data, batch_size: int, **_) -> BatchSampler:
-        return BatchSampler(SequentialSampler(data), batch_size, True)
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_, **__):
-            times.append(time.perf_counter())
-
-        def on_log(self, args, state, control, logs=None, **_):
-            if "loss" in (logs or {}):
-                seen.append(float(logs["loss"]))
-
     kind = losses.CachedMultipleNegativesRankingLoss if mini_batch else losses.MultipleNegativesRankingLoss
     more = {"mini_batch_size": mini_batch} if mini_batch else {}
     low = choose_precision(given.precision, CPU) == "bf16" and given.peer_bf16
     with tempfile.TemporaryDirectory() as output:
-        arguments = SentenceTransformerTrainingArguments(
-            output, per_device_train_batch_size=given.batch, num_train_epochs=1, learning_rate=LR, bf16=low,
-            logging_steps=1, report_to=[], save_strategy="no", lr_scheduler_type="linear", use_cpu=True,
-            disable_tqdm=True, warmup_steps=0, seed=given.seed, batch_sampler=in_order,
-        )  # fmt: skip
+        arguments = trainer_arguments(SentenceTransformerTrainingArguments, output, given, LR, bf16=low)
         loss, data = kind(model, scale=1 / TEMPERATURE, **more), Dataset.from_dict(triplets(given))
         SentenceTransformerTrainer(
-            model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[Clock()]
+            model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[clock(times, seen)]
         ).train()
     return model, times, seen, "bf16" if low else "fp32"
 
