@@ -8,7 +8,14 @@ Settings: torch_src/inference_cross_hparams.py, or `--name value`; `--help` list
 
 import sys
 
-from torch_src import cross_infer
+from torch_src.helpers import leave
+
+
+def enter() -> int:
+    from torch_src import cross_infer  # here, since Ctrl-C must end the seconds of imports quietly, too
+
+    return cross_infer.main(sys.argv[1:])
+
 
 if __name__ == "__main__":
-    sys.exit(cross_infer.main(sys.argv[1:]))
+    leave(enter)

@@ -8,7 +8,14 @@ Settings: torch_src/cross_hparams.py, or `--name value`; `--help` lists them.
 
 import sys
 
-from torch_src import cross_train
+from torch_src.helpers import leave
+
+
+def enter() -> int:
+    from torch_src import cross_train  # here, since Ctrl-C must end the seconds of imports quietly, too
+
+    return cross_train.main(sys.argv[1:])
+
 
 if __name__ == "__main__":
-    sys.exit(cross_train.main(sys.argv[1:]))
+    leave(enter)

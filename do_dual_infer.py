@@ -8,15 +8,17 @@ Settings: torch_src/inference_de_hparams.py, or `--name value`; `--help` lists t
 
 import sys
 
-from torch_src import dual_infer
+from torch_src.helpers import leave
 
 
 def enter(topk=50, bs=1000):
     """topk: passages kept for each query, and re-ranked later. bs: queries searched at once. Options win over
     both.
     """
+    from torch_src import dual_infer  # here, since Ctrl-C must end the seconds of imports quietly, too
+
     return dual_infer.main(sys.argv[1:], topk=topk, bs=bs)
 
 
 if __name__ == "__main__":
-    sys.exit(enter(topk=50, bs=1000))
+    leave(lambda: enter(topk=50, bs=1000))

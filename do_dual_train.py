@@ -8,7 +8,14 @@ Settings: torch_src/dual_hparams.py, or `--name value`; `--help` lists them.
 
 import sys
 
-from torch_src import dual_train
+from torch_src.helpers import leave
+
+
+def enter() -> int:
+    from torch_src import dual_train  # here, since Ctrl-C must end the seconds of imports quietly, too
+
+    return dual_train.main(sys.argv[1:])
+
 
 if __name__ == "__main__":
-    sys.exit(dual_train.main(sys.argv[1:]))
+    leave(enter)

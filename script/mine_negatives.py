@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 
 from torch_src import cross_infer, dual_infer, hparams, mining
 from torch_src.collection import PassageCollection
-from torch_src.helpers import exit_status, read_json, require, say, write_json
+from torch_src.helpers import exit_status, leave, read_json, require, say, write_json
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.mining_hparams import DEBUG, NO_CROSS, MiningHparams
@@ -104,4 +104,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(lambda: main(sys.argv[1:]))

@@ -1,5 +1,6 @@
 """Log lines, atomic files, exit statuses, durations."""
 
+import signal
 import socket
 import subprocess
 import sys
@@ -172,6 +173,27 @@ def test_process_ends_with_the_status_and_without_a_traceback():
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: no/such/file: no such file or folder (weights)\n"
+
+
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        ("raise KeyboardInterrupt", 130),
+        ("atexit.register(os.kill, os.getpid(), signal.SIGINT)", -signal.SIGINT),
+    ],
+    ids=["while importing", "after its work"],
+)
+def test_interrupting_a_program_that_does_not_work_leaves_no_traceback(body, status):
+    program = f"""
+import atexit, os, signal
+from torch_src.helpers import leave
+def enter():
+    {body}
+    return 0
+leave(enter)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 
 def test_log_lines_go_to_stdout_and_warnings_are_marked(capsys):

@@ -3,12 +3,14 @@
 import glob
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from torch_src.errors import Stopped, UserError
 
@@ -57,6 +59,20 @@ def exit_status(program, *mistakes: type[Exception]) -> int:
         print("interrupted: the same command carries on", file=sys.stderr, flush=True)
         return 130
     return 0
+
+
+def leave(program: Callable[[], int]) -> NoReturn:
+    """Run `program()` and end the process with the status that it returns.
+
+    Ctrl-C while a program is still importing, or is past its work, ends it without a traceback: between the
+    two exit_status sees to it.
+    """
+    try:
+        status = program()
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)
 
 
 @contextmanager
