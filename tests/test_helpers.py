@@ -196,6 +196,24 @@ leave(enter)
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 
+def test_an_interruption_is_not_lost_while_an_object_is_deleted():
+    program = """
+import os, signal, time
+from torch_src.helpers import exit_status, leave
+class Deleted:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+def work():
+    Deleted()
+    time.sleep(60)
+leave(lambda: exit_status(work))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted: the same command carries on\n")
+
+
 def test_log_lines_go_to_stdout_and_warnings_are_marked(capsys):
     helpers.say("step 1")
     helpers.warn("odd")

@@ -46,6 +46,19 @@ def test_a_plan_does_not_change_what_is_up_to_date(world, tmp_path, capsys):
     assert "up to date" in capsys.readouterr().out
 
 
+def test_an_index_is_planned_for(world, tmp_path, capsys):
+    words = [*options(world, tmp_path / "out"), "--pretrained_model_path", str(world / "model"), "--plan"]
+    assert dual_infer.main([*words, "--index", "HNSW32"]) == 0
+    assert "fill HNSW32 (training and searching it not counted)" in capsys.readouterr().out
+
+
+def test_an_index_that_does_not_fit_is_said_and_not_refused(world, tmp_path, capsys, monkeypatch):
+    words = [*options(world, tmp_path / "out"), "--pretrained_model_path", str(world / "model")]
+    monkeypatch.setattr(dual_infer, "estimate", lambda factory, width, rows: (10**15, 60.0))
+    assert dual_infer.main([*words, "--plan", "--index", "HNSW32"]) == 0
+    assert "IT DOES NOT FIT (memory, disk): take a smaller --index" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_is_said_with_the_mend(monkeypatch, tmp_path):
     plan = Plan("do_dual_train.py", [("a", 60.0), ("b", 30.0)], ram_gb=8, disk_gb=1, advice="try less")
     monkeypatch.setattr(planning, "free_memory", lambda: 4e9)

@@ -20,6 +20,7 @@ from torch_src.vectors import VectorStore
 FILL_ROWS = 16384  # vectors added at once
 LEAST_TRAINING = 10240  # vectors that a quantiser of 256 centroids wants (39 a centroid, by faiss's own rule)
 MOST_TRAINING = 262144
+PROBED_VECTORS = 2048  # added to a small index to see what one of them takes
 
 
 @dataclass
@@ -171,7 +172,14 @@ def inverted_lists(index) -> int:
 
 
 def estimate_bytes(factory: str, hidden: int, rows: int) -> int:
-    """Return about how many bytes an index of `rows` vectors takes, from a small one of random vectors."""
+    """Return about how many bytes an index of `rows` vectors takes."""
+    return estimate(factory, hidden, rows)[0]
+
+
+def estimate(factory: str, hidden: int, rows: int) -> tuple[int, float]:
+    """Return about (bytes, seconds of filling) of an index of `rows` vectors, from a small one of random
+    vectors. Its training is not in the seconds.
+    """
     faiss, index = load_faiss(), new_index(factory, hidden)
     lists, draw = inverted_lists(index), np.random.default_rng(0)
     if lists:
@@ -181,8 +189,10 @@ def estimate_bytes(factory: str, hidden: int, rows: int) -> int:
     if not index.is_trained:
         index.train(few)
     empty = len(faiss.serialize_index(index))
-    index.add(few[:2048])
-    return empty + rows * (len(faiss.serialize_index(index)) - empty) // 2048
+    begun = time.perf_counter()
+    index.add(few[:PROBED_VECTORS])
+    each = (time.perf_counter() - begun) / PROBED_VECTORS
+    return empty + rows * (len(faiss.serialize_index(index)) - empty) // PROBED_VECTORS, each * rows
 
 
 def check_memory(factory: str, needed: int, available: Callable[[], int] | None = None) -> None:

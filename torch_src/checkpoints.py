@@ -68,6 +68,8 @@ def load_checkpoint(path) -> dict | None:
             written = state.pop("xxh3")
             if written != checksum(state):
                 raise ValueError("its contents are not those that were written")
+        except PermissionError:
+            raise  # not damage: the older one must not be taken up for it
         except DAMAGE as error:
             warn(f"{candidate}: damaged ({str(error).strip().split(chr(10))[0][:100]})")
             damaged.append(candidate)

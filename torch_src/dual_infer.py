@@ -16,6 +16,7 @@ from torch_src.ann_index import (
     ApproximateSearch,
     IndexSettings,
     check_memory,
+    estimate,
     estimate_bytes,
     new_index,
     set_parameters,
@@ -208,26 +209,34 @@ class DualInference:
         # a block's tokens and vectors, and the next one's, tokenised ahead
         block = min(rows, self.hp.block_rows) * (2 * 4 * tokens + 2 * encoder.width) / 1e9
         planned.ram_gb = memory_gb(self.device)[0] + block
-        planned.add(f"search {len(self.queries):,} queries, exactly", self.search_seconds(encoder.width))
+        queries, index_bytes = len(self.queries), 0
+        if self.hp.index:
+            queries = min(queries, self.hp.recall_queries)
+            index_bytes, seconds = estimate(self.hp.index, encoder.width, rows)
+            planned.add(f"fill {self.hp.index} (training and searching it not counted)", seconds)
+        if queries:
+            planned.add(f"search {queries:,} queries, exactly", self.search_seconds(encoder.width, queries))
         ram, planned.gpu_gb = memory_gb(self.device)
-        planned.ram_gb = max(planned.ram_gb, ram)
-        planned.disk_gb = rows * (2 * encoder.width + 8) / 1e9
+        planned.ram_gb = max(planned.ram_gb, ram, ram + index_bytes / 1e9)
+        planned.disk_gb = (rows * (2 * encoder.width + 8) + index_bytes) / 1e9
         planned.advice = "lower --search_memory_gb, --bs or --block_rows"
+        if self.hp.index:
+            planned.advice = "take a smaller --index, or none: exact search needs no memory for it"
         return planned
 
-    def search_seconds(self, width: int) -> float:
-        """Return about how long the search takes, by one over a few generated vectors."""
+    def search_seconds(self, width: int, queries: int) -> float:
+        """Return about how long an exact search takes, by one over a few generated vectors."""
         devices, memory = search_devices(self.hp.device, self.device), self.hp.search_memory_gb
-        at_once, rows = min(self.bs, len(self.queries)), len(self.collection)
+        at_once, rows = min(self.bs, queries), len(self.collection)
         kind = choose_kind(self.hp.search_product, width, devices[0], say)
         some = min(rows, 3 * chunk_rows(at_once, width, memory, devices[0].type, len(devices)))
         draw = np.random.default_rng(0)
-        queries = draw.standard_normal((at_once, width), dtype=np.float32)
+        probes = draw.standard_normal((at_once, width), dtype=np.float32)
         with tempfile.TemporaryDirectory() as folder:
             store = VectorStore.create_or_continue(folder, {}, some, width, some, say)
             store.write_block(0, draw.standard_normal((some, width), dtype=np.float32).astype(np.float16))
-            took = seconds_of(lambda: search(store, queries, self.topk, devices, kind, memory))
-        return took * rows / some * len(self.queries) / at_once
+            took = seconds_of(lambda: search(store, probes, self.topk, devices, kind, memory))
+        return took * rows / some * queries / at_once
 
     def searcher(self, queries: np.ndarray, store: VectorStore) -> Callable:
         """Return search(round of queries) -> (rows, scores, what to say of it): exact, or by an index."""

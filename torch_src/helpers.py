@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -67,12 +68,23 @@ def leave(program: Callable[[], int]) -> NoReturn:
     Ctrl-C while a program is still importing, or is past its work, ends it without a traceback: between the
     two exit_status sees to it.
     """
+    sys.unraisablehook = _raise_again
     try:
         status = program()
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(status)
+
+
+def _raise_again(lost) -> None:
+    """Python drops what a signal's handler raises while some object is being deleted: Ctrl-C comes again."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        again = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
+    elif not issubclass(lost.exc_type, Stopped):  # the run knows that it is to stop, and will
+        sys.__unraisablehook__(lost)
 
 
 @contextmanager
