@@ -108,3 +108,13 @@ def test_a_result_edited_by_hand_is_made_again(world, capsys):
     assert infer(world) == 0
     assert "its bytes are not those that were written" in capsys.readouterr().out
     assert path.read_bytes() == whole
+
+
+def test_what_is_sealed_is_the_last_thing_written(world, monkeypatch):
+    """A run killed just after its seal is up to date: nothing may still be missing then."""
+    settings = world / "output/dual_infer_hparams.json"
+    settings.unlink()
+    seals = []
+    monkeypatch.setattr(dual_infer, "seal", lambda path, stamp: seals.append(settings.exists()))
+    assert infer(world, "--force") == 0
+    assert seals == [True]

@@ -276,7 +276,9 @@ class DualInference:
                         file.write(format_run_row(RunRow(query, row, place, score)))
                 done = f"searched {min(start + self.bs, len(queries)):,}/{len(queries):,} queries"
                 say(f"{done} in {duration(time.monotonic() - begun)}  {note}".rstrip())
-        seal(path, self.run_stamp())
+        settings = {"topk": self.topk, "bs": self.bs, "fixed_by_weights": self.model.fixed}
+        hparams.save(self.hp, self.output / "dual_infer_hparams.json", **settings)
+        seal(path, self.run_stamp())  # last: it says that all is done
 
 
 def started_by() -> str:
@@ -338,13 +340,6 @@ def _run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
         continue  # a damaged block was dropped: it is encoded again
     if rank():
         return  # the first process has searched
-    hparams.save(
-        hp,
-        inference.output / "dual_infer_hparams.json",
-        topk=topk,
-        bs=bs,
-        fixed_by_weights=inference.model.fixed,
-    )
     say(f"wrote {path} ({len(inference.queries):,} queries x {min(topk, store.rows)})  "
         f"peak memory {peak_memory_gb(inference.device):.2f} GB")  # fmt: skip
 
