@@ -2,6 +2,7 @@
 
     python script/mine_negatives.py                                            # by the retriever alone
     python script/mine_negatives.py --cross_params output/cross_params.bin     # denoised by the re-ranker
+    python script/mine_negatives.py --retrieval_result output/bm25/train.top50 # from any run, BM25's say
 
 Settings: torch_src/mining_hparams.py, or `--name value`; `--help` lists them. Writes into output/mined:
 dual.train.tsv, cross.train.tsv, dual.train.ids.tsv (rows, pids, ranks and scores, line by line with
@@ -27,7 +28,10 @@ OUTPUTS = ("dual.train.tsv", "cross.train.tsv", mining.SIDECAR)
 
 
 def retrieve(hp: MiningHparams, queries: Path) -> Path:
-    """Run do_dual_infer.py on the training queries; return the run."""
+    """Return the run over the training queries: the one that is given, or do_dual_infer.py's."""
+    if hp.retrieval_result:
+        mend = f"search for the queries of {queries} first (script/bm25.py search --dev_q)"
+        return Path(require(hp.retrieval_result, "a run over the training queries", mend))
     there = Path(hp.para_emb_path) / "manifest.json"  # vectors that are there are used as they are
     manifest = read_json(there) if there.exists() else {}
     settings = InferenceDeHparams(
@@ -62,8 +66,7 @@ def run(hp: MiningHparams) -> None:
     collection = PassageCollection(hp.passage_dir_path, str(folder / "cache"))
     queries = folder / "train.q.format"
     mining.write_train_queries(data, queries)
-    found, scores = retrieve(hp, queries), None
-    located = None
+    found, scores, located = retrieve(hp, queries), None, None
     if hp.cross_params != NO_CROSS:
         located = mining.locate_positives(data, collection)
         pairs = folder / "res.pairs"

@@ -1,25 +1,17 @@
-"""The repository's own rules: imports, nothing done at import, every knob is read, commands parse."""
+"""The repository's own rules: imports, nothing done at import, every knob is read."""
 
 import ast
 import dataclasses
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from doc_commands import ROOT, SETTINGS
 
-from torch_src import (
-    cross_hparams,
-    dual_hparams,
-    hparams,
-    inference_cross_hparams,
-    inference_de_hparams,
-    mining_hparams,
-)
+from torch_src import dual_hparams, hparams
 
-ROOT = Path(__file__).resolve().parents[1]
 # A module imports only from an earlier row, never from its own.
 ROWS = [
     ["errors"],
@@ -75,13 +67,6 @@ SEES_HPARAMS = {module for row in ROWS[7:] for module in row} | {
     "inference_de_hparams",
 }
 STAND_ALONE = [*sorted((ROOT / "metric").glob("*.py")), ROOT / "script/handle.py"]
-SETTINGS = {
-    "do_dual_train.py": (dual_hparams.DualHparams, dual_hparams.DEBUG),
-    "do_dual_infer.py": (inference_de_hparams.InferenceDeHparams, inference_de_hparams.DEBUG),
-    "do_cross_train.py": (cross_hparams.CrossHparams, cross_hparams.DEBUG),
-    "do_cross_infer.py": (inference_cross_hparams.InferenceCrossHparams, inference_cross_hparams.DEBUG),
-    "script/mine_negatives.py": (mining_hparams.MiningHparams, mining_hparams.DEBUG),
-}
 
 
 def imported(path: Path) -> set[str]:
@@ -174,48 +159,6 @@ def test_every_knob_says_what_it_is():
         lines = Path(sys.modules[settings.__module__].__file__).read_text(encoding="utf-8")
         for field in dataclasses.fields(settings):
             assert re.search(rf"^    {field.name}: .*  # \S", lines, re.MULTILINE), field.name
-
-
-def readme_commands() -> list[list[str]]:
-    """Return the commands of the README's shell blocks, continued lines joined, variables resolved."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands, variables = [], {}
-    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            for name, value in variables.items():
-                line = line.replace(f"${name}", value)
-            words = shlex.split(line, comments=True)
-            if len(words) == 1 and re.match(r"[A-Z_0-9]+=", words[0]):
-                name, value = words[0].split("=", 1)
-                variables[name] = value
-            elif words:
-                commands.append(words)
-    return commands
-
-
-def test_every_readme_command_parses():
-    seen = set()
-    for words in readme_commands():
-        words = words[: words.index(">")] if ">" in words else words
-        while words and ("=" in words[0] or words[0] == "nohup"):
-            words = words[1:]
-        program, *rest = words
-        if program.startswith("python"):
-            assert (ROOT / rest[0]).exists() or rest[0] in ("handle.py", "-m"), words
-            seen.add(rest[0])
-            if rest[0] in SETTINGS:
-                settings, debug = SETTINGS[rest[0]]
-                hparams.parse(settings, rest[1:], debug)
-        elif program == "torchrun":
-            script = next(at for at, word in enumerate(rest) if word.endswith(".py"))
-            settings, debug = SETTINGS[rest[script]]
-            hparams.parse(settings, rest[script + 1 :], debug)
-        elif program == "sh":
-            assert subprocess.run(["sh", "-n", ROOT / rest[0]]).returncode == 0, words
-            seen.add(rest[0])
-        else:
-            assert program in ("git", "cd", "cp", "mv", ".venv/bin/pip"), words
-    assert {*SETTINGS, "script/quickstart.sh", "script/test.sh", "script/download.sh"} <= seen
 
 
 def test_cuda_visible_devices_is_never_written():

@@ -131,6 +131,23 @@ def test_a_run_of_other_queries_is_refused(world, tmp_path):
         list(Miner(*world, rules()).mine(tmp_path / "run", None))
 
 
+def test_a_query_that_the_run_has_not_keeps_its_own_negatives(world, tmp_path):
+    write(tmp_path / "run", ["乙\t1\t1\t0.5", "乙\t2\t2\t0.4"])  # BM25 found nothing for 甲
+    found = {q: [x.text for x in n] for q, _, n in Miner(*world, rules()).mine(tmp_path / "run", None)}
+    assert found == {"甲": ["旧1", "旧2", "旧3"], "乙": ["文1", "文2"]}
+    mining.with_positives(world[0], world[2], tmp_path / "run", tmp_path / "pairs")
+    assert lines(tmp_path / "pairs")[0] == "甲\t3\t1\t0"
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"), [(["甲\t12\t1\t0.5"], "row 12 is outside the collection"), ([], "no results")]
+)
+def test_a_run_of_another_collection_is_refused(world, tmp_path, rows, what):
+    write(tmp_path / "run", rows)
+    with pytest.raises(UserError, match=what):
+        list(Miner(*world, rules()).mine(tmp_path / "run", None))
+
+
 @pytest.mark.parametrize("count", [9, 11])
 def test_scores_of_another_length_are_refused(world, tmp_path, count):
     with pytest.raises(UserError, match="re-ranker scores"):
@@ -200,6 +217,10 @@ def test_from_trained_models_to_the_next_training_files(tmp_path, program):
     assert len(ids) == len(first.splitlines()) and all(line.split("\t")[-1] for line in ids)
     counts = json.loads((tmp_path / "out/mined/mining.json").read_text())["counts"]
     assert counts["queries"] == 24 and counts["chosen"] + counts["filled"] > 24
+    own = ("--retrieval_result", tmp_path / "out/mined/res.top15", "--mined_dir", tmp_path / "own")
+    program(*mine, *own, "--dual_params", tmp_path / "not_needed")
+    assert (tmp_path / "own/dual.train.tsv").read_bytes() == first
+    assert "search for the queries of" in program(*mine, *own[:1], tmp_path / "nowhere", status=2)
     again = train_options(world, tmp_path / "next")
     program("do_dual_train.py", *again, "--train_set", tmp_path / "out/mined/dual.train.tsv")
 

@@ -68,10 +68,8 @@ def build_dev_retrieval(hp, collection_cache: str) -> DevRetrieval | None:
         warn(f"{lost} positives of {hp.dev_set_path} have a pid that is not in {hp.passage_ids_path}")
     if name.endswith("random passages"):
         pool = dict(sorted(pool.items()))  # positives stand first otherwise, and would win every tie
-    say(
-        f"dev retrieval: {len(queries):,} queries over {name} "
-        f"({len(pool):,} in all; not the full-collection figures)"
-    )
+        name += f" ({len(pool):,} in all; not the full-collection figures)"
+    say(f"dev retrieval: {len(queries):,} queries over {name}")
     return DevRetrieval(queries, pool)
 
 

@@ -68,7 +68,8 @@ def with_positives(data: DualTrainingSet, located: dict[int, list[int]], run: Pa
         for group, (query, rows) in matched(data, run):
             there = {row.row for row in rows}
             behind = [row for row in known_rows(data, group, located) if row not in there]
-            extra = [RunRow(query, row, len(rows) + at, rows[-1].score) for at, row in enumerate(behind, 1)]
+            least = rows[-1].score if rows else 0.0
+            extra = [RunRow(query, row, len(rows) + at, least) for at, row in enumerate(behind, 1)]
             file.writelines(map(format_run_row, [*rows, *extra]))
 
 
@@ -79,13 +80,22 @@ def known_rows(data: DualTrainingSet, group: np.ndarray, located: dict[int, list
 
 
 def matched(data: DualTrainingSet, run: Path) -> Iterator[tuple[np.ndarray, tuple[str, list[RunRow]]]]:
-    """Yield (rows of the training file, (query, candidates)); UserError when the two do not fit together."""
+    """Yield (rows of the training file, (query, candidates)); UserError when the two do not fit together.
+
+    A query that the run has not (BM25 may find nothing) has no candidates.
+    """
     found = run_by_query(run)
+    query, rows = next(found, ("", []))
+    if not rows:
+        raise UserError(f"{run}: no results in it")
     for group in data.groups:
-        query, rows = next(found, ("", []))
-        if text_hash(same_text(query)) != int(data.query_hash[group[0]]):
-            raise UserError(f"{run}: its queries are not those of {data.path}, in that order; delete it")
-        yield group, (query, rows)
+        if text_hash(same_text(query)) == int(data.query_hash[group[0]]):
+            yield group, (query, rows)
+            query, rows = next(found, ("", []))
+        else:
+            yield group, (data.file.read([int(group[0])])[0].query, [])
+    if rows:
+        raise UserError(f"{run}: its queries are not those of {data.path}, in that order; delete it")
 
 
 @dataclass(frozen=True)
@@ -172,6 +182,8 @@ class Miner:
         """Yield (query, positives, negatives) of each query kept; `logits` go with the run's rows."""
         scores = None if logits is None else iter(logits)
         for number, (group, (query, rows)) in enumerate(matched(self.data, run)):
+            if (last := max((row.row for row in rows), default=0)) >= len(self.collection):
+                raise UserError(f"{run}: row {last} is outside the collection of {len(self.collection):,}")
             values = [None] * len(rows) if scores is None else [_next(scores, run) for _ in rows]
             yield from self._one(number, group, query, rows, values)
         if scores is not None and next(scores, None) is not None:

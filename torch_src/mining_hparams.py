@@ -28,6 +28,7 @@ class MiningHparams(OfficialLayout):
     # files
     data_dir: str = "dureader-retrieval-baseline-dataset"  # official layout; empty paths below follow it
     train_set: str = ""  # training rows, 6 columns; empty: data_dir/train/dual.train.tsv
+    retrieval_result: str = ""  # run over the training queries (bm25.py's, say); empty: the retriever's own
     passage_dir: str = ""  # the collection, part-00.. or all_doc; empty: data_dir/passage-collection
     passage_ids: str = ""  # row -> pid (JSON); empty: passage_dir/passage2id.map.json
     output_dir: str = "output"  # where the trained models and the passage vectors are

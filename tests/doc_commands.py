@@ -1,0 +1,172 @@
+"""The documents' commands: found in their text, and held against the programs' own options."""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from script import run_all, run_rounds
+from torch_src import (
+    cross_hparams,
+    dual_hparams,
+    hparams,
+    inference_cross_hparams,
+    inference_de_hparams,
+    mining_hparams,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
+DOCUMENTS = [*READMES, *sorted((ROOT / "docs").glob("*.md"))]
+SETTINGS = {
+    "do_dual_train.py": (dual_hparams.DualHparams, dual_hparams.DEBUG),
+    "do_dual_infer.py": (inference_de_hparams.InferenceDeHparams, inference_de_hparams.DEBUG),
+    "do_cross_train.py": (cross_hparams.CrossHparams, cross_hparams.DEBUG),
+    "do_cross_infer.py": (inference_cross_hparams.InferenceCrossHparams, inference_cross_hparams.DEBUG),
+    "script/mine_negatives.py": (mining_hparams.MiningHparams, mining_hparams.DEBUG),
+}
+COMING = {"script/demo.py", "requirements-demo.txt"}  # named in the documents, not in the repository yet
+PYTHONS = ("python", "python3", ".venv/bin/python")
+PLAIN = ("git", "cd", "cp", "mv", "rm", "cut", "head", "grep", "tail", "kill", "printf", ".venv/bin/pip")
+SHELLS = {  # a shell script that hands its options on
+    "script/download.sh": "script/download_data.py",
+    "script/run_all.sh": "script/run_all.py",
+    "script/run_rounds.sh": "script/run_rounds.py",
+}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+PARSE_ARGS = argparse.ArgumentParser.parse_args
+
+
+class Stopped(BaseException):
+    """Raised in place of what a program would do once its options are parsed."""
+
+
+def without_fences(text: str) -> str:
+    """Return a document without its code blocks."""
+    return FENCE.sub("", text)
+
+
+def shell_blocks(text: str) -> list[str]:
+    """Return the code blocks of commands: those marked sh, and unmarked ones that begin with a command."""
+    begins = (*PYTHONS, "sh ", "torchrun ", "CUDA_VISIBLE_DEVICES")
+    return [
+        body for name, body in FENCE.findall(text) if name == "sh" or not name and body.startswith(begins)
+    ]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Return the commands of a document's shell blocks, continued lines joined, variables resolved, comments
+    left out.
+    """
+    found, variables = [], {}
+    for line in "".join(shell_blocks(text)).replace("\\\n", " ").splitlines():
+        for name, value in variables.items():
+            line = line.replace(f"${name}", value)
+        words = shlex.split(line, comments=True)
+        if len(words) == 1 and re.match(r"[A-Z_0-9]+=", words[0]):
+            name, value = words[0].split("=", 1)
+            variables[name] = value
+        elif words:
+            found.append(words)
+    return found
+
+
+def program_of(words: list[str]) -> list[str]:
+    """Return a command without what stands before its program, and without where its output goes."""
+    while words and (re.match(r"[A-Z_0-9]+=", words[0]) or words[0] == "nohup"):
+        words = words[1:]
+    ends = [at for at, word in enumerate(words) if word in (">", ">>", "|", "&", "&&", "2>&1")]
+    return words[: min(ends, default=len(words))]
+
+
+def check(words: list[str]) -> None:
+    """AssertionError unless the command names a program of ours that takes these options, or a plain tool."""
+    program, *rest = program_of(words)
+    if program in PYTHONS and rest[0] != "-m":
+        check_options(rest[0], rest[1:])
+    elif program == "torchrun":
+        at = next(at for at, word in enumerate(rest) if word.endswith(".py"))
+        check_options(rest[at], rest[at + 1 :])
+    elif program == "sh":
+        assert subprocess.run(["sh", "-n", ROOT / rest[0]]).returncode == 0, words
+        if rest[0] in SHELLS:
+            check_options(SHELLS[rest[0]], rest[1:])
+    else:
+        assert program in PYTHONS or program in PLAIN, words
+
+
+def check_options(script: str, options: list[str]) -> None:
+    """AssertionError unless there is such a program and it takes these options with these values."""
+    script = "script/handle.py" if script == "handle.py" else script  # moved beside the collection
+    if script in COMING:
+        return
+    assert (ROOT / script).is_file(), f"{script}: there is no such program"
+    if script == "script/bench/plan.py":
+        return check_options(options[0], options[1:])
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            parse(script, options)
+    except (SystemExit, ValueError) as refused:
+        if not isinstance(refused, SystemExit) or refused.code:
+            raise AssertionError(f"{script} {' '.join(options)}: {said.getvalue()}{refused}") from None
+
+
+def parse(script: str, options: list[str]) -> None:
+    """Let a program parse its options and do nothing more."""
+    if script in SETTINGS:
+        hparams.parse(SETTINGS[script][0], options, SETTINGS[script][1])
+    elif script == "script/run_rounds.py":
+        words = [word for word in options[1:] if word != "--denoise"]
+        run_rounds.Rounds(int(options[0]), "--denoise" in options, words)
+    elif script == "script/run_all.py":
+        options = [*options]
+        if "--from" in options:
+            at = options.index("--from")
+            assert options.pop(at + 1) in run_all.STAGES and options.pop(at)
+        for name, words in run_all.split_options(options).items():
+            hparams.parse(run_all.PROGRAMS[name][0], words, run_all.PROGRAMS[name][1])
+    else:
+        with_parser(script, lambda parser: PARSE_ARGS(parser, options))
+
+
+def option_names(script: str) -> set[str]:
+    """Return the options that a program has, as they are written."""
+    found: set[str] = set()
+    if script in SETTINGS or script in ("script/run_all.py", "script/run_rounds.py"):
+        knobs = {field.name for settings, _ in SETTINGS.values() for field in dataclasses.fields(settings)}
+        if script in SETTINGS:
+            knobs = {field.name for field in dataclasses.fields(SETTINGS[script][0])}
+        return {f"--{name}" for name in (*knobs, *(f"no_{name}" for name in knobs), "from", "denoise")}
+    with_parser(script, lambda parser: found.update(parser._option_string_actions))
+    return found
+
+
+def with_parser(script: str, look: Callable[[argparse.ArgumentParser], object]) -> None:
+    """Run a program until its parser is asked to parse; look(parser) is called instead, and it ends."""
+    if "parse_args(" not in (ROOT / script).read_text(encoding="utf-8"):
+        return
+
+    def stop(parser, *_, **__):
+        look(parser)
+        raise Stopped
+
+    folder, before = (ROOT / script).parent, (sys.argv, sys.path, set(sys.modules))
+    sys.argv, sys.path, argparse.ArgumentParser.parse_args = [script], [str(folder), *sys.path], stop
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except Stopped:
+        pass
+    finally:
+        sys.argv, sys.path, argparse.ArgumentParser.parse_args = *before[:2], PARSE_ARGS
+        for name in set(sys.modules) - before[2]:  # two folders have a `common`
+            if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
+                del sys.modules[name]
