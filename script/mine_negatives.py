@@ -57,6 +57,17 @@ def rerank(hp: MiningHparams, queries: Path, run: Path) -> Path:
     return queries.parent / cross_infer.SCORES
 
 
+def against_positive(hp: MiningHparams) -> bool:
+    """Return whether scores are held against the positive's: `auto` asks how the re-ranker was trained."""
+    record = Path(hp.cross_params).with_name("cross_hparams.json")
+    if hp.score_against != "auto":
+        return hp.score_against == "positive"
+    listwise = hp.cross_params != NO_CROSS and record.exists() and read_json(record).get("loss") == "listwise"
+    if listwise:
+        say("the re-ranker was trained listwise: scores are held against the positive's")
+    return listwise
+
+
 def run(hp: MiningHparams) -> None:
     """Retrieve, score, choose and write, each unless it is up to date."""
     hparams.announce("mine negatives", hp)
@@ -73,8 +84,8 @@ def run(hp: MiningHparams) -> None:
         mining.with_positives(data, located, found, pairs)
         found, scores = pairs, rerank(hp, queries, pairs)
     rules = mining.Rules(
-        hp.topk, hp.negatives, hp.max_score, hp.select, hp.rank_from, hp.rank_to, hp.too_few,
-        hp.promote_score, hp.seed,
+        hp.topk, hp.negatives, hp.max_score, against_positive(hp), hp.select, hp.rank_from, hp.rank_to,
+        hp.too_few, hp.promote_score, hp.seed,
     )  # fmt: skip
     stamp = mined_stamp(hp, rules, collection, [found, *([scores] if scores else [])])
     outputs = [folder / name for name in OUTPUTS]

@@ -5,19 +5,21 @@ import json
 import pytest
 from toy_world import lines, make_world, options, train_options, write
 
+from script.mine_negatives import against_positive
 from torch_src import mining
 from torch_src.collection import PassageCollection
 from torch_src.errors import UserError
 from torch_src.mined_files import COLUMNS
 from torch_src.mining import Miner, Rules
+from torch_src.mining_hparams import MiningHparams
 
 PASSAGES = [f"文{number}" for number in range(12)]
 
 
 def rules(**changed) -> Rules:
     plain = dict(
-        topk=10, negatives=2, max_score=0.1, select="top", rank_from=1, rank_to=0, too_few="original",
-        promote_score=0.0, seed=1,
+        topk=10, negatives=2, max_score=0.1, against_positive=False, select="top", rank_from=1, rank_to=0,
+        too_few="original", promote_score=0.0, seed=1,
     )  # fmt: skip
     return Rules(**{**plain, **changed})
 
@@ -59,6 +61,29 @@ def test_highest_ranked_first_without_known_positives(world, tmp_path):
     assert found == {"甲": (["文3", "无"], ["文5", "文6", "文7", "文8"]), "乙": (["文 0"], ["文1", "文2"])}
     assert (counts.queries, counts.candidates, counts.known, counts.chosen) == (2, 10, 2, 6)
     assert counts.ranks[1] == 6 and sum(counts.ranks.values()) == 6
+
+
+def test_scores_held_against_the_best_positive(world, tmp_path):
+    # 甲: its positive 文3 has logit 9; the others -3, 7, 6, 9.1: sigmoid(-12, -2, -3, 0.1) = 0, .12, .05, .52
+    logits = [-3, 9, 7, 6, 9.1, 2, 4, 1, 2, 3]  # 乙: 文0 has 4; sigmoid(-2, -3, -2, -1)
+    found, counts = mined(world, tmp_path, logits, against_positive=True, too_few="fewer")
+    assert found == {"甲": (["文3", "无"], ["文5", "文7"]), "乙": (["文 0"], ["文2"])}
+    assert (counts.false_negatives, counts.known) == (5, 2)
+    found, _ = mined(
+        world, tmp_path, logits, too_few="fewer"
+    )  # against zero all but one are likely positives
+    assert found == {"甲": (["文3", "无"], ["文5"])}
+
+
+def test_how_the_re_ranker_was_trained_decides_what_scores_are_held_against(tmp_path):
+    def against(**changed) -> bool:
+        return against_positive(MiningHparams(cross_params=str(tmp_path / "cross_params.bin"), **changed))
+
+    assert not against()  # a re-ranker without a record
+    for loss, listwise in (("pointwise", False), ("listwise", True)):
+        (tmp_path / "cross_hparams.json").write_text(json.dumps({"loss": loss}))
+        assert against() == listwise
+    assert against(score_against="positive") and not against(score_against="zero")
 
 
 def test_likely_positives_are_dropped_and_promoted_when_asked(world, tmp_path):

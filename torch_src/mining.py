@@ -1,7 +1,9 @@
 """Negatives from the retriever's own results: drop known positives, denoise by re-ranker scores, write.
 
 Hard negatives as in Xiong et al. 2021 (ANCE, arXiv 2007.00808); dropping candidates that a cross-encoder
-takes for relevant is the denoising of Qu et al. 2021 (RocketQA, arXiv 2010.08191, section 4.2).
+takes for relevant is the denoising of Qu et al. 2021 (RocketQA, arXiv 2010.08191, section 4.2). A re-ranker
+that was trained listwise has learnt differences alone, its logits have no zero: it is asked for the
+probability that a candidate is better than the query's best positive.
 """
 
 from collections.abc import Iterable, Iterator
@@ -105,6 +107,7 @@ class Rules:
     topk: int
     negatives: int
     max_score: float
+    against_positive: bool
     select: str
     rank_from: int
     rank_to: int
@@ -196,9 +199,9 @@ class Miner:
         candidates = [row for row in rows if row.rank <= self.rules.topk]
         counts.queries += 1
         counts.candidates += len(candidates)
-        left = []
+        left, base = [], self._base(known, logit_of)
         for row in candidates:
-            probability = sigmoid(logit_of[row.row])
+            probability = sigmoid(logit_of[row.row], base)
             if row.row in known:
                 counts.known += 1
             elif probability is not None and probability >= self.rules.max_score:
@@ -217,6 +220,11 @@ class Miner:
             yield query, positives, negatives
         else:
             counts.dropped_queries += 1
+
+    def _base(self, known: set[int], logit_of: dict) -> float:
+        """Return the logit at which a candidate has probability 0.5."""
+        logits = [logit_of[row] for row in known if logit_of.get(row) is not None]
+        return max(logits) if self.rules.against_positive and logits else 0.0
 
     def _positives(self, group: np.ndarray, logit_of: dict) -> list[Passage]:
         """Return the query's distinct positives, as the training file has them."""
@@ -268,9 +276,9 @@ class Miner:
         return chosen
 
 
-def sigmoid(logit: float | None) -> float | None:
-    """Return the probability of a logit; None stays None."""
-    return None if logit is None else 1 / (1 + np.exp(-np.float64(np.clip(logit, -700, 700)))).item()
+def sigmoid(logit: float | None, base: float = 0.0) -> float | None:
+    """Return the probability of a logit above `base`; None stays None."""
+    return None if logit is None else 1 / (1 + np.exp(-np.float64(np.clip(logit - base, -700, 700)))).item()
 
 
 def _next(scores: Iterator[float], run) -> float:

@@ -7,6 +7,7 @@ from torch_src.hparams import PRECISIONS, SAMPLE_DIR, OfficialLayout, check_choi
 
 NO_CROSS = "none"  # --cross_params none: no re-ranker, nothing is denoised
 SELECTIONS = ("top", "sample")
+SCORES_AGAINST = ("auto", "zero", "positive")
 TOO_FEW = ("original", "fewer", "drop")
 
 
@@ -19,6 +20,7 @@ class MiningHparams(OfficialLayout):
     negatives: int = 4  # negatives written for each positive
     cross_params: str = NO_CROSS  # trained re-ranker that drops likely false negatives; none: keep all
     max_score: float = 0.1  # keep negatives whose re-ranker probability is below this (with cross_params)
+    score_against: str = "auto"  # the logit is held against zero or the best positive's; auto: as trained
     select: str = "top"  # top: highest-ranked first; sample: at random from the ranks below
     rank_from: int = 1  # first rank that may be a negative (from 1)
     rank_to: int = 0  # last rank that may be a negative; 0: topk
@@ -64,6 +66,7 @@ class MiningHparams(OfficialLayout):
     def check(self) -> None:
         """UserError for a value out of range."""
         check_choice("precision", self.precision, PRECISIONS)
+        check_choice("score_against", self.score_against, SCORES_AGAINST)
         check_choice("select", self.select, SELECTIONS)
         check_choice("too_few", self.too_few, TOO_FEW)
         for name in ("topk", "negatives", "rank_from", "bs"):
