@@ -30,8 +30,9 @@ def update(given, batch: int, chunk: int) -> dict:
         stage = DualTraining(hp)
         stage.load()
         trainer = Trainer(hp, stage.task(), stage.device, stage.precision, f"{output}/checkpoint.pt", {})
-        before = unshared_gb()
-        return {"seconds": trainer.probe(1)[0], "before_gb": round(before, 3)}
+        before, batch = unshared_gb(), stage.prepare(0, 0)
+        tokens = sum(map(len, batch.queries)) + sum(map(len, batch.passages))
+        return {"seconds": trainer.probe(1)[0], "before_gb": round(before, 3), "tokens": tokens}
 
 
 def sides_of(given: argparse.Namespace) -> dict:
@@ -62,12 +63,11 @@ def main() -> None:
     given.runs = 1
     with tempfile.TemporaryDirectory() as folder:
         found = {name: runs[0] for name, runs in in_turn(given, list(sides), Path(folder)).items()}
-    print(f"\n{'':12} {'GB before':>10} {'GB at peak':>11} {'GB more':>8} {'seconds':>8}")
+    print(f"\n{'':12} {'tokens':>8} {'GB before':>10} {'GB at peak':>11} {'GB more':>8} {'seconds':>8}")
     for name, run in found.items():
         more = run["unshared_gb"] - run["before_gb"]
-        print(
-            f"{name:12} {run['before_gb']:10.2f} {run['unshared_gb']:11.2f} {more:8.2f} {run['seconds']:8.1f}"
-        )
+        print(f"{name:12} {run['tokens']:8,} {run['before_gb']:10.2f} {run['unshared_gb']:11.2f} {more:8.2f} "
+              f"{run['seconds']:8.1f}")  # fmt: skip
     print(json.dumps({"bench": "grad_cache", "chunk": given.chunk, "figures": found}))
 
 
