@@ -50,9 +50,9 @@ def note(line: str) -> str:
     return f'<p class="note">{text(line)}</p>'
 
 
-def table(head: list[str], rows: list[list], caption: str = "") -> str:
+def table(head: list[str], rows: list[list]) -> str:
     """Return a table: a name and figures a row."""
-    lines = ["<table>", f"<caption>{text(caption)}</caption>" if caption else "", "<thead><tr>"]
+    lines = ["<table><thead><tr>"]
     lines += [f'<th scope="col">{text(name)}</th>' for name in head] + ["</tr></thead><tbody>"]
     for first, *figures in rows:
         cells = "".join(f"<td>{text(figure)}</td>" for figure in figures)
@@ -77,7 +77,7 @@ def metrics_section(found: Found) -> str:
         curves[stage.name] = report_data.hit_rates(report_data.first_ranks(found, stage))
     caption = f"Means over the {len(found.reference):,} queries of the reference; recall@k is a hit rate."
     head = ["stage", *MEASURES, "queries ranked", "run"]
-    return table(head, rows, caption) + plots([report_plots.hit_rate(curves)])
+    return note(caption) + table(head, rows) + plots([report_plots.hit_rate(curves)])
 
 
 def training_section(found: Found) -> str:
@@ -109,9 +109,7 @@ def scores_section(found: Found) -> str:
 def lengths_section(hp: ReportHparams, found: Found) -> str:
     """Return the lengths of queries and passages in tokens."""
     folder, queries = found.stages[0].path.parent, list(found.qids)
-    measured, why = report_curves.measure_lengths(
-        folder, queries, found.collection, hp.samples, hp.seed
-    )  # fmt: skip
+    measured, why = report_curves.measure_lengths(folder, queries, found.collection, hp.samples, hp.seed)
     if not measured:
         return note(f"Left out: {why}.")
     drawn, lines = [], []

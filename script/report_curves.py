@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from torch_src.checkpoints import DAMAGE
 from torch_src.collection import PassageCollection
@@ -14,6 +15,7 @@ from torch_src.tokenization import TextRules, load_tokenizer, tokenize
 
 TAGS = {"train/loss": "loss", "dev/MRR@10": "MRR@10", "train/lr": "lr"}  # tag -> name in the history
 TELLING = ("train/loss", "dev/MRR@10")  # two trainings may share their learning rates, not these
+FIXED = {"query_prefix", "passage_prefix", "remove_spaces", "q_max_seq_len", "p_max_seq_len"}
 LONGEST = 8192  # tokens; a longer text counts as one of so many
 
 Points = dict[str, dict[int, float]]  # tag -> step -> value
@@ -31,18 +33,21 @@ def read_curves(folder: Path, name: str) -> tuple[Curves | None, str]:
     """Return (the curves of dual or cross, "") or (None, why not).
 
     Both models plot into output_dir/tensorboard, as did earlier trainings there: a file belongs to the model
-    when its values are those of the history in NAME_checkpoint.pt. Without that, a lone file is taken.
+    when its values are those of the history in NAME_checkpoint.pt. Without that, a lone file beside a lone
+    model is taken.
     """
     board = folder / "tensorboard"
-    files = {path: read_events(path) for path in sorted(board.glob("events.out.tfevents.*"))}
+    read = [read_events(path) for path in sorted(board.glob("events.out.tfevents.*"))]
+    files = [points for points in read if points]
     if not files:
-        return None, f"no event files in {board}"
+        return None, f"no event files with curves in {board}"
     progress = read_progress(folder / f"{name}_checkpoint.pt")
     if progress is None:
-        if len(files) > 1:
-            return None, f"{len(files)} event files in {board}, and no {name}_checkpoint.pt to tell whose"
-        return Curves(next(iter(files.values())), 0), ""
-    own = [points for points in files.values() if belongs(points, progress["history"])]
+        models = [one for one in ("dual", "cross") if (folder / f"{one}_params.bin").exists()]
+        if len(files) > 1 or len(models) > 1:
+            return None, f"event files in {board}, but no {name}_checkpoint.pt to tell which are its own"
+        return Curves(files[0], 0), ""
+    own = [points for points in files if belongs(points, progress["history"])]
     if not own:
         return None, f"no event file in {board} is of the training in {folder / name}_checkpoint.pt"
     return Curves(joined(own), progress.get("best_step", 0)), ""
@@ -63,8 +68,6 @@ def read_progress(path: Path) -> dict | None:
 
     The weights are mapped, not read: they may be gigabytes.
     """
-    import torch
-
     try:
         progress = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["progress"]
         return progress if isinstance(progress.get("history"), list) else None
@@ -111,12 +114,9 @@ def measure_lengths(
     """Return ({queries, passages: Lengths}, "") by the retriever's own tokenizer, or ({}, why not)."""
     record, model = folder / "dual_hparams.json", folder / "dual_model"
     if not record.exists() or not model.exists():
-        return (
-            {},
-            f"{folder} has no dual_hparams.json and dual_model/ (a retriever that was not trained here)",
-        )
+        return {}, f"no dual_hparams.json and dual_model/ in {folder}, as of a retriever not trained here"
     fixed = read_json(record).get("fixed_by_weights")
-    if not isinstance(fixed, dict):
+    if not isinstance(fixed, dict) or not fixed.keys() >= FIXED:
         raise UserError(f"{record}: not written by do_dual_train.py")
     tokenizer, draw = load_tokenizer(str(model)), np.random.default_rng(seed)
     measured = {}

@@ -92,12 +92,16 @@ def foreign_candidates(hp: ReportHparams) -> list[str]:
 
 
 def query_ids(hp: ReportHparams, stages: list[Stage]) -> dict[str, list[str]]:
-    """Return {query: its qids} of the retriever's queries; UserError for a query that dev_q lacks."""
+    """Return {query: its qids} of the retriever's queries; UserError for one that dev_q lacks, or a
+    re-ranked one that the retriever's run lacks.
+    """
     known = read_query_ids(hp)
-    for stage in stages:
+    for stage, there, where in zip(
+        stages, (known, stages[0].ranked), (hp.dev_q_path, stages[0].path), strict=False
+    ):
         for query in stage.ranked:
-            if query not in known:
-                raise UserError(f"{stage.path}: the query {query[:40]!r} is not in {hp.dev_q_path}")
+            if query not in there:
+                raise UserError(f"{stage.path}: the query {query[:40]!r} is not in {where}")
     return {query: known[query] or [""] for query in stages[0].ranked}
 
 

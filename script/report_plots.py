@@ -107,11 +107,11 @@ def hit_rate(curves: dict[str, list[float]]) -> str:
         for (name, values), style in zip(curves.items(), STYLES, strict=False):
             axes.plot(range(1, len(values) + 1), values, label=name, markevery=(0, 7), **style)
         top = len(next(iter(curves.values())))
-        axes.set(xlabel="k (passages looked at)", ylabel="share of queries (0 to 1)",
+        axes.set(xlabel="k (passages looked at)", ylabel="hit rate (share of queries)",
                  xlim=(0, top + 1), ylim=(0, 1.02), xticks=[1, *range(10, top + 1, 10)])  # fmt: skip
         axes.legend(loc="lower right")
 
-    return plot("Queries with a gold passage among the first k", draw)
+    return plot("Hit rate: a gold passage among the first k", draw)
 
 
 def bars(axes, values: np.ndarray, edges: np.ndarray, colour: str, **more) -> None:

@@ -206,6 +206,8 @@ def test_mistakes_are_one_line(world, capsys, monkeypatch):
     words = ["--data_dir", str(world.data), "--output_dir", str(world.output)]
     write(world.output / "res.top50", [*run_lines(DUAL), "谁也没问\t0\t1\t1"])
     assert report.main(words) == 2 and "the query '谁也没问' is not in" in capsys.readouterr().err
+    write(world.output / "res.top50", run_lines({"西瓜": [4]}))
+    assert report.main(words) == 2 and f"is not in {world.output / 'res.top50'}" in capsys.readouterr().err
     (world.output / "res.top50").unlink()
     assert report.main(words) == 2 and "run do_dual_infer.py first" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -239,9 +241,23 @@ def test_event_files_of_both_models_in_one_folder_are_told_apart(tmp_path):
     cross, _ = report_curves.read_curves(tmp_path, "cross")
     assert cross.points["dev/MRR@10"] == pytest.approx({1: 0.07, 2: 0.05})
     (tmp_path / "cross_checkpoint.pt").write_bytes(b"torn")
-    assert "4 event files in" in report_curves.read_curves(tmp_path, "cross")[1]
+    assert "to tell which are its own" in report_curves.read_curves(tmp_path, "cross")[1]
     none, why = report_curves.read_curves(tmp_path / "gone", "dual")
-    assert none is None and "no event files in" in why
+    assert none is None and "no event files with curves in" in why
+
+
+def test_a_torn_event_file_gives_what_is_whole(tmp_path):
+    train(tmp_path, "dual", {1: 3.0, 2: 2.0, 3: 1.9})
+    (tmp_path / "dual_checkpoint.pt").unlink()  # a lone file needs none
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    path.write_bytes(path.read_bytes()[:-10])
+    (tmp_path / "tensorboard/events.out.tfevents.0.noise").write_bytes(bytes(range(256)))
+    curves, _ = report_curves.read_curves(tmp_path, "dual")
+    assert curves.points["train/loss"] == pytest.approx({1: 3.0, 2: 2.0, 3: 1.9})
+    assert list(curves.points["dev/MRR@10"]) == [1, 2] and curves.best_step == 0
+    for name in ("dual", "cross"):
+        (tmp_path / f"{name}_params.bin").touch()
+    assert "to tell which are its own" in report_curves.read_curves(tmp_path, "dual")[1]  # or the other's
 
 
 def test_lengths_and_the_share_that_is_cut(world, tokenizer):
