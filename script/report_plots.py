@@ -26,7 +26,8 @@ SETTINGS = {
     "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "grid.color": RULE, "axes.grid": True,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False,
-    "hatch.linewidth": 0.6, "lines.markersize": 4, "axes.titlesize": 11, "axes.titleweight": "bold",
+    "figure.constrained_layout.h_pad": 0.08, "hatch.linewidth": 0.6,
+    "lines.markersize": 4, "axes.titlesize": 11, "axes.titleweight": "bold",
 }  # fmt: skip
 SIZE = (4.7, 3.2)  # inches of 72 units each: about as wide as a column of the page, so that 11 is legible
 
