@@ -1,0 +1,131 @@
+"""Training curves from tensorboard's event files, and the lengths of texts; for script/report.py."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from torch_src.checkpoints import DAMAGE
+from torch_src.collection import PassageCollection
+from torch_src.errors import UserError
+from torch_src.helpers import read_json
+from torch_src.tokenization import TextRules, load_tokenizer, tokenize
+
+TAGS = {"train/loss": "loss", "dev/MRR@10": "MRR@10", "train/lr": "lr"}  # tag -> name in the history
+TELLING = ("train/loss", "dev/MRR@10")  # two trainings may share their learning rates, not these
+FIXED = {"query_prefix", "passage_prefix", "remove_spaces", "q_max_seq_len", "p_max_seq_len"}
+LONGEST = 8192  # tokens; a longer text counts as one of so many
+
+Points = dict[str, dict[int, float]]  # tag -> step -> value
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a training run plotted."""
+
+    points: Points
+    best_step: int  # whose weights were kept; 0: not known
+
+
+def read_curves(folder: Path, name: str) -> tuple[Curves | None, str]:
+    """Return (the curves of dual or cross, "") or (None, why not).
+
+    Both models plot into output_dir/tensorboard, as did earlier trainings there: a file belongs to the model
+    when its values are those of the history in NAME_checkpoint.pt. Without that, a lone file beside a lone
+    model is taken.
+    """
+    board = folder / "tensorboard"
+    read = [read_events(path) for path in sorted(board.glob("events.out.tfevents.*"))]
+    files = [points for points in read if points]
+    if not files:
+        return None, f"no event files with curves in {board}"
+    progress = read_progress(folder / f"{name}_checkpoint.pt")
+    if progress is None:
+        models = [one for one in ("dual", "cross") if (folder / f"{one}_params.bin").exists()]
+        if len(files) > 1 or len(models) > 1:
+            return None, f"event files in {board}, but no {name}_checkpoint.pt to tell which are its own"
+        return Curves(files[0], 0), ""
+    own = [points for points in files if belongs(points, progress["history"])]
+    if not own:
+        return None, f"no event file in {board} is of the training in {folder / name}_checkpoint.pt"
+    return Curves(joined(own), progress.get("best_step", 0)), ""
+
+
+def read_events(path: Path) -> Points:
+    """Return the curves of one event file; a torn end is left out."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0})  # 0: all of them
+    events.Reload()
+    tags = [tag for tag in TAGS if tag in events.Tags()["scalars"]]
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
+
+
+def read_progress(path: Path) -> dict | None:
+    """Return the progress in a checkpoint, None when there is none that can be read.
+
+    The weights are mapped, not read: they may be gigabytes.
+    """
+    try:
+        progress = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["progress"]
+        return progress if isinstance(progress.get("history"), list) else None
+    except (*DAMAGE, AttributeError, TypeError):
+        return None
+
+
+def belongs(points: Points, history: list[dict]) -> bool:
+    """Return whether most of the values that the file shares with the history are the same."""
+    known = {(entry["step"], name): entry[name] for entry in history for name in TAGS.values()
+             if name in entry}  # fmt: skip
+    same = [math.isclose(value, known[step, TAGS[tag]], rel_tol=1e-4, abs_tol=1e-4)
+            for tag in TELLING for step, value in points.get(tag, {}).items()
+            if (step, TAGS[tag]) in known]  # fmt: skip
+    return sum(same) > len(same) / 2
+
+
+def joined(files: list[Points]) -> Points:
+    """Return the curves of a training that was killed and carried on, in files by time: the later wins."""
+    points: Points = {}
+    for file in files:
+        for tag, values in file.items():
+            points.setdefault(tag, {}).update(values)
+    return {tag: dict(sorted(values.items())) for tag, values in points.items()}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a sample of texts, prefix and special tokens included."""
+
+    tokens: np.ndarray  # (sampled,) int64
+    of: int  # texts that the sample was drawn from
+    limit: int  # tokens after which the model cuts
+
+    @property
+    def cut(self) -> float:
+        """The share of texts that are cut."""
+        return float((self.tokens > self.limit).mean())
+
+
+def measure_lengths(
+    folder: Path, queries: list[str], collection: PassageCollection, samples: int, seed: int
+) -> tuple[dict[str, Lengths], str]:
+    """Return ({queries, passages: Lengths}, "") by the retriever's own tokenizer, or ({}, why not)."""
+    record, model = folder / "dual_hparams.json", folder / "dual_model"
+    if not record.exists() or not model.exists():
+        return {}, f"no dual_hparams.json and dual_model/ in {folder}, as of a retriever not trained here"
+    fixed = read_json(record).get("fixed_by_weights")
+    if not isinstance(fixed, dict) or not fixed.keys() >= FIXED:
+        raise UserError(f"{record}: not written by do_dual_train.py")
+    tokenizer, draw = load_tokenizer(str(model)), np.random.default_rng(seed)
+    measured = {}
+    for name, letter, texts in (("queries", "q", queries), ("passages", "p", collection)):
+        count = min(samples, len(texts))
+        rows = np.sort(draw.choice(len(texts), count, replace=False, shuffle=False)).tolist()
+        prefix = "query_prefix" if letter == "q" else "passage_prefix"
+        rules = TextRules(LONGEST, fixed[prefix], fixed["remove_spaces"])
+        ids, _ = tokenize(tokenizer, [texts[row] for row in rows], rules)
+        tokens = np.array([len(text) for text in ids])
+        measured[name] = Lengths(tokens, len(texts), fixed[f"{letter}_max_seq_len"])
+    return measured, ""
