@@ -43,12 +43,15 @@ class Running:
 
 
 class Preloaded:
-    """The server process; programs still running when it ends are killed."""
+    """The server process; programs still running when it ends are killed. `root`: where they are."""
+
+    def __init__(self, root: Path = ROOT):
+        self.root = root
 
     def __enter__(self) -> "Preloaded":
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], cwd=ROOT, env=environment, text=True,
+            [sys.executable, self.root / "tests/preloaded.py"], cwd=self.root, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         return self

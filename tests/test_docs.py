@@ -2,6 +2,7 @@
 READMEs say the same, and what can run on a tiny world runs.
 """
 
+import ast
 import re
 import subprocess
 
@@ -88,14 +89,38 @@ def test_options_named_in_running_text_are_there(path):
         script = re.search(r"[\w/]+\.(?:py|sh)\b", code)
         if not PROGRAM.match(code) or script is None or " -m " in code or script[0] in COMING:
             continue
+        own = code[code.rindex(script[0]) :]  # what stands before is torchrun's
         script = SHELLS.get(script[0], script[0])
         if script == "handle.py" or "/bench/plan.py" in script:
             continue
         assert (ROOT / script).is_file(), f"{path.name}: {code}"
-        asked = {name.rpartition(".")[2] for name in re.findall(r"(?<=--)[\w.]+", code)}
+        asked = {name.rpartition(".")[2] for name in re.findall(r"(?<=--)[\w.]+", own)}
         if asked and not script.endswith(".sh"):
             unknown = {f"--{name}" for name in asked} - option_names(script)
             assert not unknown, f"{path.name}: {code}: no {', '.join(unknown)}"
+
+
+def said_by_the_code() -> str:
+    """Return all texts of the programs, a blank line between two, what is filled in as `...`."""
+    texts = []
+    for path in [*ROOT.glob("torch_src/*.py"), *ROOT.glob("metric/*.py"), *ROOT.glob("script/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
+                texts.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n\n".join(texts)
+
+
+def test_symptoms_are_messages_of_the_code():
+    """Every message in the first column of the tables; `...` stands for what is filled in, and for more."""
+    said = said_by_the_code()
+    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)`", text, re.MULTILINE)
+    assert len(messages) > 60
+    lost = [m for m in messages for part in re.split(r"\.\.\.", m) if part.strip(" ():;,") not in said]
+    assert not lost, "\n".join(dict.fromkeys(lost))
 
 
 def test_the_readme_gives_every_program_a_command():

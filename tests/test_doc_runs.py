@@ -1,0 +1,119 @@
+"""The README's commands, run as they are written in a copy of the repository that holds a tiny world.
+
+The sample collection, the data set and the model folder of the copy are all that world; a training makes two
+updates. Commands that need a GPU, a network, real data or more passages are only parsed (test_docs.py).
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from doc_commands import PYTHONS, READMES, ROOT, commands, program_of
+from preloaded import Preloaded
+from toy_world import lines, make_world, write
+
+NOT_HERE = ("-m", "--index IVF", "script/bench/", "tests/faults/", "--plan")  # elsewhere, or of another size
+STAND_ALONE = ("metric/", "handle.py")  # standard library: as fast by themselves
+SHORT = ["--epoch", "1", "--max_steps", "2", "--batch_size", "8", "--log_every", "1"]  # the last one wins
+NEEDED = {
+    "script/export_model.py": "sentence_transformers",
+    "script/bm25.py": "tantivy",
+    "script/compare_runs.py": "ir_measures",
+}
+
+
+def copy_of_the_repository(folder: Path) -> Path:
+    """Return a copy with the tiny world in the places that the README's commands name."""
+    for name in ("torch_src", "metric", "script"):
+        skipped = shutil.ignore_patterns("sample_data", "__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=skipped)
+    (folder / "tests").mkdir()
+    for path in (*ROOT.glob("do_*.py"), ROOT / "tests/preloaded.py"):
+        shutil.copy(path, folder / path.relative_to(ROOT))
+    world = make_world(folder / "world")
+    for name in ("script/sample_data", "dureader-retrieval-baseline-dataset"):
+        shutil.copytree(world / "data", folder / name)
+    for name in ("script/sample_data/tiny_bert", "torch_pretrained_models/ernie-gram-zh", "hub"):
+        shutil.copytree(world / "model", folder / name)
+    own_files(folder)
+    return folder
+
+
+def own_files(folder: Path) -> None:
+    """Write the files that a user brings: passages and queries of one's own, a competition's questions."""
+    data = folder / "dureader-retrieval-baseline-dataset"
+    ids = json.loads((data / "passage-collection/passage2id.map.json").read_text(encoding="utf-8"))
+    parts = [row for part in ("part-00", "part-01") for row in lines(data / "passage-collection" / part)]
+    passages = [{"id": ids[str(at)], "text": row.split("\t")[2]} for at, row in enumerate(parts)]
+    dev = [json.loads(line) for line in lines(data / "dev/dev.json")]
+    queries = [
+        {
+            "id": entry["question_id"], "text": entry["question"], "split": "dev",
+            "positives": [answer["paragraph_id"] for answer in entry["answer_paragraphs"]],
+        }
+        for entry in dev
+    ]  # fmt: skip
+    questions = [{name: entry[name] for name in ("question_id", "question")} for entry in dev]
+    for name, rows in (("passages.jsonl", passages), ("queries.jsonl", queries), ("test1.json", questions)):
+        write(folder / name, [json.dumps(row, ensure_ascii=False) for row in rows])
+
+
+class Shell:
+    """Runs commands one after the other, as a user would paste them."""
+
+    def __init__(self, programs: Preloaded, root: Path):
+        self.programs, self.root, self.here, self.ran = programs, root, root, []
+
+    def run(self, words: list[str]) -> None:
+        """Run one command to its good end, or leave it out."""
+        program, *rest = program_of(words)
+        if program == "cd":
+            self.here = (self.here / rest[0]).resolve()
+        elif program == "cp":
+            shutil.copy(self.here / rest[0], self.here / rest[1])
+        elif program in PYTHONS and not any(needs in " ".join(rest) for needs in NOT_HERE):
+            self._python(rest[0], self._local(rest[1:]), words)
+
+    def _local(self, options: list[str]) -> list[str]:
+        """Return the options with the model's folder in place of a hub name."""
+        names = [at + 1 for at, word in enumerate(options) if word == "--pretrained_model_path"]
+        return ["hub" if at in names else word for at, word in enumerate(options)]
+
+    def _python(self, script: str, options: list[str], words: list[str]) -> None:
+        begun = time.monotonic()
+        if script in NEEDED:
+            pytest.importorskip(NEEDED[script])
+        if script in ("do_dual_train.py", "do_cross_train.py"):
+            options = [*options, *SHORT]
+        if script == "script/mine_negatives.py":
+            options = [*options, "--max_score", "1"]  # of a re-ranker of two updates every score is 0.5
+        if "none" in options and "--output_dir" not in options:  # not over the trained model's vectors
+            options = [*options, "--output_dir", "output/zero_shot"]
+        if script.startswith(STAND_ALONE):
+            command = [sys.executable, script, *options]
+            done = subprocess.run(command, cwd=self.here, capture_output=True, text=True)
+            status, said = done.returncode, done.stderr
+        else:
+            running = self.programs.run(script, options, self.root / "log")
+            status, said = running.returncode, running.output()
+        assert status == 0, f"{' '.join(words)}\n{said}"
+        self.ran.append(script)
+        print(f"{time.monotonic() - begun:6.1f}s  {' '.join(words)}")  # shown by pytest -s
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_run(tmp_path):
+    root = copy_of_the_repository(tmp_path / "copy")
+    with Preloaded(root) as programs:
+        shell = Shell(programs, root)
+        for words in commands(READMES[0].read_text(encoding="utf-8")):
+            shell.run(words)
+    every = {f"do_{name}.py" for name in ("dual_train", "dual_infer", "cross_train", "cross_infer")}
+    every |= {f"script/{name}.py" for name in ("mine_negatives", "fuse_curve", "convert_dataset", "bm25")}
+    assert every <= set(shell.ran) and len(shell.ran) > 30
+    for name in ("cross_res.json", "test1/cross_res.json", "round2/dual_params.bin", "hybrid/res.top50"):
+        assert (root / "output" / name).exists(), name
