@@ -64,7 +64,7 @@ def connect(uri: str) -> tuple[object, tuple[type[Exception], ...]]:
             f"{error.name} is not installed: python -m pip install -r requirements-milvus.txt, in an "
             "environment of its own"
         ) from None
-    for name in ("pymilvus", "milvus_lite"):
+    for name in ("pymilvus", "milvus_lite", "grpc"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # they log tracebacks of what we say in a line
     failures = (pymilvus.MilvusException, grpc.RpcError)
     if is_milvus_file(uri):
@@ -137,7 +137,7 @@ class Collection:
         if longest_pid:
             schema.add_field("pid", DataType.VARCHAR, max_length=longest_pid)
         schema.add_field(FIELD, DataType.FLOAT_VECTOR, dim=hidden)
-        properties = {RECORD: json.dumps(record, sort_keys=True)}
+        properties = {RECORD: json.dumps(record)}
         self.call("create_collection", schema=schema, properties=properties, consistency_level="Strong")
 
     def drop(self) -> None:
