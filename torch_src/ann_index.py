@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from torch_src.approximate import best_first, check_blocks, exact_scores_of, recall_line
 from torch_src.devices import free_memory
 from torch_src.errors import UserError
 from torch_src.faiss_loading import load_faiss
 from torch_src.helpers import atomic_write, duration, say
-from torch_src.search import BestRows, exact_scores, read_chunks, search
+from torch_src.search import read_chunks
 from torch_src.stamps import changes, clear_stamp, is_sealed, read_stamp, seal
 from torch_src.vectors import VectorStore
 
@@ -53,8 +54,7 @@ class ApproximateSearch:
             different = ["its bytes are not those that were written"]
         if old is not None and not different:
             self.index = self._read(path)
-            for _ in read_chunks(store, FILL_ROWS, buffers=3):
-                pass  # the exact scores come from the blocks: reading them in order checks their bytes
+            check_blocks(store)
             say(f"{path}: up to date")
         else:
             if different:
@@ -117,29 +117,16 @@ class ApproximateSearch:
         """
         keep = min(topk, self.store.rows)
         found = self.index.search(queries, keep)[1].astype(np.int64)
-        query, column = np.nonzero(found >= 0)
-        rows = found[query, column]
-        best = BestRows(len(queries), keep)
-        best.add(query, rows, exact_scores(self.store, queries, query, rows))
-        empty = ~np.isfinite(best.scores)
-        best.rows[empty] = -1
-        return best.rows, best.scores
+        return best_first(found, exact_scores_of(self.store, queries, found), keep)
 
     def recall(self, queries: np.ndarray, topk: int, device: torch.device, count: int) -> str:
         """Return one line: the share of the exact top-k that is found, on `count` of the queries."""
-        draw = np.random.default_rng([self.settings.seed, 6])
-        sample = queries[np.sort(draw.choice(len(queries), min(count, len(queries)), replace=False))]
-        begun = time.monotonic()
-        found, _ = self.search(sample, topk)
-        took = time.monotonic() - begun
-        exact, _, _ = search(self.store, sample, topk, [device], memory_gb=self.settings.memory_gb)
-        exact_took = time.monotonic() - begun - took
-        hits = sum(len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True))
-        share = hits / exact.size
-        return (
-            f"index {self.settings.factory}: recall@{topk} {share:.4f} against exact search on {len(sample)} "
-            f"queries ({duration(took)}, exact {duration(exact_took)})"
-        )
+        settings = self.settings
+        line = recall_line(
+            lambda some: self.search(some, topk), self.store, queries, topk, device, count,
+            settings.memory_gb, settings.seed,
+        )  # fmt: skip
+        return f"index {settings.factory}: {line}"
 
 
 def new_index(factory: str, hidden: int):

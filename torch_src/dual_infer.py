@@ -21,6 +21,7 @@ from torch_src.ann_index import (
     new_index,
     set_parameters,
 )
+from torch_src.approximate import recall_line
 from torch_src.backbones import check_fits, load_weights
 from torch_src.collection import PassageCollection
 from torch_src.devices import (
@@ -36,6 +37,7 @@ from torch_src.dual_hparams import DEBUG as TRAIN_DEBUG
 from torch_src.dual_hparams import FIXED_BY_WEIGHTS, DualHparams
 from torch_src.dual_model import DualEncoder, build_backbone, load_backbone
 from torch_src.encoding import Encoder, encode_collection
+from torch_src.errors import UserError
 from torch_src.formats import RunRow, format_run_row
 from torch_src.helpers import atomic_write, duration, exit_status, rank, require, say, warn
 from torch_src.inference_de_hparams import DEBUG, PRETRAINED, InferenceDeHparams
@@ -46,6 +48,7 @@ from torch_src.inference_stage import (
     planned_before_training,
     read_query_ids,
 )
+from torch_src.milvus_engine import COMMAND, MOST_HITS, MilvusSearch
 from torch_src.model_folder import own_settings
 from torch_src.output_lock import TOGETHER, output_lock
 from torch_src.passage_ids import check_length, read_passage_ids
@@ -53,7 +56,7 @@ from torch_src.planning import Plan, evenly, memory_gb, seconds_a_text, seconds_
 from torch_src.search import Resident, choose_kind, chunk_rows, search
 from torch_src.stamps import clear_stamp, fingerprint_text, seal, up_to_date, write_stamp
 from torch_src.tokenization import TextRules, tokenizer_fingerprint
-from torch_src.vectors import DamagedBlock, VectorStore, save_vectors
+from torch_src.vectors import DamagedBlock, VectorStore, new_manifest, save_vectors
 
 INDEX = "para.index"
 
@@ -94,6 +97,7 @@ class DualInference:
         hparams.check_range("vector_dims", hp.vector_dims, 0, self.model.config.hidden_size)
         self.collection = PassageCollection(hp.passage_dir_path, str(Path(hp.output_dir) / "cache"))
         self.output = Path(hp.output_dir)
+        self.milvus = self.open_milvus() if hp.engine == "milvus" else None
 
     def check_passage_ids(self) -> None:
         """The map must be exactly as long as the collection, or every pid after the gap would be wrong."""
@@ -114,6 +118,26 @@ class DualInference:
             "device": self.device.type,
         }  # fmt: skip
 
+    @property
+    def passage_manifest(self) -> dict:
+        """Return the manifest that vectors of this model and collection have."""
+        stamp = {**self.vector_stamp("passage"), "collection": self.collection.fingerprint}
+        return new_manifest(stamp, len(self.collection), self.width, self.hp.block_rows)
+
+    def open_milvus(self) -> MilvusSearch:
+        """Return the search on Milvus; UserError where these vectors are not all there."""
+        hp = self.hp
+        hparams.check_range("topk", self.topk, 1, MOST_HITS)
+        if int(os.getenv("WORLD_SIZE", "1")) > 1:
+            raise UserError("--engine milvus encodes only queries: run it without torchrun")
+        names = ("para_emb", "milvus_uri", "milvus_collection")
+        given = {"output_dir": hp.output_dir, "data_dir": hp.data_dir}
+        given |= {name: getattr(hp, name) for name in names if getattr(hp, name)}
+        load = " ".join([COMMAND, *(f"--{name} {value}" for name, value in given.items())])
+        return MilvusSearch(
+            hp.milvus_uri_path, hp.milvus_collection, self.passage_manifest, hp.search_params, load
+        )
+
     def run_stamp(self) -> dict:
         """Return what decides res.top{k}."""
         sides = {
@@ -125,11 +149,17 @@ class DualInference:
         }
         names = ("index", "search_params", "seed", "search_memory_gb")  # all of which decide an index
         index = {name: getattr(self.hp, name) for name in names} if self.hp.index else {}
+        engine = {}
+        if self.milvus:
+            names = ("engine", "milvus_collection", "search_params")
+            where = {"milvus_uri": self.hp.milvus_uri_path, "milvus_index": self.milvus.index}
+            engine = {name: getattr(self.hp, name) for name in names} | where
         return {
             "stage": "dual_infer",
             **sides,
             **texts,
             **index,
+            **engine,
             "block_rows": self.hp.block_rows,
             "topk": self.topk,
         }
@@ -152,6 +182,8 @@ class DualInference:
     def check_search(self) -> None:
         """UserError for what the search could only say after the encoding."""
         hp, devices = self.hp, search_devices(self.hp.device, self.device)
+        if self.milvus:
+            return
         if not hp.index:
             at_once = min(self.bs, len(self.queries))
             chunk_rows(at_once, self.width, hp.search_memory_gb, devices[0].type, len(devices))
@@ -176,16 +208,27 @@ class DualInference:
                 file.write(own)
         return store
 
-    def encode(self, force: bool) -> tuple[np.ndarray | None, VectorStore]:
+    def encode_queries(self, model: DualEncoder) -> np.ndarray:
+        """Return the query vectors (B, H) float32, and write them."""
+        queries = self.encoder("query", model).encode(self.queries)
+        save_vectors(self.output / "query.emb.npy", queries)
+        write_stamp(self.output / "query.emb.npy", self.vector_stamp("query"))
+        return queries
+
+    def encode(self, force: bool) -> tuple[np.ndarray | None, VectorStore | None]:
         """Return the query vectors (B, H) float32 and the passage vectors on disk; one tower on the device at
         a time. Only the first of several processes encodes the queries; all of them share the passages.
+
+        With Milvus no passage is encoded: None where their vectors are not here.
         """
         model, queries = load_model(self.model, self.hp.seed), None
+        if self.milvus:
+            return self.encode_queries(model), VectorStore.where_complete(
+                self.hp.para_emb_path, self.passage_manifest
+            )
         store = self.open_store(force)
         if rank() == 0:
-            queries = self.encoder("query", model).encode(self.queries)
-            save_vectors(self.output / "query.emb.npy", queries)
-            write_stamp(self.output / "query.emb.npy", self.vector_stamp("query"))
+            queries = self.encode_queries(model)
         if model.query_encoder is not model.passage_encoder:
             model.query_encoder = None  # its memory is the passage tower's now
         if store.missing_blocks():
@@ -238,9 +281,11 @@ class DualInference:
             took = seconds_of(lambda: search(store, probes, self.topk, devices, kind, memory))
         return took * rows / some * queries / at_once
 
-    def searcher(self, queries: np.ndarray, store: VectorStore) -> Callable:
+    def searcher(self, queries: np.ndarray, store: VectorStore | None) -> Callable:
         """Return search(round of queries) -> (rows, scores, what to say of it): exact, or by an index."""
         hp, devices = self.hp, search_devices(self.hp.device, self.device)
+        if self.milvus:
+            return self.milvus_searcher(self.milvus, queries, store)
         if hp.index:
             settings = IndexSettings(hp.index, hp.search_params, hp.search_memory_gb, hp.seed)
             path, stamp = self.output / INDEX, {**store.manifest, "stage": "index"}
@@ -261,7 +306,21 @@ class DualInference:
 
         return exact
 
-    def write_run(self, path: Path, queries: np.ndarray, store: VectorStore) -> None:
+    def milvus_searcher(
+        self, milvus: MilvusSearch, queries: np.ndarray, store: VectorStore | None
+    ) -> Callable:
+        """Return the search on Milvus, as `searcher` does."""
+        hp = self.hp
+        milvus.use_blocks(store, hp.para_emb_path)
+        if hp.recall_queries and store:
+            line = recall_line(
+                lambda some: milvus.search(some, self.topk), store, queries, self.topk, self.device,
+                hp.recall_queries, hp.search_memory_gb, hp.seed,
+            )  # fmt: skip
+            say(f"Milvus {milvus.index}: {line}")
+        return lambda some: (*milvus.search(some, self.topk), "")
+
+    def write_run(self, path: Path, queries: np.ndarray, store: VectorStore | None) -> None:
         """Search `bs` queries a round and write the run, in the order of the queries."""
         find = self.searcher(queries, store)
         clear_stamp(path)
@@ -292,20 +351,22 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def search_soundly(inference: DualInference, path: Path, dropped: set[int]) -> VectorStore | None:
-    """Encode what is missing and write the run; None when a damaged block of vectors had to be `dropped`."""
+def search_soundly(inference: DualInference, path: Path, dropped: set[int]) -> bool:
+    """Encode what is missing and write the run; False when a damaged block of vectors had to be `dropped`."""
     queries, store = inference.encode(inference.hp.force and not dropped)
     if queries is None:
-        return store  # not the first process
+        return True  # not the first process
     gc.collect()
     if inference.device.type == "cuda":
         torch.cuda.empty_cache()
     try:
         inference.write_run(path, queries, store)
     except DamagedBlock as damage:
+        if store is None or inference.milvus:
+            raise  # no passage is encoded in this run: nothing would make the block again
         store.drop_once(damage, dropped)
-        return None
-    return store
+        return False
+    return True
 
 
 def run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
@@ -336,11 +397,11 @@ def _run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
         )
     inference.check_search()
     dropped: set[int] = set()
-    while (store := search_soundly(inference, path, dropped)) is None:
+    while not search_soundly(inference, path, dropped):
         continue  # a damaged block was dropped: it is encoded again
     if rank():
         return  # the first process has searched
-    say(f"wrote {path} ({len(inference.queries):,} queries x {min(topk, store.rows)})  "
+    say(f"wrote {path} ({len(inference.queries):,} queries x {min(topk, len(inference.collection))})  "
         f"peak memory {peak_memory_gb(inference.device):.2f} GB")  # fmt: skip
 
 

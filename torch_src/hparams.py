@@ -7,6 +7,7 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import tyro
 
@@ -121,6 +122,25 @@ def check_range(name: str, value, low, high=float("inf")) -> None:
     if not low <= value <= high or math.isinf(value):
         limit = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
         raise UserError(f"--{name} {value}: must be {limit}")
+
+
+def is_milvus_file(uri: str) -> bool:
+    """Return whether a uri of Milvus is a local file (Milvus Lite), not a server."""
+    return "://" not in uri
+
+
+def check_milvus_uri(uri: str) -> None:
+    """UserError unless it is a file NAME.db or http(s)://host:port, without credentials."""
+    expected = "expected a file NAME.db, http://host:19530 or https://host:port"
+    if "@" in uri and not is_milvus_file(uri):  # not repeated: settings and messages end up in logs
+        raise UserError("--milvus_uri: credentials go into the environment variable MILVUS_TOKEN, not here")
+    try:
+        parts = urlsplit(uri)
+        server = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+    except ValueError:
+        server = False
+    if not (uri.endswith(".db") if is_milvus_file(uri) else server):
+        raise UserError(f"--milvus_uri {uri}: {expected}")
 
 
 def dimensions(name: str, text: str, hidden: int) -> list[int]:

@@ -9,10 +9,12 @@ from torch_src.hparams import (
     SAMPLE_DIR,
     OfficialLayout,
     check_choice,
+    check_milvus_uri,
     check_range,
     under,
 )
 
+ENGINES = ("exact", "milvus")
 SEARCH_PRODUCTS = ("auto", "fp32", "bf16", "int8")
 PRETRAINED = "none"  # --dual_params none: the pretrained model as it is, without fine-tuning (zero-shot)
 
@@ -30,7 +32,12 @@ class InferenceDeHparams(OfficialLayout):
     bs: int | None = None  # queries searched at once; default: enter() in do_dual_infer.py
 
     index: str = ""  # approximate search by a faiss factory string (HNSW32, ...); empty: exact search
-    search_params: str = ""  # of that index, e.g. nprobe=64,k_factor_rf=10
+    search_params: str = ""  # of that index (or Milvus's), e.g. nprobe=64,k_factor_rf=10
+    engine: str = (
+        "exact"  # exact: search on this machine; milvus: where script/milvus_load.py put the vectors
+    )
+    milvus_uri: str = ""  # file of Milvus Lite, or http://host:19530; empty: output_dir/milvus.db
+    milvus_collection: str = "passages"  # its name there
 
     # files
     data_dir: str = "dureader-retrieval-baseline-dataset"  # official layout; empty paths below follow it
@@ -77,6 +84,10 @@ class InferenceDeHparams(OfficialLayout):
     def para_emb_path(self) -> str:
         return under(self.output_dir, self.para_emb, "para_emb")
 
+    @property
+    def milvus_uri_path(self) -> str:
+        return under(self.output_dir, self.milvus_uri, "milvus.db")
+
     def check(self) -> None:
         """UserError for a value out of range."""
         check_choice("pooling", self.pooling, (*POOLINGS, None))
@@ -91,8 +102,21 @@ class InferenceDeHparams(OfficialLayout):
         for name in ("threads", "seed", "tokens_per_batch", "recall_queries", "vector_dims"):
             check_range(name, getattr(self, name), 0)
         check_range("workers", self.workers, -1)
-        if self.search_params and not self.index:
-            raise UserError("--search_params is for an approximate --index")
+        check_choice("engine", self.engine, ENGINES)
+        self._check_milvus()
+        if self.search_params and not self.index and self.engine != "milvus":
+            raise UserError("--search_params is for an approximate --index, or for --engine milvus")
+
+    def _check_milvus(self) -> None:
+        if self.engine != "milvus":
+            if self.milvus_uri or self.milvus_collection != InferenceDeHparams.milvus_collection:
+                raise UserError("--milvus_uri and --milvus_collection are for --engine milvus")
+            return
+        check_milvus_uri(self.milvus_uri_path)
+        if self.index:
+            raise UserError("--index is a search on this machine: leave out either it or --engine milvus")
+        if self.plan:
+            raise UserError("--plan is of the encoding and search on this machine: leave out --engine milvus")
 
 
 # --debug lowers these defaults; an explicit option still wins.

@@ -49,7 +49,7 @@ class VectorStore:
         A manifest that disagrees means other vectors: every block is deleted and `say` is told which field
         changed. Blocks that are `shared` with other runs are refused instead (UserError).
         """
-        manifest = {**stamp, "rows": rows, "hidden": hidden, "block_rows": block_rows, "code": CODE_VERSION}
+        manifest = new_manifest(stamp, rows, hidden, block_rows)
         store = cls(folder, manifest)
         try:
             claims = Claims(folder)
@@ -68,6 +68,13 @@ class VectorStore:
         finally:
             claims.close()
         return store
+
+    @classmethod
+    def where_complete(cls, folder, manifest: dict):
+        """Return the store in the folder when it is whole and of this manifest, else None."""
+        store = cls(folder, manifest)
+        same = not changes(_old_manifest(store.manifest_path), manifest)
+        return store if same and not store.missing_blocks() else None
 
     def _keep_or_empty(self, manifest: dict, say, force: bool, shared: bool) -> None:
         path, folder = self.manifest_path, self.folder
@@ -168,9 +175,13 @@ class VectorStore:
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, vectors (rows, H), memory-mapped) of every block in order, its bytes checked."""
         for block in range(self.block_count):
-            vectors = self._open(block)
-            self._compare(block, _checksum(vectors))
-            yield self.block_range(block)[0], vectors
+            yield self.block_range(block)[0], self.read_block(block)
+
+    def read_block(self, block: int) -> np.ndarray:
+        """Return the vectors (rows, H) of one block, memory-mapped, its bytes checked (DamagedBlock)."""
+        vectors = self._open(block)
+        self._compare(block, _checksum(vectors))
+        return vectors
 
     def read_into(self, first: int, out: np.ndarray) -> None:
         """Fill `out` (rows, H) with the vectors from row `first` on, by plain reads.
@@ -252,6 +263,11 @@ class ScoreStore(VectorStore):
     """Blocks of logits (pairs, 1) float32."""
 
     dtype = np.dtype(np.float32)
+
+
+def new_manifest(stamp: dict, rows: int, hidden: int, block_rows: int) -> dict:
+    """Return the manifest of vectors that `stamp` decides."""
+    return {**stamp, "rows": rows, "hidden": hidden, "block_rows": block_rows, "code": CODE_VERSION}
 
 
 def _checksum(vectors: np.ndarray) -> str:
