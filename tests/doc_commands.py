@@ -42,7 +42,7 @@ SHELLS = {  # a shell script that hands its options on
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
-PARSE_ARGS = argparse.ArgumentParser.parse_args
+PARSE_ARGS, PARSE = argparse.ArgumentParser.parse_args, hparams.parse
 
 
 class Stopped(BaseException):
@@ -106,7 +106,7 @@ def check(words: list[str]) -> None:
 def check_options(script: str, options: list[str]) -> None:
     """AssertionError unless there is such a program and it takes these options with these values."""
     script = "script/handle.py" if script == "handle.py" else script  # moved beside the collection
-    if script in COMING:
+    if script in COMING and not (ROOT / script).exists():
         return
     assert (ROOT / script).is_file(), f"{script}: there is no such program"
     if script == "script/bench/plan.py":
@@ -122,9 +122,7 @@ def check_options(script: str, options: list[str]) -> None:
 
 def parse(script: str, options: list[str]) -> None:
     """Let a program parse its options and do nothing more."""
-    if script in SETTINGS:
-        hparams.parse(SETTINGS[script][0], options, SETTINGS[script][1])
-    elif script == "script/run_rounds.py":
+    if script == "script/run_rounds.py":
         words = [word for word in options[1:] if word != "--denoise"]
         run_rounds.Rounds(int(options[0]), "--denoise" in options, words)
     elif script == "script/run_all.py":
@@ -135,38 +133,50 @@ def parse(script: str, options: list[str]) -> None:
         for name, words in run_all.split_options(options).items():
             hparams.parse(run_all.PROGRAMS[name][0], words, run_all.PROGRAMS[name][1])
     else:
-        with_parser(script, lambda parser: PARSE_ARGS(parser, options))
+        until_parsed(
+            script,
+            lambda parser: PARSE_ARGS(parser, options),
+            lambda settings, debug: PARSE(settings, options, debug),
+        )
 
 
 def option_names(script: str) -> set[str]:
     """Return the options that a program has, as they are written."""
     found: set[str] = set()
-    if script in SETTINGS or script in ("script/run_all.py", "script/run_rounds.py"):
-        knobs = {field.name for settings, _ in SETTINGS.values() for field in dataclasses.fields(settings)}
-        if script in SETTINGS:
-            knobs = {field.name for field in dataclasses.fields(SETTINGS[script][0])}
-        return {f"--{name}" for name in (*knobs, *(f"no_{name}" for name in knobs), "from", "denoise")}
-    with_parser(script, lambda parser: found.update(parser._option_string_actions))
+
+    def knobs(settings: type, _=None) -> None:
+        names = [field.name for field in dataclasses.fields(settings)]
+        found.update(f"--{prefix}{name}" for name in names for prefix in ("", "no_"))
+
+    until_parsed(script, lambda parser: found.update(parser._option_string_actions), knobs)
     return found
 
 
-def with_parser(script: str, look: Callable[[argparse.ArgumentParser], object]) -> None:
-    """Run a program until its parser is asked to parse; look(parser) is called instead, and it ends."""
-    if "parse_args(" not in (ROOT / script).read_text(encoding="utf-8"):
+def until_parsed(script: str, look: Callable, look_at_settings: Callable) -> None:
+    """Run a program until it parses its options: look(argparse's parser), or look_at_settings(settings, its
+    debug defaults), is called instead, and the program ends.
+    """
+    if not re.search(r"parse_args\(|hparams|torch_src import", (ROOT / script).read_text(encoding="utf-8")):
         return
 
     def stop(parser, *_, **__):
         look(parser)
         raise Stopped
 
+    def stop_settings(settings, _, debug):
+        look_at_settings(settings, debug)
+        raise Stopped
+
     folder, before = (ROOT / script).parent, (sys.argv, sys.path, set(sys.modules))
-    sys.argv, sys.path, argparse.ArgumentParser.parse_args = [script], [str(folder), *sys.path], stop
+    sys.argv, sys.path = [script], [str(folder), *sys.path]
+    argparse.ArgumentParser.parse_args, hparams.parse = stop, stop_settings
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     except Stopped:
         pass
     finally:
-        sys.argv, sys.path, argparse.ArgumentParser.parse_args = *before[:2], PARSE_ARGS
+        sys.argv, sys.path = before[:2]
+        argparse.ArgumentParser.parse_args, hparams.parse = PARSE_ARGS, PARSE
         for name in set(sys.modules) - before[2]:  # two folders have a `common`
             if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
                 del sys.modules[name]
