@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from script import run_all, run_rounds
+from script import report_hparams, run_all, run_rounds
 from torch_src import (
     cross_hparams,
+    demo_hparams,
     dual_hparams,
     hparams,
     inference_cross_hparams,
@@ -31,8 +32,9 @@ SETTINGS = {
     "do_cross_train.py": (cross_hparams.CrossHparams, cross_hparams.DEBUG),
     "do_cross_infer.py": (inference_cross_hparams.InferenceCrossHparams, inference_cross_hparams.DEBUG),
     "script/mine_negatives.py": (mining_hparams.MiningHparams, mining_hparams.DEBUG),
+    "script/demo.py": (demo_hparams.DemoHparams, demo_hparams.DEBUG),
+    "script/report.py": (report_hparams.ReportHparams, report_hparams.DEBUG),
 }
-COMING = {"script/demo.py", "requirements-demo.txt"}  # named in the documents, not in the repository yet
 PYTHONS = ("python", "python3", ".venv/bin/python")
 PLAIN = ("git", "cd", "cp", "mv", "rm", "cut", "head", "grep", "tail", "kill", "printf", ".venv/bin/pip")
 SHELLS = {  # a shell script that hands its options on
@@ -106,8 +108,6 @@ def check(words: list[str]) -> None:
 def check_options(script: str, options: list[str]) -> None:
     """AssertionError unless there is such a program and it takes these options with these values."""
     script = "script/handle.py" if script == "handle.py" else script  # moved beside the collection
-    if script in COMING and not (ROOT / script).exists():
-        return
     assert (ROOT / script).is_file(), f"{script}: there is no such program"
     if script == "script/bench/plan.py":
         return check_options(options[0], options[1:])

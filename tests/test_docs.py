@@ -8,7 +8,6 @@ import subprocess
 
 import pytest
 from doc_commands import (
-    COMING,
     DOCUMENTS,
     FENCE,
     INLINE,
@@ -66,7 +65,7 @@ def test_files_that_are_named_are_there(path):
     names = {name.rsplit("/", 1)[-1] for name in files}
     for word in re.findall(r"[^\s]+", " ".join(INLINE.findall(without_fences(text_of(path))))):
         word = word.rstrip(":,")
-        if word in COMING or not FILE.fullmatch(word) or "..." in word:
+        if not FILE.fullmatch(word) or "..." in word:
             continue
         if "*" in word:
             assert list(ROOT.glob(word)), f"{path.name}: {word}"
@@ -87,7 +86,7 @@ def test_options_named_in_running_text_are_there(path):
     """`python x.py --option N` in a sentence: values may be letters that stand for something."""
     for code in INLINE.findall(without_fences(text_of(path))):
         script = re.search(r"[\w/]+\.(?:py|sh)\b", code)
-        if not PROGRAM.match(code) or script is None or " -m " in code or script[0] in COMING:
+        if not PROGRAM.match(code) or script is None or " -m " in code:
             continue
         own = code[code.rindex(script[0]) :]  # what stands before is torchrun's
         script = SHELLS.get(script[0], script[0])

@@ -24,6 +24,7 @@ ROWS = [
         "cross_hparams",
         "inference_cross_hparams",
         "mining_hparams",
+        "demo_hparams",
         "collection",
         "passage_ids",
         "losses",
@@ -57,6 +58,7 @@ ROWS = [
     ["training_stage"],
     ["inference_stage"],
     ["dual_train", "dual_infer", "cross_train", "cross_infer", "mining"],
+    ["search_service"],
 ]
 ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
 TORCH_FREE = [*(module for row in ROWS[:4] for module in row), "collection", "passage_ids"]

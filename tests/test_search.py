@@ -379,3 +379,8 @@ def test_vectors_that_stay_on_the_devices_are_read_once(tmp_path, monkeypatch, d
                 path.unlink()
     assert sum(len(chunk) for kept in resident.kept for _, chunk in kept) == 500
     assert module.Resident.where_they_fit(store, places) is None  # no GPU
+    share = 500 * 8 * 2 / devices / 1e9
+    assert module.Resident.where_they_fit(store, places, 1.01 * share)  # asked for
+    assert module.Resident.where_they_fit(store, places, 0.99 * share) is None
+    monkeypatch.setattr(module, "free_memory", lambda: 1.05 * 1e9 * share)  # but there is not enough
+    assert module.Resident.where_they_fit(store, places, 1.01 * share) is None

@@ -38,9 +38,15 @@ class ApproximateSearch:
     """An index over the vectors of a store, made or read; `search` gives exact scores of what it finds."""
 
     def __init__(
-        self, store: VectorStore, settings: IndexSettings, path: Path, stamp: dict, force: bool = False
+        self,
+        store: VectorStore,
+        settings: IndexSettings,
+        path: Path,
+        stamp: dict,
+        force: bool = False,
+        make: bool = True,
     ):
-        """Read the index at `path` when its stamp agrees, else make and write it.
+        """Read the index at `path` when its stamp agrees, else make and write it; not `make`: refuse it.
 
         UserError for a malformed factory string or parameter, and when the index will not fit into memory.
         """
@@ -56,6 +62,9 @@ class ApproximateSearch:
             self.index = self._read(path)
             check_blocks(store)
             say(f"{path}: up to date")
+        elif not make:
+            why = "; ".join(different) or "no finished index there"
+            raise UserError(f"{path}: {why}; make it with do_dual_infer.py --index '{settings.factory}'")
         else:
             if different:
                 say(f"{path}: out of date, made again ({'; '.join(different)})")

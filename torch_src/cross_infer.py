@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from metric.evaluation import compute_metrics
 from torch_src import guards, hparams
@@ -55,6 +56,15 @@ def load_model(model: FoundModel, seed: int, trained: bool = True) -> CrossEncod
     encoder = build_cross_encoder(model.config)
     load_weights(model.params, encoder.model, "do_cross_train.py")
     return encoder
+
+
+def pair_scorer(
+    found: FoundModel, model: CrossEncoder, hp: InferenceCrossHparams, device: torch.device, precision: str
+) -> PairScorer:
+    """Return the scorer of a model that is on the device already, with what its weights fix."""
+    rules = TextRules(found.fixed["max_seq_len"], "", found.fixed["remove_spaces"])
+    sizes = (hp.batch_size, token_budget(hp.tokens_per_batch, device))
+    return PairScorer(model, found.tokenizer, rules, device, precision, *sizes)
 
 
 class CrossInference:
@@ -139,10 +149,7 @@ class CrossInference:
                 store.drop_once(damage, dropped)
 
     def scorer(self, model: CrossEncoder) -> PairScorer:
-        hp, fixed = self.hp, self.model.fixed
-        rules = TextRules(fixed["max_seq_len"], "", fixed["remove_spaces"])
-        sizes = (hp.batch_size, token_budget(hp.tokens_per_batch, self.device))
-        return PairScorer(model, self.model.tokenizer, rules, self.device, self.precision, *sizes)
+        return pair_scorer(self.model, model, self.hp, self.device, self.precision)
 
     def plan(self) -> Plan:
         """Return what scoring would take."""

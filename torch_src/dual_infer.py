@@ -81,30 +81,33 @@ def load_model(model: FoundModel, seed: int) -> DualEncoder:
     return encoder
 
 
-class DualInference:
-    """One inference run, its inputs checked before anything long starts."""
+class Retriever:
+    """A dual encoder and its collection: found and checked before anything long starts."""
 
-    def __init__(self, hp: InferenceDeHparams, topk: int, bs: int):
-        self.hp, self.topk, self.bs = hp, topk, bs
+    def __init__(self, hp: InferenceDeHparams):
+        self.hp = hp
         self.device = choose_device(hp.device)
         self.precision = choose_precision(hp.precision, self.device)
         self.threads = set_threads(hp.threads)
         say(f"device {self.device}  precision {self.precision}  threads {self.threads}")
-        self.queries = list(read_query_ids(hp))
         self.model = find_model(hp)
         lengths = {name: self.model.fixed[name] for name in ("q_max_seq_len", "p_max_seq_len")}
         check_fits(self.model.config, len(self.model.tokenizer), lengths, self.model.path)
         hparams.check_range("vector_dims", hp.vector_dims, 0, self.model.config.hidden_size)
         self.collection = PassageCollection(hp.passage_dir_path, str(Path(hp.output_dir) / "cache"))
         self.output = Path(hp.output_dir)
-        self.milvus = self.open_milvus() if hp.engine == "milvus" else None
 
-    def check_passage_ids(self) -> None:
-        """The map must be exactly as long as the collection, or every pid after the gap would be wrong."""
+    def passage_ids(self) -> np.ndarray | None:
+        """Return the pids (N,) as bytes; None with `--passage_ids none`.
+
+        The map must be exactly as long as the collection, or every pid after the gap would be wrong.
+        """
         if self.hp.passage_ids == "none":
-            return
+            return None
         path = require(self.hp.passage_ids_path, "row -> pid", "pass --passage_ids none to go without")
-        check_length(path, len(read_passage_ids(path, str(self.output / "cache"))), len(self.collection))
+        ids = read_passage_ids(path, str(self.output / "cache"))
+        check_length(path, len(ids), len(self.collection))
+        return ids
 
     def vector_stamp(self, side: str) -> dict:
         """Return what decides the vectors of one side."""
@@ -117,6 +120,31 @@ class DualInference:
             **{name: fixed[name] for name in names}, **dims, "precision": self.precision,
             "device": self.device.type,
         }  # fmt: skip
+
+    def encoder(self, side: str, model: DualEncoder) -> Encoder:
+        fixed, hp = self.model.fixed, self.hp
+        length = {"query": "q_max_seq_len", "passage": "p_max_seq_len"}[side]
+        rules = TextRules(fixed[length], fixed[f"{side}_prefix"], fixed["remove_spaces"])
+        return Encoder(
+            model.tower(side).to(self.device).eval(), self.model.tokenizer, rules, fixed["pooling"],
+            fixed["normalize"], self.device, self.precision, hp.batch_size,
+            token_budget(hp.tokens_per_batch, self.device), hp.vector_dims,
+        )  # fmt: skip
+
+    @property
+    def width(self) -> int:
+        """Return the dimensions of a stored vector."""
+        return self.hp.vector_dims or self.model.config.hidden_size
+
+
+class DualInference(Retriever):
+    """One inference run, its inputs checked before anything long starts."""
+
+    def __init__(self, hp: InferenceDeHparams, topk: int, bs: int):
+        self.topk, self.bs = topk, bs
+        self.queries = list(read_query_ids(hp))
+        super().__init__(hp)
+        self.milvus = self.open_milvus() if hp.engine == "milvus" else None
 
     @property
     def passage_manifest(self) -> dict:
@@ -163,21 +191,6 @@ class DualInference:
             "block_rows": self.hp.block_rows,
             "topk": self.topk,
         }
-
-    def encoder(self, side: str, model: DualEncoder) -> Encoder:
-        fixed, hp = self.model.fixed, self.hp
-        length = {"query": "q_max_seq_len", "passage": "p_max_seq_len"}[side]
-        rules = TextRules(fixed[length], fixed[f"{side}_prefix"], fixed["remove_spaces"])
-        return Encoder(
-            model.tower(side).to(self.device).eval(), self.model.tokenizer, rules, fixed["pooling"],
-            fixed["normalize"], self.device, self.precision, hp.batch_size,
-            token_budget(hp.tokens_per_batch, self.device), hp.vector_dims,
-        )  # fmt: skip
-
-    @property
-    def width(self) -> int:
-        """Return the dimensions of a stored vector."""
-        return self.hp.vector_dims or self.model.config.hidden_size
 
     def check_search(self) -> None:
         """UserError for what the search could only say after the encoding."""
@@ -389,7 +402,7 @@ def _run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
     if not hp.force and up_to_date(path, inference.run_stamp(), say):
         say(f"{path}: up to date")
         return
-    inference.check_passage_ids()
+    inference.passage_ids()  # UserError before the encoding, not after it
     if len(inference.collection) < topk:
         warn(
             f"the collection has {len(inference.collection)} passages, fewer than topk {topk}: "

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from torch_src.devices import free_gpu_memory
+from torch_src.devices import free_gpu_memory, free_memory
 from torch_src.errors import UserError
 from torch_src.helpers import one_ahead
 from torch_src.products import GROUP, KINDS, Float32, Products, fastest, full_precision, int8_is_exact
@@ -174,13 +174,21 @@ class Resident:
         self.complete = False
 
     @classmethod
-    def where_they_fit(cls, store: VectorStore, devices: list[torch.device]) -> "Resident | None":
-        """Return a place for the vectors on the GPUs; None on a CPU, or when they are too many."""
-        if any(device.type != "cuda" for device in devices):
-            return None
+    def where_they_fit(
+        cls, store: VectorStore, devices: list[torch.device], memory_gb: float = 0.0
+    ) -> "Resident | None":
+        """Return a place for the vectors on the GPUs, or on a CPU within `memory_gb`; None when they are too
+        many.
+        """
         share = store.rows * store.hidden * 2 / len(devices)
-        fits = all(share < RESIDENT_SHARE * free_gpu_memory(device) for device in devices)
-        return cls(devices) if fits else None
+        return cls(devices) if all(share < _room(device, memory_gb) for device in devices) else None
+
+
+def _room(device: torch.device, memory_gb: float) -> float:
+    """Return the bytes that vectors may take for good: on a CPU what is asked for, if it is free."""
+    if device.type == "cuda":
+        return RESIDENT_SHARE * free_gpu_memory(device)
+    return min(memory_gb * 1e9, 0.9 * free_memory())
 
 
 def search(

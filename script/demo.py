@@ -1,0 +1,267 @@
+"""Search page on this machine: ask a question, see what the retriever finds and how the re-ranker orders it.
+
+    python -m pip install -r requirements-demo.txt
+    python script/demo.py               # the models and vectors in output/
+    python script/demo.py --debug       # the sample, after sh script/quickstart.sh
+
+Settings: torch_src/demo_hparams.py, or `--name value`; `--help` lists them. Nothing leaves this machine: the
+page listens on 127.0.0.1, asks no other host for anything, and the output folder is only read.
+"""
+
+import html
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
+
+from script.bm25 import PIECES, terms
+from torch_src import hparams
+from torch_src.demo_hparams import DEBUG, DemoHparams
+from torch_src.errors import UserError
+from torch_src.formats import read_queries
+from torch_src.helpers import exit_status, say, warn
+from torch_src.search_service import LONGEST_QUESTION, Answer, Hit, SearchService
+
+SHOWN = 2000  # characters of a passage, at most
+EXAMPLES, LONGEST_EXAMPLE = 4, 24  # questions offered; characters of one
+TRIED = 4  # passages of the question that is asked before the page opens
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+FONTS = ("system-ui", "PingFang SC", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif")  # of the machine
+# The browser is told to ask this server alone, whatever the page's own scripts would like.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:"
+)
+CSS = """
+#answer .html-container { padding: 0; }
+.search-times { margin: 0.25rem 0 0.75rem; }
+.search-times b { font-weight: 600; }
+.search-times span { white-space: nowrap; margin-right: 1.25rem; }
+.search-columns { display: grid; gap: 1.25rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
+.search-columns h3 { margin: 0 0 0.5rem; font-size: 1rem; }
+.search-columns ol { list-style: none; margin: 0; padding: 0; }
+.search-columns li { border-top: 1px solid var(--border-color-primary); padding: 0.5rem 0; margin: 0; }
+.search-head { display: flex; gap: 0.75rem; align-items: baseline; font-size: 0.8rem; }
+.search-rank { font-weight: 700; font-size: 1rem; min-width: 1.6rem; }
+.search-head code { font-size: 0.75rem; background: none; border: 0; padding: 0; margin-left: auto;
+  opacity: 0.7; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; max-width: 9rem; }
+.search-up { color: #15803d; } .search-down { color: #b91c1c; }
+.dark .search-up { color: #4ade80; } .dark .search-down { color: #f87171; }
+.search-columns summary { cursor: pointer; list-style: none; overflow: hidden; overflow-wrap: anywhere;
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; }
+.search-columns details[open] summary { -webkit-line-clamp: unset; display: block; }
+.search-columns mark { background: rgba(250, 204, 21, 0.35); color: inherit; padding: 0; }
+.search-error { color: #b91c1c; } .dark .search-error { color: #f87171; }
+"""
+
+
+def load_gradio():
+    """Return the gradio module; UserError when it is missing, or too old or new."""
+    try:
+        import gradio
+    except ImportError:
+        raise UserError("gradio is not installed: python -m pip install -r requirements-demo.txt") from None
+    if gradio.__version__.split(".")[0] != "6":
+        mend = "python -m pip install -r requirements-demo.txt"
+        raise UserError(f"gradio {gradio.__version__} is installed, this page needs 6: {mend}")
+    return gradio
+
+
+def marked(text: str, wanted: set[str]) -> str:
+    """Return the text as HTML, what it shares with the terms `wanted` (those of bm25.terms) in <mark>."""
+    lower = "".join(low if len(low := c.lower()) == 1 else c for c in text)  # as long as the text
+    hit = bytearray(len(text))
+    for piece in PIECES.finditer(lower):
+        first, last = piece.span()
+        if piece[0][0].isascii():
+            spans = [(first, last)]
+        else:  # bigrams, and characters that are a term by themselves
+            spans = [(at, min(at + size, last)) for at in range(first, last) for size in (1, 2)]
+        for begin, end in spans:
+            if lower[begin:end] in wanted:
+                hit[begin:end] = b"\1" * (end - begin)
+    parts, start = [], 0
+    while start < len(text):
+        end = hit.find(1 - hit[start], start)
+        end = len(text) if end < 0 else end
+        shown = html.escape(text[start:end])
+        parts.append(f"<mark>{shown}</mark>" if hit[start] else shown)
+        start = end
+    return "".join(parts)
+
+
+def passage(hit: Hit, wanted: set[str], reranked: bool) -> str:
+    """Return one hit as a list item."""
+    moved = ""
+    if reranked:
+        change = hit.recall_rank - hit.rank
+        way, arrow = ("up", "▲") if change > 0 else ("down", "▼")
+        by = f' <span class="search-{way}">{arrow} {abs(change)}</span>' if change else ""
+        moved = f"<span>was {hit.recall_rank}{by}</span>"
+    name = html.escape(hit.pid) or f"row {hit.row}"
+    more = len(hit.text) - SHOWN
+    rest = f" … ({more:,} more characters)" if more > 0 else ""
+    return (
+        f'<li><div class="search-head"><span class="search-rank">{hit.rank}</span>'
+        f'<span>{hit.score:.4f}</span>{moved}<code title="{name}, row {hit.row}">{name}</code></div>'
+        f"<details><summary>{marked(hit.text[:SHOWN], wanted)}{rest}</summary></details></li>"
+    )
+
+
+def column(title: str, hits: list[Hit], wanted: set[str], reranked: bool) -> str:
+    """Return one ranking."""
+    items = "".join(passage(hit, wanted, reranked) for hit in hits)
+    return f"<section><h3>{title}</h3><ol>{items}</ol></section>"
+
+
+def answer_html(answer: Answer, waiting: bool = False) -> str:
+    """Return the times and both rankings; `waiting`: the second is still being made."""
+    wanted = set(terms(answer.question))
+    times = [f"<span>{step} <b>{1000 * took:,.1f} ms</b></span>" for step, took in answer.seconds.items()]
+    if answer.cut:
+        times.append("<span>the retriever reads only the beginning of this question</span>")
+    columns = [column("Recall: dual encoder", answer.recall, wanted, False)]
+    if answer.reranked is not None:
+        columns.append(column("Re-ranked: cross-encoder", answer.reranked, wanted, True))
+    elif waiting:
+        columns.append("<section><h3>Re-ranked: cross-encoder</h3>being scored …</section>")
+    head, body = " ".join(times), "".join(columns)
+    return f'<div class="search-times">{head}</div><div class="search-columns">{body}</div>'
+
+
+def respond(service: SearchService, question: str) -> Iterator[str]:
+    """Yield the answer as HTML, first without the re-ranker, which may take its time; a question that cannot
+    be answered gets a line that says why.
+    """
+    try:
+        answer = service.retrieve(question or "")
+        if service.scorer:
+            yield answer_html(answer, waiting=True)
+        yield answer_html(service.rerank(answer))
+    except UserError as error:
+        yield f'<div class="search-error">{html.escape(str(error))}</div>'
+
+
+def example_questions(hp: DemoHparams) -> list[str]:
+    """Return the first short dev queries; none when there is no such file."""
+    if hp.dev_q == "none" or not Path(hp.dev_q_path).exists() or hp.dev_q_path.endswith(".json"):
+        return []
+    try:
+        short = [query for query in read_queries(hp.dev_q_path) if len(query) <= LONGEST_EXAMPLE]
+    except UserError as error:
+        warn(f"no examples: {error}")
+        return []
+    return short[:EXAMPLES]
+
+
+def build_page(service: SearchService, examples: list[str]):
+    """Return the gradio page."""
+    gradio = load_gradio()
+    rows = len(service.retriever.collection)
+    reranker = "" if service.scorer else " · no re-ranker: recall alone"
+    with gradio.Blocks(title="Passage search", analytics_enabled=False) as page:
+        gradio.Markdown(f"## Passage search\n{rows:,} passages · {service.how}{reranker}")
+        with gradio.Row(equal_height=True):
+            question = gradio.Textbox(
+                placeholder="Type a question and press Enter", show_label=False, container=False,
+                autofocus=True, max_lines=1, max_length=LONGEST_QUESTION, scale=8, elem_id="question",
+            )  # fmt: skip
+            button = gradio.Button("Search", variant="primary", scale=1, min_width=90)
+        shown = gradio.HTML(elem_id="answer", padding=False, render=False)
+
+        def ask(text: str) -> Iterator[str]:
+            yield from respond(service, text)
+
+        if examples:
+            gradio.Examples(
+                examples, question, shown, ask, run_on_click=True, cache_examples=False, label="For example",
+                api_visibility="private",
+            )  # fmt: skip
+        shown.render()
+        asked = [question.submit, button.click]
+        gradio.on(
+            asked, ask, question, shown, api_visibility="private", concurrency_limit=1,
+            trigger_mode="always_last",
+        )  # fmt: skip
+    return page
+
+
+def build_app(page):
+    """Return the page as an ASGI application that keeps the browser to this server."""
+    gradio = load_gradio()
+    from fastapi import FastAPI
+
+    outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @outer.middleware("http")
+    async def keep_to_this_server(request, call_next):
+        reply = await call_next(request)
+        reply.headers["Content-Security-Policy"] = POLICY
+        return reply
+
+    theme = gradio.themes.Default(font=FONTS, font_mono=("ui-monospace", "monospace"))
+    return gradio.mount_gradio_app(
+        outer, page, "/", theme=theme, css=CSS, footer_links=[], ssr_mode=False, mcp_server=False,
+        show_error=False, max_file_size=1,
+    )  # fmt: skip
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket; UserError when the address is taken or not of this machine."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    taken = socket.socket(family, socket.SOCK_STREAM)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((host, port))
+        taken.listen()  # now: whoever comes while the models load waits, and a second page is refused
+    except OSError as error:
+        taken.close()
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; pass another --port") from None
+    return taken
+
+
+def serve(app, listening: socket.socket) -> None:
+    """Serve until Ctrl-C; questions in hand get two seconds to end."""
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        server.should_exit = True
+        thread.join(2)
+        say("stopped")
+
+
+def run(hp: DemoHparams) -> None:
+    """Load everything, answer one question to see that it works, and serve the page."""
+    load_gradio()
+    listening = bind(hp.host, hp.port)  # first: a port that is taken is said before a minute of loading
+    service = SearchService(hp)
+    if not service.scorer:
+        say(f"no re-ranker ({hp.cross_params_path}): recall alone")
+    examples = example_questions(hp)
+    tried = service.answer(examples[0] if examples else "问题", TRIED)
+    times = ", ".join(f"{step} {1000 * took:,.0f} ms" for step, took in tried.seconds.items())
+    say(f"{service.how}; one question, {TRIED} passages: {times}")
+    if hp.host not in LOOPBACK:
+        warn(f"--host {hp.host}: whoever reaches this machine can ask, and read the passages")
+    host, port = listening.getsockname()[:2]
+    app = build_app(build_page(service, examples))
+    say(f"open http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends it)")
+    serve(app, listening)
+
+
+def main(argv: list[str]) -> int:
+    """Return the exit status."""
+    return exit_status(lambda: run(hparams.parse(DemoHparams, argv, DEBUG)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
