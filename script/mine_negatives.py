@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 
 from torch_src import cross_infer, dual_infer, hparams, mining
 from torch_src.collection import PassageCollection
-from torch_src.helpers import exit_status, leave, read_json, require, say, write_json
+from torch_src.helpers import exit_status, leave, read_json, require, say, warn, write_json
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.mining_hparams import DEBUG, NO_CROSS, MiningHparams
@@ -102,6 +102,8 @@ def run(hp: MiningHparams) -> None:
     for output in outputs:
         seal(output, stamp)
     say("\n".join(miner.counts.lines()))
+    if warning := miner.counts.warning():
+        warn(warning)
     say(f"wrote {outputs[0]} and {outputs[1]}")
 
 

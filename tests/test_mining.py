@@ -75,6 +75,13 @@ def test_scores_held_against_the_best_positive(world, tmp_path):
     assert found == {"甲": (["文3", "无"], ["文5"])}
 
 
+def test_a_re_ranker_that_takes_everything_for_an_answer_is_told_of(world, tmp_path):
+    _, counts = mined(world, tmp_path, [0.0] * 10)
+    assert counts.false_negatives == 8 and "takes 100% of the candidates for answers" in counts.warning()
+    _, counts = mined(world, tmp_path, [5, 5, 5, 0, -5, -5, 5, 5, -5, -5])
+    assert counts.false_negatives == 4 and counts.warning() is None  # half of eight: not most
+
+
 def test_how_the_re_ranker_was_trained_decides_what_scores_are_held_against(tmp_path):
     def against(**changed) -> bool:
         return against_positive(MiningHparams(cross_params=str(tmp_path / "cross_params.bin"), **changed))

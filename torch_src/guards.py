@@ -25,8 +25,7 @@ def collapsed(scores: np.ndarray, spans: list[slice]) -> str | None:
     if tied > TIED:
         return (
             f"{100 * tied:.0f}% of the candidates have the same score as another one of their query: "
-            "their order "
-            "is the retriever's; use --precision fp32 and look at the logits"
+            "their order is the retriever's; use --precision fp32 and look at the logits"
         )
     return None
 
@@ -37,8 +36,8 @@ def below_retriever(reranked: float, retriever: float) -> str | None:
         return None
     return (
         f"re-ranked MRR@10 {reranked:.4f} is below the retriever's {retriever:.4f} on the same candidates: "
-        "train on negatives from the retriever's own results, longer; or try --loss listwise, "
-        "--fuse_retriever_weight"
+        "train longer, on negatives from the retriever's own results (script/mine_negatives.py), from its "
+        "encoder (--dual_params), with --loss listwise; or fuse the two (--fuse_retriever_weight)"
     )
 
 
@@ -58,6 +57,5 @@ def negatives_too_easy(negatives: np.ndarray, candidates: np.ndarray) -> str | N
     return (
         f"the training negatives do not look like the candidates (mean score {negatives.mean():.2f} "
         f"against {candidates.mean():.2f} for dev candidates that are not relevant): mine negatives from "
-        "the retriever's "
-        "own results"
+        "the retriever's own results"
     )

@@ -135,6 +135,16 @@ class Counts:
         default_factory=lambda: dict.fromkeys(RANK_BINS, 0)
     )  # bin's first rank -> negatives
 
+    def warning(self) -> str | None:
+        """Return a warning when the re-ranker takes most candidates for answers."""
+        if self.false_negatives <= 0.5 * max(1, self.candidates - self.known):
+            return None
+        share = 100 * self.false_negatives / (self.candidates - self.known)
+        return (
+            f"the re-ranker takes {share:.0f}% of the candidates for answers, and they were dropped: is it "
+            "trained (dev MRR@10 of do_cross_infer.py)? If so, raise --max_score"
+        )
+
     def lines(self) -> list[str]:
         """Return the table."""
         share = 100 / max(1, self.candidates)
