@@ -35,7 +35,7 @@ SETTINGS = {
     "script/demo.py": (demo_hparams.DemoHparams, demo_hparams.DEBUG),
     "script/report.py": (report_hparams.ReportHparams, report_hparams.DEBUG),
 }
-PYTHONS = ("python", "python3", ".venv/bin/python")
+PYTHONS = ("python", "python3", ".venv/bin/python", "milvus/bin/python")
 PLAIN = ("git", "cd", "cp", "mv", "rm", "cut", "head", "grep", "tail", "kill", "printf", ".venv/bin/pip")
 SHELLS = {  # a shell script that hands its options on
     "script/download.sh": "script/download_data.py",

@@ -16,13 +16,15 @@ from doc_commands import PYTHONS, READMES, ROOT, commands, program_of
 from preloaded import Preloaded
 from toy_world import lines, make_world, write
 
-NOT_HERE = ("-m", "--index IVF", "script/bench/", "tests/faults/", "--plan")  # elsewhere, or of another size
+# elsewhere, of another size, in another environment, or without an end
+NOT_HERE = ("-m", "--index IVF", "script/bench/", "tests/faults/", "--plan", "milvus", "script/demo.py")
 STAND_ALONE = ("metric/", "handle.py")  # standard library: as fast by themselves
 SHORT = ["--epoch", "1", "--max_steps", "2", "--batch_size", "8", "--log_every", "1"]  # the last one wins
 NEEDED = {
     "script/export_model.py": "sentence_transformers",
     "script/bm25.py": "tantivy",
     "script/compare_runs.py": "ir_measures",
+    "script/report.py": "matplotlib",
 }
 
 
@@ -91,8 +93,6 @@ class Shell:
             options = [*options, *SHORT]
         if script == "script/mine_negatives.py":
             options = [*options, "--max_score", "1"]  # of a re-ranker of two updates every score is 0.5
-        if "none" in options and "--output_dir" not in options:  # not over the trained model's vectors
-            options = [*options, "--output_dir", "output/zero_shot"]
         if script.startswith(STAND_ALONE):
             command = [sys.executable, script, *options]
             done = subprocess.run(command, cwd=self.here, capture_output=True, text=True)
