@@ -294,6 +294,14 @@ def test_recall_is_shown_before_the_reranker_is_done(service):
     assert list(demo.respond(service, " ")) == ['<div class="search-error">the question is empty</div>']
 
 
+def test_a_reranker_that_decides_nothing_is_said(trained, monkeypatch):
+    service = SearchService(settings(trained))
+    monkeypatch.setattr(service.scorer, "score_all", lambda candidates: np.ones(len(candidates), np.float32))
+    answer = service.answer("鱼")
+    assert [hit.row for hit in answer.reranked] == [hit.row for hit in answer.recall]
+    assert "the re-ranker decides nothing" in demo.answer_html(answer)
+
+
 # ---- the page in a browser
 
 # A module that Python imports at its start: it notes every host that the program speaks to or asks for.
