@@ -124,6 +124,8 @@ def answer_html(answer: Answer, waiting: bool = False) -> str:
     times = [f"<span>{step} <b>{1000 * took:,.1f} ms</b></span>" for step, took in answer.seconds.items()]
     if answer.cut:
         times.append("<span>the retriever reads only the beginning of this question</span>")
+    if answer.warning:
+        times.append(f'<div class="search-error">{html.escape(answer.warning)}</div>')
     columns = [column("Recall: dual encoder", answer.recall, wanted, False)]
     if answer.reranked is not None:
         columns.append(column("Re-ranked: cross-encoder", answer.reranked, wanted, True))

@@ -116,6 +116,7 @@ def test_both_rankings_are_those_of_the_programs(trained, service):
         answer = service.answer(query)
         same_ranking(answer.recall, trained / "output/res.top50", query)
         same_ranking(answer.reranked, trained / "output/res.rerank50", query)
+        assert answer.warning is None  # the scores are far enough apart for the order to mean something
         was = {hit.row: hit.rank for hit in answer.recall}
         assert all(hit.recall_rank == was[hit.row] for hit in answer.reranked)
     assert list(answer.seconds) == ["encode", "search", "read", "re-rank"]
@@ -292,6 +293,14 @@ def test_recall_is_shown_before_the_reranker_is_done(service):
     assert first.count("<li>") == 50 and "being scored" in first
     assert last.count("<li>") == 100 and "being scored" not in last and "was " in last
     assert list(demo.respond(service, " ")) == ['<div class="search-error">the question is empty</div>']
+
+
+def test_a_reranker_that_decides_nothing_is_said(trained, monkeypatch):
+    service = SearchService(settings(trained))
+    monkeypatch.setattr(service.scorer, "score_all", lambda candidates: np.ones(len(candidates), np.float32))
+    answer = service.answer("鱼")
+    assert [hit.row for hit in answer.reranked] == [hit.row for hit in answer.recall]
+    assert "the re-ranker decides nothing" in demo.answer_html(answer)
 
 
 # ---- the page in a browser

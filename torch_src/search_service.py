@@ -21,6 +21,7 @@ from torch_src.demo_hparams import DEBUG, DemoHparams
 from torch_src.devices import choose_device, search_devices
 from torch_src.dual_hparams import FIXED_BY_WEIGHTS
 from torch_src.errors import UserError
+from torch_src.guards import collapsed
 from torch_src.helpers import read_json, require
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
@@ -54,6 +55,7 @@ class Answer:
     cut: bool = False  # the retriever read only its beginning
     recall: list[Hit] = field(default_factory=list)  # best first
     reranked: list[Hit] | None = None  # the same passages, best first; None without a re-ranker
+    warning: str | None = None  # of a re-ranker that decides nothing
     seconds: dict[str, float] = field(default_factory=dict)  # encode, search, read (passages), re-rank
 
     @contextmanager
@@ -122,6 +124,8 @@ class SearchService:
         if self.scorer and answer.recall:
             with self.lock, answer.timed("re-rank"):
                 answer.reranked = reranked(self.scorer, answer.question, answer.recall)
+            logits = np.array([hit.score for hit in answer.reranked])
+            answer.warning = collapsed(logits, [slice(0, len(logits))])
         return answer
 
     def _hits(self, rows: list[int], scores: list[float]) -> list[Hit]:
