@@ -33,9 +33,7 @@ class InferenceDeHparams(OfficialLayout):
 
     index: str = ""  # approximate search by a faiss factory string (HNSW32, ...); empty: exact search
     search_params: str = ""  # of that index (or Milvus's), e.g. nprobe=64,k_factor_rf=10
-    engine: str = (
-        "exact"  # exact: search on this machine; milvus: where script/milvus_load.py put the vectors
-    )
+    engine: str = "exact"  # exact: search on this machine; milvus: see script/milvus_load.py
     milvus_uri: str = ""  # file of Milvus Lite, or http://host:19530; empty: output_dir/milvus.db
     milvus_collection: str = "passages"  # its name there
 
