@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
 
 import torch
+import transformers
 
 from metric.common import InputError
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result
@@ -152,6 +153,8 @@ def run(given) -> None:
     if bool(given.results) != bool(given.reference):
         raise UserError("--results and --reference go together")
     metrics = measured(given)
+    transformers.logging.set_verbosity_error()  # its bars, and its word of a pooler that is not used
+    transformers.logging.disable_progress_bar()
     fixed = {"dual": export_dual, "cross": export_cross}[given.kind](given)
     write_card(given, fixed, metrics)
     if fixed["remove_spaces"]:

@@ -120,10 +120,9 @@ def filled(world, **options) -> FakeMilvus:
     return client
 
 
-def open_search(world, uri="http://h:1", params="", blocks=True) -> MilvusSearch:
-    search = MilvusSearch(uri, "passages", world[0].manifest, params, LOAD)
-    search.use_blocks(world[0] if blocks else None, world[0].folder)
-    return search
+def open_search(world, uri="http://h:1", params="", folder=None) -> MilvusSearch:
+    folder = folder or world[0].folder
+    return MilvusSearch(uri, "passages", world[0].manifest, folder, params, LOAD)
 
 
 def test_the_knobs_of_milvus():
@@ -169,7 +168,7 @@ def test_parameters_are_numbers_where_they_look_like_some():
 def test_without_the_package_the_requirements_file_is_named(monkeypatch, tmp_path, missing):
     for name in ("grpc", "pymilvus", "milvus_lite"):
         monkeypatch.setitem(sys.modules, name, None if name == missing else sys)
-    with pytest.raises(UserError, match=f"{missing} is not installed.*requirements-milvus.txt"):
+    with pytest.raises(UserError, match=f"{missing} is not installed: .*requirements-milvus.txt"):
         milvus_engine.connect(str(tmp_path / "x.db"))
 
 
@@ -193,13 +192,13 @@ def test_rows_that_a_server_lost_are_written_over(world, use):
     pids = np.array([f"p{row}".encode() for row in range(300)])
     assert len(list(fill(Collection("http://h:1", "passages"), world[0], pids))) == 5
     assert client.rows[70]["pid"] == "p70" and len(client.rows) == 300
-    monkey = use(FakeMilvus(world[0].manifest))
-    monkey.upsert = lambda name, entries: None
+    forgetful = use(FakeMilvus(world[0].manifest))
+    forgetful.upsert = lambda name, entries: None
     with pytest.raises(UserError, match="0 rows are there, not 300"):
         list(fill(Collection("http://h:1", "passages"), world[0], None))
 
 
-def test_a_damaged_block_is_not_loaded(world, use, tmp_path):
+def test_a_damaged_block_is_neither_loaded_nor_scored_from(world, use, tmp_path):
     store = make_store(tmp_path, world[1], BLOCK)
     path = store.block_path(1)
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -207,6 +206,9 @@ def test_a_damaged_block_is_not_loaded(world, use, tmp_path):
     with pytest.raises(UserError, match="block-00001.npy: its bytes are not those that were written"):
         list(fill(Collection("http://h:1", "passages"), store, None))
     assert sorted(client.rows) == list(range(BLOCK))
+    use(filled((store, world[1], None)))
+    with pytest.raises(UserError, match="block-00001.npy: its bytes are not those that were written"):
+        open_search((store, world[1], None)).check_blocks()
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-3])
@@ -231,7 +233,7 @@ def test_ties_beyond_what_milvus_returns_are_said(world, use, monkeypatch, capsy
     monkeypatch.setattr(milvus_engine, "MOST_HITS", 20)
     use(filled(world))
     open_search(world).search(world[2], 5)
-    assert "WARNING: 1 queries have more passages of equal score" in capsys.readouterr().out
+    assert "WARNING: 1 queries: Milvus returns too few hits (20)" in capsys.readouterr().out
 
 
 def test_an_approximate_index_is_asked_for_topk(world, use):
@@ -240,9 +242,12 @@ def test_an_approximate_index_is_asked_for_topk(world, use):
     assert client.depths == [5]
 
 
-def test_without_blocks_the_scores_are_those_of_milvus(world, use, capsys):
+def test_without_blocks_the_scores_are_those_of_milvus(world, use, tmp_path, capsys):
     client = use(filled(world))
-    rows, scores = open_search(world, blocks=False).search(world[2], 5)
+    search = open_search(world, folder=tmp_path)
+    search.check_blocks()
+    assert search.scores == "those of Milvus" and open_search(world).scores == "exact"
+    rows, scores = search.search(world[2], 5)
     assert "WARNING" in capsys.readouterr().out and client.depths == [5]
     assert np.array_equal(rows[1:], full_sort(world[1], world[2], 5)[0][1:])
     assert np.allclose(scores, full_sort(world[1], world[2], 5)[1], atol=1e-5)
@@ -254,8 +259,8 @@ def test_what_is_missing_incomplete_or_other_is_refused(world, use, tmp_path):
         (FakeMilvus(None, index=""), "not there; load the vectors first"),
         (FakeMilvus(None, index="FLAT"), "not made by python script/milvus_load.py"),
         (FakeMilvus({**manifest, "weights": "other"}), "other vectors .weights: other -> gone.; load these"),
-        (FakeMilvus(manifest, index=""), "0 of 300 rows; load the rest"),
-        (FakeMilvus(manifest), "0 of 300 rows; load the rest"),
+        (FakeMilvus(manifest, index=""), "0 of 300 rows can be searched; load the rest"),
+        (FakeMilvus(manifest), "0 of 300 rows can be searched; load the rest"),
     ]
     for client, message in refused:
         use(client)
@@ -332,19 +337,27 @@ def test_pids_travel_with_their_rows(world, lite, tmp_path):
 
 
 @needs_milvus
-def test_another_index_replaces_the_old_one_without_a_new_load(world, lite, capsys):
-    load(world[0].folder, "--milvus_uri", lite)
-    more = ("--milvus_index", "HNSW", "--milvus_params", "M=16,efConstruction=100")
-    assert load(world[0].folder, "--milvus_uri", lite, *more) == 0
+def test_another_index_replaces_the_old_one_without_a_new_load(tmp_path, lite, capsys):
+    vectors = np.random.default_rng(0).normal(size=(400, 16)).astype(np.float16)
+    queries = np.random.default_rng(1).normal(size=(20, 16)).astype(np.float32)
+    world = (make_store(tmp_path / "vectors", vectors, 100), vectors, queries)
+    given = (world[0].folder, "--milvus_uri", lite)
+    load(*given)
+    assert load(*given, "--milvus_index", "HNSW", "--milvus_params", "M=16,efConstruction=100") == 0
     said = capsys.readouterr().out.split("index FLAT in ")[1]
     assert "made again (FLAT -> HNSW M=16,efConstruction=100)" in said and "up to date" in said
     search = open_search(world, lite, "ef=200")
     assert search.index == "HNSW M=16,efConstruction=100"
-    expected = full_sort(world[1], world[2], 10)[1]
-    # It stays among the 100 that are alike where it meets them: no more than most is found.
-    assert (np.abs(search.search(world[2], 10)[1] - expected) < 1e-9).mean() > 0.7
-    assert load(world[0].folder, "--milvus_uri", lite, "--milvus_index", "NOSUCH") == 2
+    told = search.collection.call("describe_index", milvus_engine.INDEX_NAME)
+    assert (told["params"]["M"], told["params"]["efConstruction"]) == (16, 100)
+    expected = full_sort(vectors, queries, 10)[1]
+    assert (search.search(queries, 10)[1] == expected).mean() > 0.9
+    assert load(*given, "--milvus_index", "NOSUCH") == 2
     assert "create_index failed (" in capsys.readouterr().err
+    with pytest.raises(UserError, match="0 of 400 rows can be searched; load the rest"):
+        open_search(world, lite)  # the old index is gone, and there is no other
+    assert load(*given) == 0
+    assert np.array_equal(open_search(world, lite).search(queries, 10)[1], expected)
 
 
 @needs_milvus

@@ -163,8 +163,9 @@ class DualInference(Retriever):
         given |= {name: getattr(hp, name) for name in names if getattr(hp, name)}
         load = " ".join([COMMAND, *(f"--{name} {value}" for name, value in given.items())])
         return MilvusSearch(
-            hp.milvus_uri_path, hp.milvus_collection, self.passage_manifest, hp.search_params, load
-        )
+            hp.milvus_uri_path, hp.milvus_collection, self.passage_manifest, hp.para_emb_path,
+            hp.search_params, load,
+        )  # fmt: skip
 
     def run_stamp(self) -> dict:
         """Return what decides res.top{k}."""
@@ -180,8 +181,9 @@ class DualInference(Retriever):
         engine = {}
         if self.milvus:
             names = ("engine", "milvus_collection", "search_params")
-            where = {"milvus_uri": self.hp.milvus_uri_path, "milvus_index": self.milvus.index}
-            engine = {name: getattr(self.hp, name) for name in names} | where
+            engine = {name: getattr(self.hp, name) for name in names}
+            engine["milvus_uri"] = self.hp.milvus_uri_path
+            engine |= {"milvus_index": self.milvus.index, "scores": self.milvus.scores}
         return {
             "stage": "dual_infer",
             **sides,
@@ -236,9 +238,7 @@ class DualInference(Retriever):
         """
         model, queries = load_model(self.model, self.hp.seed), None
         if self.milvus:
-            return self.encode_queries(model), VectorStore.where_complete(
-                self.hp.para_emb_path, self.passage_manifest
-            )
+            return self.encode_queries(model), self.milvus.store
         store = self.open_store(force)
         if rank() == 0:
             queries = self.encode_queries(model)
@@ -298,7 +298,7 @@ class DualInference(Retriever):
         """Return search(round of queries) -> (rows, scores, what to say of it): exact, or by an index."""
         hp, devices = self.hp, search_devices(self.hp.device, self.device)
         if self.milvus:
-            return self.milvus_searcher(self.milvus, queries, store)
+            return self.milvus_searcher(self.milvus, queries)
         if hp.index:
             settings = IndexSettings(hp.index, hp.search_params, hp.search_memory_gb, hp.seed)
             path, stamp = self.output / INDEX, {**store.manifest, "stage": "index"}
@@ -319,15 +319,13 @@ class DualInference(Retriever):
 
         return exact
 
-    def milvus_searcher(
-        self, milvus: MilvusSearch, queries: np.ndarray, store: VectorStore | None
-    ) -> Callable:
+    def milvus_searcher(self, milvus: MilvusSearch, queries: np.ndarray) -> Callable:
         """Return the search on Milvus, as `searcher` does."""
         hp = self.hp
-        milvus.use_blocks(store, hp.para_emb_path)
-        if hp.recall_queries and store:
+        milvus.check_blocks()
+        if hp.recall_queries and milvus.store:
             line = recall_line(
-                lambda some: milvus.search(some, self.topk), store, queries, self.topk, self.device,
+                lambda some: milvus.search(some, self.topk), milvus.store, queries, self.topk, self.device,
                 hp.recall_queries, hp.search_memory_gb, hp.seed,
             )  # fmt: skip
             say(f"Milvus {milvus.index}: {line}")

@@ -133,7 +133,7 @@ def check_milvus_uri(uri: str) -> None:
     """UserError unless it is a file NAME.db or http(s)://host:port, without credentials."""
     expected = "expected a file NAME.db, http://host:19530 or https://host:port"
     if "@" in uri and not is_milvus_file(uri):  # not repeated: settings and messages end up in logs
-        raise UserError("--milvus_uri: credentials go into the environment variable MILVUS_TOKEN, not here")
+        raise UserError("--milvus_uri: credentials go into the variable MILVUS_TOKEN, not here")
     try:
         parts = urlsplit(uri)
         server = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)

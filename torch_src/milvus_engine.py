@@ -35,7 +35,7 @@ CHANNEL = {"grpc.keepalive_time_ms": 300_000}
 
 
 def token() -> str:
-    """Return the credentials (user:password, or a key), which only the environment holds."""
+    """Return the credentials (user:password, or a key), which come by this variable alone."""
     return os.getenv("MILVUS_TOKEN", "")
 
 
@@ -61,8 +61,8 @@ def connect(uri: str) -> tuple[object, tuple[type[Exception], ...]]:
             import milvus_lite  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"{error.name} is not installed: python -m pip install -r requirements-milvus.txt, in an "
-            "environment of its own"
+            f"{error.name} is not installed: python -m pip install -r requirements-milvus.txt (its first "
+            "lines say where)"
         ) from None
     for name in ("pymilvus", "milvus_lite", "grpc"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # they log tracebacks of what we say in a line
@@ -73,11 +73,9 @@ def connect(uri: str) -> tuple[object, tuple[type[Exception], ...]]:
         client = pymilvus.MilvusClient(uri, token=token(), timeout=PATIENCE, grpc_options=CHANNEL)
         version = client.get_server_version(timeout=PATIENCE)
     except failures as error:
-        mend = (
-            "does another process use it?"
-            if is_milvus_file(uri)
-            else "is it running, and MILVUS_TOKEN right?"
-        )
+        mend = "is it running, and MILVUS_TOKEN right?"
+        if is_milvus_file(uri):
+            mend = "does another process use it?"
         raise UserError(f"{uri}: no connection to Milvus ({reason(error)}); {mend}") from None
     number = re.match(r"v?(\d+)\.(\d+)", version)
     if number and tuple(map(int, number.groups())) < OLDEST_SERVER:
@@ -155,12 +153,14 @@ class Collection:
             return
         if has:
             say(f"{self}: the index is made again ({has} -> {wanted})")
+            self.call("alter_collection_properties", {INDEX: ""})  # first: a half-made one has no name
         self.call("release_collection")
         if self.call("list_indexes"):
             self.call("drop_index", INDEX_NAME)
         asked = self.client.prepare_index_params()
         settings = parse_params("milvus_params", params)
-        asked.add_index(FIELD, kind, INDEX_NAME, metric_type="IP", params=settings)
+        # One level deeper than the client's own form, which Milvus Lite does not read; servers take both.
+        asked.add_index(FIELD, kind, INDEX_NAME, metric_type="IP", params={"params": settings})
         self.call("create_index", asked)
         self.call("alter_collection_properties", {INDEX: wanted})
 
@@ -223,8 +223,10 @@ def fill(collection: Collection, store: VectorStore, pids: np.ndarray | None) ->
 class MilvusSearch:
     """Top-k passages by a loaded collection; exact scores where the blocks of its vectors are here, too."""
 
-    def __init__(self, uri: str, name: str, manifest: dict, params: str, load_command: str):
-        """UserError naming `load_command` unless the collection holds all vectors of this manifest."""
+    def __init__(self, uri: str, name: str, manifest: dict, folder, params: str, load_command: str):
+        """`folder`: where the blocks may be. UserError naming `load_command` unless the collection holds all
+        vectors of this manifest.
+        """
         self.params, self.rows = parse_params("search_params", params), manifest["rows"]
         if is_milvus_file(uri) and not Path(uri).exists():
             raise UserError(f"{uri}: no such file; load the vectors first: {load_command}")
@@ -242,16 +244,21 @@ class MilvusSearch:
         if self.index:
             collection.load()
         if (there := collection.count() if self.index else 0) != self.rows:
-            raise UserError(f"{collection}: {there:,} of {self.rows:,} rows; load the rest: {load_command}")
-        self.store: VectorStore | None = None
+            what = f"{there:,} of {self.rows:,} rows can be searched"
+            raise UserError(f"{collection}: {what}; load the rest: {load_command}")
+        self.store = VectorStore.where_complete(folder, manifest)
 
-    def use_blocks(self, store: VectorStore | None, folder) -> None:
-        """Take exact scores from the blocks of the same vectors, their bytes checked."""
-        if store is None:
-            warn(f"{folder}: no such vectors here, the scores are those of Milvus (fp32, not checked)")
+    @property
+    def scores(self) -> str:
+        """Return whose scores are given."""
+        return "those of Milvus" if self.store is None else "exact"
+
+    def check_blocks(self) -> None:
+        """Check the bytes of the blocks (DamagedBlock), or warn that there are none."""
+        if self.store is None:
+            warn("no such vectors on this machine: the scores are those of Milvus (fp32, not checked)")
         else:
-            check_blocks(store)
-        self.store = store
+            check_blocks(self.store)
 
     def search(self, queries: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (rows (B, K) int64, scores (B, K) float64), best first, ties by row.
@@ -274,7 +281,9 @@ class MilvusSearch:
                 break
             depth = min(4 * depth, most)
         if len(left):
-            warn(f"{len(left)} queries have more passages of equal score than Milvus returns ({MOST_HITS:,})")
+            warn(
+                f"{len(left)} queries: Milvus returns too few hits ({most:,}) to be sure of the last of them"
+            )
         return rows, scores
 
 
