@@ -264,17 +264,17 @@ def beir_queries(folder: Path) -> Iterator[Query]:
         path = find(folder / "qrels", name)
         if path is None:
             continue
-        positives: dict[str, list[str]] = {}
+        judged_of: dict[str, tuple[list[str], list[str]]] = {}  # qid -> its positives, its negatives
         for line, text in text_lines(path):
             qid, pid, grade = split_columns(text, 3, path, line, "query-id, corpus-id, score")
             if line == 1 and grade == "score":
                 continue
-            if grade_of(grade, path, line) > 0:
-                positives.setdefault(qid, []).append(pid)
-        for qid, pids in positives.items():
+            judged_of.setdefault(qid, ([], []))[grade_of(grade, path, line) <= 0].append(pid)
+        for qid, (positives, negatives) in judged_of.items():
             if qid not in texts:
                 raise UserError(f"{path}: the query {qid} is not in queries.jsonl")
-            yield Query(qid, texts[qid], pids, split=split)
+            if positives:
+                yield Query(qid, texts[qid], positives, negatives, split)
 
 
 def grade_of(text: str, path: Path, line: int) -> float:
@@ -359,21 +359,24 @@ def to_beir(given) -> None:
             entry = {"_id": pid, "title": title, "text": text.removeprefix(f"{title} ") if title else text}
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     dev = read_dev(source / "dev/dev.json") if (source / "dev/dev.json").exists() else []
-    train = training_positives(source / "train/cross.train.tsv", collection, ids)
+    train = training_queries(source / "train/cross.train.tsv", collection, ids)
     with atomic_write(folder / "queries.jsonl") as file:
-        for qid, text in [(query.qid, query.query) for query in dev] + [
-            (f"train{n}", q) for n, q in enumerate(train)
-        ]:
+        for qid, text in [*((q.qid, q.query) for q in dev), *((q.qid, q.text) for q in train)]:
             file.write(json.dumps({"_id": qid, "text": text}, ensure_ascii=False) + "\n")
     judged = {
-        "dev": [(query.qid, pid) for query in dev for pid in query.answers],
-        "train": [(f"train{n}", pid) for n, pids in enumerate(train.values()) for pid in pids],
+        "dev": [(query.qid, pid, 1) for query in dev for pid in query.answers],
+        "train": [
+            (query.qid, pid, grade)
+            for query in train
+            for pids, grade in ((query.positives, 1), (query.negatives, 0))
+            for pid in pids
+        ],
     }
-    for name, pairs in judged.items():
-        if pairs:
+    for name, rows in judged.items():
+        if rows:
             with atomic_write(folder / f"qrels/{name}.tsv") as file:
                 file.write("query-id\tcorpus-id\tscore\n")
-                file.writelines(f"{qid}\t{pid}\t1\n" for qid, pid in pairs)
+                file.writelines(f"{qid}\t{pid}\t{grade}\n" for qid, pid, grade in rows)
     say(f"wrote {folder} ({len(ids):,} passages, {len(dev):,} dev and {len(train):,} training queries)")
 
 
@@ -385,30 +388,34 @@ def read_titles(path: Path) -> dict[int, str]:
     return {int(row): title for row, title in rows}
 
 
-def training_positives(path: Path, collection: PassageCollection, ids: list[str]) -> dict[str, list[str]]:
-    """Return {training query: ids of its positives}; the training files have their texts alone."""
+def training_queries(path: Path, collection: PassageCollection, ids: list[str]) -> list[Query]:
+    """Return the training queries that have a positive; the training files have texts alone, no ids."""
     if not path.exists():
-        return {}
-    wanted: dict[int, int] = {}  # hash of a positive's text -> its first row
+        return []
+    first_row: dict[int, int] = {}  # hash of a training passage's text -> its first row
     for line, text in read_lines(path):
-        row = parse_cross_row(text, path, line)
-        if row.label:
-            wanted[text_hash(row.passage)] = -1
+        first_row[text_hash(parse_cross_row(text, path, line).passage)] = -1
     for start in range(0, len(collection), 4096):
         for at, text in enumerate(collection[start : start + 4096], start):
-            if wanted.get(hashed := text_hash(text)) == -1:
-                wanted[hashed] = at
-    found, lost = {}, 0
+            if first_row.get(hashed := text_hash(text)) == -1:
+                first_row[hashed] = at
+    found: dict[str, Query] = {}
+    lost = 0
     for line, text in read_lines(path):
         row = parse_cross_row(text, path, line)
-        if row.label:
-            at = wanted[text_hash(row.passage)]
-            lost += at < 0
-            if at >= 0:
-                found.setdefault(row.query, []).append(ids[at])
+        at = first_row[text_hash(row.passage)]
+        lost += at < 0
+        if at >= 0:
+            query = found.setdefault(row.query, Query("", row.query))
+            listed = query.positives if row.label else query.negatives
+            if ids[at] not in listed:
+                listed.append(ids[at])
     if lost:
-        say(f"{lost:,} training positives are in no row of the collection: left out")
-    return {query: list(dict.fromkeys(pids)) for query, pids in found.items()}
+        say(f"{lost:,} training passages are in no row of the collection: left out")
+    answered = [query for query in found.values() if query.positives]
+    for number, query in enumerate(answered):
+        query.qid = f"train{number}"
+    return answered
 
 
 def to_trec(given) -> None:

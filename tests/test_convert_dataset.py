@@ -32,7 +32,7 @@ def beir(folder):
         {"_id": "q3", "text": "没人问"},
     ]
     write(folder / "queries.jsonl", json_lines(queries))
-    write(folder / "qrels/train.tsv", ["query-id\tcorpus-id\tscore", "q2\td2\t1", "q2\td1\t0"])
+    write(folder / "qrels/train.tsv", ["query-id\tcorpus-id\tscore", "q2\td2\t1"])
     write(folder / "qrels/test.tsv", ["query-id\tcorpus-id\tscore", "q1\td1\t2"])
     return folder
 
@@ -70,8 +70,21 @@ def test_a_round_trip_loses_nothing(tmp_path):
     assert read_passage_ids(maps[0]).tolist() == read_passage_ids(maps[1]).tolist()
     assert read_dev(world / "data/dev/dev.json") == read_dev(tmp_path / "back/dev/dev.json")
     assert run("to_beir", tmp_path / "back", "--to", tmp_path / "again") == 0
-    for name in ("corpus.jsonl", "queries.jsonl", "qrels/dev.tsv"):
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/dev.tsv", "qrels/train.tsv"):
         assert sorted(lines(tmp_path / "beir" / name)) == sorted(lines(tmp_path / "again" / name)), name
+
+
+def test_training_negatives_are_judgements_of_grade_0(tmp_path):
+    folder = beir(tmp_path / "beir")
+    judged = ["query-id\tcorpus-id\tscore", "q2\td2\t1", "q2\td1\t0", "q3\td1\t0"]  # q3 has no positive
+    write(folder / "qrels/train.tsv", judged)
+    assert run("beir", folder, "--to", tmp_path / "D") == 0
+    assert lines(tmp_path / "D/train/dual.train.tsv") == ["红烧肉\t\t红烧肉 要 炖\t\t鱼 清蒸鱼要先去腥\t0"]
+    assert run("to_beir", tmp_path / "D", "--to", tmp_path / "out") == 0
+    assert lines(tmp_path / "out/qrels/train.tsv")[1:] == ["train0\td2\t1", "train0\td1\t0"]
+    assert run("beir", tmp_path / "out", "--to", tmp_path / "again") == 0
+    for name in ("dual.train.tsv", "cross.train.tsv"):
+        assert lines(tmp_path / "D/train" / name) == lines(tmp_path / "again/train" / name)
 
 
 def test_titles_come_out_again(tmp_path):
