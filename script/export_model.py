@@ -24,7 +24,7 @@ import transformers
 
 from metric.common import InputError
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result
-from torch_src import cross_infer, dual_infer
+from torch_src import cross_infer, retriever
 from torch_src.cross_hparams import FIXED_BY_WEIGHTS as CROSS_FIXED
 from torch_src.dual_hparams import FIXED_BY_WEIGHTS as DUAL_FIXED
 from torch_src.errors import UserError
@@ -56,7 +56,7 @@ def export_dual(given) -> dict:
 
     hp = InferenceDeHparams(output_dir=given.output_dir)
     found = find_trained_model(hp, "dual", hp.dual_params_path, DUAL_FIXED)
-    fixed, encoder = found.fixed, dual_infer.load_model(found, 0)
+    fixed, encoder = found.fixed, retriever.load_model(found, 0)
     if fixed["pooling"] == "pooler":
         raise UserError("pooling=pooler: sentence-transformers has no such pooling; export cls or mean")
 

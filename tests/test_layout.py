@@ -57,6 +57,7 @@ ROWS = [
     ["training", "dev_retrieval", "ann_index", "milvus_engine", "data_check"],
     ["training_stage"],
     ["inference_stage"],
+    ["retriever"],
     ["dual_train", "dual_infer", "cross_train", "cross_infer", "mining"],
     ["search_service"],
 ]

@@ -5,7 +5,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,119 +21,23 @@ from torch_src.ann_index import (
     set_parameters,
 )
 from torch_src.approximate import recall_line
-from torch_src.backbones import check_fits, load_weights
-from torch_src.collection import PassageCollection
-from torch_src.devices import (
-    choose_device,
-    choose_precision,
-    peak_memory_gb,
-    search_devices,
-    set_threads,
-    token_budget,
-    worker_count,
-)
-from torch_src.dual_hparams import DEBUG as TRAIN_DEBUG
-from torch_src.dual_hparams import FIXED_BY_WEIGHTS, DualHparams
-from torch_src.dual_model import DualEncoder, build_backbone, load_backbone
-from torch_src.encoding import Encoder, encode_collection
+from torch_src.devices import peak_memory_gb, search_devices, worker_count
+from torch_src.dual_model import DualEncoder
+from torch_src.encoding import encode_collection
 from torch_src.errors import UserError
 from torch_src.formats import RunRow, format_run_row
-from torch_src.helpers import atomic_write, duration, exit_status, rank, require, say, warn
-from torch_src.inference_de_hparams import DEBUG, PRETRAINED, InferenceDeHparams
-from torch_src.inference_stage import (
-    FoundModel,
-    find_pretrained_model,
-    find_trained_model,
-    planned_before_training,
-    read_query_ids,
-)
+from torch_src.helpers import atomic_write, duration, exit_status, rank, say, warn
+from torch_src.inference_de_hparams import DEBUG, InferenceDeHparams
+from torch_src.inference_stage import read_query_ids
 from torch_src.milvus_engine import COMMAND, MOST_HITS, MilvusSearch
-from torch_src.model_folder import own_settings
 from torch_src.output_lock import TOGETHER, output_lock
-from torch_src.passage_ids import check_length, read_passage_ids
 from torch_src.planning import Plan, evenly, memory_gb, seconds_a_text, seconds_of
+from torch_src.retriever import Retriever, load_model
 from torch_src.search import Resident, choose_kind, chunk_rows, search
 from torch_src.stamps import clear_stamp, fingerprint_text, seal, up_to_date, write_stamp
-from torch_src.tokenization import TextRules, tokenizer_fingerprint
 from torch_src.vectors import DamagedBlock, VectorStore, new_manifest, save_vectors
 
 INDEX = "para.index"
-
-
-def find_model(hp: InferenceDeHparams) -> FoundModel:
-    """Return the model that the settings name: fine-tuned, or with `--dual_params none` as it is."""
-    if hp.dual_params != PRETRAINED and not planned_before_training(hp, hp.dual_params_path):
-        return find_trained_model(hp, "dual", hp.dual_params_path, FIXED_BY_WEIGHTS)
-    trained = replace(DualHparams(), **TRAIN_DEBUG) if hp.debug else DualHparams()
-    own = own_settings(hp.pretrained_model_path or trained.pretrained_model_path)
-    return find_pretrained_model(hp, replace(trained, **own), FIXED_BY_WEIGHTS)
-
-
-def load_model(model: FoundModel, seed: int) -> DualEncoder:
-    """Return the dual encoder with its weights, on the CPU."""
-    fixed = model.fixed
-    shape = (fixed["share_encoder"], fixed["pooling"], fixed["normalize"])
-    if model.params is None:
-        return DualEncoder(load_backbone(model.path, model.config, fixed["pooling"], seed), *shape)
-    encoder = DualEncoder(build_backbone(model.config, fixed["pooling"]), *shape)
-    load_weights(model.params, encoder, "do_dual_train.py")
-    return encoder
-
-
-class Retriever:
-    """A dual encoder and its collection: found and checked before anything long starts."""
-
-    def __init__(self, hp: InferenceDeHparams):
-        self.hp = hp
-        self.device = choose_device(hp.device)
-        self.precision = choose_precision(hp.precision, self.device)
-        self.threads = set_threads(hp.threads)
-        say(f"device {self.device}  precision {self.precision}  threads {self.threads}")
-        self.model = find_model(hp)
-        lengths = {name: self.model.fixed[name] for name in ("q_max_seq_len", "p_max_seq_len")}
-        check_fits(self.model.config, len(self.model.tokenizer), lengths, self.model.path)
-        hparams.check_range("vector_dims", hp.vector_dims, 0, self.model.config.hidden_size)
-        self.collection = PassageCollection(hp.passage_dir_path, str(Path(hp.output_dir) / "cache"))
-        self.output = Path(hp.output_dir)
-
-    def passage_ids(self) -> np.ndarray | None:
-        """Return the pids (N,) as bytes; None with `--passage_ids none`.
-
-        The map must be exactly as long as the collection, or every pid after the gap would be wrong.
-        """
-        if self.hp.passage_ids == "none":
-            return None
-        path = require(self.hp.passage_ids_path, "row -> pid", "pass --passage_ids none to go without")
-        ids = read_passage_ids(path, str(self.output / "cache"))
-        check_length(path, len(ids), len(self.collection))
-        return ids
-
-    def vector_stamp(self, side: str) -> dict:
-        """Return what decides the vectors of one side."""
-        fixed = self.model.fixed
-        length = {"query": "q_max_seq_len", "passage": "p_max_seq_len"}[side]
-        names = ("pooling", "normalize", "remove_spaces", f"{side}_prefix", length)
-        dims = {"vector_dims": self.hp.vector_dims} if self.hp.vector_dims else {}
-        return {
-            "weights": self.model.fingerprint, "tokenizer": tokenizer_fingerprint(self.model.tokenizer),
-            **{name: fixed[name] for name in names}, **dims, "precision": self.precision,
-            "device": self.device.type,
-        }  # fmt: skip
-
-    def encoder(self, side: str, model: DualEncoder) -> Encoder:
-        fixed, hp = self.model.fixed, self.hp
-        length = {"query": "q_max_seq_len", "passage": "p_max_seq_len"}[side]
-        rules = TextRules(fixed[length], fixed[f"{side}_prefix"], fixed["remove_spaces"])
-        return Encoder(
-            model.tower(side).to(self.device).eval(), self.model.tokenizer, rules, fixed["pooling"],
-            fixed["normalize"], self.device, self.precision, hp.batch_size,
-            token_budget(hp.tokens_per_batch, self.device), hp.vector_dims,
-        )  # fmt: skip
-
-    @property
-    def width(self) -> int:
-        """Return the dimensions of a stored vector."""
-        return self.hp.vector_dims or self.model.config.hidden_size
 
 
 class DualInference(Retriever):

@@ -24,8 +24,9 @@ from torch_src.errors import UserError
 from torch_src.guards import collapsed
 from torch_src.helpers import read_json, require
 from torch_src.inference_cross_hparams import InferenceCrossHparams
-from torch_src.inference_de_hparams import InferenceDeHparams
+from torch_src.inference_de_hparams import PRETRAINED, InferenceDeHparams
 from torch_src.products import Float32
+from torch_src.retriever import Retriever, load_model
 from torch_src.scoring import PairScorer, rank_pairs
 from torch_src.search import Resident, search
 from torch_src.stamps import changes, read_stamp
@@ -75,10 +76,10 @@ class SearchService:
         manifest_path = Path(hp.para_emb_path) / "manifest.json"
         manifest = read_json(manifest_path) if manifest_path.exists() else {}
         self.settings = dual_settings(hp, manifest)
-        self.retriever = dual_infer.Retriever(self.settings)
+        self.retriever = Retriever(self.settings)
         self.store = open_vectors(hp, self.retriever)
         self.ids = self.retriever.passage_ids()
-        model = dual_infer.load_model(self.retriever.model, hp.seed)
+        model = load_model(self.retriever.model, hp.seed)
         self.encoder = self.retriever.encoder("query", model)
         self.scorer = open_scorer(hp, self.retriever) if hp.reranks else None
         self.how, self.find = self._finder()
@@ -163,7 +164,7 @@ def dual_settings(hp: DemoHparams, manifest: dict) -> InferenceDeHparams:
     if precision == "auto" and same:
         precision = manifest.get("precision", "auto")
     return InferenceDeHparams(
-        dual_params=hp.dual_params_path if hp.dual_params != dual_infer.PRETRAINED else hp.dual_params,
+        dual_params=hp.dual_params_path if hp.dual_params != PRETRAINED else hp.dual_params,
         pretrained_model_path=hp.pretrained_model_path, data_dir=hp.data_dir, passage_dir=hp.passage_dir,
         passage_ids=hp.passage_ids, para_emb=hp.para_emb_path, output_dir=hp.output_dir,
         vector_dims=manifest.get("vector_dims", 0), precision=precision, device=hp.device,
@@ -171,7 +172,7 @@ def dual_settings(hp: DemoHparams, manifest: dict) -> InferenceDeHparams:
     )  # fmt: skip
 
 
-def open_vectors(hp: DemoHparams, retriever: dual_infer.Retriever) -> VectorStore:
+def open_vectors(hp: DemoHparams, retriever: Retriever) -> VectorStore:
     """Return the passage vectors; UserError when they are missing, unfinished or of other weights, settings
     or passages.
     """
@@ -202,7 +203,7 @@ def open_index(hp: DemoHparams, store: VectorStore) -> ApproximateSearch:
     return ApproximateSearch(store, settings, path, {**store.manifest, "stage": "index"}, make=False)
 
 
-def open_scorer(hp: DemoHparams, retriever: dual_infer.Retriever) -> PairScorer:
+def open_scorer(hp: DemoHparams, retriever: Retriever) -> PairScorer:
     """Return the re-ranker on the retriever's device; UserError when its weights are missing."""
     settings = InferenceCrossHparams(cross_params=hp.cross_params_path, debug=hp.debug)
     found = cross_infer.find_model(settings)
