@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -28,7 +29,7 @@ import numpy as np
 from torch_src.collection import PassageCollection
 from torch_src.errors import UserError
 from torch_src.formats import RunRow, format_run_row, read_queries, read_question_ids, read_run
-from torch_src.helpers import atomic_write, duration, exit_status, say
+from torch_src.helpers import atomic_write, duration, exit_status, say, warn
 from torch_src.stamps import (
     clear_stamp,
     fingerprint_files,
@@ -147,8 +148,10 @@ def fuse(given) -> None:
     if len(weights) != len(given.runs):
         raise UserError(f"--weights: {len(weights)} for {len(given.runs)} runs")
     scores: dict[str, dict[int, float]] = {}
+    runs_of: Counter[str] = Counter()
     for path, weight in zip(given.runs, weights, strict=True):
         for query, rows in by_query(path):
+            runs_of[query] += 1
             if given.weights:
                 values = weight * standardised(np.array([row.score for row in rows]))
             else:
@@ -157,6 +160,11 @@ def fuse(given) -> None:
             floor = float(values.min()) if given.weights else 0.0
             for row, value in zip(rows, values.tolist(), strict=True):
                 joined[row.row] = joined.get(row.row, 0.0) + value - floor
+    alone = sum(count < len(given.runs) for count in runs_of.values())
+    if alone == len(runs_of):
+        raise UserError(f"{' '.join(given.runs)}: no query in all of them; are they of one data set?")
+    if alone:
+        warn(f"{alone:,} of {len(runs_of):,} queries are not in all of the runs")
     clear_stamp(given.run)
     with atomic_write(given.run) as file:
         for query, joined in scores.items():

@@ -128,6 +128,7 @@ class Layout:
         shutil.rmtree(self.folder, ignore_errors=True)  # of a run that failed
         self.seed, self.clean = seed, Cleaner()
         self.rows: dict[str, int] = {}
+        self.absent = 0  # negatives that are not in the corpus
 
     def finish(self) -> None:
         """Give the folder its name: it is whole."""
@@ -181,11 +182,16 @@ class Layout:
         say(f"{counts['train']:,} training and {counts['dev']:,} dev queries")
         if counts["drawn"]:
             say(f"{counts['drawn']:,} training queries had no negatives: some were drawn at random")
+        if self.absent:
+            say(f"{self.absent:,} negatives are not in the corpus: left out")
         if self.clean.changed:
             say(f"{self.clean.changed:,} texts had TABs or line ends, which became blanks")
 
     def _check(self, query: Query) -> None:
-        unknown = [pid for pid in (*query.positives, *query.negatives) if pid not in self.rows]
+        known = [pid for pid in query.negatives if pid in self.rows]
+        self.absent += len(query.negatives) - len(known)
+        query.negatives = known
+        unknown = [pid for pid in query.positives if pid not in self.rows]
         if unknown:
             raise UserError(f"query {query.qid}: the passage {unknown[0]} is not in the corpus")
         if not query.text.strip():
@@ -273,8 +279,8 @@ def beir_queries(folder: Path) -> Iterator[Query]:
         for qid, (positives, negatives) in judged_of.items():
             if qid not in texts:
                 raise UserError(f"{path}: the query {qid} is not in queries.jsonl")
-            if positives:
-                yield Query(qid, texts[qid], positives, negatives, split)
+            if positives:  # dev files have no place for negatives
+                yield Query(qid, texts[qid], positives, negatives if split == "train" else [], split)
 
 
 def grade_of(text: str, path: Path, line: int) -> float:
@@ -415,6 +421,7 @@ def training_queries(path: Path, collection: PassageCollection, ids: list[str]) 
     answered = [query for query in found.values() if query.positives]
     for number, query in enumerate(answered):
         query.qid = f"train{number}"
+        query.negatives = [pid for pid in query.negatives if pid not in query.positives]
     return answered
 
 

@@ -59,12 +59,16 @@ def rerank(hp: MiningHparams, queries: Path, run: Path) -> Path:
 
 def against_positive(hp: MiningHparams) -> bool:
     """Return whether scores are held against the positive's: `auto` asks how the re-ranker was trained."""
-    record = Path(hp.cross_params).with_name("cross_hparams.json")
-    if hp.score_against != "auto":
+    if hp.score_against != "auto" or hp.cross_params == NO_CROSS:
         return hp.score_against == "positive"
-    listwise = hp.cross_params != NO_CROSS and record.exists() and read_json(record).get("loss") == "listwise"
-    if listwise:
-        say("the re-ranker was trained listwise: scores are held against the positive's")
+    path = Path(hp.cross_params).with_name("cross_hparams.json")
+    record = read_json(path) if path.exists() else {}
+    if record.get("weights") != fingerprint_files([hp.cross_params]):
+        warn(f"{path}: not there, or of other weights: --score_against zero, as for a pointwise re-ranker")
+        return False
+    listwise = record["loss"] == "listwise"
+    base = "the best positive" if listwise else "zero"
+    say(f"the re-ranker was trained {record['loss']}: its scores are held against {base}")
     return listwise
 
 

@@ -88,3 +88,18 @@ def test_fusion_by_hand(tmp_path):
     rows = [line.split("\t") for line in lines(tmp_path / "c")]
     assert [(row[1], float(row[3])) for row in rows] == [("6", 6.0), ("5", 2.0), ("7", 0.0)]
     assert bm25.main(["fuse", *runs, "--weights", "1"]) == 2
+
+
+def test_fusing_runs_of_other_queries(tmp_path, capsys):
+    write(tmp_path / "a", ["q\t5\t1\t3", "r\t6\t1\t3"])
+    write(tmp_path / "b", ["q\t6\t1\t10"])
+    write(tmp_path / "c", ["s\t6\t1\t10"])
+
+    def fuse(*names: str) -> int:
+        return bm25.main(
+            ["fuse", "--runs", *(str(tmp_path / name) for name in names), "--run", str(tmp_path / "o")]
+        )
+
+    assert fuse("a", "c") == 2 and "no query in all of them" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    assert fuse("a", "b") == 0 and "1 of 2 queries are not in all of the runs" in capsys.readouterr().out

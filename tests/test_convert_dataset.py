@@ -74,11 +74,13 @@ def test_a_round_trip_loses_nothing(tmp_path):
         assert sorted(lines(tmp_path / "beir" / name)) == sorted(lines(tmp_path / "again" / name)), name
 
 
-def test_training_negatives_are_judgements_of_grade_0(tmp_path):
+def test_training_negatives_are_judgements_of_grade_0(tmp_path, capsys):
     folder = beir(tmp_path / "beir")
-    judged = ["query-id\tcorpus-id\tscore", "q2\td2\t1", "q2\td1\t0", "q3\td1\t0"]  # q3 has no positive
-    write(folder / "qrels/train.tsv", judged)
+    judged = ["q2\td2\t1", "q2\td1\t0", "q2\tgone\t0", "q3\td1\t0"]  # q3 has no positive
+    write(folder / "qrels/train.tsv", ["query-id\tcorpus-id\tscore", *judged])
+    write(folder / "qrels/test.tsv", ["query-id\tcorpus-id\tscore", "q1\td1\t2", "q1\tgone\t0"])
     assert run("beir", folder, "--to", tmp_path / "D") == 0
+    assert "1 negatives are not in the corpus" in capsys.readouterr().out
     assert lines(tmp_path / "D/train/dual.train.tsv") == ["红烧肉\t\t红烧肉 要 炖\t\t鱼 清蒸鱼要先去腥\t0"]
     assert run("to_beir", tmp_path / "D", "--to", tmp_path / "out") == 0
     assert lines(tmp_path / "out/qrels/train.tsv")[1:] == ["train0\td2\t1", "train0\td1\t0"]

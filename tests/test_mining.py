@@ -12,6 +12,7 @@ from torch_src.errors import UserError
 from torch_src.mined_files import COLUMNS
 from torch_src.mining import Miner, Rules
 from torch_src.mining_hparams import MiningHparams
+from torch_src.stamps import fingerprint_files
 
 PASSAGES = [f"文{number}" for number in range(12)]
 
@@ -82,14 +83,41 @@ def test_a_re_ranker_that_takes_everything_for_an_answer_is_told_of(world, tmp_p
     assert counts.false_negatives == 4 and counts.warning() is None  # half of eight: not most
 
 
-def test_how_the_re_ranker_was_trained_decides_what_scores_are_held_against(tmp_path):
+def test_without_a_positive_nothing_is_denoised(world, tmp_path):
+    # no candidate of 甲 is its positive; 乙's, 文0, has 1: the others .9997 (promoted), .5, .5, .5
+    logits = [9, 9, 9, 9, 9, 9, 1, 1, 1, 1]
+    found, counts = mined(
+        world,
+        tmp_path,
+        logits,
+        first=(5, 4, 6, 7, 8),
+        against_positive=True,
+        too_few="fewer",
+        promote_score=0.9,
+    )
+    assert found["甲"] == (["文3", "无"], ["文5", "文4", "文6", "文7"])
+    assert (counts.unjudged_queries, counts.promoted, counts.false_negatives) == (1, 1, 4)
+
+
+def test_a_run_that_has_a_query_twice_but_for_spaces(world, tmp_path):
+    rows = [("甲", 5), (" 甲", 6), ("乙", 1)]
+    write(tmp_path / "run", [f"{query}\t{row}\t1\t1" for query, row in rows])
+    found = mining.matched(world[0], tmp_path / "run")
+    assert [(query, [row.row for row in rows]) for _, (query, rows) in found] == [("甲", [5]), ("乙", [1])]
+
+
+def test_how_the_re_ranker_was_trained_decides_what_scores_are_held_against(tmp_path, capsys):
     def against(**changed) -> bool:
         return against_positive(MiningHparams(cross_params=str(tmp_path / "cross_params.bin"), **changed))
 
+    (tmp_path / "cross_params.bin").write_bytes(b"weights")
     assert not against()  # a re-ranker without a record
+    weights = fingerprint_files([tmp_path / "cross_params.bin"])
     for loss, listwise in (("pointwise", False), ("listwise", True)):
-        (tmp_path / "cross_hparams.json").write_text(json.dumps({"loss": loss}))
+        (tmp_path / "cross_hparams.json").write_text(json.dumps({"loss": loss, "weights": weights}))
         assert against() == listwise
+    (tmp_path / "cross_params.bin").write_bytes(b"others")  # the record is of other weights
+    assert not against() and "WARNING" in capsys.readouterr().out
     assert against(score_against="positive") and not against(score_against="zero")
 
 

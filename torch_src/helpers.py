@@ -65,7 +65,7 @@ def exit_status(program, *mistakes: type[Exception]) -> int:
 def leave(program: Callable[[], int]) -> NoReturn:
     """Run `program()` and end the process with the status that it returns.
 
-    Ctrl-C while a program is still importing, or is past its work, ends it without a traceback: between the
+    Ctrl-C while `program` is still importing, or is past its work, ends it without a traceback: between the
     two exit_status sees to it.
     """
     sys.unraisablehook = _raise_again

@@ -6,6 +6,7 @@ that was trained listwise has learnt differences alone, its logits have no zero:
 probability that a candidate is better than the query's best positive.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -84,16 +85,19 @@ def known_rows(data: DualTrainingSet, group: np.ndarray, located: dict[int, list
 def matched(data: DualTrainingSet, run: Path) -> Iterator[tuple[np.ndarray, tuple[str, list[RunRow]]]]:
     """Yield (rows of the training file, (query, candidates)); UserError when the two do not fit together.
 
-    A query that the run has not (BM25 may find nothing) has no candidates.
+    A query that the run has not (BM25 may find nothing) has no candidates; one that it has twice, but for
+    white space, has those of the first.
     """
-    found = run_by_query(run)
+    found, seen = run_by_query(run), set()
     query, rows = next(found, ("", []))
     if not rows:
         raise UserError(f"{run}: no results in it")
     for group in data.groups:
         if text_hash(same_text(query)) == int(data.query_hash[group[0]]):
             yield group, (query, rows)
-            query, rows = next(found, ("", []))
+            seen.add(int(data.query_hash[group[0]]))
+            while rows and text_hash(same_text(query)) in seen:
+                query, rows = next(found, ("", []))
         else:
             yield group, (data.file.read([int(group[0])])[0].query, [])
     if rows:
@@ -130,6 +134,7 @@ class Counts:
     filled: int = 0  # negatives of the training file put in
     short_queries: int = 0  # with fewer negatives than asked
     dropped_queries: int = 0
+    unjudged_queries: int = 0  # whose positive has no score to hold the others' against: not denoised
     positives: int = 0
     ranks: dict[int, int] = field(
         default_factory=lambda: dict.fromkeys(RANK_BINS, 0)
@@ -163,6 +168,7 @@ class Counts:
             ("filled up from the training file", self.filled, ""),
             ("queries with too few negatives", self.short_queries, ""),
             ("queries left out", self.dropped_queries, ""),
+            ("queries not denoised (no positive found)", self.unjudged_queries, ""),
         ]
         lines = [f"{name:36} {count:>12,}  {more}".rstrip() for name, count, more in rows]
         for first, last in zip(RANK_BINS, [*RANK_BINS[1:], None], strict=True):
@@ -232,9 +238,12 @@ class Miner:
             counts.dropped_queries += 1
 
     def _base(self, known: set[int], logit_of: dict) -> float:
-        """Return the logit at which a candidate has probability 0.5."""
+        """Return the logit at which a candidate has probability 0.5; inf where nothing can be said."""
+        if not self.rules.against_positive:
+            return 0.0
         logits = [logit_of[row] for row in known if logit_of.get(row) is not None]
-        return max(logits) if self.rules.against_positive and logits else 0.0
+        self.counts.unjudged_queries += not logits
+        return max(logits, default=math.inf)
 
     def _positives(self, group: np.ndarray, logit_of: dict) -> list[Passage]:
         """Return the query's distinct positives, as the training file has them."""
@@ -287,7 +296,7 @@ class Miner:
 
 
 def sigmoid(logit: float | None, base: float = 0.0) -> float | None:
-    """Return the probability of a logit above `base`; None stays None."""
+    """Return the probability of a logit above `base`: 0 where that is inf; None stays None."""
     return None if logit is None else 1 / (1 + np.exp(-np.float64(np.clip(logit - base, -700, 700)))).item()
 
 

@@ -28,7 +28,9 @@ import numpy as np
 from metric.evaluation import compute_metrics, load_reference, load_result
 from script.convert_dataset import Layout, Query
 from script.run_all import call, convert
+from torch_src.errors import UserError
 from torch_src.formats import parse_dual_row, read_lines
+from torch_src.helpers import exit_status, read_json, write_json
 from torch_src.hparams import parse
 from torch_src.inference_de_hparams import DEBUG, InferenceDeHparams
 
@@ -40,6 +42,8 @@ def make_part(source: Path, folder: Path, queries: int, dev_queries: int) -> Non
     path, draw = source / "train/dual.train.tsv", np.random.default_rng(0)
     rows = [parse_dual_row(text, path, line) for line, text in read_lines(path)]
     texts = list(dict.fromkeys(row.query for row in rows))
+    if queries > len(texts):
+        raise UserError(f"--queries {queries}: {path} has {len(texts):,}")
     chosen = {texts[at] for at in draw.choice(len(texts), queries, replace=False)}
     dev = [json.loads(text) for _, text in read_lines(source / "dev/dev.json")][:dev_queries]
     pids: dict[str, str] = {}
@@ -69,9 +73,13 @@ class Ladder:
         self.given, self.folder = given, Path(given.folder).resolve()
         self.data = Path(given.data_dir).resolve()
         if given.queries:
-            part = self.folder / "data"
+            part, names = self.folder / "data", ("data_dir", "queries", "dev_queries")
+            wanted = {name: getattr(given, name) for name in names}
             if not part.exists():
                 make_part(self.data, part, given.queries, given.dev_queries)
+                write_json(self.folder / "part.json", wanted)
+            elif read_json(self.folder / "part.json") != wanted:
+                raise UserError(f"{part}: another part than the one asked for; name another --folder")
             self.data = part
         self.files = ["--data_dir", str(self.data), "--threads", str(given.threads)]
 
@@ -130,7 +138,8 @@ class Ladder:
         return found
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
+    """Return the options."""
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -144,7 +153,11 @@ def main() -> None:
         options.add_argument(f"--{name}", type=int, default=default)
     options.add_argument("--lr", type=float, default=5e-5)
     options.add_argument("--max_score", type=float, default=0.1)
-    given = options.parse_args()
+    return options.parse_args()
+
+
+def run(given: argparse.Namespace) -> None:
+    """Run the ladder and print its table."""
     found = Ladder(given).run()
     print(f"\n{'rung':10} {'mean':>8} {'deviation':>10}   dev MRR@10 of seeds {given.seeds}")
     for rung, values in found.items():
@@ -155,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(lambda: run(parsed())))
