@@ -20,7 +20,7 @@ from torch_src.devices import choose_device, choose_precision, peak_memory_gb, s
 from torch_src.encoding import Progress
 from torch_src.errors import UserError
 from torch_src.formats import RunRow, format_run_row, read_dev
-from torch_src.helpers import atomic_write, exit_status, read_json, require, say, warn
+from torch_src.helpers import atomic_write, exit_status, require, say, warn
 from torch_src.inference_cross_hparams import DEBUG, PRETRAINED, InferenceCrossHparams
 from torch_src.inference_stage import (
     FoundModel,
@@ -33,7 +33,7 @@ from torch_src.output_lock import output_lock
 from torch_src.passage_ids import check_length, read_passage_ids, rows_of
 from torch_src.planning import Plan, evenly, memory_gb, seconds_a_text
 from torch_src.scoring import PairScorer, fuse, rank_pairs
-from torch_src.stamps import clear_stamp, fingerprint_files, fingerprint_text, record_seal, seal, up_to_date
+from torch_src.stamps import clear_stamp, fingerprint_files, fingerprint_text, seal, up_to_date
 from torch_src.tokenization import TextRules, tokenizer_fingerprint
 from torch_src.vectors import DamagedBlock, ScoreStore
 
@@ -243,20 +243,15 @@ class CrossInference:
 
     def easy_negatives(self, logits: np.ndarray, reference: dict[str, set[str]]) -> str | None:
         """Return a warning when the training negatives, as scored after training, were easier than these."""
-        path = guards.negatives_path(self.hp.cross_params_path)
-        if self.model.params is None or not path.exists():
+        if self.model.params is None:
             return None
-        try:
-            known = read_json(path)
-        except UserError:
-            known = {}
-        if known.get("seal") != record_seal(known) or known.get("weights") != self.model.fingerprint:
-            return None  # damaged, or of other weights
+        negatives = guards.read_negatives(self.hp.cross_params_path, self.model.fingerprint)
+        if negatives is None:
+            return None
         wrong = []
         for query, span in self.candidates.spans():
             answers = set().union(*(reference.get(qid, ()) for qid in self.qids[query] or ()))
             wrong += [pid.decode() not in answers for pid in self.pids[span]]
-        negatives = np.array(known["scores"], dtype=np.float32)
         return guards.negatives_too_easy(negatives, logits[np.array(wrong)])
 
 

@@ -19,12 +19,12 @@ from torch_src.cross_model import load_cross_encoder, start_from_retriever
 from torch_src.devices import autocast, token_budget
 from torch_src.formats import read_dev
 from torch_src.grad_cache import ChunkedForward
-from torch_src.helpers import exit_status, require, say, warn, write_json
+from torch_src.helpers import exit_status, require, say, warn
 from torch_src.losses import listwise_loss, pointwise_loss, r_drop_loss
 from torch_src.passage_ids import check_length, read_passage_ids
 from torch_src.planning import evenly, seconds_a_text
 from torch_src.scoring import PairScorer, pair_tensors, rank_pairs
-from torch_src.stamps import fingerprint_files, record_seal
+from torch_src.stamps import fingerprint_files
 from torch_src.tokenization import Pairs, TextRules, tokenize_pairs
 from torch_src.training import Progress, Task
 from torch_src.training_stage import TrainingStage
@@ -215,22 +215,31 @@ class CrossTraining(TrainingStage):
     def texts_a_step(self) -> int:
         return self.units * self.group_size
 
+    def _load_best(self) -> None:
+        """Load the weights that are kept, which need not be the last."""
+        state = torch.load(self.hp.params_path, map_location=self.device, weights_only=True)
+        self.model.model.load_state_dict(state)
+
+    def mend(self, weights: str) -> None:
+        if self.hp.eval_every < 0 or guards.read_negatives(self.hp.params_path, weights) is not None:
+            return
+        say(f"{guards.negatives_path(self.hp.params_path)}: damaged or not there; written again")
+        self.load()
+        self._load_best()
+        guards.write_negatives(self.hp.params_path, weights, self.scorer().score(self._negatives()))
+
     def summary(self, progress: Progress) -> None:
         """Warn of collapsed scores, a better retriever, too easy negatives."""
         if self.dev is None:
             return
-        state = torch.load(self.hp.params_path, map_location=self.device, weights_only=True)
-        self.model.model.load_state_dict(state)  # the best weights, not the last
+        self._load_best()
         scores = self.scorer().score_all(self.dev.candidates)
         reranked, retriever = self.dev.metrics(scores), self.dev.metrics(self.dev.candidates.scores)
         order = f"in the retriever's order {retriever['MRR@10']:.4f}, re-ranked {reranked['MRR@10']:.4f}"
         say(f"MRR@10 of the dev candidates: {order}")
         spans = [span for _, span in self.dev.candidates.spans()]
         negatives = self.scorer().score(self._negatives())
-        looked_at = {
-            "weights": progress.best_weights, "scores": [round(x, 6) for x in negatives.tolist()],
-        }  # fmt: skip
-        write_json(guards.negatives_path(self.hp.params_path), {**looked_at, "seal": record_seal(looked_at)})
+        guards.write_negatives(self.hp.params_path, progress.best_weights, negatives)
         warnings = (
             guards.collapsed(scores, spans),
             guards.below_retriever(reranked["MRR@10"], retriever["MRR@10"]),

@@ -4,6 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
+from torch_src.errors import UserError
+from torch_src.helpers import read_json, write_json
+from torch_src.stamps import record_seal
+
 FLAT = 1e-3  # a spread of logits within a query below this decides nothing
 TIED = 0.5  # share of a run's candidates with the same score as another of their query
 TOO_EASY = 1.0  # spreads by which candidates that are not relevant score above the training negatives
@@ -44,6 +48,23 @@ def below_retriever(reranked: float, retriever: float) -> str | None:
 def negatives_path(params) -> Path:
     """Return where the scores of some training negatives are kept, beside the re-ranker's weights."""
     return Path(params).with_name("cross_negatives.json")
+
+
+def write_negatives(params, weights: str, scores: np.ndarray) -> None:
+    """Keep the scores (N,) that weights with this fingerprint give some training negatives."""
+    record = {"weights": weights, "scores": [round(x, 6) for x in scores.tolist()]}
+    write_json(negatives_path(params), {**record, "seal": record_seal(record)})
+
+
+def read_negatives(params, weights: str) -> np.ndarray | None:
+    """Return the scores (N,) float32 that were kept; None when damaged, missing or of other weights."""
+    try:
+        record = read_json(negatives_path(params))
+    except UserError:
+        return None
+    if record.get("seal") != record_seal(record) or record.get("weights") != weights:
+        return None
+    return np.array(record["scores"], dtype=np.float32)
 
 
 def negatives_too_easy(negatives: np.ndarray, candidates: np.ndarray) -> str | None:

@@ -200,7 +200,12 @@ class TrainingStage:
             say(f"{self.record_path}, {self.model_folder}: damaged or not there; written again")
             self.load()  # the configuration is complete once there is a model of it
             self.write_record(weights)
+        if self.group.rank == 0:
+            self.mend(weights)
         return True
+
+    def mend(self, weights: str) -> None:
+        """Write again what a finished training left beside its weights, where that is damaged."""
 
     def evaluation_seconds(self) -> float:
         """Return about how long one measurement on dev takes, by a probe."""

@@ -125,7 +125,8 @@ class VectorStore:
             note = read_json(self.note_path(block))
         except UserError:
             return {}
-        return note if note.get("manifest") == self.identity else {}
+        sound = note.get("seal") == record_seal(note) and note.get("manifest") == self.identity
+        return note if sound else {}
 
     def missing_blocks(self) -> list[int]:
         """Return the blocks that are not there yet, whole."""
@@ -149,7 +150,7 @@ class VectorStore:
         with atomic_write(self.block_path(block), "wb") as file:
             np.save(file, vectors, allow_pickle=False)
         note = {**(made_with or {}), "manifest": self.identity, "xxh3": _checksum(vectors)}
-        write_json(self.note_path(block), note)
+        write_json(self.note_path(block), {**note, "seal": record_seal(note)})
 
     def drop_once(self, damage: DamagedBlock, dropped: set[int]) -> None:
         """Forget the block, to be made again, and note it in `dropped`; a second time it is raised."""
