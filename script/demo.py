@@ -5,7 +5,9 @@
     python script/demo.py --debug       # the sample, after sh script/quickstart.sh
 
 Settings: torch_src/demo_hparams.py, or `--name value`; `--help` lists them. Nothing leaves this machine: the
-page listens on 127.0.0.1, asks no other host for anything, and the output folder is only read.
+page listens on 127.0.0.1 and asks no other host for anything. The output folder is only read, but for its
+cache/: what the programs have not kept there of the collection and its pids is written, and then that folder
+must be writable.
 """
 
 import html
@@ -22,13 +24,14 @@ from torch_src import hparams
 from torch_src.demo_hparams import DEBUG, DemoHparams
 from torch_src.errors import UserError
 from torch_src.formats import read_queries
-from torch_src.helpers import exit_status, say, warn
+from torch_src.helpers import exit_status, leave, say, warn
 from torch_src.search_service import LONGEST_QUESTION, Answer, Hit, SearchService
 
 SHOWN = 2000  # characters of a passage, at most
 EXAMPLES, LONGEST_EXAMPLE = 4, 24  # questions offered; characters of one
 TRIED = 4  # passages of the question that is asked before the page opens
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+EVERY_ADDRESS = ("0.0.0.0", "::")  # of --host: the page has whatever names the machine has
 FONTS = ("system-ui", "PingFang SC", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif")  # of the machine
 # The browser is told to ask this server alone, whatever the page's own scripts would like.
 POLICY = (
@@ -192,12 +195,25 @@ def build_page(service: SearchService, examples: list[str]):
     return page
 
 
-def build_app(page):
-    """Return the page as an ASGI application that keeps the browser to this server."""
+def names_of(host: str) -> list[str]:
+    """Return the names by which a page on --host may be asked for, as a Host header writes them."""
+    if host in EVERY_ADDRESS:
+        return ["*"]
+    return [f"[{name}]" if ":" in name else name for name in dict.fromkeys((host, *LOOPBACK))]
+
+
+def build_app(page, host: str):
+    """Return the page as an ASGI application that keeps the browser to this server.
+
+    Other names than those of `host` are refused: a foreign page whose name has come to mean 127.0.0.1 would
+    be allowed to read the answers.
+    """
     gradio = load_gradio()
     from fastapi import FastAPI
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    outer.add_middleware(TrustedHostMiddleware, allowed_hosts=names_of(host), www_redirect=False)
 
     @outer.middleware("http")
     async def keep_to_this_server(request, call_next):
@@ -255,7 +271,7 @@ def run(hp: DemoHparams) -> None:
     if hp.host not in LOOPBACK:
         warn(f"--host {hp.host}: whoever reaches this machine can ask, and read the passages")
     host, port = listening.getsockname()[:2]
-    app = build_app(build_page(service, examples))
+    app = build_app(build_page(service, examples), hp.host)
     say(f"open http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends it)")
     serve(app, listening)
 
@@ -266,4 +282,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(lambda: main(sys.argv[1:]))

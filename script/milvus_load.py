@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 import numpy as np
 
 from torch_src.errors import UserError
-from torch_src.helpers import duration, exit_status, read_json, say
+from torch_src.helpers import duration, exit_status, leave, read_json, say
 from torch_src.hparams import check_milvus_uri, is_milvus_file
 from torch_src.milvus_engine import Collection, fill, parse_params
 from torch_src.passage_ids import check_length, read_passage_ids
@@ -123,4 +123,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(lambda: main(sys.argv[1:]))

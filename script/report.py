@@ -7,7 +7,7 @@
 
 Settings: script/report_hparams.py, or `--name value`; `--help` lists them. The page is one file that needs
 no network. A model, its curves and its settings are looked for beside its run. What is not there (a
-re-ranked run, a reference, run_all.json) is left out, and the page says so.
+re-ranked run, a reference, run_all.json) or cannot be read is left out, and the page says so.
 """
 
 import html
@@ -28,8 +28,9 @@ from script.report_data import Found, Shelf
 from script.report_hparams import DEBUG, ReportHparams
 from torch_src import hparams
 from torch_src.errors import UserError
-from torch_src.helpers import atomic_write, duration, exit_status, read_json, say
+from torch_src.helpers import atomic_write, duration, exit_status, leave, read_json, say
 
+LONGEST_STAGE = 1e9  # seconds
 TEMPLATE = Path(__file__).with_name("report_template.html")
 # What would end the script element, what JavaScript once took for a line end, and what no file can hold.
 UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
@@ -89,6 +90,8 @@ def training_section(found: Found) -> str:
             parts.append(note(f"No curves of the {stage.name}: {why}."))
             continue
         parts.append(plots(report_plots.training(curves, at, stage.name)))
+        if curves.lacks:
+            parts.append(note(f"Curves of the {stage.name}: {curves.lacks}."))
         if "dev/MRR@10" not in curves.points:
             parts.append(note(f"The {stage.name} was not evaluated on dev while it was trained."))
     return "".join(parts)
@@ -123,14 +126,26 @@ def lengths_section(hp: ReportHparams, found: Found) -> str:
     return table(head, lines) + plots(drawn) + note("The last bar holds all longer texts, too.")
 
 
+def read_seconds(path: Path) -> dict[str, float]:
+    """Return {stage: seconds} of a run_all.json; UserError when it holds anything else."""
+    seconds = read_json(path).get("seconds")
+    # NaN, which Python reads from JSON, is in no range
+    if not isinstance(seconds, dict) or not all(
+        isinstance(took, int | float) and 0 <= took < LONGEST_STAGE for took in seconds.values()
+    ):
+        raise UserError(f"{path}: not written by script/run_all.py (seconds: {{stage: number}})")
+    return seconds
+
+
 def times_section(hp: ReportHparams) -> str:
     """Return the time of each stage, as script/run_all.py noted it."""
     path = Path(hp.output_dir) / "run_all.json"
     if not path.exists():
         return note(f"Left out: {path} is not there (script/run_all.sh writes it).")
-    seconds = read_json(path).get("seconds")
-    if not isinstance(seconds, dict) or not all(isinstance(took, int | float) for took in seconds.values()):
-        raise UserError(f"{path}: not written by script/run_all.py (seconds: {{stage: number}})")
+    try:
+        seconds = read_seconds(path)
+    except UserError as error:
+        return note(f"Left out: {error}.")
     whole = sum(seconds.values())
     rows = [[stage, duration(took), f"{100 * took / max(whole, 1e-9):.0f} %"]
             for stage, took in seconds.items()]  # fmt: skip
@@ -199,4 +214,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(lambda: main(sys.argv[1:]))

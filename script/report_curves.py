@@ -15,7 +15,8 @@ from torch_src.tokenization import TextRules, load_tokenizer, tokenize
 
 TAGS = {"train/loss": "loss", "dev/MRR@10": "MRR@10", "train/lr": "lr"}  # tag -> name in the history
 TELLING = ("train/loss", "dev/MRR@10")  # two trainings may share their learning rates, not these
-FIXED = {"query_prefix", "passage_prefix", "remove_spaces", "q_max_seq_len", "p_max_seq_len"}
+FIXED = {"query_prefix": str, "passage_prefix": str, "remove_spaces": bool, "q_max_seq_len": int,
+         "p_max_seq_len": int}  # fmt: skip
 LONGEST = 8192  # tokens; a longer text counts as one of so many
 
 Points = dict[str, dict[int, float]]  # tag -> step -> value
@@ -27,6 +28,7 @@ class Curves:
 
     points: Points
     best_step: int  # whose weights were kept; 0: not known
+    lacks: str = ""  # what may be missing of them, and why; empty: nothing
 
 
 def read_curves(folder: Path, name: str) -> tuple[Curves | None, str]:
@@ -37,24 +39,43 @@ def read_curves(folder: Path, name: str) -> tuple[Curves | None, str]:
     model is taken.
     """
     board = folder / "tensorboard"
-    read = [read_events(path) for path in sorted(board.glob("events.out.tfevents.*"))]
-    files = [points for points in read if points]
+    files, trouble = read_board(board)
     if not files:
-        return None, f"no event files with curves in {board}"
+        return None, trouble or f"no event files with curves in {board}"
     progress = read_progress(folder / f"{name}_checkpoint.pt")
     if progress is None:
         models = [one for one in ("dual", "cross") if (folder / f"{one}_params.bin").exists()]
         if len(files) > 1 or len(models) > 1:
             return None, f"event files in {board}, but no {name}_checkpoint.pt to tell which are its own"
-        return Curves(files[0], 0), ""
+        return Curves(files[0], 0, trouble), ""
     own = [points for points in files if belongs(points, progress["history"])]
+    also = trouble and f"; {trouble}"
     if not own:
-        return None, f"no event file in {board} is of the training in {folder / name}_checkpoint.pt"
-    return Curves(joined(own), progress.get("best_step", 0)), ""
+        return None, f"no event file in {board} is of the training in {folder / name}_checkpoint.pt{also}"
+    points = joined(own)
+    lacks = missing(points, progress["history"])
+    return Curves(points, progress.get("best_step", 0), lacks and lacks + also), ""
+
+
+def read_board(board: Path) -> tuple[list[Points], str]:
+    """Return (the curves of each event file that has any, what is wrong with the others)."""
+    files, trouble = [], []
+    for path in sorted(board.glob("events.out.tfevents.*")):
+        try:
+            points, why = read_events(path), "no value can be read: damaged, or ended before the first"
+        except OSError as error:
+            points, why = {}, error.strerror or str(error)
+        if points:
+            files.append(points)
+        else:
+            trouble.append(f"{path}: {why}")
+    return files, "; ".join(trouble)
 
 
 def read_events(path: Path) -> Points:
-    """Return the curves of one event file; a torn end is left out."""
+    """Return the curves of one event file, up to where it is torn or damaged; OSError when it cannot be
+    opened.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(path), size_guidance={"scalars": 0})  # 0: all of them
@@ -85,6 +106,22 @@ def belongs(points: Points, history: list[dict]) -> bool:
     return sum(same) > len(same) / 2
 
 
+def missing(points: Points, history: list[dict]) -> str:
+    """Return which values of the checkpoint's history the curves do not have; empty when they have all.
+
+    The reader of event files ends at the first damaged byte, and says nothing.
+    """
+    parts = []
+    for tag, name in TAGS.items():
+        known = {entry["step"] for entry in history if name in entry}
+        gone = known - points.get(tag, {}).keys()
+        if gone:
+            last = max(points.get(tag, {}), default=0)
+            values = f"{len(gone)} of {len(known)} values"
+            parts.append(f"{tag} lacks {values}, ends at step {last} of {max(known)}")
+    return f"{', '.join(parts)}; an event file is damaged or cut" if parts else ""
+
+
 def joined(files: list[Points]) -> Points:
     """Return the curves of a training that was killed and carried on, in files by time: the later wins."""
     points: Points = {}
@@ -108,6 +145,14 @@ class Lengths:
         return float((self.tokens > self.limit).mean())
 
 
+def read_fixed(record: Path) -> dict:
+    """Return the settings that a retriever's weights fix; UserError when the record does not hold them."""
+    fixed = read_json(record).get("fixed_by_weights")
+    if not isinstance(fixed, dict) or any(type(fixed.get(name)) is not kind for name, kind in FIXED.items()):
+        raise UserError(f"{record}: not as do_dual_train.py writes it")
+    return fixed
+
+
 def measure_lengths(
     folder: Path, queries: list[str], collection: PassageCollection, samples: int, seed: int
 ) -> tuple[dict[str, Lengths], str]:
@@ -115,11 +160,11 @@ def measure_lengths(
     record, model = folder / "dual_hparams.json", folder / "dual_model"
     if not record.exists() or not model.exists():
         return {}, f"no dual_hparams.json and dual_model/ in {folder}, as of a retriever not trained here"
-    fixed = read_json(record).get("fixed_by_weights")
-    if not isinstance(fixed, dict) or not fixed.keys() >= FIXED:
-        raise UserError(f"{record}: not written by do_dual_train.py")
-    tokenizer, draw = load_tokenizer(str(model)), np.random.default_rng(seed)
-    measured = {}
+    try:
+        fixed, tokenizer = read_fixed(record), load_tokenizer(str(model))
+    except UserError as error:
+        return {}, str(error)
+    measured, draw = {}, np.random.default_rng(seed)
     for name, letter, texts in (("queries", "q", queries), ("passages", "p", collection)):
         count = min(samples, len(texts))
         rows = np.sort(draw.choice(len(texts), count, replace=False, shuffle=False)).tolist()

@@ -25,6 +25,7 @@ from torch_src import cross_infer, cross_train, dual_infer, dual_train
 from torch_src.demo_hparams import DemoHparams
 from torch_src.errors import UserError
 from torch_src.search_service import LONGEST_QUESTION, Hit, SearchService
+from torch_src.vectors import DamagedBlock
 
 NASTY = '<script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">鱼 & 酱汁 <b>粗</b>'
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -157,6 +158,33 @@ def test_an_index_is_used_as_it_is(world):
         assert index.answer(query).recall == exact.answer(query).recall
     assert untouched(world / "output") == before
     refused(world, "factory: Flat -> HNSW32", index="HNSW32")
+
+
+@pytest.mark.parametrize("way", [{"search_memory_gb": 0.0}, {"index": "Flat"}, {}])
+def test_vectors_made_again_under_an_open_page(world, way):
+    again = [*options(world, world / "output"), "--index", "Flat", "--force"]
+    assert dual_infer.main(again, topk=50) == 0
+    service = SearchService(settings(world, **way))
+    found = service.answer("鱼").recall
+    assert dual_infer.main(again, topk=50) == 0  # of the same weights: the same vectors
+    assert service.answer("鱼").recall == found
+    other = ["--dual_params", "none", "--pretrained_model_path", str(world / "model")]
+    assert dual_infer.main([*options(world, world / "output"), *other], topk=50) == 0
+    with pytest.raises(UserError, match="para_emb: the vectors were made again since this page started: res"):
+        service.answer("鱼")
+    assert "restart it" in list(demo.respond(service, "鱼"))[-1]
+
+
+def test_vectors_made_again_while_a_question_is_searched(world, monkeypatch):
+    service = SearchService(settings(world))
+
+    def find(queries, topk):
+        service.store.manifest_path.unlink()
+        raise DamagedBlock(service.store.block_path(0), 0, "gone")
+
+    monkeypatch.setattr(service, "find", find)
+    with pytest.raises(UserError, match="since this page started: restart it"):
+        service.answer("鱼")
 
 
 def test_a_zero_shot_run(world):
@@ -304,6 +332,29 @@ def test_a_reranker_that_decides_nothing_is_said(trained, monkeypatch):
 
 
 # ---- the page in a browser
+
+
+def test_names_of_the_page():
+    assert demo.names_of("127.0.0.1") == ["127.0.0.1", "localhost", "[::1]"]
+    assert demo.names_of("10.0.0.5") == ["10.0.0.5", "127.0.0.1", "localhost", "[::1]"]
+    assert demo.names_of("0.0.0.0") == demo.names_of("::") == ["*"]
+
+
+@pytest.mark.skipif("gradio" in MISSING, reason="needs gradio")
+def test_only_the_names_of_this_machine_are_served():
+    import gradio
+    from starlette.testclient import TestClient
+
+    with gradio.Blocks(analytics_enabled=False) as page:
+        gradio.Markdown("here")
+    client = TestClient(demo.build_app(page, "127.0.0.1"), base_url="http://127.0.0.1:7860")
+    foreign = {"Host": "evil.example:7860", "Origin": "http://evil.example:7860"}
+    for path in ("/", "/config", "/gradio_api/info"):
+        refused = client.get(path, headers=foreign)
+        assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
+    for name in ("127.0.0.1:7860", "localhost:7860", "[::1]:7860", "LOCALHOST"):
+        assert client.get("/config", headers={"Host": name}).status_code == 200
+
 
 # A module that Python imports at its start: it notes every host that the program speaks to or asks for.
 WATCH = """

@@ -2,18 +2,19 @@
 
 import json
 import re
+import runpy
 import shutil
 import sys
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
-from toy_world import write
+from toy_world import ROOT, write
 
 from script import report, report_curves, report_data
 from script.bm25 import PIECES, terms
 from script.report_hparams import ReportHparams
-from torch_src.errors import UserError
+from torch_src import helpers
 
 HOSTILE = (
     '苹果</script><script>document.title="x"</script><!--<script>\u2028\u2029\x0b\x85 "\'\\ &amp; <b>'
@@ -192,9 +193,13 @@ def test_times_are_shown_where_they_are_known(world):
     path.write_text('{"seconds": {"dual_train": 90, "convert": 30.0}}')
     shown = Parsed(report.times_section(hp)).text()
     assert "dual_train 1m30s 75 % convert 30.0s 25 % all 2m00s" in shown
-    path.write_text('{"seconds": ["x"]}')
-    with pytest.raises(UserError, match="run_all.json: not written by script/run_all.py"):
-        report.times_section(hp)
+    for odd in ('{"seconds": ["x"]}', "{}", '{"seconds": {"convert": NaN}}', '{"seconds": {"convert": -1}}',
+                '{"seconds": {"convert": 1' + 400 * "0" + "}}"):  # fmt: skip
+        path.write_text(odd)
+        assert "Left out: " in (left_out := Parsed(report.times_section(hp)).text())
+        assert "run_all.json: not written by script/run_all.py" in left_out
+    path.write_text('{"sec')
+    assert "run_all.json: not readable as JSON" in Parsed(make(world)).text()
 
 
 def test_a_run_of_other_candidates_is_named(world):
@@ -224,6 +229,7 @@ def train(folder, name: str, losses: dict[int, float], from_step: int = 0) -> No
     for step, loss in losses.items():
         if step >= from_step:
             board.add_scalar("train/loss", loss, step)
+            board.add_scalar("train/lr", 1e-3, step)
             board.add_scalar("dev/MRR@10", loss / 10, step)
     board.close()
     history = [{"step": step, "loss": round(loss, 5), "lr": 1e-3} for step, loss in losses.items()]
@@ -260,6 +266,25 @@ def test_a_torn_event_file_gives_what_is_whole(tmp_path):
     assert "to tell which are its own" in report_curves.read_curves(tmp_path, "dual")[1]  # or the other's
 
 
+def test_a_damaged_event_file_is_said(world):
+    folder = world.output
+    train(folder, "dual", {step: 3.0 / step for step in range(1, 21)})
+    train(folder, "cross", {1: 0.7, 2: 0.5})
+    assert "Curves of the retriever: " not in make(world)
+    path = next((folder / "tensorboard").glob("*.dual0"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert "Curves of the retriever: train/loss lacks 10 of 20 values, ends at step 10 of 20" in make(world)
+    data[10] ^= 1  # of the first record: nothing is left
+    path.write_bytes(data)
+    page = make(world)
+    assert f"dual_checkpoint.pt; {path}: no value can be read: damaged" in page
+    path.unlink()
+    path.mkdir()
+    assert f"dual_checkpoint.pt; {path}: Is a directory" in make(world)
+
+
 def test_lengths_and_the_share_that_is_cut(world, tokenizer):
     tokenizer.save_pretrained(world.output / "dual_model")
     fixed = {"query_prefix": "", "passage_prefix": "苹果", "remove_spaces": False,
@@ -273,6 +298,19 @@ def test_lengths_and_the_share_that_is_cut(world, tokenizer):
     few, _ = report_curves.measure_lengths(world.output, list(QUERIES), found.collection, 3, 1)
     assert len(few["passages"].tokens) == 3 and few["passages"].of == 7
     assert "queries 3 of 4" in Parsed(make(world, "--samples", "3")).text()
+
+
+def test_lengths_are_left_out_where_the_record_is_odd(world, tokenizer):
+    (world.output / "dual_model").mkdir()
+    record = world.output / "dual_hparams.json"
+    whole = {"query_prefix": "", "passage_prefix": "", "remove_spaces": False, "q_max_seq_len": 8,
+             "p_max_seq_len": 9}  # fmt: skip
+    odd = [{}, {**whole, "query_prefix": None}, {**whole, "p_max_seq_len": "9"}]
+    for text in ["torn", "{}", *(json.dumps({"fixed_by_weights": fixed}) for fixed in odd)]:
+        record.write_text(text)
+        assert f"Left out: {record}: not " in Parsed(make(world)).text()
+    record.write_text(json.dumps({"fixed_by_weights": whole}))
+    assert f"Left out: {world.output / 'dual_model'}: " in Parsed(make(world)).text()  # an empty folder
 
 
 def marks(text: str, query: str) -> list[str]:
@@ -289,6 +327,14 @@ def marks(text: str, query: str) -> list[str]:
             stretches[-1:] = [stretches[-1] + character] if before else [*stretches[-1:], character]
         before = on
     return stretches
+
+
+@pytest.mark.parametrize("name", ["demo", "report", "milvus_load"])
+def test_ctrl_c_is_quiet_from_the_programs_start_to_its_end(name, monkeypatch):
+    left = []
+    monkeypatch.setattr(helpers, "leave", left.append)
+    runpy.run_path(str(ROOT / f"script/{name}.py"), run_name="__main__")
+    assert len(left) == 1
 
 
 @pytest.fixture

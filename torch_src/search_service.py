@@ -107,13 +107,15 @@ class SearchService:
         return self.rerank(self.retrieve(question, topk))
 
     def retrieve(self, question: str, topk: int | None = None) -> Answer:
-        """Return what the first stage finds; UserError as in `answer`."""
+        """Return what the first stage finds; UserError as in `answer`, and once the vectors on disk are no
+        longer those that were opened.
+        """
         answer = Answer(clean(question))
         with self.lock:
             with answer.timed("encode"):
                 vectors = self.encoder.encode([answer.question])
             answer.cut = bool(self.encoder.tokenize([answer.question]).cut)
-            with answer.timed("search"):
+            with answer.timed("search"), self._same_vectors():
                 rows, scores = self.find(vectors, topk or self.hp.topk)
             found = rows[0] >= 0  # an index may find fewer
             with answer.timed("read"):
@@ -128,6 +130,28 @@ class SearchService:
             logits = np.array([hit.score for hit in answer.reranked])
             answer.warning = collapsed(logits, [slice(0, len(logits))])
         return answer
+
+    @contextmanager
+    def _same_vectors(self) -> Iterator[None]:
+        """UserError when, before the block or at its end, the manifest is not the one that was opened.
+
+        The page holds no lock: do_dual_infer.py may make the vectors again at any time, and then the model in
+        memory is not theirs. Also when the block fails: a block of vectors just removed is not damaged.
+        """
+        self._check_manifest()
+        try:
+            yield
+        finally:
+            self._check_manifest()
+
+    def _check_manifest(self) -> None:
+        try:
+            same = read_json(self.store.manifest_path) == self.store.manifest
+        except UserError:  # gone, between the old vectors and the new
+            same = False
+        if not same:
+            where = self.store.folder
+            raise UserError(f"{where}: the vectors were made again since this page started: restart it")
 
     def _hits(self, rows: list[int], scores: list[float]) -> list[Hit]:
         pids = [""] * len(rows) if self.ids is None else [pid.decode() for pid in self.ids[rows]]
