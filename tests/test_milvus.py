@@ -8,6 +8,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from test_search import full_sort, make_store
 from toy_world import lines, make_world, options
 
 from torch_src import hparams, inference_de_hparams, milvus_engine
+from torch_src.dual_infer import DualInference
 from torch_src.errors import UserError
+from torch_src.helpers import write_json
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.milvus_engine import Collection, MilvusSearch, fill, parse_params
 from torch_src.vectors import VectorStore
@@ -52,10 +55,13 @@ class FakeFailure(Exception):
 
 
 class FakeMilvus:
-    """A client whose one collection is a dictionary; it dies after `lives` writes."""
+    """A client whose one collection is a dictionary; it dies after `lives` writes, and finds at `most` so
+    many hits.
+    """
 
-    def __init__(self, manifest=None, index="FLAT", lives=10**9, noise=0.0):
+    def __init__(self, manifest=None, index="FLAT", lives=10**9, noise=0.0, most=10**9):
         self.rows, self.lives, self.noise, self.writes = {}, lives, noise, []
+        self.most = most
         self.properties = {milvus_engine.INDEX: index} if index else {}
         if manifest is not None:
             self.properties[milvus_engine.RECORD] = json.dumps({"manifest": manifest, "pids": "none"})
@@ -91,7 +97,7 @@ class FakeMilvus:
         draw, answer = np.random.default_rng(1), []
         for query in data:
             scores = vectors @ query + draw.uniform(-self.noise, self.noise, len(rows))
-            best = np.lexsort((draw.permutation(len(rows)), -scores))[:limit]
+            best = np.lexsort((draw.permutation(len(rows)), -scores))[: min(limit, self.most)]
             answer.append(FakeHits(rows[best].tolist(), scores[best].tolist()))
         return answer
 
@@ -140,10 +146,11 @@ def test_the_knobs_of_milvus():
         ("--milvus_uri x.db", "are for --engine milvus"),
         ("--milvus_collection x", "are for --engine milvus"),
         ("--search_params ef=1", "or for --engine milvus"),
-        ("--engine milvus --milvus_uri milvus", "--milvus_uri milvus: expected a file NAME.db"),
+        ("--engine milvus --milvus_uri milvus", "--milvus_uri: expected a file NAME.db"),
         ("--engine milvus --milvus_uri ftp://h:1", "expected a file NAME.db, http://host"),
         ("--engine milvus --milvus_uri http://h:port", "expected a file NAME.db, http://host"),
         ("--engine milvus --milvus_uri http://", "expected a file NAME.db, http://host"),
+        ("--engine milvus --milvus_uri http://h:1/db", "without a path or a query"),
     ],
 )
 def test_what_contradicts_is_refused(argv, message):
@@ -151,10 +158,29 @@ def test_what_contradicts_is_refused(argv, message):
         infer(*argv.split())
 
 
-def test_credentials_are_neither_taken_from_a_uri_nor_repeated():
-    with pytest.raises(UserError, match="MILVUS_TOKEN") as refused:
-        infer("--engine", "milvus", "--milvus_uri", "http://root:geheim@h:19530")
+@pytest.mark.parametrize(
+    "uri, message",
+    [
+        ("http://root:geheim@h:19530", "MILVUS_TOKEN"),
+        ("root:geheim@h:19530", "MILVUS_TOKEN"),
+        ("root:geheim@h:19530/x.db", "MILVUS_TOKEN"),
+        ("geheim@h", "MILVUS_TOKEN"),
+        ("http://root:geheim", "expected a file"),
+        ("https://root:geheim%40h:19530", "expected a file"),
+        ("http://h:19530?token=geheim", "expected a file"),
+        ("http://h:19530#geheim", "expected a file"),
+        ("http://h:19530/geheim", "expected a file"),
+    ],
+)
+def test_credentials_are_neither_taken_from_a_uri_nor_repeated(uri, message):
+    with pytest.raises(UserError, match=message) as refused:
+        infer("--engine", "milvus", "--milvus_uri", uri)
     assert "geheim" not in str(refused.value)
+
+
+def test_a_file_and_a_server_are_taken():
+    for uri in ("x.db", "me@home/x.db", "http://h:19530/", "https://h"):
+        assert infer("--engine", "milvus", "--milvus_uri", uri).milvus_uri_path == uri
 
 
 def test_parameters_are_numbers_where_they_look_like_some():
@@ -236,6 +262,18 @@ def test_ties_beyond_what_milvus_returns_are_said(world, use, monkeypatch, capsy
     assert "WARNING: 1 queries: Milvus returns too few hits (20)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("topk", [5, 1000])
+def test_a_flat_index_that_gives_too_few_is_refused(world, use, tmp_path, blocks, topk):
+    use(filled(world, most=4))
+    search = open_search(world, folder=None if blocks else tmp_path)
+    with pytest.raises(UserError, match="fewer hits than it holds; is a query node down"):
+        search.search(world[2], topk)
+    use(filled(world, most=4, index="HNSW M=8"))  # which need not find more
+    search = open_search(world, folder=None if blocks else tmp_path)
+    assert (search.search(world[2], topk)[0][:, 4:] == -1).all()
+
+
 def test_an_approximate_index_is_asked_for_topk(world, use):
     client = use(filled(world, index="HNSW M=8"))
     open_search(world, params="ef=50").search(world[2], 5)
@@ -269,6 +307,66 @@ def test_what_is_missing_incomplete_or_other_is_refused(world, use, tmp_path):
     with pytest.raises(UserError, match="x.db: no such file; load .*milvus_load.py --output_dir O"):
         open_search(world, str(tmp_path / "x.db"))
     assert not (tmp_path / "x.db").exists()
+
+
+def test_the_rest_is_loaded_into_the_index_that_is_there(world, use):
+    params = "M=16,efConstruction=100"
+    for index, words in (("FLAT", "FLAT"), (f"HNSW {params}", f"HNSW --milvus_params {params}")):
+        use(FakeMilvus(world[0].manifest, index=index))
+        with pytest.raises(UserError, match=f"load the rest: {LOAD} --milvus_index {words}$"):
+            open_search(world)
+
+
+def open_inference(folder, *more) -> DualInference:
+    """Return an inference on the tiny world in `folder`, made when it is not there."""
+    if not (folder / "data").exists():
+        make_world(folder)
+    words = [*options(folder, folder / "out"), "--dual_params", "none", "--device", "cpu"]
+    words += ["--pretrained_model_path", str(folder / "model"), *more]
+    return DualInference(infer(*words), 5, 10)
+
+
+ON_SERVER = ("--engine", "milvus", "--milvus_uri", "http://h:1")
+
+
+def test_vectors_of_another_device_and_block_size_are_searched(use, tmp_path):
+    other = dict(device="cuda", precision="bf16", block_rows=7)
+    manifest = {**open_inference(tmp_path).passage_manifest, **other}
+    store = VectorStore(tmp_path / "out/para_emb", manifest)
+    client = use(FakeMilvus(manifest))
+    client.rows = {row: {"row": row} for row in range(store.rows)}
+    inference = open_inference(tmp_path, *ON_SERVER)
+    assert inference.milvus.store is None
+    write_json(store.manifest_path, manifest)
+    for block in range(store.block_count):
+        first, last = store.block_range(block)
+        store.write_block(block, np.zeros((last - first, store.hidden), np.float16))
+    inference = open_inference(tmp_path, *ON_SERVER)
+    assert inference.milvus.store.manifest["device"] == "cuda"  # the blocks that the collection is of
+    stamp = inference.run_stamp()
+    assert (stamp["passage device"], stamp["passage precision"], stamp["block_rows"]) == ("cuda", "bf16", 7)
+    assert (stamp["query device"], stamp["query precision"]) == ("cpu", "fp32")
+    use(FakeMilvus({**manifest, "weights": "other"}))
+    with pytest.raises(UserError, match=r"other vectors \(weights: other -> \w+\); load these"):
+        open_inference(tmp_path, *ON_SERVER)
+
+
+@pytest.mark.parametrize("ids", ["given", "beside", "none"])
+def test_the_command_that_is_named_loads_what_is_searched(use, tmp_path, monkeypatch, ids):
+    folder = make_world(tmp_path / "a b; c")
+    index = "HNSW M=16,efConstruction=100"
+    use(FakeMilvus(open_inference(folder).passage_manifest, index=index))
+    passages = folder / "data/passage-collection"
+    path = {"given": "my ids.json", "beside": f"{passages}/passage2id.map.json", "none": "none"}[ids]
+    more = ("--passage_dir", str(passages)) if ids == "beside" else ("--passage_ids", path)
+    with pytest.raises(UserError, match="load the rest: python script/milvus_load.py") as refused:
+        open_inference(folder, *ON_SERVER, *more)
+    seen, loader = [], runpy.run_path(str(ROOT / "script/milvus_load.py"))
+    monkeypatch.setitem(loader["main"].__globals__, "run", seen.append)
+    assert loader["main"](shlex.split(str(refused.value).split("load the rest: ")[1])[2:]) == 0
+    assert (seen[0].output_dir, seen[0].data_dir) == (str(folder / "out"), str(folder / "data"))
+    assert (seen[0].milvus_index, seen[0].milvus_params) == tuple(index.split())
+    assert (seen[0].passage_ids, seen[0].milvus_uri) == (path, "http://h:1")
 
 
 def test_a_failure_is_one_line_without_credentials(world, use, monkeypatch):

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from torch_src.planning import Plan, evenly, memory_gb, seconds_a_text, seconds_
 from torch_src.retriever import Retriever, load_model
 from torch_src.search import Resident, choose_kind, chunk_rows, search
 from torch_src.stamps import clear_stamp, fingerprint_text, seal, up_to_date, write_stamp
-from torch_src.vectors import DamagedBlock, VectorStore, new_manifest, save_vectors
+from torch_src.vectors import NO_MATTER, DamagedBlock, VectorStore, new_manifest, save_vectors
 
 INDEX = "para.index"
 
@@ -51,7 +52,7 @@ class DualInference(Retriever):
 
     @property
     def passage_manifest(self) -> dict:
-        """Return the manifest that vectors of this model and collection have."""
+        """Return the manifest that vectors of this model and collection have, when made here."""
         stamp = {**self.vector_stamp("passage"), "collection": self.collection.fingerprint}
         return new_manifest(stamp, len(self.collection), self.width, self.hp.block_rows)
 
@@ -62,9 +63,11 @@ class DualInference(Retriever):
         if int(os.getenv("WORLD_SIZE", "1")) > 1:
             raise UserError("--engine milvus encodes only queries: run it without torchrun")
         names = ("para_emb", "milvus_uri", "milvus_collection")
-        given = {"output_dir": hp.output_dir, "data_dir": hp.data_dir}
-        given |= {name: getattr(hp, name) for name in names if getattr(hp, name)}
-        load = " ".join([COMMAND, *(f"--{name} {value}" for name, value in given.items())])
+        given = {"--output_dir": hp.output_dir, "--data_dir": hp.data_dir}
+        given |= {f"--{name}": getattr(hp, name) for name in names if getattr(hp, name)}
+        if hp.passage_ids or hp.passage_dir:
+            given["--passage_ids"] = hp.passage_ids_path
+        load = shlex.join([*COMMAND.split(), *(word for knob in given.items() for word in knob)])
         return MilvusSearch(
             hp.milvus_uri_path, hp.milvus_collection, self.passage_manifest, hp.para_emb_path,
             hp.search_params, load,
@@ -87,14 +90,17 @@ class DualInference(Retriever):
             engine = {name: getattr(self.hp, name) for name in names}
             engine["milvus_uri"] = self.hp.milvus_uri_path
             engine |= {"milvus_index": self.milvus.index, "scores": self.milvus.scores}
+            made = self.milvus.manifest  # perhaps on another machine
+            engine |= {f"passage {name}": made[name] for name in NO_MATTER}
+            engine["block_rows"] = made["block_rows"]
         return {
             "stage": "dual_infer",
             **sides,
             **texts,
             **index,
-            **engine,
             "block_rows": self.hp.block_rows,
             "topk": self.topk,
+            **engine,
         }
 
     def check_search(self) -> None:

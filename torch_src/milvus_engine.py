@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch_src.errors import UserError
 from torch_src.helpers import say, warn
 from torch_src.hparams import is_milvus_file
 from torch_src.stamps import changes
-from torch_src.vectors import VectorStore
+from torch_src.vectors import NO_MATTER, VectorStore
 
 RECORD, INDEX = "passage_vectors.record", "passage_vectors.index"  # properties of a collection
 FIELD, INDEX_NAME = "vector", "vector_idx"
@@ -220,6 +221,13 @@ def fill(collection: Collection, store: VectorStore, pids: np.ndarray | None) ->
         raise UserError(f"{collection}: {there:,} rows are there, not {store.rows:,}; pass --force")
 
 
+def index_options(index: str) -> str:
+    """Return the options of script/milvus_load.py that keep this index (Collection.index)."""
+    kind, _, params = index.partition(" ")
+    words = [*(("--milvus_index", kind) if kind else ()), *(("--milvus_params", params) if params else ())]
+    return "".join(f" {shlex.quote(word)}" for word in words)
+
+
 class MilvusSearch:
     """Top-k passages by a loaded collection; exact scores where the blocks of its vectors are here, too."""
 
@@ -233,20 +241,29 @@ class MilvusSearch:
         self.collection = collection = Collection(uri, name)
         if not collection.exists():
             raise UserError(f"{collection}: not there; load the vectors first: {load_command}")
-        record = collection.record()
-        if record is None:
-            raise UserError(f"{collection}: not made by {COMMAND}; give another --milvus_collection")
-        if different := changes(record["manifest"], manifest):
-            raise UserError(
-                f"{collection}: other vectors ({'; '.join(different)}); load these: {load_command} --force"
-            )
+        self.manifest = self.loaded_manifest(manifest, load_command)
         self.index = collection.index()
         if self.index:
             collection.load()
         if (there := collection.count() if self.index else 0) != self.rows:
             what = f"{there:,} of {self.rows:,} rows can be searched"
-            raise UserError(f"{collection}: {what}; load the rest: {load_command}")
-        self.store = VectorStore.where_complete(folder, manifest)
+            raise UserError(f"{collection}: {what}; load the rest: {load_command}{index_options(self.index)}")
+        self.flat = self.index == "FLAT"
+        self.store = VectorStore.where_complete(folder, self.manifest)
+
+    def loaded_manifest(self, manifest: dict, load_command: str) -> dict:
+        """Return the manifest of the vectors as they were loaded; UserError unless they are those of
+        `manifest`, in blocks of whatever size and encoded on whatever device.
+        """
+        record = self.collection.record()
+        if record is None:
+            raise UserError(f"{self.collection}: not made by {COMMAND}; give another --milvus_collection")
+        held = record["manifest"]
+        kept = {name: held[name] for name in (*NO_MATTER, "block_rows") if name in held}
+        if different := changes(held, {**manifest, **kept}):
+            what = f"other vectors ({'; '.join(different)})"
+            raise UserError(f"{self.collection}: {what}; load these: {load_command} --force")
+        return {**manifest, **kept}
 
     @property
     def scores(self) -> str:
@@ -260,23 +277,35 @@ class MilvusSearch:
         else:
             check_blocks(self.store)
 
+    def ask(self, queries: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what Milvus finds, as Collection.search; `depth` is at most the number of rows.
+
+        UserError when an index FLAT, which looks at every row, finds fewer.
+        """
+        rows, scores = self.collection.search(queries, depth, self.params)
+        if self.flat and (rows < 0).any():
+            raise UserError(
+                f"{self.collection}: Milvus gave fewer hits than it holds; is a query node down? run again"
+            )
+        return rows, scores
+
     def search(self, queries: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (rows (B, K) int64, scores (B, K) float64), best first, ties by row.
 
         An index FLAT gives what exact search gives: more than K are asked for, and more again as long as
         rounding in fp32 could have kept one of the best K out.
         """
-        keep, flat = min(topk, self.rows), self.index == "FLAT"
+        keep = min(topk, self.rows)
         if self.store is None:
-            return best_first(*self.collection.search(queries, keep, self.params), keep)
+            return best_first(*self.ask(queries, keep), keep)
         rows, scores = np.empty((len(queries), keep), np.int64), np.empty((len(queries), keep))
         most, left = min(self.rows, MOST_HITS), np.arange(len(queries))
-        depth = min(2 * keep, most) if flat else keep
+        depth = min(2 * keep, most) if self.flat else keep
         while len(left):
-            found, theirs = self.collection.search(queries[left], depth, self.params)
+            found, theirs = self.ask(queries[left], depth)
             exact = exact_scores_of(self.store, queries[left], found)
             rows[left], scores[left] = best_first(found, exact, keep)
-            left = left[unsure(scores[left], exact, theirs)] if flat and depth < self.rows else left[:0]
+            left = left[unsure(scores[left], exact, theirs)] if self.flat and depth < self.rows else left[:0]
             if depth == most:
                 break
             depth = min(4 * depth, most)

@@ -30,10 +30,9 @@ from torch_src.retriever import Retriever, load_model
 from torch_src.scoring import PairScorer, rank_pairs
 from torch_src.search import Resident, search
 from torch_src.stamps import changes, read_stamp
-from torch_src.vectors import VectorStore
+from torch_src.vectors import NO_MATTER, VectorStore
 
 LONGEST_QUESTION = 10_000  # characters; the models read far fewer
-NO_MATTER = ("precision", "device")  # of the vectors: a question may be encoded on another machine
 
 
 @dataclass(frozen=True)

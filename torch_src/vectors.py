@@ -13,6 +13,8 @@ from torch_src.errors import UserError
 from torch_src.helpers import atomic_write, read_json, warn, write_json
 from torch_src.stamps import CODE_VERSION, changes, record_seal
 
+NO_MATTER = ("precision", "device")  # to a search: another machine may encode the query
+
 
 class DamagedBlock(UserError):
     """A block whose bytes are not those that were written; `block` is its number."""
