@@ -226,6 +226,18 @@ def test_negatives_that_were_too_easy_are_noticed_at_inference_too(world, capsys
     assert "do not look like the candidates" in capsys.readouterr().out
 
 
+def test_lost_or_damaged_scores_of_training_negatives_are_written_again(world, capsys):
+    path = world / "output/cross_negatives.json"
+    assert train(world) == 0
+    before = path.read_bytes()
+    changed = before.replace(b"scores", b"Scores")
+    for damage in (path.unlink, lambda: path.write_bytes(before[:-9]), lambda: path.write_bytes(changed)):
+        damage()
+        assert train(world) == 0
+        assert "cross_negatives.json: damaged or not there; written again" in capsys.readouterr().out
+        assert path.read_bytes() == before
+
+
 def test_a_lost_or_damaged_record_is_written_again(world, capsys):
     record, config = world / "output/cross_hparams.json", world / "output/cross_model/config.json"
     record.unlink()

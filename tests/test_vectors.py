@@ -17,12 +17,12 @@ def make(folder, said=None, rows=9, hidden=3, block_rows=4, stamp=STAMP, force=F
     return VectorStore.create_or_continue(folder, stamp, rows, hidden, block_rows, say, force)
 
 
-def fill(store, seed=0):
+def fill(store, seed=0, **more):
     """Write every block; return all vectors."""
     vectors = np.random.default_rng(seed).normal(size=(store.rows, store.hidden)).astype(np.float16)
     for block in range(store.block_count):
         first, last = store.block_range(block)
-        store.write_block(block, vectors[first:last])
+        store.write_block(block, vectors[first:last], **more)
     return vectors
 
 
@@ -196,6 +196,15 @@ def test_a_block_without_its_note_is_not_there(tmp_path):
     (tmp_path / "block-00001.json").unlink()
     assert store.missing_blocks() == [1] and store.is_missing(1) and not store.is_missing(0)
     assert make(tmp_path).missing_blocks() == [1]
+
+
+def test_a_block_whose_note_was_changed_is_made_again(tmp_path):
+    """Even where the change is in what the note says for a reader, and the vectors would still be right."""
+    store = make(tmp_path)
+    fill(store, made_with={"threads": 2})
+    path = tmp_path / "block-00001.json"
+    path.write_text(path.read_text().replace('"threads": 2', '"threads": 3'))
+    assert store.missing_blocks() == [1]
 
 
 @pytest.mark.parametrize("block_rows", [1, 4, 9, 100])
