@@ -31,7 +31,7 @@ from torch_src.inference_stage import (
 )
 from torch_src.output_lock import output_lock
 from torch_src.passage_ids import check_length, read_passage_ids, rows_of
-from torch_src.planning import Plan, evenly, memory_gb, seconds_a_text
+from torch_src.planning import KEPT_GB, Plan, evenly, memory_gb, seconds_a_text
 from torch_src.scoring import PairScorer, fuse, rank_pairs
 from torch_src.stamps import clear_stamp, fingerprint_files, fingerprint_text, seal, up_to_date
 from torch_src.tokenization import TextRules, tokenizer_fingerprint
@@ -165,6 +165,7 @@ class CrossInference:
         what = f"score {self.pairs:,} pairs ({mean:.0f} tokens, {mean / each:,.0f} tokens/s)"
         planned.add(what, each * self.pairs)
         planned.ram_gb, planned.gpu_gb = memory_gb(self.device)
+        planned.ram_gb += KEPT_GB
         planned.disk_gb = 150 * self.pairs / 1e9  # a line of each of four files, and the scores in blocks
         planned.advice = "lower --tokens_per_batch or --block_pairs"
         return planned

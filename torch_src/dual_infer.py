@@ -32,7 +32,7 @@ from torch_src.inference_de_hparams import DEBUG, InferenceDeHparams
 from torch_src.inference_stage import read_query_ids
 from torch_src.milvus_engine import COMMAND, MOST_HITS, MilvusSearch
 from torch_src.output_lock import TOGETHER, output_lock
-from torch_src.planning import Plan, evenly, memory_gb, seconds_a_text, seconds_of
+from torch_src.planning import KEPT_GB, Plan, evenly, memory_gb, seconds_a_text, seconds_of
 from torch_src.retriever import Retriever, load_model
 from torch_src.search import Resident, choose_kind, chunk_rows, search
 from torch_src.stamps import clear_stamp, fingerprint_text, seal, up_to_date, write_stamp
@@ -182,7 +182,7 @@ class DualInference(Retriever):
         if queries:
             planned.add(f"search {queries:,} queries, exactly", self.search_seconds(encoder.width, queries))
         ram, planned.gpu_gb = memory_gb(self.device)
-        planned.ram_gb = max(planned.ram_gb, ram, ram + index_bytes / 1e9)
+        planned.ram_gb = max(planned.ram_gb, ram, ram + index_bytes / 1e9) + KEPT_GB
         planned.disk_gb = (rows * (2 * encoder.width + 8) + index_bytes) / 1e9
         planned.advice = "lower --search_memory_gb, --bs or --block_rows"
         if self.hp.index:
