@@ -1,6 +1,7 @@
 """Training curves from tensorboard's event files, and the lengths of texts; for script/report.py."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def read_curves(folder: Path, name: str) -> tuple[Curves | None, str]:
 def read_board(board: Path) -> tuple[list[Points], str]:
     """Return (the curves of each event file that has any, what is wrong with the others)."""
     files, trouble = [], []
-    for path in sorted(board.glob("events.out.tfevents.*")):
+    for path in sorted(board.glob("events.out.tfevents.*"), key=numbers_in_the_name):
         try:
             points, why = read_events(path), "no value can be read: damaged, or ended before the first"
         except OSError as error:
@@ -70,6 +71,11 @@ def read_board(board: Path) -> tuple[list[Points], str]:
         else:
             trouble.append(f"{path}: {why}")
     return files, "; ".join(trouble)
+
+
+def numbers_in_the_name(path: Path) -> list[int]:
+    """Return second, process and count, which order event files by age; as text, 10 would stand before 9."""
+    return [int(number) for number in re.findall(r"\d+", path.name)]
 
 
 def read_events(path: Path) -> Points:

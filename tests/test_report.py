@@ -236,6 +236,16 @@ def train(folder, name: str, losses: dict[int, float], from_step: int = 0) -> No
     torch.save({"progress": {"history": history, "best_step": 2}}, folder / f"{name}_checkpoint.pt")
 
 
+def test_event_files_stand_by_age(tmp_path):
+    names = [
+        "events.out.tfevents.17.h.5.9.x",
+        "events.out.tfevents.17.h.5.10.x",
+        "events.out.tfevents.18.h.4.0.x",
+    ]
+    found = sorted((tmp_path / name for name in reversed(names)), key=report_curves.numbers_in_the_name)
+    assert [path.name for path in found] == names
+
+
 def test_event_files_of_both_models_in_one_folder_are_told_apart(tmp_path):
     train(tmp_path, "old", {1: 9.0, 2: 8.0})  # an earlier training, whose checkpoint is gone
     train(tmp_path, "dual", {1: 3.0, 2: 2.0, 3: 1.9})
