@@ -182,7 +182,7 @@ class DualInference(Retriever):
         if queries:
             planned.add(f"search {queries:,} queries, exactly", self.search_seconds(encoder.width, queries))
         ram, planned.gpu_gb = memory_gb(self.device)
-        planned.ram_gb = max(planned.ram_gb, ram, ram + index_bytes / 1e9) + KEPT_GB
+        planned.ram_gb = max(planned.ram_gb, ram + index_bytes / 1e9) + KEPT_GB
         planned.disk_gb = (rows * (2 * encoder.width + 8) + index_bytes) / 1e9
         planned.advice = "lower --search_memory_gb, --bs or --block_rows"
         if self.hp.index:
@@ -282,7 +282,7 @@ def search_soundly(inference: DualInference, path: Path, dropped: set[int]) -> b
     try:
         inference.write_run(path, queries, store)
     except DamagedBlock as damage:
-        if store is None or inference.milvus:
+        if inference.milvus:
             raise  # no passage is encoded in this run: nothing would make the block again
         store.drop_once(damage, dropped)
         return False

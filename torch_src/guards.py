@@ -6,7 +6,7 @@ import numpy as np
 
 from torch_src.errors import UserError
 from torch_src.helpers import read_json, write_json
-from torch_src.stamps import record_seal
+from torch_src.stamps import seal_holds, sealed
 
 FLAT = 1e-3  # a spread of logits within a query below this decides nothing
 TIED = 0.5  # share of a run's candidates with the same score as another of their query
@@ -53,7 +53,7 @@ def negatives_path(params) -> Path:
 def write_negatives(params, weights: str, scores: np.ndarray) -> None:
     """Keep the scores (N,) that weights with this fingerprint give some training negatives."""
     record = {"weights": weights, "scores": [round(x, 6) for x in scores.tolist()]}
-    write_json(negatives_path(params), {**record, "seal": record_seal(record)})
+    write_json(negatives_path(params), sealed(record))
 
 
 def read_negatives(params, weights: str) -> np.ndarray | None:
@@ -62,7 +62,7 @@ def read_negatives(params, weights: str) -> np.ndarray | None:
         record = read_json(negatives_path(params))
     except UserError:
         return None
-    if record.get("seal") != record_seal(record) or record.get("weights") != weights:
+    if not seal_holds(record) or record.get("weights") != weights:
         return None
     return np.array(record["scores"], dtype=np.float32)
 

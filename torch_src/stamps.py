@@ -71,6 +71,16 @@ def record_seal(record: dict) -> str:
     return fingerprint_text(json.dumps(rest, sort_keys=True))
 
 
+def sealed(record: dict) -> dict:
+    """Return the record with its seal."""
+    return {**record, "seal": record_seal(record)}
+
+
+def seal_holds(record: dict) -> bool:
+    """Return whether the record is, entry by entry, the one that was sealed."""
+    return record.get("seal") == record_seal(record)
+
+
 def changes(old: dict, new: dict) -> list[str]:
     """Return `field: from -> to` of every field in which the two stamps differ."""
     new = json.loads(

@@ -22,7 +22,8 @@ from torch_src.stamps import (
     changed_files,
     clear_stamp,
     fingerprint_files,
-    record_seal,
+    seal_holds,
+    sealed,
     up_to_date,
     write_stamp,
 )
@@ -179,7 +180,7 @@ class TrainingStage:
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "model_files": {path.name: fingerprint_files([path]) for path in files}, "weights": weights,
         }  # fmt: skip
-        write_json(self.record_path, {**record, "seal": record_seal(record)})
+        write_json(self.record_path, sealed(record))
 
     def record_is_sound(self) -> bool:
         """Return whether record and model folder are, byte for byte, what was written beside the weights."""
@@ -188,7 +189,7 @@ class TrainingStage:
         except UserError:
             return False
         files = record.get("model_files")
-        if record.get("seal") != record_seal(record) or not isinstance(files, dict):
+        if not seal_holds(record) or not isinstance(files, dict):
             return False
         return not changed_files(self.model_folder, files)
 

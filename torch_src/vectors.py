@@ -11,7 +11,7 @@ import xxhash
 from torch_src.claims import Claims
 from torch_src.errors import UserError
 from torch_src.helpers import atomic_write, read_json, warn, write_json
-from torch_src.stamps import CODE_VERSION, changes, record_seal
+from torch_src.stamps import CODE_VERSION, changes, record_seal, seal_holds, sealed
 
 NO_MATTER = ("precision", "device")  # to a search: another machine may encode the query
 
@@ -127,8 +127,7 @@ class VectorStore:
             note = read_json(self.note_path(block))
         except UserError:
             return {}
-        sound = note.get("seal") == record_seal(note) and note.get("manifest") == self.identity
-        return note if sound else {}
+        return note if seal_holds(note) and note.get("manifest") == self.identity else {}
 
     def missing_blocks(self) -> list[int]:
         """Return the blocks that are not there yet, whole."""
@@ -152,7 +151,7 @@ class VectorStore:
         with atomic_write(self.block_path(block), "wb") as file:
             np.save(file, vectors, allow_pickle=False)
         note = {**(made_with or {}), "manifest": self.identity, "xxh3": _checksum(vectors)}
-        write_json(self.note_path(block), {**note, "seal": record_seal(note)})
+        write_json(self.note_path(block), sealed(note))
 
     def drop_once(self, damage: DamagedBlock, dropped: set[int]) -> None:
         """Forget the block, to be made again, and note it in `dropped`; a second time it is raised."""
