@@ -19,7 +19,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
@@ -28,7 +27,7 @@ import numpy as np
 
 from torch_src.collection import PassageCollection
 from torch_src.errors import UserError
-from torch_src.formats import RunRow, format_run_row, read_queries, read_question_ids, read_run
+from torch_src.formats import RunRow, format_run_row, read_queries, read_question_ids, run_by_query
 from torch_src.helpers import atomic_write, duration, exit_status, say, warn
 from torch_src.stamps import (
     clear_stamp,
@@ -178,11 +177,11 @@ def fuse(given) -> None:
 def by_query(path) -> Iterator[tuple[str, list[RunRow]]]:
     """Yield (query, its rows) of a run whose queries' lines stand together."""
     seen = set()
-    for query, rows in groupby(read_run(path), key=lambda row: row.query):
+    for query, rows in run_by_query(path):
         if query in seen:
             raise UserError(f"{path}: the lines of the query {query[:40]!r} do not stand together")
         seen.add(query)
-        yield query, list(rows)
+        yield query, rows
 
 
 def standardised(values: np.ndarray) -> np.ndarray:

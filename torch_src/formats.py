@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from torch_src.errors import UserError
 
@@ -292,3 +293,9 @@ def read_run(path) -> Iterator[RunRow]:
         if parsed.row < 0 or parsed.rank < 1 or not math.isfinite(parsed.score):
             raise FormatError(path, line, "expected row >= 0, rank >= 1 and a finite score")
         yield parsed
+
+
+def run_by_query(path) -> Iterator[tuple[str, list[RunRow]]]:
+    """Yield (query, its rows best first) of a run."""
+    for query, rows in groupby(read_run(path), key=lambda row: row.query):
+        yield query, list(rows)

@@ -9,7 +9,6 @@ probability that a candidate is better than the query's best positive.
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy as np
 from torch_src.collection import PassageCollection
 from torch_src.datasets import DualTrainingSet
 from torch_src.errors import UserError
-from torch_src.formats import FormatError, RunRow, format_run_row, read_lines, read_run
+from torch_src.formats import FormatError, RunRow, format_run_row, read_lines, run_by_query
 from torch_src.helpers import atomic_write
 from torch_src.mined_files import COLUMNS, SIDECAR
 from torch_src.row_file import text_hash
@@ -53,12 +52,6 @@ def locate_positives(data: DualTrainingSet, collection: PassageCollection) -> di
             if (key := text_hash(same_text(text))) in wanted:
                 found.setdefault(key, []).append(row)
     return found
-
-
-def run_by_query(path) -> Iterator[tuple[str, list[RunRow]]]:
-    """Yield (query, its rows best first) of a run."""
-    for query, rows in groupby(read_run(path), key=lambda row: row.query):
-        yield query, list(rows)
 
 
 def with_positives(data: DualTrainingSet, located: dict[int, list[int]], run: Path, target: Path) -> None:
