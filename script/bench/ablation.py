@@ -2,6 +2,7 @@
 
     python script/bench/ablation.py --data_dir D --model M --cross_params C --folder F --seeds 1 2 3
     python script/bench/ablation.py ... --queries 1000 --dev_queries 300      a part of the data set, drawn
+    python script/bench/ablation.py ... --queries 400 --whole_collection      fewer queries, every passage
 
 Every rung keeps what the one before added, and has the same number of updates and the same seeds:
 
@@ -28,6 +29,7 @@ import numpy as np
 from metric.evaluation import compute_metrics, load_reference, load_result
 from script.convert_dataset import Layout, Query
 from script.run_all import call, convert
+from torch_src.collection import PassageCollection
 from torch_src.errors import UserError
 from torch_src.formats import parse_dual_row, read_lines
 from torch_src.helpers import exit_status, read_json, write_json
@@ -37,8 +39,10 @@ from torch_src.inference_de_hparams import DEBUG, InferenceDeHparams
 RUNGS = ("base", "batch", "mined", "denoised", "distilled")
 
 
-def make_part(source: Path, folder: Path, queries: int, dev_queries: int) -> None:
-    """Write a part of a data set: so many training and dev queries, and the passages that they name."""
+def make_part(source: Path, folder: Path, queries: int, dev_queries: int, whole: bool) -> None:
+    """Write a part of a data set: so many training and dev queries, and the passages that they name (`whole`:
+    every passage).
+    """
     path, draw = source / "train/dual.train.tsv", np.random.default_rng(0)
     rows = [parse_dual_row(text, path, line) for line, text in read_lines(path)]
     texts = list(dict.fromkeys(row.query for row in rows))
@@ -47,6 +51,9 @@ def make_part(source: Path, folder: Path, queries: int, dev_queries: int) -> Non
     chosen = {texts[at] for at in draw.choice(len(texts), queries, replace=False)}
     dev = [json.loads(text) for _, text in read_lines(source / "dev/dev.json")][:dev_queries]
     pids: dict[str, str] = {}
+    if whole:
+        collection = PassageCollection(source / "passage-collection")
+        pids = {text: f"p{row}" for row, text in enumerate(dict.fromkeys(collection[:]))}
     found: dict[str, Query] = {}
     for row in rows:
         if row.query in chosen:
@@ -73,10 +80,10 @@ class Ladder:
         self.given, self.folder = given, Path(given.folder).resolve()
         self.data = Path(given.data_dir).resolve()
         if given.queries:
-            part, names = self.folder / "data", ("data_dir", "queries", "dev_queries")
+            part, names = self.folder / "data", ("data_dir", "queries", "dev_queries", "whole_collection")
             wanted = {name: getattr(given, name) for name in names}
             if not part.exists():
-                make_part(self.data, part, given.queries, given.dev_queries)
+                make_part(self.data, part, given.queries, given.dev_queries, given.whole_collection)
                 write_json(self.folder / "part.json", wanted)
             elif read_json(self.folder / "part.json") != wanted:
                 raise UserError(f"{part}: another part than the one asked for; name another --folder")
@@ -151,6 +158,7 @@ def parsed() -> argparse.Namespace:
         ("dev_queries", 300), ("p_max_seq_len", 96), ("threads", 0),
     ):  # fmt: skip
         options.add_argument(f"--{name}", type=int, default=default)
+    options.add_argument("--whole_collection", action="store_true")
     options.add_argument("--lr", type=float, default=5e-5)
     options.add_argument("--max_score", type=float, default=0.1)
     return options.parse_args()

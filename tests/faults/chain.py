@@ -32,6 +32,7 @@ class Stage:
     results: dict[str, bytes] = field(default_factory=dict)
     seconds: float = 0.0
     first_write: float = 0.0  # seconds until it first wrote
+    pace: float = 1.0  # the part of its time in which a kill still meets it running
 
 
 class Chain:

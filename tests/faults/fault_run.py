@@ -83,22 +83,27 @@ class FaultRun:
     # ---- kills
 
     def kills(self, count: int) -> None:
-        """Kill a stage once to three times, mostly after its first write, then let it finish."""
-        while count > 0:
-            stage, left = self.draw.choice(self.chain.stages), min(count, self.draw.randint(1, 3))
+        """Kill a stage once to three times, mostly after its first write, then let it finish.
+
+        A moment that comes after the program's end kills nothing: it is not counted, another is drawn.
+        """
+        while self.counts["kills"] < count:
+            stage, left = self.draw.choice(self.chain.stages), self.draw.randint(1, 3)
             self.chain.restore(self.chain.before(stage))
             done: dict[str, int] = {}
-            for _ in range(left):
-                self.kill(stage, done)
+            for _ in range(min(left, count - self.counts["kills"])):
+                hit = self.kill(stage, done)
                 done = self.chain.done_work(stage)
+                if not hit:
+                    break
             self.finish("kill", stage, done)
-            count -= left
 
-    def kill(self, stage: Stage, done: dict[str, int]) -> None:
+    def kill(self, stage: Stage, done: dict[str, int]) -> bool:
+        """Start the stage and send it a signal at a drawn moment; return whether it was still running."""
         running, number = self.chain.start(stage), self.draw.choice(SIGNALS)
         while running.poll() is None and not running.log.stat().st_size:
             time.sleep(0.002)  # before its first line it is python's start that a signal would meet
-        late, share = self.draw.random() < 0.75, self.draw.random()
+        late, share = self.draw.random() < 0.75, self.draw.random() * stage.pace
         if late:
             seen = files(self.chain.out)
             while running.poll() is None and files(self.chain.out) == seen:
@@ -109,14 +114,17 @@ class FaultRun:
         alive = running.poll() is None
         running.send_signal(number)
         running.wait()
-        self.counts["kills"] += 1
+        # a run that carries on is shorter than a whole one, and the machine has its moods: the moments follow
+        stage.pace = min(1.0, stage.pace * (1.1 if alive else 0.8))
+        self.counts["kills"] += alive
         self.counts["kills after the first write"] += late and alive
-        self.counts["kills after the end"] += not alive
+        self.counts["kills drawn again (the program had ended)"] += not alive
         self.look("kill", running)
         self.compare_work("kill", stage, done, running.output())
         saved, told = self.chain.done_work(stage).get("step"), max(steps(running.output()), default=0)
         if stage.name.endswith("_train") and told > 1 and (saved or 0) < told - 1:
             self.fail("lost work", f"{stage.name}: {told} updates, {saved} of them saved")
+        return alive
 
     # ---- damaged files
 
