@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, DistilBertConfig
 
+from torch_src import batches
 from torch_src.candidates import ListedCandidates
 from torch_src.cross_model import (
     Float32Linear,
@@ -420,6 +421,24 @@ def test_scores_do_not_depend_on_batch_size_or_token_budget(model, tokenizer, ba
     other = scorer(model, tokenizer, batch_size, tokens).score_all(candidates)
     assert usual.std() > 0.1 and np.abs(usual - other).max() < 1e-4
     assert orders(candidates, usual) == orders(candidates, other)
+
+
+def test_out_of_memory_halves_the_budget_of_the_scorer(model, tokenizer, monkeypatch, capsys):
+    candidates = listed(tokenizer, 3, 10)
+    usual = scorer(model, tokenizer).score_all(candidates)
+
+    class TooLittleMemory(torch.nn.Module):
+        """The model on a device that has room for 150 tokens."""
+
+        def forward(self, input_ids, *rest):
+            if input_ids.numel() > 150:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return model(input_ids, *rest)
+
+    monkeypatch.setattr(batches, "LEAST_TOKENS", 10)
+    one = scorer(TooLittleMemory(), tokenizer, tokens=1000)
+    assert np.abs(one.score_all(candidates) - usual).max() < 1e-4
+    assert one.tokens_per_batch == 125 and capsys.readouterr().out.count("halved to") == 3
 
 
 def test_scores_do_not_depend_on_the_order_of_the_pairs(model, tokenizer):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from torch_src import encoding
+from torch_src import batches, encoding
 from torch_src.collection import PassageCollection
 from torch_src.encoding import Encoder, Progress, encode_collection, to_float16
 from torch_src.errors import UserError
@@ -270,12 +270,12 @@ def test_out_of_memory_halves_the_budget_and_carries_on(make_encoder, monkeypatc
     texts = make_texts(50)
     expected = make_encoder().encode(texts)
     monkeypatch.setattr(encoding, "embed", too_little_memory)
-    monkeypatch.setattr(encoding, "LEAST_TOKENS", 10)
+    monkeypatch.setattr(batches, "LEAST_TOKENS", 10)
     encoder = make_encoder(1000, 1000)
     assert np.abs(encoder.encode(texts) - expected).max() < 1e-5
     assert encoder.tokens_per_batch == 125
     assert capsys.readouterr().out.count("halved to") == 3
-    monkeypatch.setattr(encoding, "LEAST_TOKENS", 200)
+    monkeypatch.setattr(batches, "LEAST_TOKENS", 200)
     with pytest.raises(UserError, match="out of memory at 250 tokens"):
         make_encoder(1000, 1000).encode(texts)
 

@@ -35,6 +35,7 @@ ROWS = [
         "mined_files",
     ],
     [
+        "batches",
         "datasets",
         "cross_datasets",
         "dual_model",

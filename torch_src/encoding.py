@@ -14,23 +14,23 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from torch_src.batches import InBatches
 from torch_src.claims import Claims
 from torch_src.collection import PassageCollection
 from torch_src.devices import autocast, tensors_to
 from torch_src.dual_model import embed, shorten
 from torch_src.errors import UserError
-from torch_src.helpers import duration, one_ahead, say, warn
+from torch_src.helpers import duration, one_ahead, say
 from torch_src.token_table import TokenTable
 from torch_src.tokenization import TextRules, tokenize
 from torch_src.vectors import VectorStore
 
 TOKENIZE_AHEAD = 4096  # texts tokenised in one piece: their Python lists of ids take about 17 KB a passage
-LEAST_TOKENS = 512  # a token budget is not halved below this
 POLL_SECONDS = 1.0  # between looks whether the other processes are done with their blocks
 
 
 @dataclass
-class Encoder:
+class Encoder(InBatches):
     """One tower with all that turns a text into its vector."""
 
     tower: PreTrainedModel
@@ -68,27 +68,19 @@ class Encoder:
     ) -> np.ndarray:
         """Return the vectors (N, H) of `dtype`; done(texts, tokens) is called after each forward pass.
 
-        Texts of like length stand together, so that hardly a padded token is computed; longest first, so that
-        a batch which does not fit fails in the first minute. The vectors stay on the device until the last:
-        on CUDA nothing waits for a single batch.
+        The vectors stay on the device until the last: on CUDA nothing waits for a single batch.
         """
         was_training = self.tower.training
         self.tower.eval()
         vectors = torch.empty((len(table), self.width), dtype=dtype, device=self.device)
-        order = np.argsort(-table.lengths, kind="stable")
-        start = 0
+
+        def forward(rows: np.ndarray) -> None:
+            self._forward(table, rows, vectors)
+            if done is not None:
+                done(len(rows), int(table.lengths[rows].sum()))
+
         with autocast(self.device, self.precision):  # one context: the cast weights are kept for all batches
-            while start < len(order):
-                longest = max(1, int(table.lengths[order[start]]))
-                rows = order[start : start + max(1, min(self.batch_size, self.tokens_per_batch // longest))]
-                try:
-                    self._forward(table, rows, vectors)
-                except torch.OutOfMemoryError as error:
-                    self._halve_budget(longest, error)
-                    continue
-                start += len(rows)
-                if done is not None:
-                    done(len(rows), int(table.lengths[rows].sum()))
+            self.for_each_batch(table.lengths, forward)
         self.tower.train(was_training)
         return vectors.cpu().numpy()
 
@@ -97,17 +89,6 @@ class Encoder:
         input_ids, mask, at = tensors_to(self.device, *arrays)
         found = embed(self.tower, input_ids, mask, self.pooling, self.normalize)
         vectors[at] = shorten(found, self.width, self.normalize).to(vectors.dtype)
-
-    def _halve_budget(self, longest: int, error: torch.OutOfMemoryError) -> None:
-        if self.tokens_per_batch // 2 < max(LEAST_TOKENS, longest):
-            raise UserError(
-                f"{self.device}: out of memory at {self.tokens_per_batch} tokens a forward pass, and no less "
-                "is possible; use a smaller model or length, or free the device's memory"
-            ) from error
-        self.tokens_per_batch //= 2
-        warn(f"{self.device}: out of memory; tokens_per_batch halved to {self.tokens_per_batch}")
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def encode_collection(

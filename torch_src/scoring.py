@@ -7,18 +7,19 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from torch_src.batches import InBatches
 from torch_src.candidates import Candidates
 from torch_src.cross_model import CrossEncoder
 from torch_src.devices import autocast
 from torch_src.errors import UserError
 from torch_src.helpers import one_ahead
-from torch_src.tokenization import Pairs, TextRules, length_sorted_batches, pad, tokenize_pairs
+from torch_src.tokenization import Pairs, TextRules, pad, tokenize_pairs
 
 TOKENIZE_AHEAD = 4096  # pairs tokenised in one piece
 
 
 @dataclass
-class PairScorer:
+class PairScorer(InBatches):
     """A cross-encoder with all that turns a pair of texts into its logit."""
 
     model: CrossEncoder
@@ -27,7 +28,7 @@ class PairScorer:
     device: torch.device
     precision: str
     batch_size: int  # pairs in one forward pass, at most
-    tokens_per_batch: int  # padded tokens in one forward pass, at most
+    tokens_per_batch: int  # padded tokens in one forward pass, at most; halved when memory does not suffice
 
     def tokenize(self, queries: list[str], passages: list[str]) -> Pairs:
         """Return the pairs' token ids."""
@@ -39,10 +40,13 @@ class PairScorer:
         was_training = self.model.training
         self.model.eval()
         logits = np.empty(len(pairs.ids), dtype=np.float32)
-        for rows in length_sorted_batches(pairs.lengths, self.batch_size, self.tokens_per_batch):
+
+        def forward(rows: np.ndarray) -> None:
             with autocast(self.device, self.precision):
                 batch = self.model(*pair_tensors(pairs, rows, self.tokenizer.pad_token_id, self.device))
             logits[rows] = batch.cpu().numpy()
+
+        self.for_each_batch(np.asarray(pairs.lengths), forward)
         self.model.train(was_training)
         if not np.isfinite(logits).all():
             raise UserError(
