@@ -27,7 +27,8 @@ CHUNK_ROWS = {
     "cpu": 2048,
     "cuda": 65536,
 }  # passages scored at once, at most: on a CPU they stay in its caches
-REFINE_PAIRS = 2048  # pairs scored in fp32 or fp64 at once
+REFINE_PAIRS = 2048  # pairs scored in fp64, and put in, at once
+CACHED_PAIRS = {"cpu": 256, "cuda": REFINE_PAIRS}  # pairs scored in fp32 at once: both sides stay in a cache
 RESIDENT_SHARE = 0.6  # of a GPU's free memory that vectors may take for good
 PAIRS_SHARE = 1 / 128  # of all pairs of a chunk: beyond it the fast product decides too little to pay
 LONGEST_REST = 16  # chunks for which a product that decided too little is left out, at most
@@ -137,14 +138,26 @@ class Searcher:
         floor = worst - self.plain.bound(vectors)
         for start in range(0, len(query), REFINE_PAIRS):
             q, c = query[start : start + REFINE_PAIRS], column[start : start + REFINE_PAIRS]
-            scores = (self.plain.queries[q] * vectors[c]).sum(1)
-            near = scores.double() >= floor[q]
+            near = self._fp32_scores(vectors, q, c).double() >= floor[q]
             q, c = q[near].cpu().numpy(), c[near]
             exact = _inner_products(self.queries[q], chunk[c].cpu().numpy())
             c = c.cpu().numpy()
             self.effort.exact_pairs += len(q)
             enters = exact >= self.best.worst[q]
             self.best.add(q[enters], c[enters] + first, exact[enters])
+
+
+    def _fp32_scores(self, vectors: torch.Tensor, query: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Return the inner products (n,) fp32 of pairs (query, column of this chunk)."""
+        size = CACHED_PAIRS[self.device.type]
+        left, right = (self.plain.scratch.like(vectors[:size], side) for side in ("left", "right"))
+        scores = torch.empty(len(query), dtype=torch.float32, device=self.device)
+        for start in range(0, len(query), len(left)):
+            q, c = query[start : start + len(left)], column[start : start + len(left)]
+            one = torch.index_select(self.plain.queries, 0, q, out=left[: len(q)])
+            other = torch.index_select(vectors, 0, c, out=right[: len(q)])
+            torch.sum(one.mul_(other), 1, out=scores[start : start + len(q)])
+        return scores
 
 
 def _inner_products(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
