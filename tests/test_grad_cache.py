@@ -1,5 +1,6 @@
 """Cached gradients against those of one graph, for every combination of the options that meet in them."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -82,9 +83,11 @@ DUAL = [
 @pytest.mark.parametrize("batches", [1, 2])
 @pytest.mark.parametrize("knobs", DUAL, ids=lambda knobs: "-".join(map(str, knobs.values())))
 def test_dual_gradients_are_those_of_one_graph(world, knobs, batches):
-    for chunk in (0, 1, 3, 100):
-        made = stage(world, "dual", batch_size=8, dropout=0.0, grad_cache_chunk=chunk, **knobs)
-        assert apart(gradients(made, batches), one_graph(made, batches)) < 1e-9
+    made = stage(world, "dual", batch_size=6, dropout=0.0, **knobs)
+    expected = one_graph(made, batches)
+    for chunk in (0, 1, 4, 100):
+        made.hp = dataclasses.replace(made.hp, grad_cache_chunk=chunk)
+        assert apart(gradients(made, batches), expected) < 1e-9
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -284,12 +287,12 @@ def test_distillation_alone_fits_the_teacher(world, tmp_path, kind):
     fields = [["", "", "", "", f"{len(row) % 5}", "", "", "", "", f"{len(row) % 3 - 2}"] for row in rows]
     write(tmp_path / "dual.train.ids.tsv", ["\t".join(COLUMNS), *("\t".join(field) for field in fields)])
     knobs = dict(
-        batch_size=8, dropout=0.0, normalize=True, temperature=0.05, pooling="mean", hard_negatives=2
+        batch_size=6, dropout=0.0, normalize=True, temperature=0.05, pooling="mean", hard_negatives=2
     )
     more = dict(
         distill_loss=kind, contrastive_weight=0.0, train_set=str(tmp_path / "dual.train.tsv"), lr=2e-3
     )
-    made = stage(world, "dual", epoch=30, max_steps=60, **knobs, **more)
+    made = stage(world, "dual", epoch=30, max_steps=40, **knobs, **more)
     losses = []
     trainer = Trainer(made.hp, made.task(), made.device, "fp32", str(tmp_path / "c.pt"), {})
     note = trainer._note
