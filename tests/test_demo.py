@@ -160,6 +160,7 @@ def test_an_index_is_used_as_it_is(world):
     refused(world, "factory: Flat -> HNSW32", index="HNSW32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [{"search_memory_gb": 0.0}, {"index": "Flat"}, {}])
 def test_vectors_made_again_under_an_open_page(world, way):
     again = [*options(world, world / "output"), "--index", "Flat", "--force"]
@@ -212,6 +213,7 @@ def test_vectors_of_another_precision_are_taken(world):
     assert SearchService(settings(world, precision="fp32")).answer("鱼").recall
 
 
+@pytest.mark.slow
 def test_many_at_once(service, trained):
     asked = queries(trained) * 3
     alone = [service.answer(query) for query in asked]

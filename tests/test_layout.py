@@ -118,6 +118,7 @@ def test_stand_alone_programs_use_the_standard_library_alone(path):
     assert others <= ({"common"} if path.parent.name == "metric" else set())
 
 
+@pytest.mark.slow
 def test_nothing_happens_at_import(tmp_path):
     """With another program's arguments in an empty folder: no parsing, file, device or environment."""
     names = [f"torch_src.{path.stem}" for path in MODULES] + [

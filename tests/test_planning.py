@@ -31,7 +31,7 @@ def test_before_anything_is_trained(world, tmp_path, capsys, program, counted):
     assert program.main([*words, "--plan"]) == 0
     out = capsys.readouterr().out
     assert counted in out and "it fits" in out and "time in all" in out
-    assert re.search(r"memory +0\.\d\d GB of", out) and re.search(r"disk +0\.\d\d GB of", out)
+    assert re.search(r"memory +\d\.\d\d GB of", out) and re.search(r"disk +0\.\d\d GB of", out)
     assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} <= {
         path.name for path in (tmp_path / "out/cache").glob("*")
     }

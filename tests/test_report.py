@@ -276,6 +276,7 @@ def test_a_torn_event_file_gives_what_is_whole(tmp_path):
     assert "to tell which are its own" in report_curves.read_curves(tmp_path, "dual")[1]  # or the other's
 
 
+@pytest.mark.slow
 def test_a_damaged_event_file_is_said(world):
     folder = world.output
     train(folder, "dual", {step: 3.0 / step for step in range(1, 21)})

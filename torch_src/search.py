@@ -146,7 +146,6 @@ class Searcher:
             enters = exact >= self.best.worst[q]
             self.best.add(q[enters], c[enters] + first, exact[enters])
 
-
     def _fp32_scores(self, vectors: torch.Tensor, query: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return the inner products (n,) fp32 of pairs (query, column of this chunk)."""
         size = CACHED_PAIRS[self.device.type]
