@@ -29,6 +29,7 @@ from torch_src.collection import PassageCollection
 from torch_src.errors import UserError
 from torch_src.formats import RunRow, format_run_row, read_queries, read_question_ids, run_by_query
 from torch_src.helpers import atomic_write, duration, exit_status, say, warn
+from torch_src.output_lock import output_lock
 from torch_src.stamps import (
     clear_stamp,
     fingerprint_files,
@@ -75,6 +76,11 @@ def schema():
 
 def index(given) -> None:
     """Write the index of the collection unless it is up to date."""
+    with output_lock(given.index):
+        _index(given)
+
+
+def _index(given) -> None:
     collection = PassageCollection(given.passage_dir, given.index / "cache")
     stamp = {"stage": "bm25", "collection": collection.fingerprint, "terms": PIECES.pattern}
     mark, folder = given.index / MARK, given.index / "tantivy"

@@ -21,6 +21,7 @@ from torch_src.helpers import exit_status, leave, read_json, require, say, warn,
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.mining_hparams import DEBUG, NO_CROSS, MiningHparams
+from torch_src.output_lock import output_lock
 from torch_src.passage_ids import check_length, read_passage_ids
 from torch_src.stamps import clear_stamp, fingerprint_files, seal, up_to_date
 
@@ -75,6 +76,11 @@ def against_positive(hp: MiningHparams) -> bool:
 def run(hp: MiningHparams) -> None:
     """Retrieve, score, choose and write, each unless it is up to date."""
     hparams.announce("mine negatives", hp)
+    with output_lock(hp.mined_dir_path, name="mining.lock"):
+        _run(hp)
+
+
+def _run(hp: MiningHparams) -> None:
     folder = Path(hp.mined_dir_path)
     data = mining.open_training_set(require(hp.train_set_path, "training rows"))
     say(f"{data.rows:,} training rows, {data.queries:,} distinct queries")

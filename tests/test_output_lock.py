@@ -6,6 +6,7 @@ import sys
 import pytest
 from toy_world import ROOT, make_world, options
 
+from script import bm25, mine_negatives
 from torch_src import cross_infer, cross_train, dual_infer, dual_train
 from torch_src.errors import UserError
 from torch_src.output_lock import ALONE, TOGETHER, output_lock
@@ -13,14 +14,14 @@ from torch_src.output_lock import ALONE, TOGETHER, output_lock
 HOLDER = """
 import sys
 from torch_src.output_lock import output_lock
-with output_lock(sys.argv[1], int(sys.argv[2])):
+with output_lock(sys.argv[1], int(sys.argv[2]), name=sys.argv[3]):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
-def holder(folder, kind) -> subprocess.Popen:
-    command = [sys.executable, "-c", HOLDER, str(folder), str(kind)]
+def holder(folder, kind, name="lock") -> subprocess.Popen:
+    command = [sys.executable, "-c", HOLDER, str(folder), str(kind), name]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     return process
@@ -54,3 +55,16 @@ def test_the_programs_refuse_a_folder_in_use(tmp_path, capsys, program):
     process.kill()
     process.communicate()
     assert {path.name for path in (world / "out").iterdir()} == {"lock"}
+
+
+@pytest.mark.parametrize(("program", "words", "option", "name"), [
+    (mine_negatives, [], "--mined_dir", "mining.lock"), (bm25, ["index"], "--index", "lock"),
+])  # fmt: skip
+def test_so_do_mining_and_bm25(tmp_path, capsys, program, words, option, name):
+    world = make_world(tmp_path)
+    process = holder(tmp_path / "own", ALONE, name)
+    assert program.main([*words, "--data_dir", str(world / "data"), option, str(tmp_path / "own")]) == 2
+    assert "another run is writing there" in capsys.readouterr().err
+    process.kill()
+    process.communicate()
+    assert {path.name for path in (tmp_path / "own").iterdir()} == {name}

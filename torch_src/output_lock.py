@@ -12,13 +12,14 @@ ALONE, TOGETHER = fcntl.LOCK_EX, fcntl.LOCK_SH
 
 
 @contextmanager
-def output_lock(folder, kind: int = ALONE, first: bool = True) -> Iterator[None]:
+def output_lock(folder, kind: int = ALONE, first: bool = True, name: str = "lock") -> Iterator[None]:
     """Hold the folder within the block; UserError when another run has it.
 
     `TOGETHER`: runs that share their work (encoding) hold it at the same time, and no other beside them.
-    Processes but the `first` of several rely on the first one's lock.
+    Processes but the `first` of several rely on the first one's lock. `name`: of the file; a program that
+    runs another one in its folder has a name of its own (a process that closes a file drops its locks on it).
     """
-    path = Path(folder) / "lock"
+    path = Path(folder) / name
     if not first:
         yield
         return
@@ -27,7 +28,7 @@ def output_lock(folder, kind: int = ALONE, first: bool = True) -> Iterator[None]
         try:
             fcntl.lockf(file, kind | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            mend = "wait for its end, or give this one another --output_dir"
+            mend = "wait for its end, or give this one another folder"
             raise UserError(f"{folder}: another run is writing there; {mend}") from None
         except OSError as error:
             warn(f"{path}: no file locks here ({error.strerror}); run one program at a time in this folder")
