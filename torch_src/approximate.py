@@ -35,6 +35,7 @@ def best_first(found: np.ndarray, scores: np.ndarray, keep: int) -> tuple[np.nda
     query, column = np.nonzero(found >= 0)
     best = BestRows(len(found), keep)
     best.add(query, found[query, column], scores[query, column])
+    best.settle()
     best.rows[~np.isfinite(best.scores)] = -1
     return best.rows, best.scores
 

@@ -27,8 +27,10 @@ CHUNK_ROWS = {
     "cpu": 2048,
     "cuda": 65536,
 }  # passages scored at once, at most: on a CPU they stay in its caches
+WAITING_PAIRS = 8  # a query, on average, that wait to be put in together: once costs as much as many pairs
 REFINE_PAIRS = 2048  # pairs scored in fp64, and put in, at once
 CACHED_PAIRS = {"cpu": 256, "cuda": REFINE_PAIRS}  # pairs scored in fp32 at once: both sides stay in a cache
+EXACT_PAIRS = 512  # pairs scored in fp64 at once: both sides stay in a cache
 RESIDENT_SHARE = 0.6  # of a GPU's free memory that vectors may take for good
 PAIRS_SHARE = 1 / 128  # of all pairs of a chunk: beyond it the fast product decides too little to pay
 LONGEST_REST = 16  # chunks for which a product that decided too little is left out, at most
@@ -40,16 +42,27 @@ class BestRows:
     def __init__(self, queries: int, keep: int):
         self.scores = np.full((queries, keep), -np.inf)
         self.rows = np.full((queries, keep), np.iinfo(np.int64).max)
+        self.waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.count, self.patience = 0, WAITING_PAIRS * queries
 
     @property
     def worst(self) -> np.ndarray:
-        """Return (B,): the score to beat, or to equal with a lower row; -inf while there is room."""
+        """Return (B,): a score to beat, or to equal with a lower row; -inf while there is room."""
         return self.scores[:, -1]
 
     def add(self, query: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> None:
-        """Put in pairs (query, row, score), all (n,)."""
-        if not len(query):
+        """Take pairs (query, row, score), all (n,); they are put in together with later ones, by `settle`."""
+        self.waiting.append((query, rows, scores))
+        self.count += len(query)
+        if self.count >= self.patience:
+            self.settle()
+
+    def settle(self) -> None:
+        """Put in the pairs that wait."""
+        if not self.count:
             return
+        query, rows, scores = (np.concatenate(parts) for parts in zip(*self.waiting, strict=True))
+        self.waiting, self.count = [], 0
         order = np.argsort(query, kind="stable")
         query, rows, scores = query[order], rows[order], scores[order]
         which, first, count = np.unique(query, return_index=True, return_counts=True)
@@ -86,11 +99,11 @@ class Searcher:
 
     def __init__(self, queries: np.ndarray, keep: int, kind: str, device: torch.device, kept: list | None):
         """`kept`: where the chunks go that are to stay on the device."""
-        self.queries, self.device, self.kept = queries.astype(np.float64), device, kept
+        self.exact, self.device, self.kept = ExactProducts(queries.astype(np.float64)), device, kept
         self.plain = Float32(queries, device)
         self.fast: Products = self.plain if kind == Float32.name else KINDS[kind](queries, device)
         self.best, self.effort = BestRows(len(queries), keep), Effort()
-        self.rest, self.failures = 0, 0
+        self.rest, self.failures, self.full = 0, 0, False
 
     def look_at(self, first: int, chunk: np.ndarray | torch.Tensor) -> None:
         """Take one chunk (C, H) float16 whose first row is `first`; a tensor is on the device already."""
@@ -102,7 +115,7 @@ class Searcher:
         vectors = self.plain.scratch.like(on_device, "vectors").copy_(on_device)  # fp16 to fp32
         worst = torch.from_numpy(self.best.worst).to(self.device) * self.plain.scale
         found = None
-        if self._fast_product_pays(worst):
+        if self._fast_product_pays():
             found = self.fast.reached(vectors, worst, self._limit(len(chunk)))
             self.failures = 0 if found is not None else self.failures + 1
             self.rest = 0 if found is not None else min(2**self.failures, LONGEST_REST)
@@ -111,24 +124,24 @@ class Searcher:
         self.effort.chunks += 1
         self._refine(first, on_device, vectors, worst, *found)
 
-    def _fast_product_pays(self, worst: torch.Tensor) -> bool:
-        if self.fast is self.plain or not bool(torch.isfinite(worst).all()):
+    def _fast_product_pays(self) -> bool:
+        if self.fast is self.plain or not self.full:
             return False
         self.rest -= 1
         return self.rest < 0
 
     def _limit(self, rows: int) -> int:
-        return max(64, int(PAIRS_SHARE * len(self.queries) * rows))
+        return max(64, int(PAIRS_SHARE * len(self.plain.queries) * rows))
 
     def _by_fp32(self, vectors: torch.Tensor, worst: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all pairs that can enter, from fp32 products of the whole chunk."""
         self.effort.plain_chunks += 1
         keep = self.best.scores.shape[1]
-        if not bool(torch.isfinite(worst).all()) and len(vectors) >= keep:
+        if not self.full and len(vectors) >= keep:
             # Nothing to beat yet: the chunk's own K-th score will do, less the error of both.
             kth = torch.topk(self.plain.scores(vectors).T, keep, dim=1).values[:, -1].double()
             worst = torch.maximum(worst, kth - self.plain.bound(vectors))
-        found = self.plain.reached(vectors, worst, len(self.queries) * len(vectors))
+        found = self.plain.reached(vectors, worst, len(self.plain.queries) * len(vectors))
         assert found is not None
         return found
 
@@ -140,11 +153,14 @@ class Searcher:
             q, c = query[start : start + REFINE_PAIRS], column[start : start + REFINE_PAIRS]
             near = self._fp32_scores(vectors, q, c).double() >= floor[q]
             q, c = q[near].cpu().numpy(), c[near]
-            exact = _inner_products(self.queries[q], chunk[c].cpu().numpy())
+            exact = self.exact.scores(q, chunk, c)
             c = c.cpu().numpy()
             self.effort.exact_pairs += len(q)
             enters = exact >= self.best.worst[q]
             self.best.add(q[enters], c[enters] + first, exact[enters])
+        if not self.full:
+            self.best.settle()
+            self.full = bool(np.isfinite(self.best.worst).all())
 
     def _fp32_scores(self, vectors: torch.Tensor, query: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return the inner products (n,) fp32 of pairs (query, column of this chunk)."""
@@ -159,22 +175,43 @@ class Searcher:
         return scores
 
 
-def _inner_products(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """Return (n,) fp64: row by row, always summed in the same order, so that equal vectors get
-    equal scores.
+class ExactProducts:
+    """fp64 inner products of pairs, a few at a time in memory that stays in a cache.
+
+    Each is summed in the same order, whatever the others: equal vectors get equal scores.
     """
-    exact = torch.from_numpy(vectors).double().numpy()  # numpy's own conversion from fp16 is slow
-    return np.multiply(queries, exact, out=exact).sum(axis=1)
+
+    def __init__(self, queries: np.ndarray):
+        """`queries`: (B, H) float64."""
+        self.queries, size = queries, (EXACT_PAIRS, queries.shape[1])
+        self.left, self.half = np.empty(size), torch.empty(size, dtype=torch.float16)
+        self.right = torch.empty(size, dtype=torch.float64)  # numpy's own conversion from fp16 is slow
+
+    def scores(self, query: np.ndarray, vectors: torch.Tensor, rows: torch.Tensor) -> np.ndarray:
+        """Return (n,) fp64 of pairs (query, row of `vectors` (C, H) float16, on any device)."""
+        scores = np.empty(len(query))
+        for start in range(0, len(query), EXACT_PAIRS):
+            q, r = query[start : start + EXACT_PAIRS], rows[start : start + EXACT_PAIRS]
+            left, right = self.left[: len(q)], self.right[: len(q)]
+            if vectors.device.type == "cpu":
+                right.copy_(torch.index_select(vectors, 0, r, out=self.half[: len(q)]))
+            else:
+                right.copy_(vectors[r])
+            np.take(self.queries, q, axis=0, out=left, mode="clip")
+            product = np.multiply(left, right.numpy(), out=left)
+            np.sum(product, axis=1, out=scores[start : start + len(q)])
+        return scores
 
 
 def exact_scores(store: VectorStore, queries: np.ndarray, query: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return the fp64 inner products (n,) of pairs (query, row)."""
-    scores = np.empty(len(rows))
+    scores, exact = np.empty(len(rows)), ExactProducts(queries.astype(np.float64))
     by_row = np.argsort(rows, kind="stable")
     for start in range(0, len(rows), REFINE_PAIRS):
         at = by_row[start : start + REFINE_PAIRS]
         there, which = np.unique(rows[at], return_inverse=True)
-        scores[at] = _inner_products(queries[query[at]].astype(np.float64), store.vectors_at(there)[which])
+        vectors = torch.from_numpy(store.vectors_at(there))
+        scores[at] = exact.scores(query[at], vectors, torch.from_numpy(which))
     return scores
 
 
@@ -224,6 +261,9 @@ def search(
     kind = choose_kind(kind, store.hidden, devices[0], lambda line: None)
     places = resident.kept if resident and not resident.complete else [None] * len(devices)
     searchers = [Searcher(queries, keep, kind, *pair) for pair in zip(devices, places, strict=True)]
+    if resident and not resident.complete:
+        for kept in resident.kept:
+            kept.clear()  # of a search that failed half-way
     if resident and resident.complete:
         sources = [iter(kept) for kept in resident.kept]
     else:
@@ -233,11 +273,14 @@ def search(
         _look_at_all(searchers, sources)
     if resident:
         resident.complete = True
+    for searcher in searchers:
+        searcher.best.settle()
     best, effort = searchers[0].best, searchers[0].effort
     for other in searchers[1:]:
         query = np.repeat(np.arange(len(queries)), keep)
         real = np.isfinite(other.best.scores.ravel())
         best.add(query[real], other.best.rows.ravel()[real], other.best.scores.ravel()[real])
+        best.settle()
         effort = Effort(
             *(a + b for a, b in zip(vars(effort).values(), vars(other.effort).values(), strict=True))
         )
