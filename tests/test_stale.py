@@ -9,7 +9,7 @@ import pytest
 import torch
 from toy_world import make_world, options, train_options
 
-from torch_src import dual_infer, dual_train
+from torch_src import dual_infer, dual_train, retriever
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +118,46 @@ def test_what_is_sealed_is_the_last_thing_written(world, monkeypatch):
     monkeypatch.setattr(dual_infer, "seal", lambda path, stamp: seals.append(settings.exists()))
     assert infer(world, "--force") == 0
     assert seals == [True]
+
+
+def test_another_architecture_around_the_same_weights(tmp_path, capsys):
+    """The number of heads is in no weight's shape: the weights load, and the vectors are others."""
+    world = make_world(tmp_path)
+    assert dual_train.main(train_options(world, world / "output")) == 0
+    assert dual_infer.main(options(world, world / "output"), topk=10) == 0
+    other = world / "other"
+    shutil.copytree(world / "model", other)
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    words = [*options(world, world / "output"), "--pretrained_model_path", str(other)]
+    assert dual_infer.main(words, topk=10) == 0  # the same model elsewhere
+    assert "up to date" in capsys.readouterr().out
+    (other / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}), encoding="utf-8")
+    assert dual_infer.main(words, topk=10) == 2
+    assert "its configuration is not the one that" in capsys.readouterr().err
+    shutil.rmtree(world / "output/dual_model")  # weights and record alone, as someone may have copied them
+    assert dual_infer.main(words, topk=10) == 0
+    said = capsys.readouterr().out
+    assert "res.top10: out of date" in said and said.count("architecture: ") == 3
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_weights_replaced_while_they_are_read(tmp_path, capsys, monkeypatch, trained):
+    world = make_world(tmp_path)
+    words = options(world, world / "output")
+    if trained:
+        assert dual_train.main(train_options(world, world / "output")) == 0
+        changed, loader = world / "output/dual_params.bin", "load_weights"
+    else:
+        words += ["--dual_params", "none", "--pretrained_model_path", str(world / "model")]
+        changed, loader = world / "model/config.json", "load_backbone"
+    real = getattr(retriever, loader)
+
+    def load(*given):
+        loaded = real(*given)
+        changed.write_bytes(changed.read_bytes() + b" ")
+        return loaded
+
+    monkeypatch.setattr(retriever, loader, load)
+    assert dual_infer.main(words, topk=10) == 2
+    assert "changed while it was being read; run again" in capsys.readouterr().err
+    assert not (world / "output/res.top10").exists()

@@ -1,7 +1,7 @@
 """Pretrained models by folder or hub name: configuration, weights, and what can be wrong with them."""
 
+import json
 import os
-import pickle
 from pathlib import Path
 
 import torch
@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from torch_src.errors import UserError
+from torch_src.errors import DAMAGE, UserError
 from torch_src.helpers import say
-from torch_src.stamps import fingerprint_files
+from torch_src.stamps import fingerprint_files, fingerprint_text
 
 WEIGHT_FILES = (
     "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json",
@@ -31,7 +31,11 @@ DROPOUT_NAMES = (
     "dropout",
     "embd_pdrop",
 )
-LOAD_FAULTS = (OSError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError, pickle.UnpicklingError)
+NO_ARCHITECTURE = (
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "id2label", "label2id",
+    "problem_type",
+)  # fmt: skip
+LOAD_FAULTS = (*DAMAGE, OSError, SafetensorError)
 
 
 def load_config(path: str, dropout: float | None = None):
@@ -115,6 +119,14 @@ def model_fingerprint(path: str) -> str:
         return path
     weights = [p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")]
     return fingerprint_files([folder / "config.json", *sorted(weights)])
+
+
+def architecture(config) -> str:
+    """Return a fingerprint of what the configuration says of the computation: not of its path, its file's
+    version or dropout.
+    """
+    said = {k: v for k, v in config.to_dict().items() if k not in (*NO_ARCHITECTURE, *DROPOUT_NAMES)}
+    return fingerprint_text(json.dumps(said, sort_keys=True, default=str))
 
 
 def check_fits(config, vocabulary: int, lengths: dict[str, int], path: str) -> None:

@@ -34,7 +34,7 @@ from torch_src.passage_ids import check_length, read_passage_ids, rows_of
 from torch_src.planning import KEPT_GB, Plan, evenly, memory_gb, seconds_a_text
 from torch_src.scoring import PairScorer, fuse, rank_pairs
 from torch_src.stamps import clear_stamp, fingerprint_files, fingerprint_text, seal, up_to_date
-from torch_src.tokenization import TextRules, tokenizer_fingerprint
+from torch_src.tokenization import TextRules
 from torch_src.vectors import DamagedBlock, ScoreStore
 
 RESULT = "cross_res.json"
@@ -52,9 +52,11 @@ def find_model(hp: InferenceCrossHparams) -> FoundModel:
 def load_model(model: FoundModel, seed: int, trained: bool = True) -> CrossEncoder:
     """Return the cross-encoder with its weights, on the CPU; not `trained`: its head may be random."""
     if model.params is None:
-        return load_cross_encoder(model.path, model.config, seed, trained)
-    encoder = build_cross_encoder(model.config)
-    load_weights(model.params, encoder.model, "do_cross_train.py")
+        encoder = load_cross_encoder(model.path, model.config, seed, trained)
+    else:
+        encoder = build_cross_encoder(model.config)
+        load_weights(model.params, encoder.model, "do_cross_train.py")
+    model.require_unchanged()
     return encoder
 
 
@@ -115,8 +117,7 @@ class CrossInference:
         """Return what decides the scores of the pairs."""
         texts = self.collection or self.candidates.texts
         return {
-            "stage": "cross_infer", "weights": self.model.fingerprint,
-            "tokenizer": tokenizer_fingerprint(self.model.tokenizer), **self.model.fixed,
+            "stage": "cross_infer", **self.model.decides, **self.model.fixed,
             "candidates": fingerprint_files([self.hp.retrieval_result_path]), "passages": texts.fingerprint,
             "precision": self.precision, "device": self.device.type,
         }  # fmt: skip

@@ -1,11 +1,12 @@
 """What both inference programs do before the work: find the model, read the queries."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from torch_src.backbones import load_config, model_fingerprint
+from torch_src.backbones import architecture, load_config, model_fingerprint
 from torch_src.errors import UserError
 from torch_src.formats import read_q2qid, read_queries, read_question_ids
 from torch_src.helpers import read_json, require, warn
@@ -23,6 +24,21 @@ class FoundModel:
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     config: object = field(repr=False, default=None)
+    architecture: str = ""  # as it was read: loading weights may add to the configuration
+    look_again: Callable[[], str] | None = field(repr=False, default=None)  # the fingerprint now
+
+    @property
+    def decides(self) -> dict:
+        """Return what of the model decides its results, for a stamp."""
+        return {
+            "weights": self.fingerprint, "architecture": self.architecture,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+        }  # fmt: skip
+
+    def require_unchanged(self) -> None:
+        """UserError when the weights were replaced while they were loaded: the stamp would be of others."""
+        if self.look_again is not None and self.look_again() != self.fingerprint:
+            raise UserError(f"{self.params or self.path}: changed while it was being read; run again")
 
 
 def planned_before_training(hp, params_path: str) -> bool:
@@ -68,7 +84,16 @@ def find_trained_model(hp, name: str, params_path: str, fixed_names: tuple[str, 
             f"{vocab_path or path}: its tokenizer is not the one that {params} was trained with; "
             "leave the option out"
         )
-    return FoundModel(fixed, path, params, tokenizer, fingerprint, load_config(path))
+    config = load_config(path)
+    if beside.exists() and architecture(config) != architecture(load_config(str(beside))):
+        raise UserError(
+            f"{path}: its configuration is not the one that {params} was trained with; "
+            "leave --pretrained_model_path out"
+        )
+    return FoundModel(
+        fixed, path, params, tokenizer, fingerprint, config, architecture(config),
+        lambda: fingerprint_files([params]),
+    )  # fmt: skip
 
 
 def find_pretrained_model(hp, trained, fixed_names: tuple[str, ...]) -> FoundModel:
@@ -77,8 +102,12 @@ def find_pretrained_model(hp, trained, fixed_names: tuple[str, ...]) -> FoundMod
     fixed = {n: getattr(trained, n) if getattr(hp, n) is None else getattr(hp, n) for n in fixed_names}
     config = load_config(path)  # first: when the model is not there at all, its message is the right one
     tokenizer = load_tokenizer(path, fixed["vocab_path"])
-    fingerprint = fingerprint_text(f"{model_fingerprint(path)} seed {hp.seed}")
-    return FoundModel(fixed, path, None, tokenizer, fingerprint, config)
+
+    def fingerprint() -> str:
+        return fingerprint_text(f"{model_fingerprint(path)} seed {hp.seed}")
+
+    shape = architecture(config)
+    return FoundModel(fixed, path, None, tokenizer, fingerprint(), config, shape, fingerprint)
 
 
 def read_query_ids(hp) -> dict[str, list[str] | None]:

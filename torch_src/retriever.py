@@ -23,7 +23,7 @@ from torch_src.inference_stage import (
 )
 from torch_src.model_folder import own_settings
 from torch_src.passage_ids import check_length, read_passage_ids
-from torch_src.tokenization import TextRules, tokenizer_fingerprint
+from torch_src.tokenization import TextRules
 
 
 def find_model(hp: InferenceDeHparams) -> FoundModel:
@@ -40,9 +40,11 @@ def load_model(model: FoundModel, seed: int) -> DualEncoder:
     fixed = model.fixed
     shape = (fixed["share_encoder"], fixed["pooling"], fixed["normalize"])
     if model.params is None:
-        return DualEncoder(load_backbone(model.path, model.config, fixed["pooling"], seed), *shape)
-    encoder = DualEncoder(build_backbone(model.config, fixed["pooling"]), *shape)
-    load_weights(model.params, encoder, "do_dual_train.py")
+        encoder = DualEncoder(load_backbone(model.path, model.config, fixed["pooling"], seed), *shape)
+    else:
+        encoder = DualEncoder(build_backbone(model.config, fixed["pooling"]), *shape)
+        load_weights(model.params, encoder, "do_dual_train.py")
+    model.require_unchanged()
     return encoder
 
 
@@ -81,9 +83,8 @@ class Retriever:
         names = ("pooling", "normalize", "remove_spaces", f"{side}_prefix", length)
         dims = {"vector_dims": self.hp.vector_dims} if self.hp.vector_dims else {}
         return {
-            "weights": self.model.fingerprint, "tokenizer": tokenizer_fingerprint(self.model.tokenizer),
-            **{name: fixed[name] for name in names}, **dims, "precision": self.precision,
-            "device": self.device.type,
+            **self.model.decides, **{name: fixed[name] for name in names}, **dims,
+            "precision": self.precision, "device": self.device.type,
         }  # fmt: skip
 
     def encoder(self, side: str, model: DualEncoder) -> Encoder:
