@@ -9,10 +9,10 @@ from script.mine_negatives import against_positive
 from torch_src import mining
 from torch_src.collection import PassageCollection
 from torch_src.errors import UserError
-from torch_src.mined_files import COLUMNS
+from torch_src.mined_files import COLUMNS, read_teacher
 from torch_src.mining import Miner, Rules
 from torch_src.mining_hparams import MiningHparams
-from torch_src.stamps import fingerprint_files
+from torch_src.stamps import fingerprint_files, seal
 
 PASSAGES = [f"文{number}" for number in range(12)]
 
@@ -302,3 +302,38 @@ def test_vectors_of_another_model_are_not_thrown_away(tmp_path, program):
     said = program("do_dual_infer.py", *words, "--p_max_seq_len", "20", status=2)
     assert "vectors of another run" in said
     program("do_dual_infer.py", *words)  # still there
+
+
+def test_what_denoising_dropped_does_not_come_back_from_the_training_file(tmp_path):
+    rows = [("甲", "文3", "文5"), ("甲", "文3", "文 6"), ("甲", "文3", "旧1")]
+    write(tmp_path / "train.tsv", [f"{q}\t\t{p}\t\t{n}\t0" for q, p, n in rows])
+    write(tmp_path / "c/part-00", [f"-\t\t{text}\t0" for text in [*PASSAGES, "文5 "]])
+    write(tmp_path / "run", [f"甲\t{row}\t{rank}\t0" for rank, row in enumerate((5, 6, 12, 7), start=1)])
+    data = mining.open_training_set(str(tmp_path / "train.tsv"))
+    collection = PassageCollection(tmp_path / "c")
+    located, logits = mining.locate_positives(data, collection), [5.0, 0.0, 5.0, -5.0]
+    miner = Miner(data, collection, located, rules(negatives=3))
+    [(_, positives, negatives)] = miner.mine(tmp_path / "run", logits)
+    assert [x.text for x in positives] == ["文3"] and [x.text for x in negatives] == ["文7", "旧1"]
+    miner = Miner(data, collection, located, rules(negatives=3, promote_score=0.9))
+    [(_, positives, negatives)] = miner.mine(tmp_path / "run", logits)
+    assert [x.text for x in positives] == ["文3", "文5"]  # once, though the collection has it twice
+    assert [x.text for x in negatives] == ["文7", "旧1"] and miner.counts.promoted == 1
+
+
+def test_a_teacher_of_other_rows_is_refused(tmp_path):
+    train, sidecar = tmp_path / "dual.train.tsv", tmp_path / mining.SIDECAR
+    row = "\t".join(["", "", "", "", "1.5", "", "", "", "", "-2"])
+    write(train, ["q\t\tp\t\tn\t0", "q\t\tp\t\tm\t0"])
+    write(sidecar, ["\t".join(COLUMNS), row, row])
+    assert read_teacher(str(train)).tolist() == [[1.5, -2], [1.5, -2]]  # without stamps: taken as they are
+    for path in (train, sidecar):
+        seal(path, {"stage": "mine_negatives", "topk": 5})
+    assert len(read_teacher(str(train))) == 2
+    seal(sidecar, {"stage": "mine_negatives", "topk": 9})
+    with pytest.raises(UserError, match="of another mining"):
+        read_teacher(str(train))
+    seal(sidecar, {"stage": "mine_negatives", "topk": 5})
+    write(train, ["q\t\tp\t\tm\t0", "q\t\tp\t\tn\t0"])  # the same number of rows in another order
+    with pytest.raises(UserError, match="changed since it was mined.*mine again, or.*delete"):
+        read_teacher(str(train))

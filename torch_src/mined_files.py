@@ -7,6 +7,7 @@ import numpy as np
 
 from torch_src.errors import UserError
 from torch_src.formats import FormatError, read_lines, split_columns
+from torch_src.stamps import CONTENT, is_sealed, read_stamp, stamp_path
 
 SIDECAR = "dual.train.ids.tsv"
 COLUMNS = [
@@ -22,13 +23,15 @@ def sidecar_path(train_set: str) -> Path:
 def read_teacher(train_set: str) -> np.ndarray:
     """Return the re-ranker's logits (rows, 2) float32 of each row's positive and negative, NaN where unknown.
 
-    UserError when there is no sidecar, or no score in it.
+    UserError when there is no sidecar, no score in it, or when one of the two files is no longer what mining
+    wrote: line by line they would not belong together.
     """
     path, logits = sidecar_path(train_set), array("f")
     if not path.exists():
         raise UserError(
             f"{path}: no such file (a teacher's scores); mine with --cross_params, and train on what is mined"
         )
+    _check_same_mining(train_set, path)
     for line, text in read_lines(path):
         columns = split_columns(text, len(COLUMNS), path, line, ", ".join(COLUMNS))
         if line == 1:
@@ -43,3 +46,18 @@ def read_teacher(train_set: str) -> np.ndarray:
     if not np.isfinite(teacher).all(axis=1).any():
         raise UserError(f"{path}: no row with a teacher's scores; mine with --cross_params")
     return teacher
+
+
+def _check_same_mining(*files) -> None:
+    """UserError unless the stamps of the files, where they have one, still hold and are of one mining."""
+    stamped = [file for file in files if stamp_path(file).exists()]
+    broken = [file for file in stamped if not is_sealed(file)]
+    stamps = [{**(read_stamp(file) or {}), CONTENT: ""} for file in stamped]
+    apart = any(stamp != stamps[0] for stamp in stamps)
+    if broken or apart:
+        what = "changed since it was mined" if broken else "of another mining than the file beside it"
+        raise UserError(
+            f"{[*broken, files[0]][0]}: {what}, so the teacher's scores may stand beside other rows; "
+            "mine again, or, where the lines do belong together, delete "
+            + " and ".join(str(stamp_path(file)) for file in stamped)
+        )

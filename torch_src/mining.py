@@ -208,27 +208,34 @@ class Miner:
         candidates = [row for row in rows if row.rank <= self.rules.topk]
         counts.queries += 1
         counts.candidates += len(candidates)
-        left, base = [], self._base(known, logit_of)
+        left, dropped, base = [], [], self._base(known, logit_of)
         for row in candidates:
             probability = sigmoid(logit_of[row.row], base)
             if row.row in known:
                 counts.known += 1
             elif probability is not None and probability >= self.rules.max_score:
                 counts.false_negatives += 1
+                dropped.append(row.row)
                 if self.rules.promote_score and probability > self.rules.promote_score:
-                    counts.promoted += 1
-                    positives.append(self._passage(row, logit_of))
+                    counts.promoted += self._promote(self._passage(row, logit_of), positives)
             elif not self.rules.rank_from <= row.rank <= (self.rules.rank_to or self.rules.topk):
                 counts.outside += 1
             else:
                 left.append(row)
         negatives = self._choose(number, left, self.rules.negatives * len(positives), positives, logit_of)
-        negatives = self._fill(group, negatives, self.rules.negatives * len(positives), logit_of)
+        negatives = self._fill(group, negatives, self.rules.negatives * len(positives), dropped)
         if negatives:
             counts.positives += len(positives)
             yield query, positives, negatives
         else:
             counts.dropped_queries += 1
+
+    def _promote(self, passage: Passage, positives: list[Passage]) -> bool:
+        """Add a passage to the positives; False when its text is there already."""
+        new = same_text(passage.text) not in {same_text(other.text) for other in positives}
+        if new:
+            positives.append(passage)
+        return new
 
     def _base(self, known: set[int], logit_of: dict) -> float:
         """Return the logit at which a candidate has probability 0.5; inf where nothing can be said."""
@@ -270,8 +277,14 @@ class Miner:
             self.counts.ranks[max(first for first in RANK_BINS if first <= passage.rank)] += 1
         return chosen
 
-    def _fill(self, group: np.ndarray, chosen: list[Passage], wanted: int, logit_of: dict) -> list[Passage]:
-        """Return the negatives after what `too_few` says of a query that has fewer than `wanted`."""
+    def _fill(
+        self, group: np.ndarray, chosen: list[Passage], wanted: int, dropped: list[int]
+    ) -> list[Passage]:
+        """Return the negatives after what `too_few` says of a query that has fewer than `wanted`.
+
+        A text that the re-ranker takes for an answer (rows `dropped`) does not come back by the training
+        file.
+        """
         if len(chosen) >= wanted:
             return chosen
         self.counts.short_queries += 1
@@ -279,6 +292,7 @@ class Miner:
             return [] if self.rules.too_few == "drop" else chosen
         taken = {text_hash(same_text(passage.text)) for passage in chosen}
         taken |= set(self.data.positive_hash[group].tolist())
+        taken |= {text_hash(same_text(self.collection[row])) for row in dropped}
         for training_row in group.tolist():
             text = int(self.data.negative_hash[training_row])
             if len(chosen) < wanted and text not in taken:
