@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from torch_src.checkpoints import DAMAGE
 from torch_src.collection import PassageCollection
-from torch_src.errors import UserError
+from torch_src.errors import DAMAGE, UserError
 from torch_src.helpers import read_json
 from torch_src.tokenization import TextRules, load_tokenizer, tokenize
 
@@ -98,7 +97,7 @@ def read_progress(path: Path) -> dict | None:
     try:
         progress = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["progress"]
         return progress if isinstance(progress.get("history"), list) else None
-    except (*DAMAGE, AttributeError, TypeError):
+    except (*DAMAGE, OSError):
         return None
 
 

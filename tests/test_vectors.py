@@ -1,15 +1,25 @@
 """Vectors on disk: blocks, the manifest that says whose they are, damaged files."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from toy_world import ROOT
 
 from torch_src.errors import UserError
 from torch_src.stamps import CODE_VERSION
 from torch_src.vectors import DamagedBlock, VectorStore, save_vectors
 
 STAMP = {"weights": "abc", "max_len": 32, "prefix": "", "normalize": False}
+USE = f"""
+import sys
+from torch_src.vectors import VectorStore
+store = VectorStore.create_or_continue(sys.argv[1], {STAMP}, 9, 3, 4, print)
+print("using", flush=True)
+sys.stdin.readline()
+"""
 
 
 def make(folder, said=None, rows=9, hidden=3, block_rows=4, stamp=STAMP, force=False):
@@ -42,7 +52,7 @@ def test_blocks_cover_the_rows_in_order(tmp_path, rows, block_rows, lengths):
     assert all(piece.dtype == np.float16 and isinstance(piece, np.memmap) for _, piece in pieces)
     names = {path.name for path in (tmp_path / "para_emb").iterdir()}
     blocks = {f"block-{block:05d}.{kind}" for block in range(len(lengths)) for kind in ("npy", "json")}
-    assert names == {"manifest.json", "claims"} | blocks
+    assert names == {"manifest.json", "claims", "in_use"} | blocks
 
 
 def test_a_block_of_the_wrong_shape_or_type_is_not_written(tmp_path):
@@ -107,19 +117,62 @@ def test_another_code_version_makes_the_vectors_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": 9'])
-def test_an_unreadable_manifest_is_not_trusted(tmp_path, text):
+def test_a_damaged_manifest_costs_no_block_whose_note_is_of_this_run(tmp_path, text):
     fill(make(tmp_path))
+    written = (tmp_path / "manifest.json").read_bytes()
+    (tmp_path / "block-00002.json").write_text("{}")  # one without its note is made again
     (tmp_path / "manifest.json").write_text(text)
     said = []
-    assert make(tmp_path, said).missing_blocks() == [0, 1, 2] and "unreadable" in said[0]
+    assert make(tmp_path, said).missing_blocks() == [2] and "the blocks of this run are kept" in said[0]
+    assert (tmp_path / "manifest.json").read_bytes() == written
+    (tmp_path / "manifest.json").write_text(text)  # blocks of another run are not trusted
+    said = []
+    assert make(tmp_path, said, stamp={**STAMP, "weights": "xyz"}).missing_blocks() == [0, 1, 2]
+    assert "unreadable" in said[0] and list(tmp_path.glob("block-*")) == []
 
 
-def test_blocks_without_a_manifest_are_not_trusted(tmp_path):
+def test_a_missing_manifest_is_written_again_for_the_blocks_of_this_run(tmp_path):
     fill(make(tmp_path))
     (tmp_path / "manifest.json").unlink()
     said = []
+    assert make(tmp_path, said).missing_blocks() == [] and len(said) == 1
+    for path in [tmp_path / "manifest.json", *tmp_path.glob("block-*.json")]:
+        path.unlink()
+    said = []
     assert make(tmp_path, said).missing_blocks() == [0, 1, 2]
     assert len(said) == 1 and "no manifest" in said[0]
+
+
+@pytest.mark.parametrize("change", [{"stamp": {**STAMP, "weights": "xyz"}}, {"force": True}])
+def test_vectors_that_another_run_uses_are_not_thrown_away(tmp_path, change):
+    fill(make(tmp_path))
+    using = subprocess.Popen(
+        [sys.executable, "-c", USE, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    assert using.stdout.readline() == b"using\n"
+    assert make(tmp_path).missing_blocks() == []  # a run of the same vectors shares them
+    with pytest.raises(UserError, match="another run is using the vectors there, and this one would make"):
+        make(tmp_path, **change)
+    assert make(tmp_path).missing_blocks() == []
+    using.communicate(b"\n")
+    said = []
+    assert make(tmp_path, said, **change).missing_blocks() == [0, 1, 2] and said
+
+
+@pytest.mark.parametrize("at", range(0, 128, 3))
+def test_a_flipped_byte_of_a_header_is_damage(tmp_path, at):
+    store = make(tmp_path)
+    fill(store)
+    path = tmp_path / "block-00001.npy"
+    data = bytearray(path.read_bytes())
+    for bit in range(8):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+        try:
+            store.read_into(0, read := np.empty((9, 3), np.float16))
+        except DamagedBlock as damage:
+            assert damage.block == 1
+        else:
+            assert read.tobytes() == b"".join(vectors.tobytes() for _, vectors in store.blocks())
 
 
 def test_force_makes_them_again(tmp_path):
@@ -276,7 +329,7 @@ def test_shared_blocks_without_a_manifest_are_not_deleted(tmp_path):
     fill(store)
     store.manifest_path.unlink()
     with pytest.raises(UserError, match="blocks without a manifest"):
-        VectorStore.create_or_continue(tmp_path, STAMP, 9, 3, 4, print, shared=True)
+        VectorStore.create_or_continue(tmp_path, {"weights": "xyz"}, 9, 3, 4, print, shared=True)
     assert store.block_path(0).exists()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from torch_src.errors import UserError
+from torch_src.errors import UserError, is_out_of_memory
 from torch_src.helpers import warn
 
 LEAST_TOKENS = 512  # a token budget is not halved below this
@@ -54,6 +54,8 @@ def _fits(forward: Callable[[np.ndarray], None], rows: np.ndarray) -> bool:
     """
     try:
         forward(rows)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         return False
     return True

@@ -1,15 +1,12 @@
 """Checkpoints of a training run: the last two, each whole or not there."""
 
-import pickle
 from pathlib import Path
 
 import torch
 import xxhash
 
-from torch_src.errors import UserError
+from torch_src.errors import DAMAGE, UserError
 from torch_src.helpers import atomic_write, say, warn
-
-DAMAGE = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError)
 
 
 def previous(path) -> Path:
@@ -70,7 +67,7 @@ def load_checkpoint(path) -> dict | None:
                 raise ValueError("its contents are not those that were written")
         except PermissionError:
             raise  # not damage: the older one must not be taken up for it
-        except DAMAGE as error:
+        except (*DAMAGE, OSError) as error:
             warn(f"{candidate}: damaged ({str(error).strip().split(chr(10))[0][:100]})")
             damaged.append(candidate)
             continue

@@ -6,8 +6,9 @@ process, however that ends, and it works between machines where the shared file 
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from torch_src.helpers import warn
 
@@ -77,3 +78,38 @@ class Claims:
         """Drop all claims."""
         self.file.close()
         self.mine.clear()
+
+
+class Hold:
+    """This process's hold on what is in a folder, for as long as something refers to it.
+
+    Whoever reads there holds it together with the others; who wants to throw it away must hold it alone.
+    """
+
+    known: WeakValueDictionary = WeakValueDictionary()  # one handle a folder: closing any drops the locks
+
+    def __init__(self, path: Path):
+        self.file = open(path, "a+b")  # POSIX asks for reading and writing to lock either way
+
+    @classmethod
+    def of(cls, folder) -> "Hold":
+        """Return the process's hold of the folder."""
+        path = Path(folder).resolve() / "in_use"
+        hold = cls.known.get(path) or cls(path)
+        cls.known[path] = hold
+        return hold
+
+    def alone(self) -> bool:
+        """Take it from all others; False when one of them has it."""
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError:
+            pass  # no locks here: Claims has said so
+        return True
+
+    def together(self) -> None:
+        """Hold it, or go on holding it, with the others."""
+        with suppress(OSError):  # no locks here
+            fcntl.lockf(self.file, fcntl.LOCK_SH)

@@ -1,4 +1,20 @@
-"""The one base class of every mistake that is the user's to mend."""
+"""The one base class of every mistake that is the user's to mend, and the names that libraries give to damage
+and to a lack of memory.
+"""
+
+import pickle
+import struct
+import tokenize
+import zipfile
+
+# What readers of .npy, .pt, .bin and .safetensors files raise over bytes that were not written so: a flipped
+# one may stand anywhere, numpy's header is parsed as Python, torch's as a pickle.
+DAMAGE = (
+    EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError,
+    RuntimeError, SyntaxError, OverflowError, pickle.UnpicklingError, struct.error, tokenize.TokenError,
+    zipfile.BadZipFile,
+)  # fmt: skip
+MEMORY_SIGNS = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator: can't allocate", "not enough memory")
 
 
 class UserError(ValueError):
@@ -14,3 +30,10 @@ class Stopped(Exception):
     def __init__(self, signum: int, message: str):
         super().__init__(message)
         self.signum = signum
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the error says that memory did not suffice: torch has several ways to say it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in MEMORY_SIGNS)

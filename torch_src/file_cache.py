@@ -1,18 +1,18 @@
 """Arrays derived from an input file, kept beside the results: line offsets, passage ids.
 
-An entry is used while path, size and time of its source are the same, and its own bytes are what was saved.
+An entry is used while its source is the same file of the same size, not written to since (nor copied over
+with its old time), and while its own bytes are what was saved.
 """
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from torch_src.errors import UserError
+from torch_src.errors import DAMAGE
 from torch_src.helpers import atomic_write, read_json, say, write_json
 
 
@@ -26,7 +26,10 @@ def cached_array(
     if cache_dir is None:
         return make()
     state = os.stat(source)
-    identity = {"path": str(source.resolve()), "size": state.st_size, "mtime_ns": state.st_mtime_ns}
+    identity = {
+        "path": str(source.resolve()), "size": state.st_size, "mtime_ns": state.st_mtime_ns,
+        "ctime_ns": state.st_ctime_ns, "inode": state.st_ino,
+    }  # fmt: skip
     place = hashlib.blake2b(identity["path"].encode(), digest_size=6).hexdigest()
     stem = Path(cache_dir) / f"{source.name}-{place}.{kind}"
     saved, note = Path(f"{stem}.npy"), Path(f"{stem}.json")
@@ -35,7 +38,7 @@ def cached_array(
             known = read_json(note)
             if {key: known.get(key) for key in identity} == identity:
                 return _load(saved, known), known["fingerprint"]
-        except (UserError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+        except (*DAMAGE, MemoryError):
             say(f"{saved}: damaged, made again")
     array, fingerprint = make()
     note.unlink(missing_ok=True)  # first: an array with the note of another one would be found damaged

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from torch_src.errors import Stopped, UserError
+from torch_src.errors import Stopped, UserError, is_out_of_memory
 
 
 def rank() -> int:
@@ -42,11 +42,12 @@ def exit_status(program, *mistakes: type[Exception]) -> int:
     except (UserError, *mistakes) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's: it is not imported here
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         mend = "lower --grad_cache_chunk (training) or --tokens_per_batch; --plan suggests a number"
-        print(f"error: out of memory ({str(error).split('. ')[0]}); {mend}", file=sys.stderr, flush=True)
+        what = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+        print(f"error: out of memory ({what}); {mend}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
         if error.filename is None and error.errno is None:

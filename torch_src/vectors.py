@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from torch_src.claims import Claims
-from torch_src.errors import UserError
+from torch_src.claims import Claims, Hold
+from torch_src.errors import DAMAGE, UserError
 from torch_src.helpers import atomic_write, read_json, warn, write_json
 from torch_src.stamps import CODE_VERSION, changes, record_seal, seal_holds, sealed
 
@@ -41,6 +41,8 @@ class VectorStore:
         self.block_rows: int = manifest["block_rows"]
         self.identity = record_seal(manifest)  # stands in every block's note: no other run's block is taken
         self.reading: tuple = (-1, 0, None)  # block, rows of it read in order so far, their checksum
+        self.hold: Hold | None = None  # against a run that would make other vectors here
+        self.begins: dict[int, int] = {}  # {block that is being read: where its vectors begin}
 
     @classmethod
     def create_or_continue(
@@ -66,7 +68,9 @@ class VectorStore:
             raise
         try:
             with claims.whole_folder():
+                store.hold = Hold.of(folder)
                 store._keep_or_empty(manifest, say, force, shared)
+                store.hold.together()
         finally:
             claims.close()
         return store
@@ -81,24 +85,38 @@ class VectorStore:
     def _keep_or_empty(self, manifest: dict, say, force: bool, shared: bool) -> None:
         path, folder = self.manifest_path, self.folder
         blocks = sorted(folder.glob("block-*"))
+        different = changes(_old_manifest(path), manifest)
+        if not different and not force:
+            return
+        if not force and any(self.note(block) for block in range(self.block_count)):
+            # who makes other vectors here takes these away first: it is the manifest that is damaged
+            say(f"{path}: not what was written; written again, the blocks of this run are kept")
+            write_json(path, manifest)
+            return
         if path.exists() and not force:
-            different = changes(_old_manifest(path), manifest)
-            if not different:
-                return
             if shared:
                 raise UserError(
                     f"{folder}: vectors of another run ({'; '.join(different)}); "
                     "leave --para_emb out, name another folder, or pass --force to make them again there"
                 )
+            self._require_unused(f"this one would make others ({'; '.join(different)})")
             say(f"{folder}: the vectors there are of another run and are made again ({'; '.join(different)})")
         elif blocks and shared and not force:
             raise UserError(f"{folder}: blocks without a manifest; name another folder, or pass --force")
         elif blocks:
+            self._require_unused("this one would make them again")
             say(f"{folder}: {'--force' if force else 'no manifest beside the vectors'}; they are made again")
         path.unlink(missing_ok=True)  # first: blocks without a manifest are never trusted
         for block in blocks:
             block.unlink(missing_ok=True)
         write_json(path, manifest)
+
+    def _require_unused(self, what: str) -> None:
+        if not self.hold.alone():
+            raise UserError(
+                f"{self.folder}: another run is using the vectors there, and {what}; "
+                "wait for its end, or give this one another --output_dir"
+            )
 
     @property
     def manifest_path(self) -> Path:
@@ -217,8 +235,9 @@ class VectorStore:
         return out
 
     def _read_block(self, block: int, first: int, out: np.ndarray) -> None:
-        start = self._open(block).offset  # checks the header
-        path = self.block_path(block)
+        if first == 0 or block not in self.begins:
+            self.begins = {block: self._open(block).offset}  # checks the header
+        path, start = self.block_path(block), self.begins[block]
         with open(path, "rb", buffering=0) as file:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
@@ -251,7 +270,7 @@ class VectorStore:
         path = self.block_path(block)
         try:
             vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, FileNotFoundError) as error:
+        except (*DAMAGE, FileNotFoundError) as error:
             raise DamagedBlock(path, block, f"cannot be read as vectors ({error})") from None
         first, last = self.block_range(block)
         if vectors.shape != (last - first, self.hidden) or vectors.dtype != self.dtype:
