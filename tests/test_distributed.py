@@ -94,3 +94,15 @@ def test_a_process_that_dies_ends_the_run_instead_of_a_hang(world):
     rest = process.stdout.read()
     assert process.wait() != 0 and "exitcode" in rest
     assert time.monotonic() - begun < 120
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_the_run_with_its_line(world):
+    """Only the first process reads the dev set: the other waits for it in a sum that will not come."""
+    bad = world / "bad_dev.json"
+    bad.write_text('{"question_id": \n', encoding="utf-8")
+    words = [*train_options(world, world / "errs"), "--dev_set", str(bad)]
+    command = [sys.executable, *LAUNCH, "--nproc_per_node=2", str(ROOT / "do_dual_train.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert f"error: {bad}" in done.stderr and "torch_src/training.py" not in done.stderr

@@ -100,7 +100,7 @@ def test_in_fp32(world, share):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("knobs", DUAL[::3], ids=lambda knobs: "-".join(map(str, knobs.values())))
+@pytest.mark.parametrize("knobs", DUAL, ids=lambda knobs: "-".join(map(str, knobs.values())))
 def test_with_dropout_and_mixed_precision_the_same_chunks_give_the_same(world, knobs, precision):
     """tokens_per_batch cuts the same chunks without the cache, and keeps all of their graphs."""
     kept, cached = (
@@ -273,25 +273,51 @@ def test_r_drop_with_cached_gradients(world):
         stage(world, "cross", dropout=0.5, r_drop_alpha=alpha, **knobs) for alpha in (1e-12, 50.0)
     ]
     assert apart(gradients(with_dropout[1]), gradients(with_dropout[0])) > 1e-2
-    kept = stage(world, "cross", dropout=0.5, r_drop_alpha=50.0, **{**knobs, "grad_cache_chunk": 0})
-    kept_chunks = stage(world, "cross", dropout=0.5, r_drop_alpha=50.0, **{**knobs, "grad_cache_chunk": 100})
-    assert apart(gradients(kept_chunks), gradients(kept)) < 1e-9
+    kept, cached = (
+        stage(
+            world, "cross", dropout=0.5, r_drop_alpha=50.0, tokens_per_batch=150,
+            **{**knobs, "grad_cache_chunk": chunk},
+        )
+        for chunk in (0, 1000)
+    )  # fmt: skip
+    assert len(kept.logits(kept.prepare(0, 0), 0).chunks) > 2
+    assert apart(gradients(cached), gradients(kept)) < 1e-9
+
+
+def with_teacher(world, folder) -> dict:
+    """Write the world's training rows with a teacher's scores beside them; return the knob."""
+    rows = lines(world / "data/train/dual.train.tsv")
+    write(folder / "dual.train.tsv", rows)
+    fields = [["", "", "", "", f"{len(row) % 5}", "", "", "", "", f"{len(row) % 3 - 2}"] for row in rows]
+    write(folder / "dual.train.ids.tsv", ["\t".join(COLUMNS), *("\t".join(field) for field in fields)])
+    return dict(train_set=str(folder / "dual.train.tsv"))
+
+
+@pytest.mark.parametrize("kind", ["kl", "margin_mse"])
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("more", [{}, {"matryoshka_dims": "4,16"}, {"gradient_checkpointing": True}])
+def test_distillation_with_cached_gradients(world, tmp_path, kind, share, more):
+    knobs = dict(
+        batch_size=6, dropout=0.2, normalize=True, temperature=0.05, pooling="mean", hard_negatives=2,
+        share_encoder=share, tokens_per_batch=100, distill_loss=kind, distill_weight=3.0,
+    )  # fmt: skip
+    kept, cached = (
+        stage(world, "dual", **knobs, **more, **with_teacher(world, tmp_path), grad_cache_chunk=chunk)
+        for chunk in (0, 1000)
+    )
+    assert apart(gradients(cached, 2), gradients(kept, 2)) < 1e-9
+    without = stage(world, "dual", **{**knobs, "distill_loss": "none"}, **more)
+    assert apart(gradients(without, 2), gradients(kept, 2)) > 1e-2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kl", "margin_mse"])
 def test_distillation_alone_fits_the_teacher(world, tmp_path, kind):
     """With the contrastive loss off, the student comes to score its own passages as the teacher does."""
-    rows = lines(world / "data/train/dual.train.tsv")
-    write(tmp_path / "dual.train.tsv", rows)
-    fields = [["", "", "", "", f"{len(row) % 5}", "", "", "", "", f"{len(row) % 3 - 2}"] for row in rows]
-    write(tmp_path / "dual.train.ids.tsv", ["\t".join(COLUMNS), *("\t".join(field) for field in fields)])
     knobs = dict(
         batch_size=6, dropout=0.0, normalize=True, temperature=0.05, pooling="mean", hard_negatives=2
     )
-    more = dict(
-        distill_loss=kind, contrastive_weight=0.0, train_set=str(tmp_path / "dual.train.tsv"), lr=2e-3
-    )
+    more = dict(distill_loss=kind, contrastive_weight=0.0, lr=2e-3, **with_teacher(world, tmp_path))
     made = stage(world, "dual", epoch=30, max_steps=40, **knobs, **more)
     losses = []
     trainer = Trainer(made.hp, made.task(), made.device, "fp32", str(tmp_path / "c.pt"), {})

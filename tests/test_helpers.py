@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from torch_src import helpers
+from torch_src.devices import make_deterministic
 from torch_src.errors import UserError
 from torch_src.formats import FormatError
 
@@ -237,3 +239,15 @@ def test_log_lines_go_to_stdout_and_warnings_are_marked(capsys):
 )
 def test_duration(seconds, shown):
     assert helpers.duration(seconds) == shown
+
+
+def test_deterministic_algorithms_are_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *on, **how: asked.append((on, how)))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with pytest.raises(UserError, match="put CUBLAS_WORKSPACE_CONFIG=:4096:8 in front"):
+        make_deterministic(torch.device("cuda"))
+    make_deterministic(torch.device("cpu"))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    make_deterministic(torch.device("cuda"))
+    assert asked == [((True,), {"warn_only": True})] * 2

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from torch_src.checkpoints import save_checkpoint
 from torch_src.dual_hparams import DualHparams
 from torch_src.dual_train import DualTraining
 from torch_src.errors import UserError
@@ -27,7 +28,7 @@ class Toy:
             **(dict(
                 epoch=3, batch_size=5, lr=0.05, weight_decay=0.0, max_grad_norm=1.0, accumulation_steps=1,
                 max_steps=0, warmup_proportion=0.1, eval_every=0, early_stop=0, seed=42, log_every=1,
-                output_dir=str(folder), ema_decay=0.0, save_every_minutes=0.0,
+                output_dir=str(folder), ema_decay=0.0, save_every_minutes=0.0, precision="fp32",
             ) | knobs)
         )  # fmt: skip
         torch.manual_seed(0)
@@ -39,7 +40,8 @@ class Toy:
             self.model, micro_steps, self.prepare, self.backward, lambda batch: f"rows {batch[2]}",
             self.evaluate, self.save_best,
         )  # fmt: skip
-        self.trainer = Trainer(self.hp, task, CPU, "fp32", str(folder / "checkpoint.pt"), {"lr": self.hp.lr})
+        checkpoint, stamp = str(folder / "checkpoint.pt"), {"lr": self.hp.lr}
+        self.trainer = Trainer(self.hp, task, CPU, self.hp.precision, checkpoint, stamp)
         step = self.trainer.optimizer.step
         self.trainer.optimizer.step = lambda: (self.gradients.append(self.gradient()), step())
 
@@ -215,7 +217,7 @@ def test_a_checkpoint_of_other_settings_is_not_continued(tmp_path, capsys):
     fresh.run()
     again = Toy(tmp_path, lr=0.01)
     again.run()
-    assert "a checkpoint of other settings (lr)" in capsys.readouterr().out
+    assert "a checkpoint of other settings (lr: 0.05 -> 0.01)" in capsys.readouterr().out
     assert again.weights() == fresh.weights() and len(again.gradients) == 12
 
 
@@ -238,6 +240,76 @@ def test_a_non_finite_loss_before_any_weights_were_kept_claims_none(tmp_path):
     with pytest.raises(UserError, match="at step 1, ") as caught:
         toy.run()
     assert toy.saved == [] and "step -1" not in str(caught.value)
+    assert "no weights were saved yet" in str(caught.value)
+
+
+def test_a_non_finite_loss_tells_of_the_checkpoint(tmp_path):
+    toy = Toy(tmp_path, metrics=[0.1], eval_every=-1)
+    toy.scale = lambda rows: math.nan if rows == (2, 1) else 1.0
+    with pytest.raises(UserError, match="stopped, the checkpoint of step 8 is whole"):
+        toy.run()
+    again = Toy(tmp_path, eval_every=-1)
+    again.scale = math.nan
+    with pytest.raises(UserError, match="at step 9, .*the checkpoint of step 8 is whole"):
+        again.run()
+
+
+def test_fp16_skips_are_counted_logged_and_too_many_stop(tmp_path, capsys):
+    def overflow(rows):
+        return 1.0 if rows[0] != 1 else 1e38  # times the scaler's 2**16: beyond fp32
+
+    toy = Toy(tmp_path / "some", precision="fp16", ema_decay=0.5, eval_every=-1)
+    toy.scale = overflow
+    before, shadows, update = toy.weights(), [], toy.trainer.ema.update
+    toy.trainer.ema.update = lambda: (shadows.append(toy.trainer.progress.step), update())
+    progress = toy.run()
+    assert (progress.skipped, progress.skipped_in_all) == (0, 4) and "skipped 4" in capsys.readouterr().out
+    assert len(toy.gradients) == 8 and shadows == [0, 1, 2, 3, 8, 9, 10, 11] and toy.weights() != before
+    assert all(gradient.isfinite().all() for gradient in toy.gradients)
+    plain = Toy(tmp_path / "plain", eval_every=-1, epoch=1)
+    plain.run()  # the loss is scaled and its gradient scaled back: the same direction and size
+    assert toy.gradients[0].allclose(plain.gradients[0], rtol=1e-4, atol=1e-7)
+
+    endless = Toy(tmp_path / "endless", precision="fp16", epoch=30, eval_every=-1)
+    endless.scale = 1e38
+    before = endless.weights()
+    with pytest.raises(UserError, match="fp16: 50 updates in a row overflowed.*at step 50, lr"):
+        endless.run()
+    assert endless.weights() == before and endless.trainer.progress.skipped == 50
+
+
+def test_what_an_fp16_run_skipped_is_known_to_its_resume(tmp_path):
+    def overflow(rows):
+        return 1e38 if rows[0] == 0 else 1.0
+
+    knobs = dict(precision="fp16", eval_every=-1)
+    whole = Toy(tmp_path / "whole", **knobs)
+    whole.scale = overflow
+    expected = whole.run()
+    broken = Toy(tmp_path / "broken", **knobs)
+    broken.scale, broken.fail_at = overflow, (1, 2)
+    with pytest.raises(ConnectionError):
+        broken.run()
+    again = Toy(tmp_path / "broken", **knobs)
+    again.scale = overflow
+    assert vars(again.run()) == vars(expected) and again.weights() == whole.weights()
+    assert again.trainer.scaler.state_dict() == whole.trainer.scaler.state_dict()
+
+
+def test_other_negatives_or_processes_are_told_of(tmp_path, capsys):
+    first = Toy(tmp_path)
+    first.trainer.task.negatives = first.trainer.progress.negatives = 63
+    first.run()
+    other = Toy(tmp_path, lr=0.01)
+    other.trainer.task.negatives = 127
+    capsys.readouterr()
+    other.run()
+    assert "WARNING: negatives a query in a step: 63 -> 127" in capsys.readouterr().out
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state = {key: value for key, value in saved.items() if key != "xxh3"}
+    save_checkpoint(tmp_path / "checkpoint.pt", {**state, "progress": {**state["progress"], "processes": 2}})
+    Toy(tmp_path, lr=0.01).run()
+    assert "WARNING: 1 processes, 2 before" in capsys.readouterr().out
 
 
 def test_a_non_finite_gradient_of_a_finite_loss_stops(tmp_path):
@@ -245,7 +317,7 @@ def test_a_non_finite_gradient_of_a_finite_loss_stops(tmp_path):
     real = toy.loss
     toy.loss = lambda batch: (real(batch)[0] + (toy.model[0].bias * 0).sum().sqrt(), torch.ones(1))
     before = toy.weights()
-    with pytest.raises(UserError, match="the gradient is not finite at step 1"):
+    with pytest.raises(UserError, match=r"gradient is not finite at step 1, lr .*rows \(0, 0\).*no weights"):
         toy.run()
     assert toy.weights() == before
 

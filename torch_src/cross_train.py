@@ -27,8 +27,9 @@ from torch_src.scoring import PairScorer, pair_tensors, rank_pairs
 from torch_src.stamps import fingerprint_files
 from torch_src.tokenization import Pairs, TextRules, tokenize_pairs
 from torch_src.training import Progress, Task
-from torch_src.training_stage import TrainingStage
+from torch_src.training_stage import TrainingStage, rows_named
 
+FGM_SCALE = 2.0**12  # of a gradient whose direction alone counts, so that fp16 does not round it to zero
 LOOKED_AT = 512  # training negatives that are scored at the end, to compare them with the dev candidates
 
 
@@ -166,7 +167,7 @@ class CrossTraining(TrainingStage):
         before, table.grad = table.grad, None
         logits = self.logits(batch, 0)
         gradient = torch.autograd.grad(self.loss(logits.outputs, batch)[0], logits.outputs)[0]
-        logits.backward(gradient, [table])
+        logits.backward(gradient * (FGM_SCALE if self.precision == "fp16" else 1), [table])
         found, table.grad = table.grad, before
         return self.group.sum_(found)
 
@@ -189,7 +190,7 @@ class CrossTraining(TrainingStage):
         return loss * share, accuracy * share
 
     def describe(self, batch: TokenBatch) -> str:
-        return f"rows {', '.join(map(str, batch.source.rows[:40]))} of {self.hp.train_set_path}"
+        return rows_named(batch.source.rows, self.hp.train_set_path)
 
     def scorer(self) -> PairScorer:
         """Return the scorer on the weights as they are now."""

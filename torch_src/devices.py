@@ -33,6 +33,9 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: torch sees no CUDA device (a CPU build of torch, or no driver)")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: only {torch.cuda.device_count()} CUDA devices are visible")
+    if device.type == "cuda":
+        # What names no device (seeds, the clock of a plan, NCCL's own buffers) is then on this one, too.
+        torch.cuda.set_device(device)
     return device
 
 
@@ -94,8 +97,7 @@ def autocast(device: torch.device, precision: str):
     """
     if precision == "fp32":
         return nullcontext()
-    # The weight cache of autocast would hold casts over a whole step of many chunks: it saves time, so it
-    # stays on.
+    # Each weight is cast once within the context, and the cast is dropped when the context ends.
     return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
@@ -133,6 +135,16 @@ def set_threads(threads: int) -> int:
     if threads:
         torch.set_num_threads(threads)
     return torch.get_num_threads()
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Let torch take operations that give the same bytes each time; it warns of those that have no such form.
+
+    UserError on CUDA without the variable that cuBLAS needs for it, and reads before the program can set it.
+    """
+    if device.type == "cuda" and not os.getenv("CUBLAS_WORKSPACE_CONFIG"):
+        raise UserError("--deterministic: put CUBLAS_WORKSPACE_CONFIG=:4096:8 in front of the command")
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def peak_memory_gb(device: torch.device) -> float:

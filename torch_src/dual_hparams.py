@@ -87,6 +87,7 @@ class DualHparams(OfficialLayout):
     precision: str = "auto"  # auto, bf16, fp16 or fp32
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     threads: int = 0  # CPU threads of this process; 0: what torch chooses
+    deterministic: bool = False  # on CUDA: the same bytes each time, slower; a CPU gives them anyway
     seed: int = 42  # weights, dropout, order and draws
     log_every: int = 20  # updates between log lines
     plan: bool = False  # print time, memory and disk of this run from a short probe, and exit

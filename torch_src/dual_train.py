@@ -21,7 +21,7 @@ from torch_src.planning import evenly, seconds_a_text
 from torch_src.stamps import fingerprint_files
 from torch_src.tokenization import TextRules, pad, tokenize
 from torch_src.training import Progress, Task
-from torch_src.training_stage import TrainingStage
+from torch_src.training_stage import TrainingStage, rows_named
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class DualTraining(TrainingStage):
         return self.in_chunks([len(tokens) for tokens in ids], forward, (*batch.at, side == "query"))
 
     def describe(self, batch: TokenBatch) -> str:
-        return f"rows {', '.join(map(str, batch.source.rows[:40]))} of {self.hp.train_set_path}"
+        return rows_named(batch.source.rows, self.hp.train_set_path)
 
     def encoder(self, side: str) -> Encoder:
         """Return the encoder of one side, on the weights as they are now."""

@@ -1,12 +1,15 @@
 """The processes that train together: torchrun's (gloo on a CPU, nccl on CUDA), or this one alone."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torch_src.errors import UserError, is_out_of_memory
 from torch_src.helpers import rank
 
 PATIENCE = timedelta(
@@ -14,12 +17,24 @@ PATIENCE = timedelta(
 )  # the others wait for the first during a dev evaluation; torchrun ends them when it dies
 
 
+@contextmanager
+def _together() -> Iterator[None]:
+    """A sum that fails since another process is gone is no fault of this one: UserError, no traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        why = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"another process of this run has ended: its own message says why ({why})") from error
+
+
 class ProcessGroup:
     """Sums and gathers over all processes; with one process everything is as it was."""
 
     def __init__(self, device: torch.device):
         """Join the processes that torchrun started, if it did."""
-        self.rank, self.world = rank(), int(os.getenv("WORLD_SIZE", "1"))
+        self.rank, self.world, self.device = rank(), int(os.getenv("WORLD_SIZE", "1")), device
         self.joined = self.world > 1 and not dist.is_initialized()
         if self.joined:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
@@ -42,13 +57,15 @@ class ProcessGroup:
         padded = own.new_zeros((max(counts), *own.shape[1:]))
         padded[: len(own)] = own
         parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
+        with _together():
+            dist.all_gather(parts, padded)
         return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            with _together():
+                dist.all_reduce(tensor)
         return tensor
 
     def sum_gradients(self, model: nn.Module) -> None:
@@ -66,15 +83,19 @@ class ProcessGroup:
     def from_first_(self, tensor: Tensor) -> Tensor:
         """Give every process the first one's tensor, in place."""
         if self.world > 1:
-            dist.broadcast(tensor, 0)
+            with _together():
+                dist.broadcast(tensor, 0)
         return tensor
 
     def wait(self) -> None:
         """Go on when all processes have come here."""
         if self.world > 1:
-            self.sum_(torch.zeros(1, device="cuda" if dist.get_backend() == "nccl" else "cpu"))
+            self.sum_(torch.zeros(1, device=self.device))
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group. Not after an error: the others may be within a sum, and NCCL would wait for them.
+
+        A process that just ends is noticed by torchrun, which ends the others.
+        """
         if self.joined:
             dist.destroy_process_group()

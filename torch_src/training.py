@@ -65,6 +65,7 @@ class Progress:
     best_weights: str = ""  # fingerprint of the weights kept
     untrained: float = -1.0  # the main metric before the first update
     evaluations_without_gain: int = 0
+    processes: int = 1  # that the last updates were shared by
     skipped: int = 0  # fp16 updates skipped in a row
     skipped_in_all: int = 0
     negatives: int = 0  # that each query was held against
@@ -90,7 +91,9 @@ class Trainer:
         self.steps_per_epoch = task.micro_steps_per_epoch // hp.accumulation_steps
         total = hp.epoch * self.steps_per_epoch
         self.total_steps = min(total, hp.max_steps) if hp.max_steps else total
-        self.progress = Progress(negatives=task.negatives)
+        self.progress = Progress(negatives=task.negatives, processes=self.group.world)
+        self.saved_step = -1  # of the checkpoint on disk
+        self.where: list[str] = []  # the rows of this update's micro-batches, and the rate
         self.log: Log | None = None
         groups = parameter_groups(task.model, hp.weight_decay, task.own_lr)
         self.optimizer = torch.optim.AdamW(groups, lr=hp.lr)
@@ -123,7 +126,7 @@ class Trainer:
         seconds = []
         for step in range(updates):
             begun = time.perf_counter()
-            self.loss, lr = 0.0, self._set_lr(step)
+            self.loss, self.where, lr = 0.0, [], self._set_lr(step)
             for micro in range(self.hp.accumulation_steps):
                 at = step * self.hp.accumulation_steps + micro
                 self._backward(self.task.prepare(0, at % self.task.micro_steps_per_epoch), lr)
@@ -140,7 +143,7 @@ class Trainer:
         waiting = self._submit(ahead, self.progress.step, 0)
         try:
             while self.progress.step < self.total_steps and not self._stopped_early():
-                self.loss, accuracy = 0.0, 0.0
+                self.loss, accuracy, self.where = 0.0, 0.0, []
                 lr = self._set_lr(self.progress.step)
                 for micro in range(self.hp.accumulation_steps):
                     batch, waiting = waiting.result(), self._submit(ahead, *self._next(micro))
@@ -177,25 +180,27 @@ class Trainer:
     def _backward(self, batch, lr: float) -> float:
         """Add one micro-batch's gradient; return its accuracy."""
         self.task.model.train()
+        self.where.append(f"lr {lr:.2g}, {self.task.describe(batch)}")
 
         def begin(loss: Tensor) -> Tensor:
             """Return what is differentiated, once the loss of all processes is known to be finite."""
             value = self.group.sum_(loss.detach().double().clone()).item()
             if not math.isfinite(value):
-                raise self._not_finite(value, batch, lr)
+                raise self._not_finite(f"the loss is {value}", self.where[-1:])
             self.loss += value / self.hp.accumulation_steps
             return self.scaler.scale(loss / self.hp.accumulation_steps)
 
         return self.group.sum_(self.task.backward(batch, begin).detach().double().clone()).item()
 
-    def _not_finite(self, value: float, batch, lr: float) -> UserError:
-        best = self.progress.best_step
-        kept = (
-            f"the weights of step {best}, best on dev, are kept" if best > 0 else "no weights were saved yet"
-        )
-        where = f"step {self.progress.step + 1}, lr {lr:.2g}, {self.task.describe(batch)}"
+    def _not_finite(self, what: str, where: list[str]) -> UserError:
+        best, kept = self.progress.best_step, []
+        if best > 0:
+            kept.append(f"the weights of step {best}, best on dev, are kept")
+        if self.saved_step > 0:
+            kept.append(f"the checkpoint of step {self.saved_step} is whole")
         return UserError(
-            f"the loss is {value} at {where}; stopped, {kept}. "
+            f"{what} at step {self.progress.step + 1}, {'; '.join(where)}; stopped, "
+            f"{' and '.join(kept) or 'no weights were saved yet'}. "
             "Try a lower --lr, --precision fp32, or look at those rows"
         )
 
@@ -205,7 +210,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.task.model.parameters(), self.hp.max_grad_norm)
         finite = bool(torch.isfinite(norm))
         if not self.scaler.is_enabled() and not finite:
-            raise UserError(f"the gradient is not finite at step {self.progress.step + 1}; try a lower --lr")
+            raise self._not_finite("the gradient is not finite", self.where)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -213,8 +218,8 @@ class Trainer:
             self.ema.update()
         self.progress.skipped = 0 if finite else self.progress.skipped + 1
         self.progress.skipped_in_all += not finite
-        if self.progress.skipped > MAX_SKIPS:
-            raise UserError(f"fp16: {MAX_SKIPS} updates in a row overflowed; use --precision bf16 or fp32")
+        if self.progress.skipped >= MAX_SKIPS:
+            raise self._not_finite(f"fp16: {MAX_SKIPS} updates in a row overflowed, the last one", self.where)
 
     def _note(self, loss: float, accuracy: float, lr: float) -> None:
         step = self.progress.step
@@ -309,7 +314,7 @@ class Trainer:
         No state of a random generator is in it: every draw is a function of seed, step and place in the
         batch.
         """
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), self.progress.step
         if self.is_first:
             save_checkpoint(self.checkpoint, {
                 "stamp": self.stamp, "progress": vars(self.progress), "model": self.task.model.state_dict(),
@@ -334,11 +339,13 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load(state["ema"])
-        self.progress = Progress(**state["progress"])
-        if self.progress.negatives != self.task.negatives:
+        self.progress, self.saved_step = Progress(**state["progress"]), step
+        if self.progress.processes != self.group.world:
             warn(
-                f"{self.task.negatives} negatives a query, {self.progress.negatives} before: another training"
+                f"{self.group.world} processes, {self.progress.processes} before: each draws dropout of its "
+                "own, so the weights will not be those of a run that kept its number"
             )
+            self.progress.processes = self.group.world
         self.say(f"{self.checkpoint}: carrying on after step {self.progress.step} of {self.total_steps}")
 
     def _usable(self, state: dict | None) -> dict | None:
@@ -346,12 +353,17 @@ class Trainer:
         if state is None:
             return None
         if state["stamp"] != self.stamp:
-            old = state["stamp"]
-            different = [name for name in {**old, **self.stamp} if old.get(name) != self.stamp.get(name)]
+            old, new, before = state["stamp"], self.stamp, Progress(**state["progress"]).negatives
+            different = [
+                f"{name}: {old.get(name, 'unknown')} -> {new.get(name, 'gone')}"
+                for name in {**old, **new} if old.get(name) != new.get(name)
+            ]  # fmt: skip
             self.say(
-                f"{self.checkpoint}: a checkpoint of other settings ({', '.join(different)}); "
+                f"{self.checkpoint}: a checkpoint of other settings ({'; '.join(different)}); "
                 "starting from the beginning"
             )
+            if before != self.task.negatives and self.is_first:
+                warn(f"negatives a query in a step: {before} -> {self.task.negatives}: another training")
             return None
         kept, there = state["progress"]["best_weights"], self.task.best_fingerprint()
         # Killed after the best weights were written and before that was noted: the evaluation of this step

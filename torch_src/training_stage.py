@@ -6,13 +6,21 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from torch_src import hparams
 from torch_src.backbones import check_fits, load_config, model_fingerprint
 from torch_src.checkpoints import delete_checkpoints, save_tensors
 from torch_src.collection import PassageCollection
-from torch_src.devices import choose_device, choose_precision, free_gpu_memory, free_memory, set_threads
-from torch_src.errors import UserError
+from torch_src.devices import (
+    choose_device,
+    choose_precision,
+    free_gpu_memory,
+    free_memory,
+    make_deterministic,
+    set_threads,
+)
+from torch_src.errors import UserError, is_out_of_memory
 from torch_src.grad_cache import ChunkedForward
 from torch_src.helpers import duration, read_json, require, say, write_json
 from torch_src.output_lock import output_lock
@@ -35,6 +43,7 @@ from torch_src.tokenization import (
 )
 from torch_src.training import Progress, Task, Trainer
 
+NAMED_ROWS = 40  # of a batch, at most, in an error
 PROBED_UPDATES = 3  # that a plan times, after one more
 
 # Settings that change where things lie or what is said, but not the weights a run ends with.
@@ -43,6 +52,12 @@ NOT_STAMPED = {
     "log_every", "save_every_minutes", "pretrained_model_path", "dual_params", "vocab_path", "force", "debug",
     "threads", "device", "plan",
 }  # fmt: skip
+
+
+def rows_named(rows: list[int], path: str) -> str:
+    """Return `rows 1, 2, 3 of PATH` for an error; of a large batch the first ones and how many more."""
+    more = f" and {len(rows) - NAMED_ROWS:,} more" if len(rows) > NAMED_ROWS else ""
+    return f"rows {', '.join(map(str, rows[:NAMED_ROWS]))}{more} of {path}"
 
 
 class TrainingStage:
@@ -58,10 +73,13 @@ class TrainingStage:
     def __init__(self, hp):
         self.hp = hp
         self.device = choose_device(hp.device)
+        if hp.deterministic:
+            make_deterministic(self.device)
         self.precision = choose_precision(hp.precision, self.device)
         threads = set_threads(hp.threads)
         self.group = ProcessGroup(self.device)
-        say(f"device {self.device}  precision {self.precision}  threads {threads}")
+        same = "  deterministic" if hp.deterministic else ""
+        say(f"device {self.device}  precision {self.precision}  threads {threads}{same}")
         self._check_share()
         if self.group.world > 1:
             say(f"process {self.group.rank + 1} of {self.group.world}; they share each step's batch")
@@ -220,12 +238,18 @@ class TrainingStage:
         """Return what the training would take."""
         self.load()
         planned = Plan(f"do_{self.name}_train.py")
-        with tempfile.TemporaryDirectory() as folder:
-            hp = dataclasses.replace(self.hp, output_dir=folder)
-            trainer = Trainer(hp, self.task(), self.device, self.precision, f"{folder}/none", {}, self.group)
         base = memory_gb(self.device)
-        seconds = float(np.median(trainer.probe(1 + PROBED_UPDATES)[1:]))
-        planned.add(f"{trainer.total_steps:,} updates ({seconds:.2f} s each)", seconds * trainer.total_steps)
+        while True:
+            with tempfile.TemporaryDirectory() as folder:
+                hp = dataclasses.replace(self.hp, output_dir=folder)
+                place = f"{folder}/none"
+                trainer = Trainer(hp, self.task(), self.device, self.precision, place, {}, self.group)
+            if seconds := self._probe(trainer):
+                break
+            planned.too_large = True
+        chunk = f" with --grad_cache_chunk {self.hp.grad_cache_chunk}" if planned.too_large else ""
+        what = f"{trainer.total_steps:,} updates ({seconds:.2f} s each{chunk})"
+        planned.add(what, seconds * trainer.total_steps)
         if (evaluations := trainer.evaluations()) and self.dev is not None:
             each = self.evaluation_seconds()
             what = f"{evaluations} dev evaluations ({duration(each)} each)"
@@ -233,7 +257,24 @@ class TrainingStage:
         planned.ram_gb, planned.gpu_gb = memory_gb(self.device)
         planned.disk_gb = checkpoint_gb(self.model, bool(self.hp.ema_decay))
         planned.advice = self._advice(base, (planned.ram_gb, planned.gpu_gb))
+        if planned.too_large:
+            planned.advice = f"out of memory as set; --grad_cache_chunk {self.hp.grad_cache_chunk} went"
         return planned
+
+    def _probe(self, trainer: Trainer) -> float | None:
+        """Return seconds of one update; None when memory did not suffice, and half the chunk is set."""
+        try:
+            return float(np.median(trainer.probe(1 + PROBED_UPDATES)[1:]))
+        except (RuntimeError, MemoryError) as error:
+            chunk = (self.hp.grad_cache_chunk or self.texts_a_step()) // 2
+            if not is_out_of_memory(error) or not chunk:
+                raise
+        self.model.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        say(f"out of memory; looking at --grad_cache_chunk {chunk}")
+        self.hp = dataclasses.replace(self.hp, grad_cache_chunk=chunk)
+        return None
 
     def _advice(self, base: tuple[float, float], peak: tuple[float, float]) -> str:
         cuda = self.device.type == "cuda"
@@ -243,13 +284,12 @@ class TrainingStage:
 
     def run(self) -> None:
         """Train unless the result is up to date, or say what it would take."""
-        try:
-            if self.hp.plan:
-                return self.plan().say(self.hp.output_dir, self.device)
+        if self.hp.plan:
+            self.plan().say(self.hp.output_dir, self.device)
+        else:
             with output_lock(self.hp.output_dir, first=self.group.rank == 0):
                 self._run()
-        finally:
-            self.group.close()
+        self.group.close()
 
     def _run(self) -> None:
         params, checkpoint = self.hp.params_path, Path(self.hp.output_dir) / f"{self.name}_checkpoint.pt"
@@ -263,6 +303,8 @@ class TrainingStage:
             return
         self.group.wait()  # the first process must not change what the others are looking at
         self.load()
+        if self.stamp() != stamp:
+            raise UserError("an input changed while it was being read; run again")
         if first:
             clear_stamp(params)
             self.forget()
