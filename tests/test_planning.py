@@ -7,7 +7,9 @@ import pytest
 import torch
 from toy_world import make_world, options, train_options
 
-from torch_src import cross_infer, cross_train, dual_infer, dual_train, planning
+from torch_src import cross_infer, cross_train, dual_infer, dual_train, planning, training_stage
+from torch_src.errors import is_out_of_memory
+from torch_src.helpers import exit_status
 from torch_src.planning import Plan, checkpoint_gb, evenly, smaller_chunk
 
 CPU = torch.device("cpu")
@@ -78,3 +80,55 @@ def test_arithmetic():
     assert np.isclose(checkpoint_gb(layer, averaged=True), 0.004 * 13)
     # 64 texts take 6 GB above 2: 0.9 x 5 GB leave room for 26, the power of two below is 16
     assert smaller_chunk(64, 2.0, 8.0, 5.0) == 16 and smaller_chunk(64, 2.0, 8.0, 1.0) == 1
+
+
+def test_a_training_that_runs_out_of_memory_is_planned_smaller(world, tmp_path, capsys, monkeypatch):
+    probe, tried = training_stage.Trainer.probe, []
+
+    def out_of_memory_at_first(trainer, updates):
+        tried.append(trainer.hp.grad_cache_chunk)
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return probe(trainer, updates)
+
+    monkeypatch.setattr(training_stage.Trainer, "probe", out_of_memory_at_first)
+    words = [*train_options(world, tmp_path / "out"), "--batch_size", "8", "--hard_negatives", "1", "--plan"]
+    assert dual_train.main(words) == 0
+    assert tried == [0, 12, 6]  # 8 queries, 16 passages: half of 24, and half again
+    out = capsys.readouterr().out
+    assert "with --grad_cache_chunk 6)" in out
+    assert (
+        "IT DOES NOT FIT (the settings as they are): out of memory as set; --grad_cache_chunk 6 went" in out
+    )
+
+    def broken(trainer, updates):
+        raise RuntimeError("this card is broken")
+
+    monkeypatch.setattr(training_stage.Trainer, "probe", broken)
+    with pytest.raises(RuntimeError, match="this card is broken"):
+        dual_train.main(words)
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (MemoryError(), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_the_ways_in_which_memory_runs_out(capsys, error, memory):
+    assert is_out_of_memory(error) == memory
+
+    def program():
+        raise error
+
+    if memory:
+        assert exit_status(program) == 2
+        assert capsys.readouterr().err.startswith("error: out of memory (")
+    else:
+        with pytest.raises(type(error)):
+            exit_status(program)

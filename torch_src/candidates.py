@@ -1,5 +1,6 @@
 """Candidates to re-rank: a run with the collection, or auxiliary/*.res.tsv with its *.id_map.tsv."""
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -96,16 +97,19 @@ class _Gatherer:
 
     def __init__(self, path):
         self.path, self.index = path, {}
-        self.query_of, self.rows, self.scores, self.pids, self.qids = [], [], [], [], []
-        self.seen: set = set()
+        self.query_of, self.rows, self.scores = array("i"), array("q"), array("f")  # 16 bytes a pair
+        self.pids: list[str] = []  # of the official files
+        self.qids: list[str | None] = []
+        self.last, self.seen = "", set()
 
     def rank(self, query: str) -> int:
         """Return the rank from 1 of the next pair of `query`."""
-        return len(self.seen) + 1 if self.index and next(reversed(self.index)) == query else 1
+        return len(self.seen) + 1 if self.index and self.last == query else 1
 
     def add(self, line: int, query: str, key, row: int, score: float, qid: str | None) -> None:
         if query not in self.index:
             self.index[query] = len(self.index)
+            self.last = query
             self.qids.append(qid)
             self.seen = set()
         elif self.index[query] != len(self.index) - 1:
@@ -118,7 +122,8 @@ class _Gatherer:
         self.query_of.append(self.index[query])
         self.rows.append(row)
         self.scores.append(score)
-        self.pids.append(key)
+        if row < 0:
+            self.pids.append(key)
 
     def require_some(self) -> None:
         if not self.rows:
@@ -127,8 +132,8 @@ class _Gatherer:
     def candidates(self, texts: PassageCollection) -> Candidates:
         official = self.rows[0] < 0
         return Candidates(
-            list(self.index), np.array(self.query_of, dtype=np.int32), np.array(self.rows, dtype=np.int64),
-            np.array(self.scores, dtype=np.float32),
+            list(self.index), np.frombuffer(self.query_of, dtype=np.int32),
+            np.frombuffer(self.rows, dtype=np.int64), np.frombuffer(self.scores, dtype=np.float32),
             np.array([pid.encode() for pid in self.pids]) if official else None,
             self.qids if official else None, texts,
         )  # fmt: skip

@@ -22,7 +22,7 @@ from torch_src.ann_index import (
     set_parameters,
 )
 from torch_src.approximate import recall_line
-from torch_src.devices import peak_memory_gb, search_devices, worker_count
+from torch_src.devices import free_gpu_memory, peak_memory_gb, search_devices, worker_count
 from torch_src.dual_model import DualEncoder
 from torch_src.encoding import encode_collection
 from torch_src.errors import UserError
@@ -34,11 +34,12 @@ from torch_src.milvus_engine import COMMAND, MOST_HITS, MilvusSearch
 from torch_src.output_lock import TOGETHER, output_lock
 from torch_src.planning import KEPT_GB, Plan, evenly, memory_gb, seconds_a_text, seconds_of
 from torch_src.retriever import Retriever, load_model
-from torch_src.search import Resident, choose_kind, chunk_rows, search
+from torch_src.search import RESIDENT_SHARE, Resident, choose_kind, chunk_rows, search
 from torch_src.stamps import clear_stamp, fingerprint_text, seal, up_to_date, write_stamp
 from torch_src.vectors import NO_MATTER, DamagedBlock, VectorStore, new_manifest, save_vectors
 
 INDEX = "para.index"
+STARTED, CLOCK_SKEW = time.time(), 2.0  # of this process; seconds by which the folder's clock may be behind
 
 
 class DualInference(Retriever):
@@ -121,7 +122,7 @@ class DualInference(Retriever):
         stamp = {**self.vector_stamp("passage"), "collection": self.collection.fingerprint}
         folder, own = self.hp.para_emb_path, started_by()
         if force and rank():  # what is there now is about to be thrown away
-            while read_text(Path(folder) / "forced") != own:
+            while not is_forced(Path(folder) / "forced", own):
                 time.sleep(0.2)
         store = VectorStore.create_or_continue(
             folder, stamp, len(self.collection), self.width, self.hp.block_rows, say,
@@ -182,6 +183,11 @@ class DualInference(Retriever):
         if queries:
             planned.add(f"search {queries:,} queries, exactly", self.search_seconds(encoder.width, queries))
         ram, planned.gpu_gb = memory_gb(self.device)
+        devices = search_devices(self.hp.device, self.device)
+        if self.device.type == "cuda" and queries > self.bs and not self.hp.index:
+            share = rows * encoder.width * 2 / len(devices)  # stays on each from one round to the next
+            kept = share if share < RESIDENT_SHARE * free_gpu_memory(self.device) else 0
+            planned.gpu_gb = max(planned.gpu_gb, memory_gb(self.device)[1] + kept / 1e9)
         planned.ram_gb = max(planned.ram_gb, ram + index_bytes / 1e9) + KEPT_GB
         planned.disk_gb = (rows * (2 * encoder.width + 8) + index_bytes) / 1e9
         planned.advice = "lower --search_memory_gb, --bs or --block_rows"
@@ -266,9 +272,14 @@ def started_by() -> str:
     return " ".join(os.getenv(name, "-") for name in names)
 
 
-def read_text(path: Path) -> str:
-    """Return a small file's text; empty when it is not there."""
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+def is_forced(path: Path, own: str) -> bool:
+    """Return whether the first process of this start has emptied the folder.
+
+    An earlier start may have had the same address, but its mark is older than this process.
+    """
+    if not path.exists() or path.read_text(encoding="utf-8") != own:
+        return False
+    return path.stat().st_mtime >= STARTED - CLOCK_SKEW
 
 
 def search_soundly(inference: DualInference, path: Path, dropped: set[int]) -> bool:

@@ -31,6 +31,7 @@ class Plan:
     gpu_gb: float = 0.0
     disk_gb: float = 0.0
     advice: str = ""  # what would make it fit
+    too_large: bool = False  # the settings as they are ran out of memory, and smaller ones were measured
 
     def add(self, what: str, seconds: float) -> None:
         self.parts.append((what, seconds))
@@ -49,6 +50,7 @@ class Plan:
             wanted.append(("GPU memory", self.gpu_gb, free_gpu_memory(device) / 1e9))
         wanted.append(("disk", self.disk_gb, free_disk(folder) / 1e9))
         short = [name for name, needed, free in wanted if needed > free]
+        short += ["the settings as they are"] if self.too_large and not short else []
         lines += [f"  {name:12} {needed:8.2f} GB of {free:,.1f} GB free" for name, needed, free in wanted]
         if not short:
             return [*lines, "  it fits"]
