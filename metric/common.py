@@ -15,6 +15,7 @@ import re
 import sys
 
 CHUNK_BYTES = 1 << 20  # bytes of a JSON map read at a time
+LONGEST_LINE = 1 << 24  # bytes; a longer one is no line of these files, and would be held in memory whole
 PAIR_LIMIT = 1 << 20  # bytes; more than this without one whole pair is no map of short strings
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
@@ -59,7 +60,9 @@ def text_lines(path):
     Only `\\n` ends a line: texts hold \\x0b, \\x0c, \\x85 and U+2028, at which str.splitlines would cut.
     """
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
+            if len(line) > LONGEST_LINE:
+                raise InputError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB")
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -142,6 +145,16 @@ def check_output(output, inputs):
             raise InputError(f"{output}: expected an output path of its own, found one of the inputs")
 
 
+def put_in_place(temporary, path):
+    """Give a file that is whole its name; a power cut right after does not take it away again."""
+    os.replace(temporary, path)
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 def write_lists(path, lists):
     """Write (qid, [pid, ...]) pairs as one JSON object, a query a line; a half file never takes the name."""
     temporary = f"{path}.tmp"
@@ -153,7 +166,7 @@ def write_lists(path, lists):
             file.write("\n}\n")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -170,8 +183,9 @@ def digest(path):
 
 
 def write_stamp(output, program, inputs, **settings):
-    """Write OUTPUT.stamp.json: what made the result, of which files, and its own digest."""
-    made_of = {os.path.basename(path): digest(path) for path in inputs}
+    """Write OUTPUT.stamp.json: what made the result, of which files (from its folder on), its own digest."""
+    folder = os.path.dirname(os.path.abspath(output))
+    made_of = {os.path.relpath(path, folder): digest(path) for path in inputs}
     stamp = {"stage": program, **settings, "inputs": made_of, "sha256": digest(output)}
     temporary = f"{output}.stamp.json.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
@@ -179,7 +193,7 @@ def write_stamp(output, program, inputs, **settings):
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, f"{output}.stamp.json")
+    put_in_place(temporary, f"{output}.stamp.json")
 
 
 def warn_if_stale(result):

@@ -89,7 +89,26 @@ def test_ids_that_lead_nowhere(data):
     ids = data / "passage-collection/passage2id.map.json"
     mapping = json.loads(ids.read_text())
     ids.write_text(json.dumps(mapping | {"0": mapping["1"]}))
-    assert any("1 pids stand for more than one row" in what for _, _, what in faults(data))
+    last = max(map(int, mapping))
+    ids.write_text(json.dumps(mapping | {"0": mapping["1"], str(last): mapping["2"]}))
+    named = sorted(what for _, _, what in faults(data) if what.startswith("the pid"))
+    assert named == sorted(
+        f"the pid {mapping[row]} stands for row {one} and for row {other}"
+        for row, one, other in (("1", 0, 1), ("2", 2, last))
+    )
+    ids.write_text(json.dumps({row: pid for row, pid in mapping.items() if row != "7"}))
+    assert any("row 7 is missing" in what for _, _, what in faults(data))
+
+
+def test_every_bad_line_of_the_dev_set_is_named(data):
+    path = data / "dev/dev.json"
+    first = json.loads(lines(path)[0])["question_id"]
+    change(path, 2, '{"question_id": "x"}')
+    change(path, 4, json.dumps({**json.loads(lines(path)[3]), "question_id": first}))
+    change(path, 5, "{")
+    found = [(line, what) for name, line, what in faults(data) if name == "dev/dev.json"]
+    assert [line for line, _ in found if "q2qid" not in _] == [2, 4, 5]
+    assert "stands in line 1 already" in dict(found)[4]
 
 
 def test_a_query_twice_and_a_query_without_id(data):
@@ -108,8 +127,9 @@ def test_notes_are_no_faults(data):
     rows = lines(part)
     change(part, len(rows), rows[0])
     found = DataCheck(str(data)).run()
-    assert any("1 of its queries are dev queries" in note for note in found.notes)
-    assert any("1 passages repeat" in note for note in found.notes)
+    leak, place = len(lines(data / "train/dual.train.tsv")), f"part-01:{len(rows)}, as part-01:1"
+    assert any(f"dev queries, too (the first in line {leak})" in note for note in found.notes)
+    assert any(f"1 passages repeat the text of an earlier one; the first: {place}" in n for n in found.notes)
 
 
 def test_missing_files_are_notes_but_a_missing_part_is_a_fault(data):

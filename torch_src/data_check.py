@@ -13,10 +13,10 @@ from torch_src.formats import (
     FormatError,
     decode,
     parse_cross_row,
+    parse_dev_query,
     parse_dual_row,
     parse_passage,
     raw_lines,
-    read_dev,
     read_q2qid,
     split_columns,
 )
@@ -134,10 +134,11 @@ class DataCheck:
         self.pids = self.whole(path, read_passage_ids, None)
         if self.pids is not None:
             self.found.rows[str(path.relative_to(self.folder))] = len(self.pids)
-            self.sorted_pids = np.sort(self.pids)
-            repeated = int((self.sorted_pids[1:] == self.sorted_pids[:-1]).sum())
-            if repeated:
-                self.found.fault(path, 1, f"{repeated:,} pids stand for more than one row")
+            order = np.argsort(self.pids, kind="stable")
+            self.sorted_pids = self.pids[order]
+            for at in np.flatnonzero(self.sorted_pids[1:] == self.sorted_pids[:-1]).tolist():
+                pid, one, other = self.sorted_pids[at].decode(errors="replace"), order[at], order[at + 1]
+                self.found.fault(path, 1, f"the pid {pid} stands for row {one} and for row {other}")
 
     def is_unknown(self, pid: str) -> bool:
         """Return whether a pid is not in the id map; False without a map."""
@@ -148,11 +149,11 @@ class DataCheck:
 
     def check_dev(self) -> None:
         path = self.folder / "dev/dev.json"
-        queries = self.whole(path, read_dev, [])
-        if not queries:
-            return
-        self.found.rows["dev/dev.json"] = len(queries)
-        for line, query in enumerate(queries, start=1):
+        for line, query in self.rows_of(path, parse_dev_query):
+            if query.qid in self.dev_qids:
+                first = self.dev_qids[query.qid]
+                self.found.fault(path, line, f"question_id {query.qid} stands in line {first} already")
+                continue
             self.dev_qids[query.qid] = line
             self.found.length("dev query", query.query)
             for pid, text in query.answers.items():
@@ -189,9 +190,10 @@ class DataCheck:
             self.found.fault(folder, 1, str(error).removeprefix(f"{folder}: "))
             return
         hashes: list[np.ndarray] = []
+        places: list[array] = []  # of each file: the line of each hash
         row, empty = 0, 0
         for path in files:
-            part = array("Q")
+            part, lines = array("Q"), array("I")
             first = row
             for line, text in self.rows_of(path, parse_passage):
                 row = first + line - 1
@@ -199,10 +201,13 @@ class DataCheck:
                 empty += not text.strip()
                 key = text_hash(text)
                 part.append(key)
+                lines.append(line)
                 self._check_answer(path, line, row, key)
             row = first + self.found.rows[str(path.relative_to(self.folder))]
             hashes.append(np.array(part, dtype=np.uint64))
-        self._check_counts(files[0], row, empty, np.concatenate(hashes))
+            places.append(lines)
+        self._check_counts(row, empty)
+        self._note_repeats(np.concatenate(hashes), files, places)
 
     def _check_answer(self, path: Path, line: int, row: int, key: int) -> None:
         """A dev positive must have the text that the collection has at its row: else the ids are off."""
@@ -215,34 +220,51 @@ class DataCheck:
                 path, line, f"row {row} is {pid}, whose text in dev.json is another one: are the ids off?"
             )
 
-    def _check_counts(self, path: Path, rows: int, empty: int, hashes: np.ndarray) -> None:
+    def _check_counts(self, rows: int, empty: int) -> None:
         if self.pids is not None and len(self.pids) != rows:
             ids = self.folder / "passage-collection/passage2id.map.json"
             self.found.fault(ids, 1, f"{len(self.pids):,} ids, but the collection has {rows:,} passages")
-        repeated = len(hashes) - len(np.unique(hashes))
-        if repeated:
-            self.found.notes.append(f"{repeated:,} passages repeat the text of an earlier one")
         if empty:
             self.found.notes.append(f"{empty:,} passages have no visible text (kept: rows must not move)")
+
+    def _note_repeats(self, hashes: np.ndarray, files: list[Path], places: list[array]) -> None:
+        order = np.argsort(hashes, kind="stable")
+        later = np.flatnonzero(hashes[order][1:] == hashes[order][:-1]) + 1
+        if not len(later):
+            return
+        starts = np.cumsum([0, *map(len, places)])
+        again = int(order[later].min())
+        before = int(order[np.searchsorted(hashes[order], hashes[again])])
+        one, other = (
+            f"{files[part].name}:{places[part][at - starts[part]]}"
+            for at in (again, before)
+            for part in [int(np.searchsorted(starts, at, side="right")) - 1]
+        )
+        self.found.notes.append(
+            f"{len(later):,} passages repeat the text of an earlier one; the first: {one}, as {other}"
+        )
 
     def check_training(self, name: str, parse: Callable, texts: tuple[str, ...]) -> None:
         path = self.folder / "train" / name
         queries: set[int] = set()
         leaked: set[int] = set()
-        for _, row in self.rows_of(path, parse):
+        first_leak = 0
+        for line, row in self.rows_of(path, parse):
             key = text_hash(row.query)
             if key not in queries:
                 self.found.length("train query", row.query)
                 queries.add(key)
             if key in self.dev_queries:
                 leaked.add(key)
+                first_leak = first_leak or line
             for kind in texts:
                 self.found.length(f"{name} {kind}", getattr(row, kind))
         if queries:
             self.found.rows[f"train/{name}, distinct queries"] = len(queries)
         if leaked:
             self.found.notes.append(
-                f"{path}: {len(leaked):,} of its queries are dev queries, too: dev figures flatter"
+                f"{path}: {len(leaked):,} of its queries are dev queries, too (the first in line "
+                f"{first_leak}): dev figures flatter"
             )
 
     def check_candidates(self) -> None:

@@ -241,20 +241,26 @@ class DevQuery:
     answers: dict[str, str]  # pid -> text of every positive
 
 
+def parse_dev_query(text: str, path, line: int) -> DevQuery:
+    """Return the query of one line of dev.json with its positives."""
+    entry = parse_json(text, path, line)
+    try:
+        answers = {str(a["paragraph_id"]): str(a["paragraph_text"]) for a in entry["answer_paragraphs"]}
+        query = DevQuery(str(entry["question_id"]), str(entry["question"]), answers)
+    except (KeyError, TypeError) as error:
+        fields = "question_id, question, answer_paragraphs: [{paragraph_id, paragraph_text}]"
+        raise FormatError(path, line, f"expected {{{fields}}}; missing or malformed: {error}") from None
+    _query(query.query, path, line)
+    if not answers:
+        raise FormatError(path, line, "no answer_paragraphs: such a query can only count 0")
+    return query
+
+
 def read_dev(path) -> list[DevQuery]:
     """Return the queries of dev.json with their positives."""
     found, seen = [], set()
     for line, text in read_lines(path):
-        entry = parse_json(text, path, line)
-        try:
-            answers = {str(a["paragraph_id"]): str(a["paragraph_text"]) for a in entry["answer_paragraphs"]}
-            found.append(DevQuery(str(entry["question_id"]), str(entry["question"]), answers))
-        except (KeyError, TypeError) as error:
-            fields = "question_id, question, answer_paragraphs: [{paragraph_id, paragraph_text}]"
-            raise FormatError(path, line, f"expected {{{fields}}}; missing or malformed: {error}") from None
-        _query(found[-1].query, path, line)
-        if not answers:
-            raise FormatError(path, line, "no answer_paragraphs: such a query can only count 0")
+        found.append(parse_dev_query(text, path, line))
         if found[-1].qid in seen:
             raise FormatError(path, line, f"question_id {found[-1].qid} stands there twice")
         seen.add(found[-1].qid)

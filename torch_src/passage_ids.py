@@ -124,10 +124,11 @@ def row_number(key: str, path) -> int:
 def _in_row_order(rows: np.ndarray, pids: list[np.ndarray], path) -> np.ndarray:
     count = len(rows)
     ordered = np.zeros(count, dtype=f"S{max(chunk.dtype.itemsize for chunk in pids)}")
-    if count and (rows.max() >= count or len(np.unique(rows)) < count):
-        raise UserError(
-            f"{path}: row numbers are not exactly 0..{count - 1}: one is missing or stands there twice"
-        )
+    there = np.bincount(rows[rows < count], minlength=count)
+    if not (there == 1).all():
+        twice, missing = np.flatnonzero(there > 1), np.flatnonzero(there == 0)
+        what = f"row {twice[0]} stands there twice" if len(twice) else f"row {missing[0]} is missing"
+        raise UserError(f"{path}: row numbers are not exactly 0..{count - 1}: {what}")
     at = 0
     for chunk in pids:
         ordered[rows[at : at + len(chunk)]] = chunk
