@@ -97,6 +97,7 @@ class Ladder:
         """Return the knobs of a rung."""
         given, at = self.given, RUNGS.index(rung)
         words = ["--batch_size", str(given.large if at else given.batch)]
+        words += ["--hard_negatives", str(given.hard_negatives)]
         if at:
             words += ["--grad_cache_chunk", str(given.chunk)]
         if at >= 2:
@@ -155,7 +156,7 @@ def parsed() -> argparse.Namespace:
     options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     for name, default in (
         ("steps", 40), ("batch", 4), ("large", 16), ("chunk", 8), ("topk", 30), ("queries", 0),
-        ("dev_queries", 300), ("p_max_seq_len", 96), ("threads", 0),
+        ("dev_queries", 300), ("p_max_seq_len", 96), ("threads", 0), ("hard_negatives", 1),
     ):  # fmt: skip
         options.add_argument(f"--{name}", type=int, default=default)
     options.add_argument("--whole_collection", action="store_true")

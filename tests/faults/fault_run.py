@@ -155,7 +155,7 @@ class FaultRun:
             stamp.unlink()
 
     def _run_again(self, kind: str, name: str, victim: Path) -> None:
-        logs = []
+        logs, blocks = [], self._other_blocks(victim)
         for stage in self.chain.stages:
             running = self.chain.run(stage)
             self.look(kind, running)
@@ -169,12 +169,20 @@ class FaultRun:
                 logs.append(again.output())
                 if again.returncode:
                     self.fail(kind, f"{name}: {stage.name} does not carry on: {again.output()[-1500:]}")
+        if again := sorted(str(p) for p, at in blocks.items() if self._other_blocks(victim).get(p) != at):
+            self.fail("lost work", f"{kind} of {name}: made again: {', '.join(again)}")
         found, expected = self.chain.contents(), self.chain.stages[-1].results
         wrong = sorted(n for n in {**found, **expected} if found.get(n) != expected.get(n))
         self.counts[f"{kind}: same bytes in the end"] += not wrong
         if wrong:
             lines = [line for log in logs for line in log.splitlines() if any(w in line for w in WORDS)]
             self.fail(kind, f"{name}: other results: {', '.join(wrong)}\n" + "\n".join(lines[-20:]))
+
+    def _other_blocks(self, victim: Path) -> dict[Path, int]:
+        """Return {block of vectors or scores that the damage does not concern: when it was written}."""
+        blocks = self.chain.out.rglob("block-*.npy")
+        others = [path for path in blocks if path.with_suffix("") != victim.with_suffix("")]
+        return {path: path.stat().st_mtime_ns for path in others}
 
     # ---- disks
 
