@@ -184,8 +184,8 @@ def digest(path):
 
 def write_stamp(output, program, inputs, **settings):
     """Write OUTPUT.stamp.json: what made the result, of which files (from its folder on), its own digest."""
-    folder = os.path.dirname(os.path.abspath(output))
-    made_of = {os.path.relpath(path, folder): digest(path) for path in inputs}
+    folder = os.path.dirname(os.path.realpath(output))
+    made_of = {os.path.relpath(os.path.realpath(path), folder): digest(path) for path in inputs}
     stamp = {"stage": program, **settings, "inputs": made_of, "sha256": digest(output)}
     temporary = f"{output}.stamp.json.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
@@ -211,6 +211,6 @@ def warn_if_stale(result):
     if own != digest(result):
         warn(f"{result}: changed since {stamp.get('stage')} wrote it")
     for name, known in made_of:
-        path = os.path.join(os.path.dirname(result), name)
+        path = os.path.join(os.path.dirname(os.path.realpath(result)), name)
         if os.path.isfile(path) and digest(path) != known:
             warn(f"{result}: {path} has changed since this was made of it; convert it again")

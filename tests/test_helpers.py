@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from torch_src import helpers
-from torch_src.devices import make_deterministic
+from torch_src.devices import choose_device, make_deterministic
 from torch_src.errors import UserError
 from torch_src.formats import FormatError
 
@@ -251,3 +251,19 @@ def test_deterministic_algorithms_are_asked_for(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     make_deterministic(torch.device("cuda"))
     assert asked == [((True,), {"warn_only": True})] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "local", "index"), [("auto", None, 0), ("cuda:1", None, 1), ("cuda", "3", 1)]
+)
+def test_the_gpu_that_is_chosen_is_the_current_one(monkeypatch, name, local, index):
+    """torch.cuda.set_device takes no device without a number."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    device = choose_device(name)
+    assert device.type == "cuda" and (device.index or 0) == index and current == [index]

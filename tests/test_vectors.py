@@ -344,3 +344,23 @@ def test_a_complete_folder_that_may_not_be_written_to_is_used(tmp_path, monkeypa
     assert np.array_equal(make(tmp_path).vectors_at(np.arange(9)), vectors)
     with pytest.raises(PermissionError):
         make(tmp_path, stamp={**STAMP, "weights": "xyz"})
+
+
+def test_a_few_leftover_blocks_of_this_run_do_not_make_the_folder_its_own(tmp_path):
+    fill(make(tmp_path / "mine"))
+    theirs = make(tmp_path / "theirs", stamp={**STAMP, "weights": "xyz"})
+    theirs.write_block(0, np.zeros((4, 3), np.float16))
+    for name in ("block-00001.npy", "block-00001.json"):  # copied over it
+        (tmp_path / "theirs" / name).write_bytes((tmp_path / "mine" / name).read_bytes())
+    with pytest.raises(UserError, match="vectors of another run"):
+        VectorStore.create_or_continue(tmp_path / "theirs", STAMP, 9, 3, 4, print, shared=True)
+    assert theirs.missing_blocks() == [1, 2]
+
+
+def test_a_block_that_goes_away_while_it_is_read_is_damaged(tmp_path):
+    store = make(tmp_path)
+    fill(store)
+    store.read_into(0, np.empty((2, 3), np.float16))
+    store.block_path(0).unlink()
+    with pytest.raises(DamagedBlock, match="is not there any more"):
+        store.read_into(2, np.empty((2, 3), np.float16))

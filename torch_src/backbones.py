@@ -33,7 +33,8 @@ DROPOUT_NAMES = (
 )
 NO_ARCHITECTURE = (
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "id2label", "label2id",
-    "problem_type",
+    "problem_type", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "bos_token_id",
+    "eos_token_id", "sep_token_id", "cls_token_id",
 )  # fmt: skip
 LOAD_FAULTS = (*DAMAGE, OSError, SafetensorError)
 

@@ -35,7 +35,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: only {torch.cuda.device_count()} CUDA devices are visible")
     if device.type == "cuda":
         # What names no device (seeds, the clock of a plan, NCCL's own buffers) is then on this one, too.
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     return device
 
 

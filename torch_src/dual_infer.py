@@ -39,7 +39,8 @@ from torch_src.stamps import clear_stamp, fingerprint_text, seal, up_to_date, wr
 from torch_src.vectors import NO_MATTER, DamagedBlock, VectorStore, new_manifest, save_vectors
 
 INDEX = "para.index"
-STARTED, CLOCK_SKEW = time.time(), 2.0  # of this process; seconds by which the folder's clock may be behind
+CLOCK_SKEW = 2.0  # seconds by which the clock of a shared folder may be behind
+PATIENCE = 60.0  # seconds between two lines that say what is waited for
 
 
 class DualInference(Retriever):
@@ -122,7 +123,11 @@ class DualInference(Retriever):
         stamp = {**self.vector_stamp("passage"), "collection": self.collection.fingerprint}
         folder, own = self.hp.para_emb_path, started_by()
         if force and rank():  # what is there now is about to be thrown away
+            waited = time.monotonic()
             while not is_forced(Path(folder) / "forced", own):
+                if time.monotonic() - waited > PATIENCE:
+                    waited = time.monotonic()
+                    say(f"{folder}: waiting for the first process to empty it (--force)")
                 time.sleep(0.2)
         store = VectorStore.create_or_continue(
             folder, stamp, len(self.collection), self.width, self.hp.block_rows, say,
@@ -176,6 +181,9 @@ class DualInference(Retriever):
         block = min(rows, self.hp.block_rows) * (2 * 4 * tokens + 2 * encoder.width) / 1e9
         planned.ram_gb = memory_gb(self.device)[0] + block
         queries, index_bytes = len(self.queries), 0
+        encoding_gb = memory_gb(self.device)[1]
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # the model is gone when the search begins
         if self.hp.index:
             queries = min(queries, self.hp.recall_queries)
             index_bytes, seconds = estimate(self.hp.index, encoder.width, rows)
@@ -187,7 +195,8 @@ class DualInference(Retriever):
         if self.device.type == "cuda" and queries > self.bs and not self.hp.index:
             share = rows * encoder.width * 2 / len(devices)  # stays on each from one round to the next
             kept = share if share < RESIDENT_SHARE * free_gpu_memory(self.device) else 0
-            planned.gpu_gb = max(planned.gpu_gb, memory_gb(self.device)[1] + kept / 1e9)
+            planned.gpu_gb += kept / 1e9
+        planned.gpu_gb = max(planned.gpu_gb, encoding_gb)
         planned.ram_gb = max(planned.ram_gb, ram + index_bytes / 1e9) + KEPT_GB
         planned.disk_gb = (rows * (2 * encoder.width + 8) + index_bytes) / 1e9
         planned.advice = "lower --search_memory_gb, --bs or --block_rows"
@@ -279,7 +288,18 @@ def is_forced(path: Path, own: str) -> bool:
     """
     if not path.exists() or path.read_text(encoding="utf-8") != own:
         return False
-    return path.stat().st_mtime >= STARTED - CLOCK_SKEW
+    return path.stat().st_mtime >= process_start() - CLOCK_SKEW
+
+
+def process_start() -> float:
+    """Return when this process was started, in seconds since 1970; 0 where that cannot be known."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
+        boot = next(int(line.split()[1]) for line in lines if line.startswith("btime "))
+    except (OSError, StopIteration):
+        return 0.0
+    return boot + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def search_soundly(inference: DualInference, path: Path, dropped: set[int]) -> bool:

@@ -23,8 +23,8 @@ def sidecar_path(train_set: str) -> Path:
 def read_teacher(train_set: str) -> np.ndarray:
     """Return the re-ranker's logits (rows, 2) float32 of each row's positive and negative, NaN where unknown.
 
-    UserError when there is no sidecar, no score in it, or when one of the two files is no longer what mining
-    wrote: line by line they would not belong together.
+    UserError when there is no sidecar, no score in it, or when one of the two files, by the stamps that
+    mining gave them, was changed or is of another mining: line by line they would not belong together.
     """
     path, logits = sidecar_path(train_set), array("f")
     if not path.exists():
@@ -53,7 +53,7 @@ def _check_same_mining(*files) -> None:
     stamped = [file for file in files if stamp_path(file).exists()]
     broken = [file for file in stamped if not is_sealed(file)]
     stamps = [{**(read_stamp(file) or {}), CONTENT: ""} for file in stamped]
-    apart = any(stamp != stamps[0] for stamp in stamps)
+    apart = len(stamped) == 1 or any(stamp != stamps[0] for stamp in stamps)
     if broken or apart:
         what = "changed since it was mined" if broken else "of another mining than the file beside it"
         raise UserError(

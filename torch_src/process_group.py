@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torch_src.errors import UserError, is_out_of_memory
+from torch_src.errors import UserError
 from torch_src.helpers import rank
 
+# what gloo and NCCL say of a process that is gone
+GONE = ("Connection closed", "onnection reset", "Broken pipe", "remote process exited")
 PATIENCE = timedelta(
     hours=12
 )  # the others wait for the first during a dev evaluation; torchrun ends them when it dies
@@ -23,7 +25,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if is_out_of_memory(error):
+        if not any(sign in str(error) for sign in GONE):
             raise
         why = str(error).strip().split("\n")[0][:200]
         raise UserError(f"another process of this run has ended: its own message says why ({why})") from error

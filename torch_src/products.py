@@ -147,7 +147,7 @@ class Int8(Products):
         unit = self.queries.abs().amax(1).clamp_min(0.5) / QUERY_LEVELS  # (0.5: a query of zeros alone)
         levels = torch.round(self.queries / unit[:, None])
         self.size = self.query_norms.clamp_min(1e-30)  # products are taken with q / size
-        self.levels = int8_levels()
+        self.levels = int8_levels(queries.shape[1])
         self.packed = PackedInt8(levels.to(torch.int8), (unit / self.size).float(), self.levels)
         self.lost = norms(self.queries - levels * unit[:, None]) + 8 * EPSILON * self.query_norms
         self.mean: Tensor | None = None
@@ -226,7 +226,7 @@ def fastest(hidden: int, device: torch.device) -> tuple[str, dict[str, float]]:
     draw = torch.Generator().manual_seed(0)
     queries, vectors = (torch.randn(n, hidden, generator=draw) for n in (512, 2048))
     vectors, floor = vectors.to(device), torch.full((512,), 1e30, dtype=torch.float64, device=device)
-    kinds = [Float32, Bfloat16, *([Int8] if device.type == "cpu" and int8_is_exact() else [])]
+    kinds = [Float32, Bfloat16, *([Int8] if device.type == "cpu" and int8_is_exact(hidden) else [])]
     seconds = {}
     for kind in kinds:
         products = kind(queries.numpy(), device)
@@ -243,27 +243,28 @@ def _seconds(products: Products, vectors: Tensor, floor: Tensor, device: torch.d
 
 
 @cache
-def int8_levels() -> int:
-    """Return the most levels above zero that this machine's int8 products of passages are exact with, at the
-    largest values that occur; 0 where there are none.
+def int8_levels(hidden: int) -> int:
+    """Return the most levels above zero that this machine's int8 products of H numbers are exact with.
+
+    Looked at with the largest values that occur and in the sizes of a search. 0: there are no such products.
     """
     draw = np.random.default_rng(0)
-    rows = draw.choice([-QUERY_LEVELS, 0, QUERY_LEVELS], size=(64, 256)).astype(np.int8)
+    rows = draw.choice([-QUERY_LEVELS, 0, QUERY_LEVELS], size=(512, hidden)).astype(np.int8)
     rows[:2] = QUERY_LEVELS
     for most in PASSAGE_LEVELS:
-        levels = draw.choice([1, most + 1, 2 * most + 1], size=(128, 256)).astype(np.uint8)
+        levels = draw.choice([1, most + 1, 2 * most + 1], size=(2048, hidden)).astype(np.uint8)
         levels[:2] = [[1], [2 * most + 1]]
-        expected = (levels.astype(np.int64) - most - 1) @ rows.T.astype(np.int64)
+        exact = (levels.astype(np.float64) - (most + 1)) @ rows.T.astype(np.float64)
         try:
-            packed = PackedInt8(torch.from_numpy(rows), torch.ones(64), most)
+            packed = PackedInt8(torch.from_numpy(rows), torch.ones(len(rows)), most)
             found = packed.products(torch.from_numpy(levels))
         except (RuntimeError, AttributeError, NotImplementedError):
             return 0  # a torch without oneDNN's quantised products
-        if bool((found == torch.from_numpy(expected)).all()):
+        if bool((found == torch.from_numpy(exact).float()).all()):
             return most
     return 0
 
 
-def int8_is_exact() -> bool:
-    """Return whether this machine has int8 products that are right."""
-    return int8_levels() > 0
+def int8_is_exact(hidden: int) -> bool:
+    """Return whether this machine has int8 products of H numbers that are right."""
+    return int8_levels(hidden) > 0

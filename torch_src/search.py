@@ -27,8 +27,10 @@ CHUNK_ROWS = {
     "cpu": 2048,
     "cuda": 65536,
 }  # passages scored at once, at most: on a CPU they stay in its caches
-WAITING_PAIRS = 8  # a query, on average, that wait to be put in together: once costs as much as many pairs
-REFINE_PAIRS = 2048  # pairs scored in fp64, and put in, at once
+WAITING_PAIRS = (
+    8  # a query, on average, that wait to be put in: each time has a cost beside that of the pairs
+)
+REFINE_PAIRS = 2048  # pairs looked at again at once
 CACHED_PAIRS = {"cpu": 256, "cuda": REFINE_PAIRS}  # pairs scored in fp32 at once: both sides stay in a cache
 EXACT_PAIRS = 512  # pairs scored in fp64 at once: both sides stay in a cache
 RESIDENT_SHARE = 0.6  # of a GPU's free memory that vectors may take for good
@@ -63,16 +65,19 @@ class BestRows:
             return
         query, rows, scores = (np.concatenate(parts) for parts in zip(*self.waiting, strict=True))
         self.waiting, self.count = [], 0
-        order = np.argsort(query, kind="stable")
-        query, rows, scores = query[order], rows[order], scores[order]
-        which, first, count = np.unique(query, return_index=True, return_counts=True)
         keep = self.scores.shape[1]
+        order = np.lexsort((rows, -scores, query))
+        query, rows, scores = query[order], rows[order], scores[order]
+        place = np.arange(len(query)) - np.searchsorted(query, query)
+        some = place < keep  # of a query that has very many the best: the table below stays small
+        query, rows, scores, place = query[some], rows[some], scores[some], place[some]
+        which, count = np.unique(query, return_counts=True)
         # One row of a table for each query that has new pairs: what it had, then the new ones.
         table_scores = np.full((len(which), keep + count.max()), -np.inf)
         table_rows = np.full(table_scores.shape, np.iinfo(np.int64).max)
         table_scores[:, :keep], table_rows[:, :keep] = self.scores[which], self.rows[which]
         line = np.repeat(np.arange(len(which)), count)
-        column = keep + np.arange(len(query)) - np.repeat(first, count)
+        column = keep + place
         table_scores[line, column], table_rows[line, column] = scores, rows
         best = np.lexsort((table_rows, -table_scores), axis=1)[:, :keep]
         self.scores[which] = np.take_along_axis(table_scores, best, 1)
@@ -293,7 +298,7 @@ def choose_kind(name: str, hidden: int, device: torch.device, say) -> str:
         name, seconds = fastest(hidden, device)
         ratios = ", ".join(f"{kind} {seconds['fp32'] / s:.2f}" for kind, s in seconds.items())
         say(f"search: {name} products at first (speed against fp32: {ratios})")
-    elif name == "int8" and not (device.type == "cpu" and int8_is_exact()):
+    elif name == "int8" and not (device.type == "cpu" and int8_is_exact(hidden)):
         raise UserError("--search_product int8: this torch has no exact int8 products here; use auto")
     return name
 

@@ -23,7 +23,7 @@ from torch_src.process_group import ProcessGroup
 from torch_src.stop_signals import StopSignals
 from torch_src.training_log import Log
 
-MAX_SKIPS = 50  # fp16 updates in a row that the scaler may skip: beyond that the loss scale will not recover
+MAX_SKIPS = 50  # fp16 updates in a row that the scaler skips end the run: its scale will not recover then
 
 
 @dataclass
@@ -353,7 +353,7 @@ class Trainer:
         if state is None:
             return None
         if state["stamp"] != self.stamp:
-            old, new, before = state["stamp"], self.stamp, Progress(**state["progress"]).negatives
+            old, new, before = state["stamp"], self.stamp, state["progress"].get("negatives", 0)
             different = [
                 f"{name}: {old.get(name, 'unknown')} -> {new.get(name, 'gone')}"
                 for name in {**old, **new} if old.get(name) != new.get(name)

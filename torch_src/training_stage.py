@@ -117,6 +117,8 @@ class TrainingStage:
     def stamp(self) -> dict:
         """Return what decides the weights: settings, the model started from, the files."""
         settings = {k: v for k, v in dataclasses.asdict(self.hp).items() if k not in NOT_STAMPED}
+        if not self.hp.deterministic:
+            del settings["deterministic"]  # as before there was this knob
         ids_path = self.hp.dev_candidates_path.replace(".res.tsv", ".res.id_map.tsv")
         dev = [self.hp.dev_set_path, *{self.hp.dev_candidates_path: 0, ids_path: 0}]
         dev = [path for path in dev if os.path.exists(path)]
@@ -267,11 +269,12 @@ class TrainingStage:
             return float(np.median(trainer.probe(1 + PROBED_UPDATES)[1:]))
         except (RuntimeError, MemoryError) as error:
             chunk = (self.hp.grad_cache_chunk or self.texts_a_step()) // 2
-            if not is_out_of_memory(error) or not chunk:
-                raise
+            if self.group.world > 1 or not is_out_of_memory(error) or not chunk:
+                raise  # (the others would wait within a sum for this one)
         self.model.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
         say(f"out of memory; looking at --grad_cache_chunk {chunk}")
         self.hp = dataclasses.replace(self.hp, grad_cache_chunk=chunk)
         return None

@@ -57,6 +57,7 @@ class VectorStore:
         store = cls(folder, manifest)
         try:
             claims = Claims(folder)
+            store.hold = Hold.of(folder)
         except OSError as error:
             readable = error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and not force
             if (
@@ -68,7 +69,6 @@ class VectorStore:
             raise
         try:
             with claims.whole_folder():
-                store.hold = Hold.of(folder)
                 store._keep_or_empty(manifest, say, force, shared)
                 store.hold.together()
         finally:
@@ -88,7 +88,7 @@ class VectorStore:
         different = changes(_old_manifest(path), manifest)
         if not different and not force:
             return
-        if not force and any(self.note(block) for block in range(self.block_count)):
+        if not force and self._notes_are_of_this_run():
             # who makes other vectors here takes these away first: it is the manifest that is damaged
             say(f"{path}: not what was written; written again, the blocks of this run are kept")
             write_json(path, manifest)
@@ -110,6 +110,19 @@ class VectorStore:
         for block in blocks:
             block.unlink(missing_ok=True)
         write_json(path, manifest)
+
+    def _notes_are_of_this_run(self) -> bool:
+        """Return whether there are notes of blocks here, none of them of another run."""
+        own = 0
+        for path in self.folder.glob("block-*.json"):
+            try:
+                note = read_json(path)
+            except UserError:
+                continue
+            if seal_holds(note) and note.get("manifest") != self.identity:
+                return False
+            own += seal_holds(note)
+        return own > 0
 
     def _require_unused(self, what: str) -> None:
         if not self.hold.alone():
@@ -235,10 +248,15 @@ class VectorStore:
         return out
 
     def _read_block(self, block: int, first: int, out: np.ndarray) -> None:
-        if first == 0 or block not in self.begins:
-            self.begins = {block: self._open(block).offset}  # checks the header
-        path, start = self.block_path(block), self.begins[block]
-        with open(path, "rb", buffering=0) as file:
+        path, start = self.block_path(block), self.begins.get(block)
+        if first == 0 or start is None:
+            start = self._open(block).offset  # checks the header
+            self.begins = {block: start}
+        try:
+            file = open(path, "rb", buffering=0)
+        except FileNotFoundError:  # another run has dropped it
+            raise DamagedBlock(path, block, "is not there any more") from None
+        with file:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
             file.seek(start + first * self.hidden * self.dtype.itemsize)
