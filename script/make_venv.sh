@@ -18,7 +18,7 @@ else
 fi
 
 for file in $chosen ${more:-}; do
-    sum=$(cat "$file" requirements-base.txt requirements-tools.txt requirements-demo.txt | cksum)
+    sum=$(cat "$file" requirements-base.txt requirements-tools.txt requirements-demo.txt requirements-openvino.txt | cksum)
     if [ "$(cat ".venv/installed-$file" 2>/dev/null)" != "$sum" ]; then
         echo "installing $file"
         $python -m pip install --quiet --disable-pip-version-check -r "$file"

@@ -35,12 +35,14 @@ def retrieve(hp: MiningHparams, queries: Path) -> Path:
         return Path(require(hp.retrieval_result, "a run over the training queries", mend))
     there = Path(hp.para_emb_path) / "manifest.json"  # vectors that are there are used as they are
     manifest = read_json(there) if there.exists() else {}
+    made = {
+        name: manifest[name] for name in ("block_rows", "vector_dims", "encoder_engine") if name in manifest
+    }
     settings = InferenceDeHparams(
         dual_params=hp.dual_params_path, topk=hp.topk, bs=hp.bs, data_dir=hp.data_dir, dev_q=str(queries),
         dev_q2qid="none", passage_dir=hp.passage_dir_path, passage_ids=hp.passage_ids_path,
         para_emb=hp.para_emb_path, output_dir=str(queries.parent), precision=hp.precision, device=hp.device,
-        block_rows=manifest.get("block_rows", InferenceDeHparams.block_rows),
-        vector_dims=manifest.get("vector_dims", 0), threads=hp.threads, force=hp.force, debug=hp.debug,
+        threads=hp.threads, force=hp.force, debug=hp.debug, **made,
     )  # fmt: skip
     dual_infer.run(settings, hp.topk, hp.bs)
     return queries.parent / f"res.top{hp.topk}"

@@ -43,6 +43,7 @@ ROWS = [
         "vectors",
         "candidates",
         "guards",
+        "openvino_tower",
         "products",
         "faiss_loading",
         "token_table",

@@ -15,6 +15,8 @@ from torch_src.hparams import (
 )
 
 ENGINES = ("exact", "milvus")
+OPENVINO = "openvino"
+ENCODER_ENGINES = ("torch", OPENVINO)
 SEARCH_PRODUCTS = ("auto", "fp32", "bf16", "int8")
 PRETRAINED = "none"  # --dual_params none: the pretrained model as it is, without fine-tuning (zero-shot)
 
@@ -61,6 +63,7 @@ class InferenceDeHparams(OfficialLayout):
     # the run
     block_rows: int = 65536  # passages a vector file: the unit of writing and of carrying on
     tokens_per_batch: int = 0  # padded tokens in one forward pass, at most; 0: 4,096 on a CPU, 32,768 on CUDA
+    encoder_engine: str = "torch"  # what encodes the passages: torch, or openvino (a CPU with bf16; optional)
     workers: int = -1  # processes that tokenise ahead; 0: a thread; -1: 0 on a CPU, up to 4 on CUDA
     search_memory_gb: float = 2.0  # 10^9 bytes that the search may take beside queries and results
     search_product: str = "auto"  # first look of the search: auto, fp32, bf16 or int8; the result is the same
@@ -101,6 +104,7 @@ class InferenceDeHparams(OfficialLayout):
             check_range(name, getattr(self, name), 0)
         check_range("workers", self.workers, -1)
         check_choice("engine", self.engine, ENGINES)
+        check_choice("encoder_engine", self.encoder_engine, ENCODER_ENGINES)
         self._check_milvus()
         if self.search_params and not self.index and self.engine != "milvus":
             raise UserError("--search_params is for an approximate --index, or for --engine milvus")

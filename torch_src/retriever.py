@@ -14,7 +14,7 @@ from torch_src.dual_hparams import FIXED_BY_WEIGHTS, DualHparams
 from torch_src.dual_model import DualEncoder, build_backbone, load_backbone
 from torch_src.encoding import Encoder
 from torch_src.helpers import require, say
-from torch_src.inference_de_hparams import PRETRAINED, InferenceDeHparams
+from torch_src.inference_de_hparams import OPENVINO, PRETRAINED, InferenceDeHparams
 from torch_src.inference_stage import (
     FoundModel,
     find_pretrained_model,
@@ -22,6 +22,7 @@ from torch_src.inference_stage import (
     planned_before_training,
 )
 from torch_src.model_folder import own_settings
+from torch_src.openvino_tower import TOKENS, OpenVinoTower, check_openvino
 from torch_src.passage_ids import check_length, read_passage_ids
 from torch_src.tokenization import TextRules
 
@@ -61,6 +62,8 @@ class Retriever:
         lengths = {name: self.model.fixed[name] for name in ("q_max_seq_len", "p_max_seq_len")}
         check_fits(self.model.config, len(self.model.tokenizer), lengths, self.model.path)
         hparams.check_range("vector_dims", hp.vector_dims, 0, self.model.config.hidden_size)
+        if hp.encoder_engine == OPENVINO:
+            check_openvino(self.device, self.precision, self.model.fixed["pooling"])
         self.collection = PassageCollection(hp.passage_dir_path, str(Path(hp.output_dir) / "cache"))
         self.output = Path(hp.output_dir)
 
@@ -81,9 +84,11 @@ class Retriever:
         fixed = self.model.fixed
         length = {"query": "q_max_seq_len", "passage": "p_max_seq_len"}[side]
         names = ("pooling", "normalize", "remove_spaces", f"{side}_prefix", length)
-        dims = {"vector_dims": self.hp.vector_dims} if self.hp.vector_dims else {}
+        more = {"vector_dims": self.hp.vector_dims} if self.hp.vector_dims else {}
+        if side == "passage" and self.hp.encoder_engine == OPENVINO:
+            more["encoder_engine"] = OPENVINO
         return {
-            **self.model.decides, **{name: fixed[name] for name in names}, **dims,
+            **self.model.decides, **{name: fixed[name] for name in names}, **more,
             "precision": self.precision, "device": self.device.type,
         }  # fmt: skip
 
@@ -91,10 +96,15 @@ class Retriever:
         fixed, hp = self.model.fixed, self.hp
         length = {"query": "q_max_seq_len", "passage": "p_max_seq_len"}[side]
         rules = TextRules(fixed[length], fixed[f"{side}_prefix"], fixed["remove_spaces"])
+        tower, budget = (
+            model.tower(side).to(self.device).eval(),
+            token_budget(hp.tokens_per_batch, self.device),
+        )
+        if side == "passage" and hp.encoder_engine == OPENVINO:
+            tower, budget = OpenVinoTower(tower, self.precision), hp.tokens_per_batch or TOKENS
         return Encoder(
-            model.tower(side).to(self.device).eval(), self.model.tokenizer, rules, fixed["pooling"],
-            fixed["normalize"], self.device, self.precision, hp.batch_size,
-            token_budget(hp.tokens_per_batch, self.device), hp.vector_dims,
+            tower, self.model.tokenizer, rules, fixed["pooling"], fixed["normalize"], self.device,
+            self.precision, hp.batch_size, budget, hp.vector_dims,
         )  # fmt: skip
 
     @property

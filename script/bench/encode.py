@@ -7,7 +7,8 @@
 `ours` reads the collection, tokenises, encodes and writes fp16 blocks. `st` is SentenceTransformer.encode as
 people call it (fp32, batches of 32 of its own length sort); `st_N` the same in batches of N. --random_hidden
 H takes a 12-layer BERT of that width with random weights over the model's vocabulary. Mean pooling,
-normalised, 384 tokens.
+normalised, 384 tokens. With --openvino our first side encodes by OpenVINO (requirements-openvino.txt), and
+the ratios are its.
 """
 
 import sys
@@ -27,6 +28,8 @@ from torch_src.collection import PassageCollection
 from torch_src.devices import choose_precision, set_threads, token_budget
 from torch_src.dual_model import load_backbone
 from torch_src.encoding import Encoder, encode_collection
+from torch_src.inference_de_hparams import OPENVINO
+from torch_src.openvino_tower import TOKENS, OpenVinoTower
 from torch_src.tokenization import TextRules, load_tokenizer
 from torch_src.vectors import VectorStore
 
@@ -41,12 +44,14 @@ def texts(given) -> list[str]:
     return [collection[int(row)] for row in rows]
 
 
-def ours(given) -> dict:
+def ours(given, engine: str = "torch") -> dict:
     set_threads(0)
     precision = choose_precision(given.precision, CPU)
     config = AutoConfig.from_pretrained(given.model)
     tower = load_backbone(given.model, config, "mean", 0).eval()
     budget = token_budget(given.tokens_per_batch, CPU)
+    if engine == OPENVINO:
+        tower, budget = OpenVinoTower(tower, precision), given.tokens_per_batch or TOKENS
     rules, tokenizer = TextRules(LENGTH, PREFIX), load_tokenizer(given.model)
     encoder = Encoder(tower, tokenizer, rules, "mean", True, CPU, precision, 512, budget)
     encoder.encode(texts(given)[:8])
@@ -110,9 +115,12 @@ def main() -> None:
     options.add_argument("--count", type=int, default=512, help="passages")
     options.add_argument("--precision", default="auto")
     options.add_argument("--tokens_per_batch", type=int, default=0)
+    options.add_argument("--openvino", action="store_true", help="a side with --encoder_engine openvino")
     options.add_argument("--peer_batches", type=int, nargs="*", default=[8, 16, 64])
     given = options.parse_args()
     sides = {"ours": ours, "st": sentence_transformers(32)}
+    if given.openvino:
+        sides = {OPENVINO: lambda given: ours(given, OPENVINO), **sides}
     sides |= {f"st_{size}": sentence_transformers(size) for size in given.peer_batches}
     with tempfile.TemporaryDirectory() as temporary:
         if given.random_hidden and not given.side:
@@ -120,8 +128,10 @@ def main() -> None:
             at = sys.argv.index("--random_hidden")
             sys.argv[at : at + 2] = ["--model", temporary]  # the last --model counts
 
+        first = next(iter(sides))
+
         def cosine(folder: Path) -> dict:
-            one, other = (np.load(folder / f"{name}.npy").astype(np.float64) for name in ("ours", "st"))
+            one, other = (np.load(folder / f"{name}.npy").astype(np.float64) for name in (first, "st"))
             both = (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
             return {"cosine_min": float(both.min()), "count": given.count, "threads": torch.get_num_threads()}
 
