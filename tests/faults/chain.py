@@ -94,12 +94,15 @@ class Chain:
 
     def contents(self) -> dict[str, bytes]:
         """Return the bytes of every result; checkpoints (an archive's layout is torch's affair), caches and
-        curves are left out.
+        curves are left out. A block's note that has lost its last line end alone says the same: it counts
+        as whole, and is not written again.
         """
         found = {path.relative_to(self.out): path for path in self.out.rglob("*") if path.is_file()}
         kept = {name: path for name, path in found.items() if not CURVES & set(name.parts)}
         kept = {n: p for n, p in kept.items() if "checkpoint" not in n.name and n.name != "lock"}
-        return {str(name): path.read_bytes() for name, path in sorted(kept.items())}
+        contents = {str(name): path.read_bytes() for name, path in sorted(kept.items())}
+        notes = [name for name in contents if Path(name).match("block-*.json")]
+        return {**contents, **{name: contents[name].rstrip(b"\n") for name in notes}}
 
     def done_work(self, stage: Stage) -> dict[str, int]:
         """Return what a next run must not do again: {finished block: its time}, {"step": updates saved}."""
