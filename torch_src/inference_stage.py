@@ -85,15 +85,15 @@ def find_trained_model(hp, name: str, params_path: str, fixed_names: tuple[str, 
             "leave the option out"
         )
     config = load_config(path)
-    if beside.exists() and architecture(config) != architecture(load_config(str(beside))):
+    shape = architecture(config)
+    if beside.exists() and path != str(beside) and shape != architecture(load_config(str(beside))):
         raise UserError(
             f"{path}: its configuration is not the one that {params} was trained with; "
             "leave --pretrained_model_path out"
         )
     return FoundModel(
-        fixed, path, params, tokenizer, fingerprint, config, architecture(config),
-        lambda: fingerprint_files([params]),
-    )  # fmt: skip
+        fixed, path, params, tokenizer, fingerprint, config, shape, lambda: fingerprint_files([params])
+    )
 
 
 def find_pretrained_model(hp, trained, fixed_names: tuple[str, ...]) -> FoundModel:

@@ -86,7 +86,12 @@ def changes(old: dict, new: dict) -> list[str]:
     new = json.loads(
         json.dumps({**new, "code": CODE_VERSION})
     )  # as it reads back from disk: tuples become lists
-    fields = [f for f in {**old, **new} if f != CONTENT and old.get(f) != new.get(f)]
+    return differences({k: v for k, v in old.items() if k != CONTENT}, new)
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Return `field: from -> to` of every field in which two records differ."""
+    fields = [field for field in {**old, **new} if old.get(field) != new.get(field)]
     return [f"{field}: {old.get(field, 'unknown')} -> {new.get(field, 'gone')}" for field in fields]
 
 

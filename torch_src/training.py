@@ -20,6 +20,7 @@ from torch_src.errors import UserError
 from torch_src.helpers import duration, say, warn
 from torch_src.optimisation import lr_factor, parameter_groups
 from torch_src.process_group import ProcessGroup
+from torch_src.stamps import differences
 from torch_src.stop_signals import StopSignals
 from torch_src.training_log import Log
 
@@ -93,7 +94,8 @@ class Trainer:
         self.total_steps = min(total, hp.max_steps) if hp.max_steps else total
         self.progress = Progress(negatives=task.negatives, processes=self.group.world)
         self.saved_step = -1  # of the checkpoint on disk
-        self.where: list[str] = []  # the rows of this update's micro-batches, and the rate
+        self.batches: list = []  # of this update so far, to name their rows in an error
+        self.lr = 0.0  # of this update
         self.log: Log | None = None
         groups = parameter_groups(task.model, hp.weight_decay, task.own_lr)
         self.optimizer = torch.optim.AdamW(groups, lr=hp.lr)
@@ -126,10 +128,10 @@ class Trainer:
         seconds = []
         for step in range(updates):
             begun = time.perf_counter()
-            self.loss, self.where, lr = 0.0, [], self._set_lr(step)
+            self.loss, self.batches, self.lr = 0.0, [], self._set_lr(step)
             for micro in range(self.hp.accumulation_steps):
                 at = step * self.hp.accumulation_steps + micro
-                self._backward(self.task.prepare(0, at % self.task.micro_steps_per_epoch), lr)
+                self._backward(self.task.prepare(0, at % self.task.micro_steps_per_epoch))
             self._update()
             seconds.append(time.perf_counter() - begun)
         return seconds
@@ -143,14 +145,14 @@ class Trainer:
         waiting = self._submit(ahead, self.progress.step, 0)
         try:
             while self.progress.step < self.total_steps and not self._stopped_early():
-                self.loss, accuracy, self.where = 0.0, 0.0, []
-                lr = self._set_lr(self.progress.step)
+                self.loss, accuracy, self.batches = 0.0, 0.0, []
+                self.lr = self._set_lr(self.progress.step)
                 for micro in range(self.hp.accumulation_steps):
                     batch, waiting = waiting.result(), self._submit(ahead, *self._next(micro))
-                    accuracy += self._backward(batch, lr)
+                    accuracy += self._backward(batch)
                 self._update()
                 self.progress.step += 1
-                self._note(self.loss, accuracy / self.hp.accumulation_steps, lr)
+                self._note(self.loss, accuracy / self.hp.accumulation_steps, self.lr)
                 self._save_when_due()
                 if self._evaluation_due():
                     self._evaluate()
@@ -177,29 +179,30 @@ class Trainer:
             group["lr"] = group.get("peak_lr", self.hp.lr) * factor
         return self.hp.lr * factor
 
-    def _backward(self, batch, lr: float) -> float:
+    def _backward(self, batch) -> float:
         """Add one micro-batch's gradient; return its accuracy."""
         self.task.model.train()
-        self.where.append(f"lr {lr:.2g}, {self.task.describe(batch)}")
+        self.batches.append(batch)
 
         def begin(loss: Tensor) -> Tensor:
             """Return what is differentiated, once the loss of all processes is known to be finite."""
             value = self.group.sum_(loss.detach().double().clone()).item()
             if not math.isfinite(value):
-                raise self._not_finite(f"the loss is {value}", self.where[-1:])
+                raise self._not_finite(f"the loss is {value}", [batch])
             self.loss += value / self.hp.accumulation_steps
             return self.scaler.scale(loss / self.hp.accumulation_steps)
 
         return self.group.sum_(self.task.backward(batch, begin).detach().double().clone()).item()
 
-    def _not_finite(self, what: str, where: list[str]) -> UserError:
+    def _not_finite(self, what: str, batches: list) -> UserError:
+        rows = "; ".join(map(self.task.describe, batches))
         best, kept = self.progress.best_step, []
         if best > 0:
             kept.append(f"the weights of step {best}, best on dev, are kept")
         if self.saved_step > 0:
             kept.append(f"the checkpoint of step {self.saved_step} is whole")
         return UserError(
-            f"{what} at step {self.progress.step + 1}, {'; '.join(where)}; stopped, "
+            f"{what} at step {self.progress.step + 1}, lr {self.lr:.2g}, {rows}; stopped, "
             f"{' and '.join(kept) or 'no weights were saved yet'}. "
             "Try a lower --lr, --precision fp32, or look at those rows"
         )
@@ -210,7 +213,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.task.model.parameters(), self.hp.max_grad_norm)
         finite = bool(torch.isfinite(norm))
         if not self.scaler.is_enabled() and not finite:
-            raise self._not_finite("the gradient is not finite", self.where)
+            raise self._not_finite("the gradient is not finite", self.batches)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -219,7 +222,8 @@ class Trainer:
         self.progress.skipped = 0 if finite else self.progress.skipped + 1
         self.progress.skipped_in_all += not finite
         if self.progress.skipped >= MAX_SKIPS:
-            raise self._not_finite(f"fp16: {MAX_SKIPS} updates in a row overflowed, the last one", self.where)
+            what = f"fp16: {MAX_SKIPS} updates in a row overflowed, the last one"
+            raise self._not_finite(what, self.batches)
 
     def _note(self, loss: float, accuracy: float, lr: float) -> None:
         step = self.progress.step
@@ -353,15 +357,11 @@ class Trainer:
         if state is None:
             return None
         if state["stamp"] != self.stamp:
-            old, new, before = state["stamp"], self.stamp, state["progress"].get("negatives", 0)
-            different = [
-                f"{name}: {old.get(name, 'unknown')} -> {new.get(name, 'gone')}"
-                for name in {**old, **new} if old.get(name) != new.get(name)
-            ]  # fmt: skip
             self.say(
-                f"{self.checkpoint}: a checkpoint of other settings ({'; '.join(different)}); "
-                "starting from the beginning"
+                f"{self.checkpoint}: a checkpoint of other settings "
+                f"({'; '.join(differences(state['stamp'], self.stamp))}); starting from the beginning"
             )
+            before = state["progress"].get("negatives", 0)
             if before != self.task.negatives and self.is_first:
                 warn(f"negatives a query in a step: {before} -> {self.task.negatives}: another training")
             return None
