@@ -8,7 +8,7 @@ Settings: torch_src/inference_cross_hparams.py, or `--name value`; `--help` list
 
 import sys
 
-from torch_src.helpers import leave
+from torch_src.runtime.program import leave
 
 
 def enter() -> int:

@@ -8,7 +8,7 @@ Settings: torch_src/inference_de_hparams.py, or `--name value`; `--help` lists t
 
 import sys
 
-from torch_src.helpers import leave
+from torch_src.runtime.program import leave
 
 
 def enter(topk=50, bs=1000):

@@ -8,7 +8,7 @@ Settings: torch_src/dual_hparams.py, or `--name value`; `--help` lists them.
 
 import sys
 
-from torch_src.helpers import leave
+from torch_src.runtime.program import leave
 
 
 def enter() -> int:

@@ -25,12 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 
 import numpy as np
 
-from torch_src.collection import PassageCollection
-from torch_src.errors import UserError
-from torch_src.formats import RunRow, format_run_row, read_queries, read_question_ids, run_by_query
-from torch_src.helpers import atomic_write, duration, exit_status, say, warn
-from torch_src.output_lock import output_lock
-from torch_src.stamps import (
+from torch_src.data.collection import PassageCollection
+from torch_src.data.formats import RunRow, format_run_row, read_queries, read_question_ids, run_by_query
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import atomic_write
+from torch_src.runtime.log import duration, log, warn
+from torch_src.runtime.output_lock import output_lock
+from torch_src.runtime.program import exit_status
+from torch_src.runtime.stamps import (
     clear_stamp,
     fingerprint_files,
     fingerprint_text,
@@ -84,8 +86,8 @@ def _index(given) -> None:
     collection = PassageCollection(given.passage_dir, given.index / "cache")
     stamp = {"stage": "bm25", "collection": collection.fingerprint, "terms": PIECES.pattern}
     mark, folder = given.index / MARK, given.index / "tantivy"
-    if up_to_date(mark, stamp, say):
-        return say(f"{given.index}: up to date")
+    if up_to_date(mark, stamp, log):
+        return log(f"{given.index}: up to date")
     clear_stamp(mark)  # first: an index that is half there must not look whole
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -96,13 +98,13 @@ def _index(given) -> None:
             writer.add_document(tantivy.Document(terms=" ".join(terms(text)), row=row))
         if start and start % (64 * PIECE_ROWS) == 0:
             done = start / (time.monotonic() - begun)
-            say(f"{start:,}/{len(collection):,} passages  {done:,.0f} passages/s")
+            log(f"{start:,}/{len(collection):,} passages  {done:,.0f} passages/s")
     writer.commit()
     writer.wait_merging_threads()
     with atomic_write(mark) as file:
         file.write(f"{len(collection)} passages\n")
     write_stamp(mark, stamp)
-    say(f"wrote {given.index} ({len(collection):,} passages) in {duration(time.monotonic() - begun)}")
+    log(f"wrote {given.index} ({len(collection):,} passages) in {duration(time.monotonic() - begun)}")
 
 
 def search(given) -> None:
@@ -127,8 +129,8 @@ def search(given) -> None:
                 file.write(format_run_row(RunRow(query, row, rank, score)))
     seal(given.run, {**stamp, "queries": fingerprint_text("\n".join(queries)), "topk": given.topk})
     if empty:
-        say(f"{empty} queries have no term that the collection has: they are not in the run")
-    say(f"wrote {given.run} ({len(queries):,} queries) in {duration(time.monotonic() - begun)}")
+        log(f"{empty} queries have no term that the collection has: they are not in the run")
+    log(f"wrote {given.run} ({len(queries):,} queries) in {duration(time.monotonic() - begun)}")
 
 
 def best_rows(tantivy, made, searcher, query: str, topk: int) -> list[tuple[float, int]]:
@@ -177,7 +179,7 @@ def fuse(given) -> None:
             for rank, (row, score) in enumerate(best, start=1):
                 file.write(format_run_row(RunRow(query, row, rank, score)))
     seal(given.run, {"stage": "fuse", "runs": fingerprint_files(given.runs), "weights": given.weights})
-    say(f"wrote {given.run} ({len(scores):,} queries of {len(given.runs)} runs)")
+    log(f"wrote {given.run} ({len(scores):,} queries of {len(given.runs)} runs)")
 
 
 def by_query(path) -> Iterator[tuple[str, list[RunRow]]]:

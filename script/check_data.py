@@ -15,8 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
 
-from torch_src.data_check import PERCENTILES, DataCheck, Findings
-from torch_src.helpers import atomic_write, exit_status, require
+from torch_src.runtime.files import atomic_write, require
+from torch_src.runtime.program import exit_status
+from torch_src.tools.data_check import PERCENTILES, DataCheck, Findings
 
 SHOWN = 50  # faults printed
 

@@ -21,8 +21,9 @@ import numpy as np
 
 from metric.common import InputError
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result, per_query
-from torch_src.errors import UserError
-from torch_src.helpers import atomic_write, exit_status
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import atomic_write
+from torch_src.runtime.program import exit_status
 
 TREC = ("RR@10", "nDCG@10", "AP@50", "R@50", "Success@50")
 DRAWS = 10_000  # of the randomisation test and of the bootstrap

@@ -32,11 +32,13 @@ from script.foreign_datasets import (
     required,
 )
 from script.official_layout import TITLES, Layout, Query
-from torch_src.collection import PassageCollection
-from torch_src.formats import parse_cross_row, read_dev, read_lines, split_columns
-from torch_src.helpers import atomic_write, exit_status, say
-from torch_src.passage_ids import check_length, read_passage_ids
-from torch_src.row_file import text_hash
+from torch_src.data.collection import PassageCollection
+from torch_src.data.formats import parse_cross_row, read_dev, read_lines, split_columns
+from torch_src.data.passage_ids import check_length, read_passage_ids
+from torch_src.data.row_file import text_hash
+from torch_src.runtime.files import atomic_write
+from torch_src.runtime.log import log
+from torch_src.runtime.program import exit_status
 
 
 def to_official(given) -> None:
@@ -55,7 +57,7 @@ def to_official(given) -> None:
         queries = {"beir": beir_queries, "hub": hub_queries, "dureader": dureader_queries}[given.kind](source)
     layout.write_queries(queries)
     layout.finish()
-    say(f"wrote {given.to}")
+    log(f"wrote {given.to}")
 
 
 def to_beir(given) -> None:
@@ -90,7 +92,7 @@ def to_beir(given) -> None:
             with atomic_write(folder / f"qrels/{name}.tsv") as file:
                 file.write("query-id\tcorpus-id\tscore\n")
                 file.writelines(f"{qid}\t{pid}\t{grade}\n" for qid, pid, grade in rows)
-    say(f"wrote {folder} ({len(ids):,} passages, {len(dev):,} dev and {len(train):,} training queries)")
+    log(f"wrote {folder} ({len(ids):,} passages, {len(dev):,} dev and {len(train):,} training queries)")
 
 
 def read_titles(path: Path) -> dict[int, str]:
@@ -124,7 +126,7 @@ def training_queries(path: Path, collection: PassageCollection, ids: list[str]) 
             if ids[at] not in listed:
                 listed.append(ids[at])
     if lost:
-        say(f"{lost:,} training passages are in no row of the collection: left out")
+        log(f"{lost:,} training passages are in no row of the collection: left out")
     answered = [query for query in found.values() if query.positives]
     for number, query in enumerate(answered):
         query.qid = f"train{number}"
@@ -143,7 +145,7 @@ def to_trec(given) -> None:
         with atomic_write(folder / "qrels.txt") as file:
             for qid, pids in load_reference(given.reference).items():
                 file.writelines(f"{qid} 0 {pid} 1\n" for pid in sorted(pids))
-    say(f"wrote {folder}")
+    log(f"wrote {folder}")
 
 
 def main(argv: list[str]) -> int:

@@ -4,10 +4,10 @@
     python script/demo.py               # the models and vectors in output/
     python script/demo.py --debug       # the sample, after sh script/quickstart.sh
 
-Settings: torch_src/demo_hparams.py, or `--name value`; `--help` lists them. Nothing leaves this machine: the
-page listens on 127.0.0.1 and asks no other host for anything. The output folder is only read, but for its
-cache/: what the programs have not kept there of the collection and its pids is written, and then that folder
-must be writable.
+Settings: torch_src/tools/demo_hparams.py, or `--name value`; `--help` lists them. Nothing leaves this
+machine: the page listens on 127.0.0.1 and asks no other host for anything. The output folder is only read,
+but for its cache/: what the programs have not kept there of the collection and its pids is written, and
+then that folder must be writable.
 """
 
 import html
@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 
 from script.bm25 import PIECES, terms
 from torch_src import hparams
-from torch_src.demo_hparams import DEBUG, DemoHparams
-from torch_src.errors import UserError
-from torch_src.formats import read_queries
-from torch_src.helpers import exit_status, leave, say, warn
-from torch_src.search_service import LONGEST_QUESTION, Answer, Hit, SearchService
+from torch_src.data.formats import read_queries
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.log import log, warn
+from torch_src.runtime.program import exit_status, leave
+from torch_src.tools.demo_hparams import DEBUG, DemoHparams
+from torch_src.tools.search_service import LONGEST_QUESTION, Answer, Hit, SearchService
 
 SHOWN = 2000  # characters of a passage, at most
 EXAMPLES, LONGEST_EXAMPLE = 4, 24  # questions offered; characters of one
@@ -254,7 +255,7 @@ def serve(app, listening: socket.socket) -> None:
     except KeyboardInterrupt:
         server.should_exit = True
         thread.join(2)
-        say("stopped")
+        log("stopped")
 
 
 def run(hp: DemoHparams) -> None:
@@ -263,16 +264,16 @@ def run(hp: DemoHparams) -> None:
     listening = bind(hp.host, hp.port)  # first: a port that is taken is said before a minute of loading
     service = SearchService(hp)
     if not service.scorer:
-        say(f"no re-ranker ({hp.cross_params_path}): recall alone")
+        log(f"no re-ranker ({hp.cross_params_path}): recall alone")
     examples = example_questions(hp)
     tried = service.answer(examples[0] if examples else "问题", TRIED)
     times = ", ".join(f"{step} {1000 * took:,.0f} ms" for step, took in tried.seconds.items())
-    say(f"{service.how}; one question, {TRIED} passages: {times}")
+    log(f"{service.how}; one question, {TRIED} passages: {times}")
     if hp.host not in LOOPBACK:
         warn(f"--host {hp.host}: whoever reaches this machine can ask, and read the passages")
     host, port = listening.getsockname()[:2]
     app = build_app(build_page(service, examples), hp.host)
-    say(f"open http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends it)")
+    log(f"open http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends it)")
     serve(app, listening)
 
 

@@ -27,12 +27,14 @@ from metric.evaluation import MEASURES, compute_metrics, load_reference, load_re
 from torch_src import cross_infer, retriever
 from torch_src.cross_hparams import FIXED_BY_WEIGHTS as CROSS_FIXED
 from torch_src.dual_hparams import FIXED_BY_WEIGHTS as DUAL_FIXED
-from torch_src.errors import UserError
-from torch_src.helpers import atomic_write, exit_status, say, warn
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.inference_stage import FoundModel, find_trained_model
-from torch_src.tokenization import save_tokenizer
+from torch_src.models.tokenization import save_tokenizer
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import atomic_write
+from torch_src.runtime.log import log, warn
+from torch_src.runtime.program import exit_status
 
 PROMPTS = {"query": "query_prefix", "document": "passage_prefix"}
 
@@ -159,7 +161,7 @@ def run(given) -> None:
     write_card(given, fixed, metrics)
     if fixed["remove_spaces"]:
         warn("remove_spaces cannot be carried over: remove ASCII spaces from texts before encoding them")
-    say(f"wrote {given.to}")
+    log(f"wrote {given.to}")
 
 
 def main(argv: list[str]) -> int:

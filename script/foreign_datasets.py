@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from script.official_layout import Query
-from torch_src.errors import UserError
-from torch_src.formats import FormatError, decode, parse_json, raw_lines, split_columns
+from torch_src.data.formats import FormatError, decode, parse_json, raw_lines, split_columns
+from torch_src.runtime.errors import UserError
 
 ID_NAMES, TEXT_NAMES = ("_id", "id", "docid", "pid", "paragraph_id"), ("text", "contents", "paragraph_text")
 

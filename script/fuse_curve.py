@@ -17,11 +17,11 @@ import numpy as np
 
 from metric.common import InputError
 from metric.evaluation import compute_metrics, load_reference
-from torch_src.errors import UserError
-from torch_src.formats import FormatError, read_lines, read_run, split_columns
-from torch_src.helpers import exit_status
-from torch_src.scoring import fused_scores
-from torch_src.stamps import fingerprint_files, read_stamp
+from torch_src.data.formats import FormatError, read_lines, read_run, split_columns
+from torch_src.retrieval.reranking import fused_scores
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.program import exit_status
+from torch_src.runtime.stamps import fingerprint_files, read_stamp
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 

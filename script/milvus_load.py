@@ -21,13 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 
 import numpy as np
 
-from torch_src.errors import UserError
-from torch_src.helpers import duration, exit_status, leave, read_json, say
-from torch_src.hparams import check_milvus_uri, is_milvus_file
-from torch_src.milvus_engine import Collection, fill, parse_params
-from torch_src.passage_ids import check_length, read_passage_ids
-from torch_src.stamps import changes, fingerprint_text
-from torch_src.vectors import VectorStore
+from torch_src.data.passage_ids import check_length, read_passage_ids
+from torch_src.retrieval.engines.milvus import Collection, fill, parse_params
+from torch_src.retrieval.engines.milvus_uri import check_milvus_uri, is_milvus_file
+from torch_src.retrieval.vectors import VectorStore
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import read_json
+from torch_src.runtime.log import duration, log
+from torch_src.runtime.program import exit_status, leave
+from torch_src.runtime.stamps import changes, fingerprint_text
 
 
 def open_vectors(folder: str) -> VectorStore:
@@ -71,7 +73,7 @@ def prepare(collection: Collection, record: dict, longest_pid: int, force: bool)
                 f"{collection}: holds other vectors ({'; '.join(different)}); "
                 "--force replaces them, another --milvus_collection keeps them"
             )
-        say(f"{collection}: loaded again ({'; '.join(different) or '--force'})")
+        log(f"{collection}: loaded again ({'; '.join(different) or '--force'})")
         collection.drop()
     collection.create(record, record["manifest"]["hidden"], longest_pid)
 
@@ -92,10 +94,10 @@ def run(given) -> None:
         loaded += last - first
         speed = loaded / (time.monotonic() - begun)
         left = duration((store.rows - last) / speed)
-        say(f"loaded {last:,}/{store.rows:,} passages  {speed:,.0f} passages/s  eta {left}")
+        log(f"loaded {last:,}/{store.rows:,} passages  {speed:,.0f} passages/s  eta {left}")
     collection.call("flush")  # what is in memory there goes to disk, and into the index
     took = f" in {duration(time.monotonic() - begun)}" if loaded else ", up to date"
-    say(f"{collection}: {store.rows:,} passages, index {collection.index()}{took}")
+    log(f"{collection}: {store.rows:,} passages, index {collection.index()}{took}")
 
 
 def main(argv: list[str]) -> int:

@@ -4,7 +4,7 @@
     python script/mine_negatives.py --cross_params output/cross_params.bin     # denoised by the re-ranker
     python script/mine_negatives.py --retrieval_result output/bm25/train.top50 # from any run, BM25's say
 
-Settings: torch_src/mining_hparams.py, or `--name value`; `--help` lists them. Writes into output/mined:
+Settings: torch_src/tools/mining_hparams.py, or `--name value`; `--help` lists them. Writes into output/mined:
 dual.train.tsv, cross.train.tsv, dual.train.ids.tsv (rows, pids, ranks and scores, line by line with
 dual.train.tsv), and what they were made from (train.q.format, the run, the re-ranker's scores).
 """
@@ -15,15 +15,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
 
-from torch_src import cross_infer, dual_infer, hparams, mining
-from torch_src.collection import PassageCollection
-from torch_src.helpers import exit_status, leave, read_json, require, say, warn, write_json
+from torch_src import cross_infer, dual_infer, hparams
+from torch_src.data.collection import PassageCollection
+from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
-from torch_src.mining_hparams import DEBUG, NO_CROSS, MiningHparams
-from torch_src.output_lock import output_lock
-from torch_src.passage_ids import check_length, read_passage_ids
-from torch_src.stamps import clear_stamp, fingerprint_files, seal, up_to_date
+from torch_src.runtime.files import read_json, require, write_json
+from torch_src.runtime.log import log, warn
+from torch_src.runtime.output_lock import output_lock
+from torch_src.runtime.program import exit_status, leave
+from torch_src.runtime.stamps import clear_stamp, fingerprint_files, seal, up_to_date
+from torch_src.tools import mining
+from torch_src.tools.mining_hparams import DEBUG, NO_CROSS, MiningHparams
 
 OUTPUTS = ("dual.train.tsv", "cross.train.tsv", mining.SIDECAR)
 
@@ -71,7 +74,7 @@ def against_positive(hp: MiningHparams) -> bool:
         return False
     listwise = record["loss"] == "listwise"
     base = "the best positive" if listwise else "zero"
-    say(f"the re-ranker was trained {record['loss']}: its scores are held against {base}")
+    log(f"the re-ranker was trained {record['loss']}: its scores are held against {base}")
     return listwise
 
 
@@ -85,7 +88,7 @@ def run(hp: MiningHparams) -> None:
 def _run(hp: MiningHparams) -> None:
     folder = Path(hp.mined_dir_path)
     data = mining.open_training_set(require(hp.train_set_path, "training rows"))
-    say(f"{data.rows:,} training rows, {data.queries:,} distinct queries")
+    log(f"{data.rows:,} training rows, {data.queries:,} distinct queries")
     collection = PassageCollection(hp.passage_dir_path, str(folder / "cache"))
     queries = folder / "train.q.format"
     mining.write_train_queries(data, queries)
@@ -101,8 +104,8 @@ def _run(hp: MiningHparams) -> None:
     )  # fmt: skip
     stamp = mined_stamp(hp, rules, collection, [found, *([scores] if scores else [])])
     outputs = [folder / name for name in OUTPUTS]
-    if not hp.force and all([up_to_date(output, stamp, say) for output in outputs]):
-        return say(f"{outputs[0]}: up to date")
+    if not hp.force and all([up_to_date(output, stamp, log) for output in outputs]):
+        return log(f"{outputs[0]}: up to date")
     for output in outputs:
         clear_stamp(output)
     ids = read_passage_ids(hp.passage_ids_path, str(folder / "cache"))
@@ -113,10 +116,10 @@ def _run(hp: MiningHparams) -> None:
     write_json(folder / "mining.json", {**dataclasses.asdict(hp), "counts": dataclasses.asdict(miner.counts)})
     for output in outputs:
         seal(output, stamp)
-    say("\n".join(miner.counts.lines()))
+    log("\n".join(miner.counts.lines()))
     if warning := miner.counts.warning():
         warn(warning)
-    say(f"wrote {outputs[0]} and {outputs[1]}")
+    log(f"wrote {outputs[0]} and {outputs[1]}")
 
 
 def mined_stamp(hp: MiningHparams, rules: mining.Rules, collection, inputs: list[Path]) -> dict:

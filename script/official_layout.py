@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from torch_src.collection import PassageCollection
-from torch_src.errors import UserError
-from torch_src.helpers import atomic_write, say
+from torch_src.data.collection import PassageCollection
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import atomic_write
+from torch_src.runtime.log import log
 
 TITLES = "titles.tsv"  # beside the collection: row and title of each passage that had one
 
@@ -87,7 +88,7 @@ class Layout:
             ids.write("\n}\n")
         if not self.rows:
             raise UserError("no passages found")
-        say(f"{len(self.rows):,} passages")
+        log(f"{len(self.rows):,} passages")
 
     def write_queries(self, queries: Iterable[Query]) -> None:
         """Write train/ and dev/ of the queries, texts taken from the collection that was written."""
@@ -106,13 +107,13 @@ class Layout:
                     counts["drawn"] += self._write_training(dual, cross, collection, number, query)
         if dev:
             self._write_dev(dev, collection)
-        say(f"{counts['train']:,} training and {counts['dev']:,} dev queries")
+        log(f"{counts['train']:,} training and {counts['dev']:,} dev queries")
         if counts["drawn"]:
-            say(f"{counts['drawn']:,} training queries had no negatives: some were drawn at random")
+            log(f"{counts['drawn']:,} training queries had no negatives: some were drawn at random")
         if self.absent:
-            say(f"{self.absent:,} negatives are not in the corpus: left out")
+            log(f"{self.absent:,} negatives are not in the corpus: left out")
         if self.clean.changed:
-            say(f"{self.clean.changed:,} texts had TABs or line ends, which became blanks")
+            log(f"{self.clean.changed:,} texts had TABs or line ends, which became blanks")
 
     def _check(self, query: Query) -> None:
         known = [pid for pid in query.negatives if pid in self.rows]

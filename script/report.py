@@ -27,8 +27,10 @@ from script.bm25 import PIECES
 from script.report_data import Found, Shelf
 from script.report_hparams import DEBUG, ReportHparams
 from torch_src import hparams
-from torch_src.errors import UserError
-from torch_src.helpers import atomic_write, duration, exit_status, leave, read_json, say
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import atomic_write, read_json
+from torch_src.runtime.log import duration, log
+from torch_src.runtime.program import exit_status, leave
 
 LONGEST_STAGE = 1e9  # seconds
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -201,11 +203,11 @@ def run(hp: ReportHparams) -> None:
     report_plots.matplotlib()  # first: its absence should not be found after a minute of reading
     begun, found = time.monotonic(), report_data.find(hp)
     for line in found.notes:
-        say(line)
+        log(line)
     with atomic_write(hp.to_path) as file:
         file.writelines(page(hp, found))
     size, took = Path(hp.to_path).stat().st_size / 1e6, duration(time.monotonic() - begun)
-    say(f"wrote {hp.to_path} ({len(found.qids):,} queries, {size:.1f} MB) in {took}")
+    log(f"wrote {hp.to_path} ({len(found.qids):,} queries, {size:.1f} MB) in {took}")
 
 
 def main(argv: list[str]) -> int:

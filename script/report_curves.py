@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from torch_src.collection import PassageCollection
-from torch_src.errors import DAMAGE, UserError
-from torch_src.helpers import read_json
-from torch_src.tokenization import TextRules, load_tokenizer, tokenize
+from torch_src.data.collection import PassageCollection
+from torch_src.models.tokenization import TextRules, load_tokenizer, tokenize
+from torch_src.runtime.errors import DAMAGE, UserError
+from torch_src.runtime.files import read_json
 
 TAGS = {"train/loss": "loss", "dev/MRR@10": "MRR@10", "train/lr": "lr"}  # tag -> name in the history
 TELLING = ("train/loss", "dev/MRR@10")  # two trainings may share their learning rates, not these

@@ -9,13 +9,13 @@ import numpy as np
 
 from metric.evaluation import DEPTH, load_reference, per_query
 from script.report_hparams import NONE, ReportHparams
-from torch_src.candidates import open_candidates
-from torch_src.collection import PassageCollection
-from torch_src.errors import UserError
-from torch_src.helpers import require
+from torch_src.data.candidates import open_candidates
+from torch_src.data.collection import PassageCollection
+from torch_src.data.passage_ids import check_length, read_passage_ids, rows_of
 from torch_src.inference_stage import read_query_ids
-from torch_src.passage_ids import check_length, read_passage_ids, rows_of
-from torch_src.stamps import fingerprint_files, read_stamp
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import require
+from torch_src.runtime.stamps import fingerprint_files, read_stamp
 
 CHUNK = 256  # passages in one JSON script of the page: parsed when one of them is shown
 

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from script.report_curves import Curves, Lengths
-from torch_src.errors import UserError
+from torch_src.runtime.errors import UserError
 
 # Written by matplotlib as they are, and put into the page's words: so the plots follow its colours.
 INK, RULE = "#010203", "#040506"

@@ -24,12 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 from metric.common import InputError
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result
 from torch_src import cross_hparams, dual_hparams, hparams, inference_cross_hparams, inference_de_hparams
-from torch_src.collection import PassageCollection
-from torch_src.errors import UserError
-from torch_src.formats import read_dev
-from torch_src.helpers import duration, exit_status, require, say, write_json
+from torch_src.data.collection import PassageCollection
+from torch_src.data.formats import read_dev
+from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.inference_stage import read_query_ids
-from torch_src.passage_ids import check_length, read_passage_ids
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import require, write_json
+from torch_src.runtime.log import duration, log
+from torch_src.runtime.program import exit_status
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {
@@ -81,7 +83,7 @@ def check_data(parsed: dict) -> None:
     check_length(hp.passage_ids_path, len(ids), passages)
     dev = parsed["cross_infer"].dev_set_path
     answered = len(read_dev(dev)) if os.path.exists(dev) else 0
-    say(f"{passages:,} passages, {len(queries):,} dev queries, {answered:,} of them with answers")
+    log(f"{passages:,} passages, {len(queries):,} dev queries, {answered:,} of them with answers")
 
 
 def convert(hp, run_path: Path, topk: int) -> None:
@@ -149,7 +151,7 @@ def run(argv: list[str]) -> None:
         return
     output, times = Path(infer.output_dir), {}
     for stage in STAGES[STAGES.index(first) :]:
-        say(f"== {stage}")
+        log(f"== {stage}")
         begun = time.monotonic()
         if stage == "check":
             check_data(parsed)
@@ -160,7 +162,7 @@ def run(argv: list[str]) -> None:
             call([f"do_{stage}.py", *options[stage]])
         times[stage] = time.monotonic() - begun
     lines = table(times, parsed["cross_infer"].dev_set_path, output)
-    say("\n" + "\n".join(lines))
+    log("\n" + "\n".join(lines))
     write_json(output / "run_all.json", {"seconds": {name: round(took, 1) for name, took in times.items()}})
 
 

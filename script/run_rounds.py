@@ -21,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 
 from metric.evaluation import MEASURES
 from script.run_all import PROGRAMS, call, convert, figures_of, split_options, start
-from torch_src import hparams, mining_hparams
-from torch_src.errors import UserError
-from torch_src.helpers import duration, say, write_json
+from torch_src import hparams
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import write_json
+from torch_src.runtime.log import duration, log
+from torch_src.tools import mining_hparams
 
 DEFAULT_OUTPUT = "output/rounds"
 STAGES = {
@@ -53,7 +55,7 @@ class Rounds:
     def stage(self, number: int, name: str, *more, label: str = "") -> None:
         """Run one program of one round; what we add comes last, and wins."""
         label = label or name
-        say(f"== round {number}: {label}")
+        log(f"== round {number}: {label}")
         begun = time.monotonic()
         words = [*self.options[name], "--output_dir", str(self.folder(number)), *map(str, more)]
         call([SCRIPTS.get(name, f"do_{name}.py"), *words])
@@ -76,7 +78,7 @@ class Rounds:
             if number < self.count:
                 self.mine(number)
         lines = self.table()
-        say("\n" + "\n".join(lines))
+        log("\n" + "\n".join(lines))
         write_json(self.output / "rounds.json", {"rounds": self.count, "seconds": self.seconds})
 
     def mine(self, number: int) -> None:

@@ -13,7 +13,7 @@ VOCAB = Path(__file__).resolve().parents[1] / "script" / "sample_data" / "tiny_b
 @pytest.fixture(scope="session")
 def tokenizer():
     """The WordPiece tokenizer of the sample data."""
-    from torch_src.tokenization import load_tokenizer
+    from torch_src.models.tokenization import load_tokenizer
 
     return load_tokenizer("", str(VOCAB))
 

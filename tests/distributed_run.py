@@ -18,7 +18,7 @@ from torch_src.cross_hparams import CrossHparams
 from torch_src.cross_train import CrossTraining
 from torch_src.dual_hparams import DualHparams
 from torch_src.dual_train import DualTraining
-from torch_src.training import Trainer
+from torch_src.training.trainer import Trainer
 
 STEPS = 10
 

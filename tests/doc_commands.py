@@ -13,15 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from script import report_hparams, run_all, run_rounds
-from torch_src import (
-    cross_hparams,
-    demo_hparams,
-    dual_hparams,
-    hparams,
-    inference_cross_hparams,
-    inference_de_hparams,
-    mining_hparams,
-)
+from torch_src import cross_hparams, dual_hparams, hparams, inference_cross_hparams, inference_de_hparams
+from torch_src.tools import demo_hparams, mining_hparams
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]

@@ -12,66 +12,20 @@ from doc_commands import ROOT, SETTINGS
 
 from torch_src import dual_hparams, hparams
 
-# A module imports only from an earlier row, never from its own.
-ROWS = [
-    ["errors"],
-    ["formats", "helpers"],
-    ["model_folder", "stamps", "claims", "file_cache"],
-    ["hparams"],
-    [
-        "dual_hparams",
-        "inference_de_hparams",
-        "cross_hparams",
-        "inference_cross_hparams",
-        "mining_hparams",
-        "demo_hparams",
-        "collection",
-        "passage_ids",
-        "losses",
-        "tokenization",
-        "devices",
-        "backbones",
-        "row_file",
-        "mined_files",
-    ],
-    [
-        "batches",
-        "datasets",
-        "cross_datasets",
-        "dual_model",
-        "cross_model",
-        "vectors",
-        "candidates",
-        "guards",
-        "openvino_tower",
-        "products",
-        "faiss_loading",
-        "token_table",
-        "output_lock",
-        "grad_cache",
-        "checkpoints",
-        "process_group",
-        "stop_signals",
-        "ema",
-    ],
-    ["encoding", "search", "scoring"],
-    ["optimisation", "training_log", "planning", "approximate"],
-    ["training", "dev_retrieval", "ann_index", "milvus_engine", "data_check"],
-    ["training_stage"],
-    ["inference_stage"],
-    ["retriever"],
-    ["dual_train", "dual_infer", "cross_train", "cross_infer", "mining"],
-    ["search_service"],
-]
-ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
-TORCH_FREE = [*(module for row in ROWS[:4] for module in row), "collection", "passage_ids"]
-MODULES = sorted((ROOT / "torch_src").glob("[a-z]*.py"))
-SEES_HPARAMS = {module for row in ROWS[7:] for module in row} | {
-    "hparams",
-    "dual_hparams",
-    "inference_de_hparams",
-}
+# `runtime <- data <- models <- retrieval <- training <- programs <- tools, script`: imports go left only.
+ORDER = ["runtime", "data", "models", "retrieval", "training", "programs", "tools"]
+MODULES = sorted((ROOT / "torch_src").rglob("[a-z]*.py"))
 STAND_ALONE = [*sorted((ROOT / "metric").glob("*.py")), ROOT / "script/handle.py"]
+
+
+def package(module: str) -> str:
+    """Return the package of `torch_src.x.y`; the files on top are the programs and their settings."""
+    name = module.split(".")[1]
+    return name if name in ORDER else "programs"
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 def imported(path: Path) -> set[str]:
@@ -86,31 +40,28 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def own_modules(path: Path) -> set[str]:
-    names = {name.split(".")[1] for name in imported(path) if name.startswith("torch_src.")}
-    return names & set(ROW_OF)
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_a_package_imports_only_from_packages_to_its_left(path):
+    own = ORDER.index(package(dotted(path)))
+    wrong = {
+        name
+        for name in imported(path)
+        if name.startswith(("torch_src.", "script")) and ORDER.index(package(name)) > own
+    }
+    assert not wrong, f"{dotted(path)} imports {wrong}"
 
 
-def test_every_module_has_its_row():
-    assert {path.stem for path in MODULES} == set(ROW_OF)
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_modules_import_only_from_earlier_rows(path):
-    wrong = {name for name in own_modules(path) if ROW_OF[name] >= ROW_OF[path.stem]}
-    assert not wrong, f"{path.stem} (row {ROW_OF[path.stem]}) imports {wrong}"
-
-
-@pytest.mark.parametrize("module", TORCH_FREE)
-def test_first_rows_do_without_torch(module):
+@pytest.mark.parametrize("path", [path for path in MODULES if package(dotted(path)) == "data"], ids=dotted)
+def test_data_needs_no_torch(path):
     heavy = {"torch", "transformers", "faiss"}
-    assert not {name.split(".")[0] for name in imported(ROOT / f"torch_src/{module}.py")} & heavy
+    assert not {name.split(".")[0] for name in imported(path)} & heavy
 
 
-def test_only_the_last_rows_see_hparams():
+def test_only_programs_tools_and_the_training_stage_see_settings_objects():
+    sees_settings = {"stage", "trainer", "dev_evaluation", "training_log"}
     for path in MODULES:
-        if path.stem not in SEES_HPARAMS:
-            assert not re.search(r"\bhp\.", path.read_text(encoding="utf-8")), path.stem
+        if package(dotted(path)) not in ("programs", "tools") and path.stem not in sees_settings:
+            assert not re.search(r"\bhp\.", path.read_text(encoding="utf-8")), path
 
 
 @pytest.mark.parametrize("path", STAND_ALONE, ids=lambda path: path.name)
@@ -122,9 +73,7 @@ def test_stand_alone_programs_use_the_standard_library_alone(path):
 @pytest.mark.slow
 def test_nothing_happens_at_import(tmp_path):
     """With another program's arguments in an empty folder: no parsing, file, device or environment."""
-    names = [f"torch_src.{path.stem}" for path in MODULES] + [
-        name[:-3] for name in SETTINGS if "/" not in name
-    ]
+    names = [dotted(path) for path in MODULES] + [name[:-3] for name in SETTINGS if "/" not in name]
     code = f"""
 import os, sys, logging
 sys.path.insert(0, {str(ROOT)!r}); sys.argv = ["other", "--not_ours", "x"]

@@ -7,9 +7,9 @@ import pytest
 
 from metric import convert_recall_res_to_json, evaluation
 from torch_src import dual_infer
-from torch_src.collection import PassageCollection
-from torch_src.formats import read_candidates, read_dev, read_q2qid, read_queries
-from torch_src.passage_ids import read_passage_ids
+from torch_src.data.collection import PassageCollection
+from torch_src.data.formats import read_candidates, read_dev, read_q2qid, read_queries
+from torch_src.data.passage_ids import read_passage_ids
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 STARD, MODEL = SHARED / "data/stard", SHARED / "models/me5-small-zh"

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from torch_src.errors import UserError
 from torch_src.hparams import (
     SAMPLE_DIR,
     TINY_MODEL,
@@ -12,6 +11,7 @@ from torch_src.hparams import (
     check_training,
     under,
 )
+from torch_src.runtime.errors import UserError
 
 # What the weights fix: saved in cross_hparams.json, read from there by inference.
 FIXED_BY_WEIGHTS = ("max_seq_len", "remove_spaces", "vocab_path")

@@ -9,18 +9,13 @@ import numpy as np
 import torch
 
 from metric.evaluation import compute_metrics
-from torch_src import guards, hparams
-from torch_src.backbones import check_fits, load_weights
-from torch_src.candidates import OFFICIAL, OFFICIAL_IDS, Candidates, ListedCandidates, open_candidates
-from torch_src.collection import PassageCollection
+from torch_src import hparams
 from torch_src.cross_hparams import DEBUG as TRAIN_DEBUG
 from torch_src.cross_hparams import FIXED_BY_WEIGHTS, CrossHparams
-from torch_src.cross_model import CrossEncoder, build_cross_encoder, load_cross_encoder
-from torch_src.devices import choose_device, choose_precision, peak_memory_gb, set_threads, token_budget
-from torch_src.encoding import Progress
-from torch_src.errors import UserError
-from torch_src.formats import RunRow, format_run_row, read_dev
-from torch_src.helpers import atomic_write, exit_status, require, say, warn
+from torch_src.data.candidates import OFFICIAL, OFFICIAL_IDS, Candidates, ListedCandidates, open_candidates
+from torch_src.data.collection import PassageCollection
+from torch_src.data.formats import RunRow, format_run_row, read_dev
+from torch_src.data.passage_ids import check_length, read_passage_ids, rows_of
 from torch_src.inference_cross_hparams import DEBUG, PRETRAINED, InferenceCrossHparams
 from torch_src.inference_stage import (
     FoundModel,
@@ -29,13 +24,27 @@ from torch_src.inference_stage import (
     planned_before_training,
     read_query_ids,
 )
-from torch_src.output_lock import output_lock
-from torch_src.passage_ids import check_length, read_passage_ids, rows_of
-from torch_src.planning import KEPT_GB, Plan, evenly, memory_gb, seconds_a_text
-from torch_src.scoring import PairScorer, fuse, rank_pairs
-from torch_src.stamps import clear_stamp, fingerprint_files, fingerprint_text, seal, up_to_date
-from torch_src.tokenization import TextRules
-from torch_src.vectors import DamagedBlock, ScoreStore
+from torch_src.models.backbones import check_fits, load_weights
+from torch_src.models.cross_encoder import CrossEncoder, build_cross_encoder, load_cross_encoder
+from torch_src.models.tokenization import TextRules
+from torch_src.retrieval import score_checks as guards
+from torch_src.retrieval.encoding import Progress
+from torch_src.retrieval.reranking import PairScorer, fuse, rank_pairs
+from torch_src.retrieval.vectors import DamagedBlock, ScoreStore
+from torch_src.runtime.devices import (
+    choose_device,
+    choose_precision,
+    peak_memory_gb,
+    set_threads,
+    token_budget,
+)
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import atomic_write, require
+from torch_src.runtime.log import log, warn
+from torch_src.runtime.output_lock import output_lock
+from torch_src.runtime.planning import KEPT_GB, Plan, evenly, memory_gb, seconds_a_text
+from torch_src.runtime.program import exit_status
+from torch_src.runtime.stamps import clear_stamp, fingerprint_files, fingerprint_text, seal, up_to_date
 
 RESULT = "cross_res.json"
 SCORES, ID_MAP = "cross_scores.txt", "cross_id_map.tsv"  # what the official converter reads
@@ -77,7 +86,7 @@ class CrossInference:
         self.device = choose_device(hp.device)
         self.precision = choose_precision(hp.precision, self.device)
         self.threads = set_threads(hp.threads)
-        say(f"device {self.device}  precision {self.precision}  threads {self.threads}")
+        log(f"device {self.device}  precision {self.precision}  threads {self.threads}")
         self.qids = read_query_ids(hp)
         self._open_candidates()
         self.model = find_model(hp)
@@ -135,7 +144,7 @@ class CrossInference:
         model = load_model(self.model, hp.seed)  # before anything on disk is given up for it
         folder = self.output / "cross_scores"
         store = ScoreStore.create_or_continue(
-            folder, self.score_stamp(), total, 1, min(hp.block_pairs, total), say, hp.force
+            folder, self.score_stamp(), total, 1, min(hp.block_pairs, total), log, hp.force
         )
         dropped: set[int] = set()
         while True:
@@ -143,7 +152,7 @@ class CrossInference:
             if missing:
                 self._score_blocks(store, missing, model.to(self.device))
             else:
-                say(f"{folder}: scores up to date ({total:,} pairs)")
+                log(f"{folder}: scores up to date ({total:,} pairs)")
             try:
                 return np.concatenate([np.array(block[:, 0]) for _, block in store.blocks()])
             except DamagedBlock as damage:
@@ -232,13 +241,13 @@ class CrossInference:
             return
         reference = {query.qid: set(query.answers) for query in read_dev(self.hp.dev_set_path)}
         if not any(qid in reference for qid in result):
-            return say(f"{self.hp.dev_set_path} has none of these queries: not scored")
+            return log(f"{self.hp.dev_set_path} has none of these queries: not scored")
         before = {qid: [] for qid in result}
         for query, span in self.candidates.spans():
             for qid in self.qids[query] or ():
                 before[qid] = [pid.decode() for pid in self.pids[span]][: self.hp.topk]
         retriever, reranked = (compute_metrics(reference, run)["MRR@10"] for run in (before, result))
-        say(f"MRR@10 of the candidates as they came {retriever:.4f}, re-ranked {reranked:.4f}")
+        log(f"MRR@10 of the candidates as they came {retriever:.4f}, re-ranked {reranked:.4f}")
         warnings = (guards.below_retriever(reranked, retriever), self.easy_negatives(logits, reference))
         for warning in filter(None, warnings):
             warn(warning)
@@ -281,8 +290,8 @@ def _run(hp: InferenceCrossHparams) -> None:
     path = inference.output / f"res.rerank{hp.topk}"
     stamp = inference.result_stamp()
     outputs = [path, *(inference.output / name for name in (RESULT, SCORES, ID_MAP))]
-    if not hp.force and all([up_to_date(output, stamp, say) for output in outputs]):
-        return say(f"{path}: up to date")
+    if not hp.force and all([up_to_date(output, stamp, log) for output in outputs]):
+        return log(f"{path}: up to date")
     inference.pids, inference.rows = inference.pids_and_rows()
     logits = inference.scores()
     for output in outputs:
@@ -291,7 +300,7 @@ def _run(hp: InferenceCrossHparams) -> None:
     hparams.save(hp, inference.output / "cross_infer_hparams.json", fixed_by_weights=inference.model.fixed)
     for output in outputs:
         seal(output, stamp)
-    say(f"wrote {path} ({len(inference.candidates.queries):,} queries)  "
+    log(f"wrote {path} ({len(inference.candidates.queries):,} queries)  "
         f"peak memory {peak_memory_gb(inference.device):.2f} GB")  # fmt: skip
     inference.look(logits, result)
 

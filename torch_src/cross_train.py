@@ -10,24 +10,27 @@ import numpy as np
 import torch
 
 from metric.evaluation import MEASURES, compute_metrics
-from torch_src import guards, hparams
-from torch_src.candidates import OFFICIAL, Candidates, open_candidates
-from torch_src.collection import PassageCollection
-from torch_src.cross_datasets import CrossBatch, CrossTrainingSet
+from torch_src import hparams
 from torch_src.cross_hparams import DEBUG, FIXED_BY_WEIGHTS, FROM_PRETRAINED, CrossHparams
-from torch_src.cross_model import load_cross_encoder, start_from_retriever
-from torch_src.devices import autocast, token_budget
-from torch_src.formats import read_dev
-from torch_src.grad_cache import ChunkedForward
-from torch_src.helpers import exit_status, require, say, warn
-from torch_src.losses import listwise_loss, pointwise_loss, r_drop_loss
-from torch_src.passage_ids import check_length, read_passage_ids
-from torch_src.planning import evenly, seconds_a_text
-from torch_src.scoring import PairScorer, pair_tensors, rank_pairs
-from torch_src.stamps import fingerprint_files
-from torch_src.tokenization import Pairs, TextRules, tokenize_pairs
-from torch_src.training import Progress, Task
-from torch_src.training_stage import TrainingStage, rows_named
+from torch_src.data.candidates import OFFICIAL, Candidates, open_candidates
+from torch_src.data.collection import PassageCollection
+from torch_src.data.cross_training_set import CrossBatch, CrossTrainingSet
+from torch_src.data.formats import read_dev
+from torch_src.data.passage_ids import check_length, read_passage_ids
+from torch_src.models.cross_encoder import load_cross_encoder, start_from_retriever
+from torch_src.models.losses import listwise_loss, pointwise_loss, r_drop_loss
+from torch_src.models.tokenization import Pairs, TextRules, tokenize_pairs
+from torch_src.retrieval import score_checks as guards
+from torch_src.retrieval.reranking import PairScorer, pair_tensors, rank_pairs
+from torch_src.runtime.devices import autocast, token_budget
+from torch_src.runtime.files import require
+from torch_src.runtime.log import log, warn
+from torch_src.runtime.planning import evenly, seconds_a_text
+from torch_src.runtime.program import exit_status
+from torch_src.runtime.stamps import fingerprint_files
+from torch_src.training.grad_cache import ChunkedForward
+from torch_src.training.stage import TrainingStage, rows_named
+from torch_src.training.trainer import Progress, Task
 
 FGM_SCALE = 2.0**12  # of a gradient whose direction alone counts, so that fp16 does not round it to zero
 LOOKED_AT = 512  # training negatives that are scored at the end, to compare them with the dev candidates
@@ -84,10 +87,10 @@ class CrossTraining(TrainingStage):
         hp = self.hp
         self.data = CrossTrainingSet(hp.train_set_path, self.rules.clean)
         self.steps = self.data.steps_per_epoch(self.units, self.listwise)  # UserError when they are too many
-        say(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
+        log(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
         short = self.data.short_lists(hp.group_size) if self.listwise else 0
         if short:
-            say(
+            log(
                 f"{short:,} of {len(self.data.lists):,} positives have fewer than "
                 f"{hp.group_size - 1} negatives: "
                 "some stand more than once in their group"
@@ -224,7 +227,7 @@ class CrossTraining(TrainingStage):
     def mend(self, weights: str) -> None:
         if self.hp.eval_every < 0 or guards.read_negatives(self.hp.params_path, weights) is not None:
             return
-        say(f"{guards.negatives_path(self.hp.params_path)}: damaged or not there; written again")
+        log(f"{guards.negatives_path(self.hp.params_path)}: damaged or not there; written again")
         self.load()
         self._load_best()
         guards.write_negatives(self.hp.params_path, weights, self.scorer().score(self._negatives()))
@@ -237,7 +240,7 @@ class CrossTraining(TrainingStage):
         scores = self.scorer().score_all(self.dev.candidates)
         reranked, retriever = self.dev.metrics(scores), self.dev.metrics(self.dev.candidates.scores)
         order = f"in the retriever's order {retriever['MRR@10']:.4f}, re-ranked {reranked['MRR@10']:.4f}"
-        say(f"MRR@10 of the dev candidates: {order}")
+        log(f"MRR@10 of the dev candidates: {order}")
         spans = [span for _, span in self.dev.candidates.spans()]
         negatives = self.scorer().score(self._negatives())
         guards.write_negatives(self.hp.params_path, progress.best_weights, negatives)
@@ -302,7 +305,7 @@ def build_dev_reranking(hp: CrossHparams) -> DevReranking | None:
         pids = ids[candidates.rows]
     reference = {dev[query].qid: set(dev[query].answers) for query in candidates.queries}
     qids = {query: dev[query].qid for query in candidates.queries}
-    say(
+    log(
         f"dev re-ranking: {len(candidates.queries):,} queries, {len(candidates):,} pairs of "
         f"{hp.dev_candidates_path}"
     )

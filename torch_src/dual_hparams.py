@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from torch_src.errors import UserError
 from torch_src.hparams import (
     POOLINGS,
     SAMPLE_DIR,
@@ -13,6 +12,7 @@ from torch_src.hparams import (
     check_training,
     under,
 )
+from torch_src.runtime.errors import UserError
 
 # What the weights fix: saved in dual_hparams.json, read from there by inference.
 FIXED_BY_WEIGHTS = (

@@ -12,7 +12,14 @@ import numpy as np
 import torch
 
 from torch_src import hparams
-from torch_src.ann_index import (
+from torch_src.data.formats import RunRow, format_run_row
+from torch_src.inference_de_hparams import DEBUG, InferenceDeHparams
+from torch_src.inference_stage import read_query_ids
+from torch_src.models.dual_encoder import DualEncoder
+from torch_src.retrieval.approximate import recall_line
+from torch_src.retrieval.encoding import encode_collection
+from torch_src.retrieval.engines.milvus import COMMAND, MOST_HITS, MilvusSearch
+from torch_src.retrieval.faiss_index import (
     ApproximateSearch,
     IndexSettings,
     check_memory,
@@ -21,22 +28,17 @@ from torch_src.ann_index import (
     new_index,
     set_parameters,
 )
-from torch_src.approximate import recall_line
-from torch_src.devices import free_gpu_memory, peak_memory_gb, search_devices, worker_count
-from torch_src.dual_model import DualEncoder
-from torch_src.encoding import encode_collection
-from torch_src.errors import UserError
-from torch_src.formats import RunRow, format_run_row
-from torch_src.helpers import atomic_write, duration, exit_status, rank, say, warn
-from torch_src.inference_de_hparams import DEBUG, InferenceDeHparams
-from torch_src.inference_stage import read_query_ids
-from torch_src.milvus_engine import COMMAND, MOST_HITS, MilvusSearch
-from torch_src.output_lock import TOGETHER, output_lock
-from torch_src.planning import KEPT_GB, Plan, evenly, memory_gb, seconds_a_text, seconds_of
+from torch_src.retrieval.search import RESIDENT_SHARE, Resident, choose_kind, chunk_rows, search
+from torch_src.retrieval.vectors import NO_MATTER, DamagedBlock, VectorStore, new_manifest, save_vectors
 from torch_src.retriever import Retriever, load_model
-from torch_src.search import RESIDENT_SHARE, Resident, choose_kind, chunk_rows, search
-from torch_src.stamps import clear_stamp, fingerprint_text, seal, up_to_date, write_stamp
-from torch_src.vectors import NO_MATTER, DamagedBlock, VectorStore, new_manifest, save_vectors
+from torch_src.runtime.devices import free_gpu_memory, peak_memory_gb, search_devices, worker_count
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import atomic_write
+from torch_src.runtime.log import duration, log, rank, warn
+from torch_src.runtime.output_lock import TOGETHER, output_lock
+from torch_src.runtime.planning import KEPT_GB, Plan, evenly, memory_gb, seconds_a_text, seconds_of
+from torch_src.runtime.program import exit_status
+from torch_src.runtime.stamps import clear_stamp, fingerprint_text, seal, up_to_date, write_stamp
 
 INDEX = "para.index"
 CLOCK_SKEW = 2.0  # seconds by which the clock of a shared folder may be behind
@@ -127,10 +129,10 @@ class DualInference(Retriever):
             while not is_forced(Path(folder) / "forced", own):
                 if time.monotonic() - waited > PATIENCE:
                     waited = time.monotonic()
-                    say(f"{folder}: waiting for the first process to empty it (--force)")
+                    log(f"{folder}: waiting for the first process to empty it (--force)")
                 time.sleep(0.2)
         store = VectorStore.create_or_continue(
-            folder, stamp, len(self.collection), self.width, self.hp.block_rows, say,
+            folder, stamp, len(self.collection), self.width, self.hp.block_rows, log,
             force and rank() == 0, shared=bool(self.hp.para_emb),
         )  # fmt: skip
         if force and rank() == 0:
@@ -165,7 +167,7 @@ class DualInference(Retriever):
                 self.encoder("passage", model), self.collection, store, self.hp.log_every, workers
             )
         else:
-            say(f"{store.folder}: vectors up to date ({store.rows:,} passages)")
+            log(f"{store.folder}: vectors up to date ({store.rows:,} passages)")
         return queries, store
 
     def plan(self) -> Plan:
@@ -208,12 +210,12 @@ class DualInference(Retriever):
         """Return about how long an exact search takes, by one over a few generated vectors."""
         devices, memory = search_devices(self.hp.device, self.device), self.hp.search_memory_gb
         at_once, rows = min(self.bs, queries), len(self.collection)
-        kind = choose_kind(self.hp.search_product, width, devices[0], say)
+        kind = choose_kind(self.hp.search_product, width, devices[0], log)
         some = min(rows, 3 * chunk_rows(at_once, width, memory, devices[0].type, len(devices)))
         draw = np.random.default_rng(0)
         probes = draw.standard_normal((at_once, width), dtype=np.float32)
         with tempfile.TemporaryDirectory() as folder:
-            store = VectorStore.create_or_continue(folder, {}, some, width, some, say)
+            store = VectorStore.create_or_continue(folder, {}, some, width, some, log)
             store.write_block(0, draw.standard_normal((some, width), dtype=np.float32).astype(np.float16))
             took = seconds_of(lambda: search(store, probes, self.topk, devices, kind, memory))
         return took * rows / some * queries / at_once
@@ -228,9 +230,9 @@ class DualInference(Retriever):
             path, stamp = self.output / INDEX, {**store.manifest, "stage": "index"}
             index = ApproximateSearch(store, settings, path, stamp, hp.force)
             if hp.recall_queries:
-                say(index.recall(queries, self.topk, self.device, hp.recall_queries))
+                log(index.recall(queries, self.topk, self.device, hp.recall_queries))
             return lambda some: (*index.search(some, self.topk), "")
-        kind = choose_kind(hp.search_product, store.hidden, devices[0], say)
+        kind = choose_kind(hp.search_product, store.hidden, devices[0], log)
         at_once = min(self.bs, len(queries))
         chunk_rows(at_once, store.hidden, hp.search_memory_gb, devices[0].type, len(devices))  # UserError
 
@@ -252,7 +254,7 @@ class DualInference(Retriever):
                 lambda some: milvus.search(some, self.topk), milvus.store, queries, self.topk, self.device,
                 hp.recall_queries, hp.search_memory_gb, hp.seed,
             )  # fmt: skip
-            say(f"Milvus {milvus.index}: {line}")
+            log(f"Milvus {milvus.index}: {line}")
         return lambda some: (*milvus.search(some, self.topk), "")
 
     def write_run(self, path: Path, queries: np.ndarray, store: VectorStore | None) -> None:
@@ -269,7 +271,7 @@ class DualInference(Retriever):
                     for place, (row, score) in enumerate(pairs, start=1):
                         file.write(format_run_row(RunRow(query, row, place, score)))
                 done = f"searched {min(start + self.bs, len(queries)):,}/{len(queries):,} queries"
-                say(f"{done} in {duration(time.monotonic() - begun)}  {note}".rstrip())
+                log(f"{done} in {duration(time.monotonic() - begun)}  {note}".rstrip())
         settings = {"topk": self.topk, "bs": self.bs, "fixed_by_weights": self.model.fixed}
         hparams.save(self.hp, self.output / "dual_infer_hparams.json", **settings)
         seal(path, self.run_stamp())  # last: it says that all is done
@@ -326,7 +328,7 @@ def run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
     topk, bs = hp.topk or topk, hp.bs or bs
     hparams.check_range("topk", topk, 1)
     hparams.check_range("bs", bs, 1)
-    say(f"topk {topk}  bs {bs}")
+    log(f"topk {topk}  bs {bs}")
     if hp.plan:
         inference = DualInference(hp, topk, bs)
         return inference.plan().say(hp.output_dir, inference.device)
@@ -337,8 +339,8 @@ def run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
 def _run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
     inference = DualInference(hp, topk, bs)
     path = inference.output / f"res.top{topk}"
-    if not hp.force and up_to_date(path, inference.run_stamp(), say):
-        say(f"{path}: up to date")
+    if not hp.force and up_to_date(path, inference.run_stamp(), log):
+        log(f"{path}: up to date")
         return
     inference.passage_ids()  # UserError before the encoding, not after it
     if len(inference.collection) < topk:
@@ -352,7 +354,7 @@ def _run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
         continue  # a damaged block was dropped: it is encoded again
     if rank():
         return  # the first process has searched
-    say(f"wrote {path} ({len(inference.queries):,} queries x {min(topk, len(inference.collection))})  "
+    log(f"wrote {path} ({len(inference.queries):,} queries x {min(topk, len(inference.collection))})  "
         f"peak memory {peak_memory_gb(inference.device):.2f} GB")  # fmt: skip
 
 

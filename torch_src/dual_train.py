@@ -7,21 +7,22 @@ import torch
 
 from metric.evaluation import MEASURES, compute_metrics
 from torch_src import hparams
-from torch_src.datasets import DualBatch, DualTrainingSet
-from torch_src.dev_retrieval import build_dev_retrieval
-from torch_src.devices import autocast, tensors_to, token_budget
+from torch_src.data.dual_training_set import DualBatch, DualTrainingSet
+from torch_src.data.mined_files import read_teacher, sidecar_path
 from torch_src.dual_hparams import DEBUG, FIXED_BY_WEIGHTS, DualHparams
-from torch_src.dual_model import DualEncoder, load_backbone, shorten
-from torch_src.encoding import Encoder
-from torch_src.grad_cache import ChunkedForward
-from torch_src.helpers import exit_status, say, warn
-from torch_src.losses import contrastive_loss, contrastive_scores, distillation_loss
-from torch_src.mined_files import read_teacher, sidecar_path
-from torch_src.planning import evenly, seconds_a_text
-from torch_src.stamps import fingerprint_files
-from torch_src.tokenization import TextRules, pad, tokenize
-from torch_src.training import Progress, Task
-from torch_src.training_stage import TrainingStage, rows_named
+from torch_src.models.dual_encoder import DualEncoder, load_backbone, shorten
+from torch_src.models.losses import contrastive_loss, contrastive_scores, distillation_loss
+from torch_src.models.tokenization import TextRules, pad, tokenize
+from torch_src.retrieval.encoding import Encoder
+from torch_src.runtime.devices import autocast, tensors_to, token_budget
+from torch_src.runtime.log import log, warn
+from torch_src.runtime.planning import evenly, seconds_a_text
+from torch_src.runtime.program import exit_status
+from torch_src.runtime.stamps import fingerprint_files
+from torch_src.training.dev_evaluation import build_dev_retrieval
+from torch_src.training.grad_cache import ChunkedForward
+from torch_src.training.stage import TrainingStage, rows_named
+from torch_src.training.trainer import Progress, Task
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class DualTraining(TrainingStage):
         teacher = None if hp.distill_loss == "none" else read_teacher(hp.train_set_path)
         self.data = DualTrainingSet(hp.train_set_path, self.rules["passage"].clean, teacher)
         self.steps = self.data.steps_per_epoch(hp.batch_size)  # UserError when the batch is too large
-        say(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
+        log(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
         evaluates = hp.eval_every >= 0 and self.group.rank == 0
         self.dev = build_dev_retrieval(hp, str(Path(hp.output_dir) / "cache")) if evaluates else None
         backbone = load_backbone(hp.pretrained_model_path, self.config, hp.pooling, hp.seed)

@@ -7,13 +7,13 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import tyro
 
-from torch_src.errors import UserError
-from torch_src.helpers import say, write_json
-from torch_src.model_folder import own_settings
+from torch_src.models.model_folder import own_settings
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import write_json
+from torch_src.runtime.log import log
 
 SAMPLE_DIR = "script/sample_data"
 TINY_MODEL = f"{SAMPLE_DIR}/tiny_bert"  # no weights there: they are drawn from the seed
@@ -96,11 +96,11 @@ def describe(hp) -> list[str]:
 
 def announce(title: str, hp) -> None:
     """Print the program's name and its settings."""
-    say(f"{title}   settings (* differs from the default):")
+    log(f"{title}   settings (* differs from the default):")
     for line in describe(hp):
-        say(f"  {line}")
+        log(f"  {line}")
     if hp.debug:
-        say(
+        log(
             f"--debug: the sample collection and a small model with random weights; "
             f"results go to {hp.output_dir}"
         )
@@ -122,29 +122,6 @@ def check_range(name: str, value, low, high=float("inf")) -> None:
     if not low <= value <= high or math.isinf(value):
         limit = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
         raise UserError(f"--{name} {value}: must be {limit}")
-
-
-def is_milvus_file(uri: str) -> bool:
-    """Return whether a uri of Milvus is a local file (Milvus Lite), not a server."""
-    return "://" not in uri
-
-
-def check_milvus_uri(uri: str) -> None:
-    """UserError unless it is a file NAME.db or http(s)://host:port, without credentials or a path."""
-    # The uri is not repeated: it may hold credentials, and messages end up in logs.
-    if "@" in uri and (":" in uri or not uri.endswith(".db")):
-        raise UserError("--milvus_uri: credentials go into the variable MILVUS_TOKEN, not here")
-    try:
-        parts = urlsplit(uri)
-        server = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
-        server = server and parts.path in ("", "/") and not (parts.query or parts.fragment)
-    except ValueError:
-        server = False
-    if not (uri.endswith(".db") if is_milvus_file(uri) else server):
-        raise UserError(
-            "--milvus_uri: expected a file NAME.db, http://host:19530 or https://host:port, without a path "
-            "or a query"
-        )
 
 
 def dimensions(name: str, text: str, hidden: int) -> list[int]:

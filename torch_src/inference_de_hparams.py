@@ -2,17 +2,17 @@
 
 from dataclasses import dataclass
 
-from torch_src.errors import UserError
 from torch_src.hparams import (
     POOLINGS,
     PRECISIONS,
     SAMPLE_DIR,
     OfficialLayout,
     check_choice,
-    check_milvus_uri,
     check_range,
     under,
 )
+from torch_src.retrieval.engines.milvus_uri import check_milvus_uri
+from torch_src.runtime.errors import UserError
 
 ENGINES = ("exact", "milvus")
 OPENVINO = "openvino"

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from torch_src.backbones import architecture, load_config, model_fingerprint
-from torch_src.errors import UserError
-from torch_src.formats import read_q2qid, read_queries, read_question_ids
-from torch_src.helpers import read_json, require, warn
-from torch_src.stamps import changed_files, fingerprint_files, fingerprint_text, record_seal
-from torch_src.tokenization import load_tokenizer, tokenizer_fingerprint
+from torch_src.data.formats import read_q2qid, read_queries, read_question_ids
+from torch_src.models.backbones import architecture, load_config, model_fingerprint
+from torch_src.models.tokenization import load_tokenizer, tokenizer_fingerprint
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import read_json, require
+from torch_src.runtime.log import warn
+from torch_src.runtime.stamps import changed_files, fingerprint_files, fingerprint_text, record_seal
 
 
 @dataclass

@@ -6,14 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from torch_src import hparams
-from torch_src.backbones import check_fits, load_weights
-from torch_src.collection import PassageCollection
-from torch_src.devices import choose_device, choose_precision, set_threads, token_budget
+from torch_src.data.collection import PassageCollection
+from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.dual_hparams import DEBUG as TRAIN_DEBUG
 from torch_src.dual_hparams import FIXED_BY_WEIGHTS, DualHparams
-from torch_src.dual_model import DualEncoder, build_backbone, load_backbone
-from torch_src.encoding import Encoder
-from torch_src.helpers import require, say
 from torch_src.inference_de_hparams import OPENVINO, PRETRAINED, InferenceDeHparams
 from torch_src.inference_stage import (
     FoundModel,
@@ -21,10 +17,15 @@ from torch_src.inference_stage import (
     find_trained_model,
     planned_before_training,
 )
-from torch_src.model_folder import own_settings
-from torch_src.openvino_tower import TOKENS, OpenVinoTower, check_openvino
-from torch_src.passage_ids import check_length, read_passage_ids
-from torch_src.tokenization import TextRules
+from torch_src.models.backbones import check_fits, load_weights
+from torch_src.models.dual_encoder import DualEncoder, build_backbone, load_backbone
+from torch_src.models.model_folder import own_settings
+from torch_src.models.tokenization import TextRules
+from torch_src.retrieval.encoding import Encoder
+from torch_src.retrieval.engines.openvino import TOKENS, OpenVinoTower, check_openvino
+from torch_src.runtime.devices import choose_device, choose_precision, set_threads, token_budget
+from torch_src.runtime.files import require
+from torch_src.runtime.log import log
 
 
 def find_model(hp: InferenceDeHparams) -> FoundModel:
@@ -57,7 +58,7 @@ class Retriever:
         self.device = choose_device(hp.device)
         self.precision = choose_precision(hp.precision, self.device)
         self.threads = set_threads(hp.threads)
-        say(f"device {self.device}  precision {self.precision}  threads {self.threads}")
+        log(f"device {self.device}  precision {self.precision}  threads {self.threads}")
         self.model = find_model(hp)
         lengths = {name: self.model.fixed[name] for name in ("q_max_seq_len", "p_max_seq_len")}
         check_fits(self.model.config, len(self.model.tokenizer), lengths, self.model.path)

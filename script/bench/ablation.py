@@ -29,12 +29,13 @@ import numpy as np
 from metric.evaluation import compute_metrics, load_reference, load_result
 from script.official_layout import Layout, Query
 from script.run_all import call, convert
-from torch_src.collection import PassageCollection
-from torch_src.errors import UserError
-from torch_src.formats import parse_dual_row, read_lines
-from torch_src.helpers import exit_status, read_json, write_json
+from torch_src.data.collection import PassageCollection
+from torch_src.data.formats import parse_dual_row, read_lines
 from torch_src.hparams import parse
 from torch_src.inference_de_hparams import DEBUG, InferenceDeHparams
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import read_json, write_json
+from torch_src.runtime.program import exit_status
 
 RUNGS = ("base", "batch", "mined", "denoised", "distilled")
 

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: the
 import numpy as np
 from common import in_turn, parser, run_side
 
-from torch_src.collection import PassageCollection
-from torch_src.passage_ids import read_passage_ids
+from torch_src.data.collection import PassageCollection
+from torch_src.data.passage_ids import read_passage_ids
 
 RANDOM_ROWS = 20000
 

@@ -24,14 +24,14 @@ from common import compare, parser
 from peers import bi_encoder
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
-from torch_src.collection import PassageCollection
-from torch_src.devices import choose_precision, set_threads, token_budget
-from torch_src.dual_model import load_backbone
-from torch_src.encoding import Encoder, encode_collection
+from torch_src.data.collection import PassageCollection
 from torch_src.inference_de_hparams import OPENVINO
-from torch_src.openvino_tower import TOKENS, OpenVinoTower
-from torch_src.tokenization import TextRules, load_tokenizer
-from torch_src.vectors import VectorStore
+from torch_src.models.dual_encoder import load_backbone
+from torch_src.models.tokenization import TextRules, load_tokenizer
+from torch_src.retrieval.encoding import Encoder, encode_collection
+from torch_src.retrieval.engines.openvino import TOKENS, OpenVinoTower
+from torch_src.retrieval.vectors import VectorStore
+from torch_src.runtime.devices import choose_precision, set_threads, token_budget
 
 LENGTH, PREFIX = 384, "passage: "
 CPU = torch.device("cpu")

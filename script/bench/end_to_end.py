@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: the root is not on it
 
-from torch_src.formats import read_run
+from torch_src.data.formats import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, TOPK, PLACES = 768, 50, 60
@@ -76,7 +76,7 @@ def fill_vectors(folder: Path) -> None:
 
     from torch_src.dual_infer import DualInference
     from torch_src.inference_de_hparams import InferenceDeHparams
-    from torch_src.vectors import VectorStore
+    from torch_src.retrieval.vectors import VectorStore
 
     hp = InferenceDeHparams(**settings(folder))
     inference = DualInference(hp, TOPK, 1000)

@@ -19,7 +19,7 @@ from common import in_turn, parser, run_side, unshared_gb
 from train_step import settings
 
 from torch_src.dual_train import DualTraining
-from torch_src.training import Trainer
+from torch_src.training.trainer import Trainer
 
 
 def update(given, batch: int, chunk: int) -> dict:

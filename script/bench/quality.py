@@ -21,7 +21,7 @@ from common import by_seed, seeded_parser
 from train_step import TimedTrainer, figures, settings, st_training
 
 from torch_src.dual_train import DualTraining
-from torch_src.encoding import Encoder
+from torch_src.retrieval.encoding import Encoder
 
 
 def dev_figures(stage: DualTraining, tower) -> float:

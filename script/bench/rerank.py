@@ -19,12 +19,12 @@ import torch
 from common import compare, parser
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from torch_src.candidates import Candidates, open_candidates
-from torch_src.collection import PassageCollection
-from torch_src.cross_model import load_cross_encoder
-from torch_src.devices import choose_precision, set_threads, token_budget
-from torch_src.scoring import PairScorer
-from torch_src.tokenization import TextRules, load_tokenizer
+from torch_src.data.candidates import Candidates, open_candidates
+from torch_src.data.collection import PassageCollection
+from torch_src.models.cross_encoder import load_cross_encoder
+from torch_src.models.tokenization import TextRules, load_tokenizer
+from torch_src.retrieval.reranking import PairScorer
+from torch_src.runtime.devices import choose_precision, set_threads, token_budget
 
 LENGTH = 384
 CPU = torch.device("cpu")

@@ -21,14 +21,14 @@ import torch
 from common import in_turn, parser, run_side
 from memory import make_model, repeat_collection
 
-from torch_src.backbones import load_config
-from torch_src.collection import PassageCollection
-from torch_src.devices import set_threads
-from torch_src.dual_model import load_backbone
-from torch_src.encoding import Encoder, encode_collection
-from torch_src.search import search
-from torch_src.tokenization import TextRules, load_tokenizer
-from torch_src.vectors import VectorStore
+from torch_src.data.collection import PassageCollection
+from torch_src.models.backbones import load_config
+from torch_src.models.dual_encoder import load_backbone
+from torch_src.models.tokenization import TextRules, load_tokenizer
+from torch_src.retrieval.encoding import Encoder, encode_collection
+from torch_src.retrieval.search import search
+from torch_src.retrieval.vectors import VectorStore
+from torch_src.runtime.devices import set_threads
 
 SIZES = (1, 2, 4, 8)
 CPU = torch.device("cpu")

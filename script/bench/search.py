@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from common import compare, parser
 
-from torch_src.devices import set_threads
-from torch_src.faiss_loading import load_faiss
-from torch_src.search import choose_kind, read_chunks, search
-from torch_src.vectors import VectorStore
+from torch_src.retrieval.faiss_loading import load_faiss
+from torch_src.retrieval.search import choose_kind, read_chunks, search
+from torch_src.retrieval.vectors import VectorStore
+from torch_src.runtime.devices import set_threads
 
 BLOCK_ROWS = 65536
 PEER_CHUNK = 32768  # rows a block of blockwise faiss

@@ -22,11 +22,11 @@ import torch
 from common import compare, parser
 from peers import bi_encoder, clock, set_dropout, trainer_arguments
 
-from torch_src.datasets import DualTrainingSet
-from torch_src.devices import choose_precision
+from torch_src.data.dual_training_set import DualTrainingSet
 from torch_src.dual_hparams import DualHparams
 from torch_src.dual_train import DualTraining
-from torch_src.training import Trainer
+from torch_src.runtime.devices import choose_precision
+from torch_src.training.trainer import Trainer
 
 LR, TEMPERATURE, QUERY_LENGTH, PASSAGE_LENGTH = 5e-5, 0.02, 40, 384
 CPU = torch.device("cpu")

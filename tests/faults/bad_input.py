@@ -24,17 +24,24 @@ if __name__ == "__main__":  # run by path: the root is not on it
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from metric import common, convert_recall_res_to_json, convert_rerank_res_to_json, evaluation
-from torch_src.collection import PassageCollection
-from torch_src.cross_datasets import CrossTrainingSet
-from torch_src.data_check import DataCheck
-from torch_src.datasets import DualTrainingSet
-from torch_src.errors import UserError
-from torch_src.formats import read_candidates, read_dev, read_q2qid, read_queries, read_question_ids, read_run
-from torch_src.helpers import read_json
-from torch_src.mined_files import COLUMNS, SIDECAR, read_teacher
-from torch_src.mining import read_scores
-from torch_src.passage_ids import read_passage_ids
-from torch_src.stamps import read_stamp
+from torch_src.data.collection import PassageCollection
+from torch_src.data.cross_training_set import CrossTrainingSet
+from torch_src.data.dual_training_set import DualTrainingSet
+from torch_src.data.formats import (
+    read_candidates,
+    read_dev,
+    read_q2qid,
+    read_queries,
+    read_question_ids,
+    read_run,
+)
+from torch_src.data.mined_files import COLUMNS, SIDECAR, read_teacher
+from torch_src.data.passage_ids import read_passage_ids
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import read_json
+from torch_src.runtime.stamps import read_stamp
+from torch_src.tools.data_check import DataCheck
+from torch_src.tools.mining import read_scores
 
 QUERY, OTHER, TEXT = "蒸鱼去腥小妙招", "how to 拍 照", "清蒸鱼的腥味主要来自血水，“先焯水”。"
 DEV = {

@@ -15,7 +15,7 @@ from pathlib import Path
 from preloaded import Preloaded, Running
 from toy_world import make_world, options, train_options
 
-from torch_src.checkpoints import load_checkpoint
+from torch_src.training.checkpoints import load_checkpoint
 
 CURVES = {"tensorboard", "cache"}  # they carry times, or paths and times of files
 EVERY_UPDATE = "--save_every_minutes 1e-9 --log_every 1 --dropout 0.1".split()

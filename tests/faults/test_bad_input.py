@@ -7,9 +7,9 @@ from bad_input import READERS, look, run
 from hypothesis import HealthCheck, given, settings, strategies
 from toy_world import write
 
-from torch_src.collection import PassageCollection
-from torch_src.formats import LONGEST_LINE, FormatError, read_queries
-from torch_src.row_file import RowFile
+from torch_src.data.collection import PassageCollection
+from torch_src.data.formats import LONGEST_LINE, FormatError, read_queries
+from torch_src.data.row_file import RowFile
 
 
 def test_mutated_files(tmp_path):

@@ -1,0 +1,278 @@
+"""The dual encoder: pooling, towers, loading of model folders and of trained weights, what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from torch_src.models.backbones import check_fits, load_config, load_weights, model_fingerprint
+from torch_src.models.dual_encoder import DualEncoder, embed, load_backbone, pool
+from torch_src.runtime.errors import UserError
+
+IDS = torch.tensor([[2, 10, 11, 12, 3], [2, 20, 3, 0, 0], [2, 30, 31, 3, 0]])
+MASK = (IDS != 0).long()
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_bert):
+    """A model folder with weights and without a pooling layer."""
+    tiny_bert(1).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def load(path, pooling="cls", seed=0):
+    return load_backbone(str(path), load_config(str(path)), pooling, seed)
+
+
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_pool_against_plain_sums():
+    hidden = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pool(hidden, MASK, "cls"), hidden[:, 0])
+    for at, length in enumerate((5, 3, 4)):
+        expected = sum(hidden[at, position] for position in range(length)) / length
+        assert torch.allclose(pool(hidden, MASK, "mean")[at], expected, atol=1e-6)
+    assert pool(hidden.bfloat16(), MASK, "mean").dtype == torch.float32
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "pooler"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_padding_does_not_change_a_vector(tiny_bert, pooling, normalize):
+    tower = tiny_bert(0, add_pooling_layer=True)
+    with torch.inference_mode():
+        batch = embed(tower, IDS, MASK, pooling, normalize)
+        assert batch.shape == (3, 32) and batch.dtype == torch.float32
+        for at, length in enumerate((5, 3, 4)):
+            alone = embed(tower, IDS[at : at + 1, :length], MASK[at : at + 1, :length], pooling, normalize)
+            assert (batch[at] - alone[0]).abs().max() < 1e-5
+    assert (batch[0] - batch[1]).abs().max() > 0.1  # other texts have other vectors
+    lengths = batch.norm(dim=1)
+    assert torch.allclose(lengths, torch.ones(3), atol=1e-5) == normalize
+
+
+def test_poolings_differ(tiny_bert):
+    tower = tiny_bert(0, add_pooling_layer=True)
+    with torch.inference_mode():
+        cls, mean, pooler = (embed(tower, IDS, MASK, kind, False) for kind in ("cls", "mean", "pooler"))
+        assert torch.allclose(pooler, tower.pooler(tower(IDS, attention_mask=MASK)[0]), atol=1e-6)
+    assert (cls - mean).abs().max() > 0.1 and (cls - pooler).abs().max() > 0.1
+
+
+def test_shared_towers_are_one_and_separate_towers_start_equal(tiny_bert):
+    backbone = tiny_bert()
+    count = sum(p.numel() for p in backbone.parameters())
+    shared = DualEncoder(tiny_bert(), True, "cls", False)
+    assert shared.tower("query") is shared.tower("passage")
+    assert sum(p.numel() for p in shared.parameters()) == count
+    apart = DualEncoder(backbone, False, "cls", False).eval()
+    assert sum(p.numel() for p in apart.parameters()) == 2 * count
+    assert same_weights(apart.tower("query"), apart.tower("passage"))
+    ids = {id(p) for p in apart.tower("query").parameters()}
+    assert not ids & {id(p) for p in apart.tower("passage").parameters()}
+    before = apart("passage", IDS, MASK)
+    with torch.no_grad():
+        apart.tower("query").embeddings.word_embeddings.weight.add_(1.0)
+    assert torch.equal(apart("passage", IDS, MASK), before)
+    assert not torch.allclose(apart("query", IDS, MASK), before)
+
+
+def test_random_init_draws_the_same_weights_for_the_same_seed(tmp_path, tiny_config):
+    tiny_config.random_init = True
+    tiny_config.save_pretrained(tmp_path)
+    first = load(tmp_path, seed=3)
+    torch.rand(5)  # the state of the generator must not matter
+    assert same_weights(first, load(tmp_path, seed=3))
+    assert not same_weights(first, load(tmp_path, seed=4))
+
+
+def test_dropout_option_replaces_every_probability(folder):
+    config = load_config(str(folder), dropout=0.0)
+    assert config.hidden_dropout_prob == config.attention_probs_dropout_prob == 0.0
+    assert load_config(str(folder)).hidden_dropout_prob == 0.1
+
+
+def test_loads_its_own_weights(folder, tiny_bert):
+    assert same_weights(load(folder), tiny_bert(1))
+    assert same_weights(load(folder, "mean"), tiny_bert(1))
+
+
+def test_fp16_file_is_loaded_as_fp32(folder, tiny_bert):
+    tiny_bert(1).half().save_pretrained(folder)
+    assert load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"].dtype == torch.float16
+    model = load(folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert same_weights(model, tiny_bert(1).half().float())
+
+
+def test_missing_config_or_folder(tmp_path, folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="model: no config.json in it"):
+        load_config(str(folder))
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        load_config(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"model_type": "no such kind"}', "{}"])
+def test_unreadable_config(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match="model: no model configuration could be read"):
+        load_config(str(folder))
+
+
+def test_missing_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model: no weights in it"):
+        load(folder)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_weights(folder, keep):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(UserError, match="model: the weights cannot be read, is the download complete"):
+        load(folder)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.999])
+def test_truncated_pickle_weights(folder, keep, tiny_bert):
+    torch.save(tiny_bert(1).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert same_weights(load(folder), tiny_bert(1))
+    data = (folder / "pytorch_model.bin").read_bytes()
+    (folder / "pytorch_model.bin").write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(UserError, match="model: the weights cannot be read, is the download complete"):
+        load(folder)
+
+
+def test_half_folder_an_index_without_one_of_its_shards(folder):
+    state = load_file(folder / "model.safetensors")
+    names = sorted(state)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for part, held in parts.items():
+        save_file({name: state[name] for name in held}, folder / part, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: part for part, held in parts.items() for name in held}}
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    load(folder)
+    (folder / "model-2.safetensors").unlink()
+    with pytest.raises(UserError, match="model: the weights cannot be read"):
+        load(folder)
+
+
+def test_weights_that_lack_a_part_or_have_another_shape(folder):
+    state = load_file(folder / "model.safetensors")
+    first = state.pop("encoder.layer.1.output.dense.weight")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="1 weights of the model are not in its file.*layer.1.output.dense"):
+        load(folder)
+    state["encoder.layer.1.output.dense.weight"] = first[:, :-1].contiguous()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="model: "):
+        load(folder)
+
+
+def test_pooler_needs_trained_pooler_weights(folder, tmp_path, tiny_bert):
+    with pytest.raises(UserError, match=r"--pooling pooler: .*has no trained pooling layer \(pooler\."):
+        load(folder, "pooler")
+    tiny_bert(1, add_pooling_layer=True).save_pretrained(tmp_path / "with")
+    assert same_weights(load(tmp_path / "with", "pooler"), tiny_bert(1, add_pooling_layer=True))
+    assert load(tmp_path / "with", "cls").pooler is None
+
+
+def test_pooler_of_a_kind_without_one(tmp_path):
+    from transformers import DistilBertConfig
+
+    DistilBertConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=64, random_init=True).save_pretrained(tmp_path)
+    assert load(tmp_path, "mean").config.dim == 32
+    with pytest.raises(UserError, match="--pooling pooler: a distilbert model has no pooling layer"):
+        load(tmp_path, "pooler")
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_state_dict_round_trip(tmp_path, tiny_bert, share):
+    saved = DualEncoder(tiny_bert(1), share, "cls", False).eval()
+    if not share:
+        saved.passage_encoder.load_state_dict(tiny_bert(2).state_dict())
+    torch.save(saved.state_dict(), tmp_path / "dual_params.bin")
+    other = DualEncoder(tiny_bert(5), share, "cls", False).eval()
+    load_weights(str(tmp_path / "dual_params.bin"), other, "do_dual_train.py")
+    assert same_weights(other, saved)
+    for side in ("query", "passage"):
+        assert torch.equal(other(side, IDS, MASK), saved(side, IDS, MASK))
+    assert torch.equal(other("query", IDS, MASK), other("passage", IDS, MASK)) == share
+
+
+def test_weights_of_another_model_are_refused(tmp_path, tiny_bert, tiny_config):
+    from transformers import BertModel
+
+    model, path = DualEncoder(tiny_bert(), False, "cls", False), tmp_path / "dual_params.bin"
+    wider = DualEncoder(tiny_bert(0, add_pooling_layer=True), False, "pooler", False)
+    tiny_config.num_hidden_layers = 1
+    shallow = DualEncoder(BertModel(tiny_config, add_pooling_layer=False), False, "cls", False)
+    tiny_config.intermediate_size = 48
+    narrow = DualEncoder(BertModel(tiny_config, add_pooling_layer=False), False, "cls", False)
+    for state in (wider.state_dict(), shallow.state_dict(), narrow.state_dict(), {}, [1, 2], 3, None):
+        torch.save(state, path)
+        with pytest.raises(UserError, match="dual_params.bin: weights of another model"):
+            load_weights(str(path), model, "do_dual_train.py")
+
+
+def test_torn_or_missing_weights_file(tmp_path, tiny_bert):
+    model, path = DualEncoder(tiny_bert(), True, "cls", False), tmp_path / "dual_params.bin"
+    with pytest.raises(UserError, match="dual_params.bin: no such file.*do_dual_train.py"):
+        load_weights(str(path), model, "do_dual_train.py")
+    torch.save(model.state_dict(), path)
+    data = path.read_bytes()
+    for keep in (0, 1, 100, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:keep])
+        with pytest.raises(UserError, match="dual_params.bin: cannot be read as weights"):
+            load_weights(str(path), model, "do_dual_train.py")
+
+
+def test_weights_that_would_run_code_are_refused(tmp_path, tiny_bert):
+    torch.save({"a": Exploding(tmp_path / "ran")}, tmp_path / "dual_params.bin")
+    with pytest.raises(UserError, match="dual_params.bin: cannot be read as weights"):
+        tied = DualEncoder(tiny_bert(), True, "cls", False)
+        load_weights(str(tmp_path / "dual_params.bin"), tied, "do_dual_train.py")
+    assert not (tmp_path / "ran").exists()
+
+
+class Exploding:
+    """Unpickling one of these makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_vocabulary_and_positions_must_fit(tiny_config):
+    size = tiny_config.vocab_size
+    check_fits(tiny_config, size, {"q_max_seq_len": 64, "p_max_seq_len": 64}, "m")
+    with pytest.raises(UserError, match="the tokenizer knows 2,559 tokens, but the model m only 2,558"):
+        check_fits(tiny_config, size + 1, {}, "m")
+    with pytest.raises(UserError, match="--p_max_seq_len 65: the model m has only 64 positions"):
+        check_fits(tiny_config, size, {"q_max_seq_len": 8, "p_max_seq_len": 65}, "m")
+
+
+def test_roberta_has_two_positions_less():
+    from transformers import RobertaConfig
+
+    config = RobertaConfig(max_position_embeddings=66)
+    check_fits(config, 10, {"q_max_seq_len": 64}, "m")
+    with pytest.raises(UserError, match="--q_max_seq_len 65: the model m has only 64 positions"):
+        check_fits(config, 10, {"q_max_seq_len": 65}, "m")
+
+
+def test_fingerprint_follows_the_content(folder, tiny_bert):
+    first = model_fingerprint(str(folder))
+    tiny_bert(1).save_pretrained(folder)
+    assert model_fingerprint(str(folder)) == first
+    tiny_bert(2).save_pretrained(folder)
+    assert model_fingerprint(str(folder)) != first
+    assert model_fingerprint("owner/name") == "owner/name"

@@ -1,0 +1,63 @@
+"""The sample collection is what its README says: sizes, lengths, balance, and ids that fit together."""
+
+from collections import Counter
+
+from toy_world import SAMPLE, lines
+
+from torch_src.data.collection import PassageCollection
+from torch_src.data.formats import (
+    parse_cross_row,
+    parse_dual_row,
+    read_candidates,
+    read_dev,
+    read_q2qid,
+    read_queries,
+)
+from torch_src.data.passage_ids import read_passage_ids
+
+COLLECTION = PassageCollection(SAMPLE / "passage-collection")
+PASSAGES = COLLECTION[:]
+
+
+def test_sizes_and_lengths():
+    dev = read_dev(SAMPLE / "dev/dev.json")
+    train = {row.split("\t")[0] for row in lines(SAMPLE / "train/dual.train.tsv")}
+    assert (len(PASSAGES), len(train), len(dev)) == (450, 630, 180)
+    assert len(set(PASSAGES)) == 450 and all(50 <= len(text) <= 300 for text in PASSAGES)
+    assert not train & {query.query for query in dev}
+
+
+def test_ids_fit_together():
+    ids = [pid.decode() for pid in read_passage_ids(SAMPLE / "passage-collection/passage2id.map.json")]
+    texts = dict(zip(ids, PASSAGES, strict=True))
+    dev = read_dev(SAMPLE / "dev/dev.json")
+    q2qid = read_q2qid(SAMPLE / "dev/q2qid.dev.json")
+    assert [q2qid[query] for query in read_queries(SAMPLE / "dev/dev.q.format")] == [q.qid for q in dev]
+    assert all(texts[pid] == text for query in dev for pid, text in query.answers.items())
+    auxiliary = [SAMPLE / f"auxiliary/dev.retrieval.top50.{end}.tsv" for end in ("res", "res.id_map")]
+    candidates = list(read_candidates(*auxiliary))
+    assert len(candidates) == 180 * 50 and all(texts[pid] == text for _, pid, _, text in candidates)
+
+
+def test_training_passages_are_of_the_collection():
+    known = set(PASSAGES)
+    for at, text in enumerate(lines(SAMPLE / "train/dual.train.tsv"), start=1):
+        row = parse_dual_row(text, "dual.train.tsv", at)
+        assert row.positive in known and row.negative in known and row.positive != row.negative
+
+
+def test_random_negatives_give_no_passage_away():
+    """A model that learns which passages are often relevant must gain nothing by it."""
+    rows = [parse_cross_row(text, "c", at) for at, text in enumerate(lines(SAMPLE / "train/cross.train.tsv"))]
+    starts = [at for at, row in enumerate(rows) if row.label == 1]
+    positives = Counter(rows[at].passage for at in starts)
+    random_ones = Counter(row.passage for at in starts for row in rows[at + 3 : at + 7])
+    assert all(rows[at].label == 0 for start in starts for at in range(start + 1, start + 7))
+    assert random_ones == Counter({passage: 4 * count for passage, count in positives.items()})
+
+
+def test_queries_do_not_repeat_their_passages():
+    for query in read_dev(SAMPLE / "dev/dev.json"):
+        grams = {query.query[at : at + 2] for at in range(len(query.query) - 1)}
+        for text in query.answers.values():
+            assert sum(gram in text for gram in grams) <= 0.6 * len(grams), query.query

@@ -1,0 +1,78 @@
+"""Encoding by OpenVINO: the vectors of torch, told apart by their stamp, refused where it cannot be done."""
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+import torch
+from toy_world import make_world, options
+from transformers import AutoConfig
+
+from torch_src import dual_infer
+from torch_src.models.dual_encoder import embed, load_backbone
+from torch_src.retrieval.engines.openvino import OpenVinoTower, check_openvino
+from torch_src.runtime.errors import UserError
+
+HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
+needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="needs requirements-openvino.txt")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@needs_openvino
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_its_vectors_are_those_of_torch_whatever_the_size(world, pooling):
+    path = str(world / "model")
+    tower = load_backbone(path, AutoConfig.from_pretrained(path), pooling, 1).eval()
+    compiled = OpenVinoTower(tower, "fp32")
+    draw = torch.Generator().manual_seed(0)
+    for texts, length in ((1, 2), (2, 8), (5, 64), (17, 3), (1, 1)):
+        ids = torch.randint(5, 400, (texts, length), generator=draw)
+        mask = torch.ones_like(ids)
+        mask[0, length // 2 + 1 :] = 0
+        with torch.inference_mode():
+            one, other = (embed(each, ids, mask, pooling, True) for each in (compiled, tower))
+        assert (one - other).abs().max() < 1e-5
+
+
+def infer(world, output, *more: str) -> int:
+    words = ["--dual_params", "none", "--pretrained_model_path", str(world / "model"), "--pooling", "mean"]
+    return dual_infer.main([*options(world, output), *words, *more], topk=10)
+
+
+@needs_openvino
+def test_the_program_by_openvino(world, tmp_path, capsys):
+    openvino = ["--encoder_engine", "openvino"]
+    assert infer(world, tmp_path / "torch") == 0
+    assert infer(world, tmp_path / "one", *openvino) == 0
+    assert infer(world, tmp_path / "two", *openvino) == 0
+    blocks = [tmp_path / name / "para_emb/block-00000.npy" for name in ("torch", "one", "two")]
+    assert blocks[1].read_bytes() == blocks[2].read_bytes()
+    assert np.abs(np.load(blocks[0]).astype(float) - np.load(blocks[1]).astype(float)).max() < 2e-2
+    capsys.readouterr()
+    assert infer(world, tmp_path / "one", *openvino) == 0
+    assert "up to date" in capsys.readouterr().out
+    assert infer(world, tmp_path / "one") == 0
+    assert "encoder_engine: openvino -> gone" in capsys.readouterr().out
+
+
+@needs_openvino
+@pytest.mark.parametrize(("device", "precision", "pooling", "message"), [
+    ("cuda", "bf16", "mean", "for a CPU"), ("cpu", "fp16", "mean", "bf16 or fp32"),
+    ("cpu", "bf16", "pooler", "pooling layer"),
+])  # fmt: skip
+def test_what_it_cannot_do_is_refused(device, precision, pooling, message):
+    check_openvino(CPU, "fp32", "cls")
+    with pytest.raises(UserError, match=message):
+        check_openvino(torch.device(device), precision, pooling)
+
+
+def test_without_it_the_mend_is_named(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert infer(world, tmp_path, "--encoder_engine", "openvino") == 2
+    assert "pip install -r requirements-openvino.txt" in capsys.readouterr().err

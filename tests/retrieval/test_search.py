@@ -1,0 +1,408 @@
+"""Exact search against a full sort in fp64, on vectors made to break it, and the bounds it is proved by."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from torch_src.retrieval import score_bounds as product_module
+from torch_src.retrieval import search as module
+from torch_src.retrieval.score_bounds import (
+    KINDS,
+    Float32,
+    above,
+    fastest,
+    fp32_error,
+    int8_is_exact,
+    int8_levels,
+)
+from torch_src.retrieval.search import BestRows, choose_kind, chunk_rows, search
+from torch_src.retrieval.vectors import VectorStore
+from torch_src.runtime.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def make_store(folder, vectors, block_rows):
+    store = VectorStore.create_or_continue(folder, {}, *vectors.shape, block_rows, print)
+    for block in range(store.block_count):
+        first, last = store.block_range(block)
+        store.write_block(block, vectors[first:last])
+    return store
+
+
+def full_sort(vectors, queries, topk):
+    """Return (rows, scores): every fp64 inner product, higher first, then the lower row."""
+    all_rows, all_scores = [], []
+    for query in queries.astype(np.float64):
+        scores = (query * vectors.astype(np.float64)).sum(axis=1).tolist()
+        order = sorted(range(len(scores)), key=lambda row: (-scores[row], row))[:topk]
+        all_rows.append(order)
+        all_scores.append([scores[row] for row in order])
+    return np.array(all_rows), np.array(all_scores)
+
+
+def check(folder, vectors, queries, topk, block_rows, kinds=KINDS, **options):
+    """Assert that search gives the rows and scores of the full sort by every kind of product; return rows."""
+    vectors, queries = vectors.astype(np.float16), np.ascontiguousarray(queries, dtype=np.float32)
+    store = make_store(folder, vectors, block_rows)
+    expected, expected_scores = full_sort(vectors, queries, topk)
+    for kind in kinds:
+        rows, scores, _ = search(store, queries, topk, options.get("devices", [CPU]), kind)
+        assert rows.dtype == np.int64 and scores.dtype == np.float64
+        assert np.array_equal(rows, expected), kind
+        assert np.array_equal(scores, expected_scores), kind
+    return rows
+
+
+def random_vectors(draw, rows, hidden):
+    return draw.normal(size=(rows, hidden))
+
+
+def near_ties(draw, rows, hidden):
+    # all passages are one vector but for a last bit of fp16 in a few places: fp32 cannot order them
+    vectors = np.tile(draw.normal(size=hidden).astype(np.float16), (rows, 1))
+    bits = vectors.view(np.uint16)
+    at = draw.integers(hidden, size=(rows, 2))
+    for row in range(rows):
+        bits[row, at[row]] ^= 1
+    return vectors
+
+
+def duplicates(draw, rows, hidden):
+    return draw.normal(size=(7, hidden))[draw.integers(7, size=rows)]
+
+
+def all_zero(draw, rows, hidden):
+    return np.zeros((rows, hidden))
+
+
+def zeros_among_others(draw, rows, hidden):
+    return draw.normal(size=(rows, hidden)) * (draw.random((rows, 1)) < 0.1)
+
+
+def huge_norms(draw, rows, hidden):
+    vectors = draw.uniform(-65504, 65504, size=(rows, hidden))
+    vectors[::3] *= 1e-6
+    return vectors
+
+
+def one_outlier_dimension(draw, rows, hidden):
+    # the outlier swamps fp32: the other dimensions decide, and are lost in its rounding
+    vectors = draw.normal(size=(rows, hidden)) * 0.01
+    vectors[:, 0] = 30000
+    return vectors
+
+
+def cancelling_outliers(draw, rows, hidden):
+    vectors = draw.normal(size=(rows, hidden)) * 0.01
+    vectors[:, 0] = draw.choice([20000, 30000], size=rows)
+    vectors[:, -1] = -vectors[:, 0]
+    return vectors
+
+
+def integers(draw, rows, hidden):
+    return draw.integers(-2, 3, size=(rows, hidden))
+
+
+WORLDS = [random_vectors, near_ties, duplicates, all_zero, zeros_among_others, huge_norms,
+          one_outlier_dimension, cancelling_outliers, integers]  # fmt: skip
+
+
+def queries_for(world, draw, hidden):
+    if world is integers:
+        return draw.integers(-2, 3, size=(6, hidden))
+    queries = draw.normal(size=(6, hidden))
+    if world in (one_outlier_dimension, cancelling_outliers):
+        queries[:, [0, -1]] = 1.0
+    if world is huge_norms:
+        queries *= 1e6
+    queries[5] = 0
+    return queries
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("world", WORLDS)
+def test_equals_the_full_sort(tmp_path, monkeypatch, world, seed):
+    draw = np.random.default_rng(seed)
+    vectors, queries = world(draw, 403, 24), queries_for(world, draw, 24)
+    for at, (topk, block_rows, rows) in enumerate([(5, 403, 64), (10, 100, 33), (50, 37, 10**6)]):
+        monkeypatch.setitem(module.CHUNK_ROWS, "cpu", rows)
+        check(tmp_path / str(at), vectors, queries, topk, block_rows)
+
+
+@pytest.mark.parametrize("copies", [1, 5, 64, 96])
+def test_more_duplicates_of_the_kth_than_are_kept(tmp_path, monkeypatch, copies):
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 50)
+    draw = np.random.default_rng(copies)
+    vectors = draw.normal(size=(300, 16)) * 0.1
+    query = draw.normal(size=(1, 16))
+    order = draw.permutation(300)
+    vectors[order[:3]] = query * 2  # three that are certain to stand first
+    vectors[order[3 : 3 + copies]] = query
+    rows = check(tmp_path, vectors, query, 4, 77)
+    assert rows[0, :3].tolist() == sorted(order[:3]) and rows[0, 3] == min(order[3 : 3 + copies])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+@pytest.mark.parametrize("topk", [1, 5, 50])
+@pytest.mark.parametrize("block_rows", [1, 3, 100])
+def test_small_collections_and_topk_above_them(tmp_path, rows, topk, block_rows):
+    draw = np.random.default_rng(rows)
+    found = check(tmp_path, draw.integers(-1, 2, size=(rows, 4)), draw.normal(size=(3, 4)), topk, block_rows)
+    assert found.shape == (3, min(topk, rows)) and found.min() >= 0
+
+
+def test_ties_of_one_query_leave_the_others_alone(tmp_path):
+    draw = np.random.default_rng(0)
+    vectors = draw.normal(size=(200, 8))
+    vectors[:, 0] = 0
+    tied = np.zeros((1, 8))
+    tied[0, 0] = 1
+    queries = np.concatenate([draw.normal(size=(1, 8)), tied, draw.normal(size=(1, 8))])
+    assert check(tmp_path, vectors, queries, 3, 64)[1].tolist() == [0, 1, 2]
+
+
+def test_scores_are_exact_to_fp64(tmp_path):
+    draw = np.random.default_rng(1)
+    vectors = draw.normal(size=(50, 768)).astype(np.float16)
+    queries = draw.normal(size=(4, 768)).astype(np.float32)
+    rows, scores, _ = search(make_store(tmp_path, vectors, 17), queries, 9, [CPU])
+    for query, found, values in zip(queries, rows.tolist(), scores.tolist(), strict=True):
+        for row, score in zip(found, values, strict=True):
+            products = [float(a) * float(b) for a, b in zip(query, vectors[row], strict=True)]
+            assert abs(score - math.fsum(products)) <= 1e-13 * sum(map(abs, products))
+
+
+@pytest.mark.parametrize("hidden", [1, 16, 257, 768])
+def test_the_error_bound_bounds(hidden):
+    # sums forwards and backwards in fp32, one rounding a step, against the correctly rounded true sum
+    draw = np.random.default_rng(hidden)
+    for scale in (np.ones(hidden), 10.0 ** draw.integers(-4, 4, size=hidden)):
+        q = (draw.normal(size=(20, hidden)) * scale).astype(np.float32)
+        p = (draw.normal(size=(20, hidden)) * np.minimum(1 / scale, 6e4)).astype(np.float16)
+        longest = float(np.linalg.norm(p.astype(np.float64), axis=1).max())
+        bounds = fp32_error(hidden) * np.linalg.norm(q.astype(np.float64), axis=1) * longest
+        products = q * p.astype(np.float32)
+        for at in range(20):
+            true = math.fsum(float(a) * float(b) for a, b in zip(q[at], p[at], strict=True))
+            sums = [np.cumsum(order, dtype=np.float32)[-1] for order in (products[at], products[at, ::-1])]
+            sums += [q[at] @ p[at].astype(np.float32)]
+            assert all(abs(float(total) - true) <= bounds[at] for total in sums)
+            assert bounds[at] <= 2 * (hidden + 2) * 2.0**-23 * float(np.linalg.norm(q[at])) * longest
+
+
+def test_the_error_bound_holds_where_every_rounding_goes_one_way():
+    # 1 + 2^-24 rounds back to 1 each time: the fp32 sum loses everything but the first term
+    q = np.array([[1.0] + [2.0**-12] * 767], dtype=np.float32)
+    p = np.array([[1.0] + [2.0**-12] * 767], dtype=np.float16)
+    lost = 767 * 2.0**-24
+    assert np.cumsum(q[0] * p[0].astype(np.float32), dtype=np.float32)[-1] == 1.0
+    assert lost <= fp32_error(768) * float(np.linalg.norm(q[0]) * np.linalg.norm(p[0].astype(np.float64)))
+
+
+def scaled(world, seed, hidden=48):
+    """Vectors and queries of a world at very different scales."""
+    draw = np.random.default_rng(seed)
+    vectors = world(draw, 300, hidden).astype(np.float16)
+    size = 10.0 ** draw.integers(-30, 30, size=(6, 1))
+    return vectors, (queries_for(world, draw, hidden) * size).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", WORLDS)
+def test_no_pair_that_reaches_its_floor_is_missed(world, kind):
+    """The floors stand exactly at true scores, where a bound too small by a little would show."""
+    for seed in range(4):
+        vectors, queries = scaled(world, seed)
+        products = KINDS[kind](queries, CPU)
+        true = queries.astype(np.float64) @ vectors.astype(np.float64).T
+        for rank in (0, 20, 299):
+            floor = -np.sort(-true, axis=1)[:, rank] * (1 + 1e-13 * np.sign(-true.max(axis=1)))
+            scaled_floor = torch.from_numpy(floor) * products.scale
+            found = products.reached(torch.from_numpy(vectors).float(), scaled_floor, 10**9)
+            pairs = set(zip(*(index.tolist() for index in found), strict=True))
+            wanted = set(zip(*(index.tolist() for index in np.nonzero(true >= floor[:, None])), strict=True))
+            assert wanted <= pairs, (kind, world.__name__, seed, rank)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_few_pairs_are_looked_at_again(tmp_path, kind):
+    """A bound that lets everything through would be exact, too, and useless."""
+    draw = np.random.default_rng(0)
+    vectors = draw.normal(size=(60_000, 64)).astype(np.float16)
+    queries = draw.normal(size=(20, 64)).astype(np.float32)
+    store = make_store(tmp_path, vectors, 60_000)
+    _, _, effort = search(store, queries, 10, [CPU], kind, memory_gb=0.02)
+    assert effort.pairs < 0.02 * vectors.shape[0] * len(queries)
+    assert effort.chunks >= 9 and effort.plain_chunks <= effort.chunks / 3
+
+
+def test_a_constant_part_of_all_vectors_costs_int8_nothing():
+    draw = np.random.default_rng(0)
+    queries, vectors = draw.normal(size=(20, 64)), draw.normal(size=(4096, 64))
+    counts = []
+    for constant in (0, 20):
+        moved = torch.from_numpy((vectors + constant).astype(np.float16)).float()
+        products = KINDS["int8"](queries.astype(np.float32), CPU)
+        scores = torch.from_numpy(queries) @ moved.double().T
+        floor = scores.topk(10).values[:, -1] * products.scale
+        counts.append(len(products.reached(moved, floor, 10**9)[0]))
+    assert counts[1] < 2 * counts[0]
+
+
+def test_a_product_that_decides_nothing_is_left_out_for_a_while(tmp_path, monkeypatch):
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 64)
+    vectors = np.zeros((64 * 60, 8), dtype=np.float16)
+    store = make_store(tmp_path, vectors, 1000)
+    tried = []
+    monkeypatch.setattr(KINDS["int8"], "reached", lambda self, *given: tried.append(1))
+    _, _, effort = search(store, np.ones((2, 8), dtype=np.float32), 3, [CPU], "int8")
+    assert effort.plain_chunks == effort.chunks == 60 and 3 <= len(tried) <= 8
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 200])
+def test_above_finds_what_a_plain_comparison_finds(count):
+    draw = torch.Generator().manual_seed(count)
+    scores = torch.randint(-3, 4, (count, 5), generator=draw).float()
+    threshold = torch.tensor([2.0, 3.0, -3.0, float("-inf"), 4.0], dtype=torch.float64)
+    found = above(scores, threshold, 10**9)
+    pairs = sorted(zip(*(index.tolist() for index in found), strict=True))
+    assert pairs == [tuple(pair) for pair in torch.nonzero(scores.T >= threshold[:, None]).tolist()]
+    assert above(scores, threshold, 1) is None
+
+
+def test_a_threshold_between_two_floats_is_rounded_down():
+    between = torch.tensor([1.0 + 2.0**-25], dtype=torch.float64)
+    assert len(above(torch.ones(1, 1), between, 10)[0]) == 1  # one pair too many, never one too few
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_several_devices_share_the_chunks_and_agree(tmp_path, monkeypatch, devices):
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 64)
+    draw = np.random.default_rng(devices)
+    for at, world in enumerate(WORLDS):
+        vectors, queries = world(draw, 777, 16), queries_for(world, draw, 16)
+        check(tmp_path / str(at), vectors, queries, 7, 100, devices=[CPU] * devices)
+
+
+def test_a_fault_on_one_device_ends_the_search(tmp_path, monkeypatch):
+    def fail(self, first, chunk):
+        raise RuntimeError("this card is broken")
+
+    monkeypatch.setattr(module.Searcher, "look_at", fail)
+    store = make_store(tmp_path, np.zeros((500, 8), np.float16), 100)
+    with pytest.raises(RuntimeError, match="this card is broken"):
+        search(store, np.zeros((1, 8), np.float32), 3, [CPU, CPU])
+
+
+def test_best_rows_against_a_sort():
+    draw = np.random.default_rng(0)
+    best, everything = BestRows(5, 4), []
+    for _ in range(20):
+        count = int(draw.integers(0, 30))
+        pairs = (
+            draw.integers(5, size=count),
+            draw.permutation(1000)[:count],
+            draw.integers(3, size=count) * 1.0,
+        )
+        best.add(*pairs)
+        everything += zip(*(part.tolist() for part in pairs), strict=True)
+        assert best.count < best.patience  # what waits for the others is bounded
+    best.settle()
+    for query in range(5):
+        order = sorted((-score, row) for q, row, score in everything if q == query)[:4]
+        assert best.rows[query].tolist() == [row for _, row in order]
+        assert best.scores[query].tolist() == [-score for score, _ in order]
+
+
+def test_chunks_follow_the_memory_that_is_allowed():
+    sizes = [chunk_rows(1000, 768, gigabytes, "cpu") for gigabytes in (0.12, 0.2, 2, 200)]
+    assert sizes == sorted(sizes) and sizes[0] >= 64 and sizes[-1] == module.CHUNK_ROWS["cpu"]
+    assert all(size % 64 == 0 for size in sizes)
+    with pytest.raises(UserError, match="lower --bs"):
+        chunk_rows(100_000, 768, 0.5, "cpu")
+
+
+def test_auto_takes_the_fastest_and_says_so():
+    said = []
+    name = choose_kind("auto", 64, CPU, said.append)
+    measured, seconds = fastest(64, CPU)
+    assert name in KINDS and f"{name} products" in said[0]
+    assert measured == min(seconds, key=seconds.get)
+    assert ("int8" in seconds) == int8_is_exact(64)
+
+
+def test_int8_that_is_not_exact_is_refused(monkeypatch):
+    monkeypatch.setattr(module, "int8_is_exact", lambda hidden: False)
+    with pytest.raises(UserError, match="no exact int8"):
+        choose_kind("int8", 64, CPU, print)
+    assert choose_kind("fp32", 64, CPU, print) == "fp32"
+
+
+def test_wrong_int8_products_are_noticed(monkeypatch):
+    right = product_module.PackedInt8.products
+    wrong = lambda *given: right(*given).clamp(max=2**15 - 1)  # noqa: E731 (as saturating sums would be)
+    monkeypatch.setattr(product_module.PackedInt8, "products", wrong)
+    assert int8_levels.__wrapped__(256) == 0
+
+
+def test_plain_scores_are_within_their_bound():
+    draw = np.random.default_rng(0)
+    vectors = torch.from_numpy(draw.normal(size=(200, 768)).astype(np.float16)).float()
+    plain = Float32(draw.normal(size=(20, 768)).astype(np.float32), CPU)
+    error = plain.scores(vectors).double() - vectors.double() @ plain.queries.double().T
+    assert (error.abs() <= plain.bound(vectors)).all()
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize(("rows", "topk"), [(200, 500), (200, 200), (130, 129), (65, 1)])
+def test_more_asked_for_than_a_short_last_chunk_has(tmp_path, monkeypatch, rows, topk, devices):
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 64)
+    draw = np.random.default_rng(rows)
+    vectors, queries = (
+        draw.normal(size=(rows, 8)).astype(np.float16),
+        draw.normal(size=(5, 8)).astype(np.float32),
+    )
+    store = make_store(tmp_path / "v", vectors, 50)
+    found, scores, _ = search(store, queries, topk, [CPU] * devices)
+    expected, values = full_sort(vectors, queries, topk)
+    assert np.array_equal(found, expected) and np.array_equal(scores, values)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_vectors_that_stay_on_the_devices_are_read_once(tmp_path, monkeypatch, devices):
+    """A GPU's second round of queries, here with CPUs in their place: the same result without the files."""
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 64)
+    draw = np.random.default_rng(3)
+    vectors = draw.normal(size=(500, 8)).astype(np.float16)
+    rounds = [draw.normal(size=(count, 8)).astype(np.float32) for count in (9, 9, 4)]
+    store, places = make_store(tmp_path / "v", vectors, 90), [CPU] * devices
+    resident = module.Resident(places)
+    for number, queries in enumerate(rounds):
+        found, scores, _ = search(store, queries, 10, places, resident=resident)
+        expected, values = full_sort(vectors, queries, 10)
+        assert np.array_equal(found, expected) and np.array_equal(scores, values)
+        if not number:
+            for path in (tmp_path / "v").glob("*.npy"):
+                path.unlink()
+    assert sum(len(chunk) for kept in resident.kept for _, chunk in kept) == 500
+    assert module.Resident.where_they_fit(store, places) is None  # no GPU
+    share = 500 * 8 * 2 / devices / 1e9
+    assert module.Resident.where_they_fit(store, places, 1.01 * share)  # asked for
+    assert module.Resident.where_they_fit(store, places, 0.99 * share) is None
+    monkeypatch.setattr(module, "free_memory", lambda: 1.05 * 1e9 * share)  # but there is not enough
+    assert module.Resident.where_they_fit(store, places, 1.01 * share) is None
+
+
+def test_many_waiting_pairs_of_one_query_keep_its_best():
+    draw = np.random.default_rng(0)
+    best = BestRows(1000, 4)
+    rows, scores = draw.permutation(7000), draw.integers(50, size=7000) * 1.0
+    best.add(np.full(7000, 3), rows, scores)
+    best.add(np.array([5, 3]), np.array([9, 8000]), np.array([1.0, 50.0]))
+    best.settle()
+    order = sorted(zip((-scores).tolist(), rows.tolist(), strict=True))[:3]
+    assert best.rows[3].tolist() == [8000, *(row for _, row in order)]
+    assert best.rows[5, 0] == 9 and best.scores[5, 1] == -np.inf

@@ -1,0 +1,366 @@
+"""Vectors on disk: blocks, the manifest that says whose they are, damaged files."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from toy_world import ROOT
+
+from torch_src.retrieval.vectors import DamagedBlock, VectorStore, save_vectors
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.stamps import CODE_VERSION
+
+STAMP = {"weights": "abc", "max_len": 32, "prefix": "", "normalize": False}
+USE = f"""
+import sys
+from torch_src.retrieval.vectors import VectorStore
+store = VectorStore.create_or_continue(sys.argv[1], {STAMP}, 9, 3, 4, print)
+print("using", flush=True)
+sys.stdin.readline()
+"""
+
+
+def make(folder, said=None, rows=9, hidden=3, block_rows=4, stamp=STAMP, force=False):
+    log = [].append if said is None else said.append
+    return VectorStore.create_or_continue(folder, stamp, rows, hidden, block_rows, log, force)
+
+
+def fill(store, seed=0, **more):
+    """Write every block; return all vectors."""
+    vectors = np.random.default_rng(seed).normal(size=(store.rows, store.hidden)).astype(np.float16)
+    for block in range(store.block_count):
+        first, last = store.block_range(block)
+        store.write_block(block, vectors[first:last], **more)
+    return vectors
+
+
+@pytest.mark.parametrize(
+    ("rows", "block_rows", "lengths"),
+    [(9, 4, [4, 4, 1]), (8, 4, [4, 4]), (1, 4, [1]), (3, 1, [1, 1, 1]), (7, 7, [7]), (5, 100, [5])],
+)
+def test_blocks_cover_the_rows_in_order(tmp_path, rows, block_rows, lengths):
+    store = make(tmp_path / "para_emb", rows=rows, block_rows=block_rows)
+    assert store.block_count == len(lengths) and store.missing_blocks() == list(range(len(lengths)))
+    vectors = fill(store)
+    assert store.missing_blocks() == []
+    pieces = list(store.blocks())
+    assert [len(piece) for _, piece in pieces] == lengths
+    assert [first for first, _ in pieces] == [sum(lengths[:at]) for at in range(len(lengths))]
+    assert np.array_equal(np.concatenate([piece for _, piece in pieces]), vectors)
+    assert all(piece.dtype == np.float16 and isinstance(piece, np.memmap) for _, piece in pieces)
+    names = {path.name for path in (tmp_path / "para_emb").iterdir()}
+    blocks = {f"block-{block:05d}.{kind}" for block in range(len(lengths)) for kind in ("npy", "json")}
+    assert names == {"manifest.json", "claims", "in_use"} | blocks
+
+
+def test_a_block_of_the_wrong_shape_or_type_is_not_written(tmp_path):
+    store = make(tmp_path)
+    for block, vectors in (
+        (0, np.zeros((3, 3), np.float16)),
+        (2, np.zeros((4, 3), np.float16)),
+        (0, np.zeros((4, 2), np.float16)),
+        (0, np.zeros((4, 3), np.float32)),
+    ):
+        with pytest.raises(AssertionError):
+            store.write_block(block, vectors)
+    assert store.missing_blocks() == [0, 1, 2]
+
+
+def test_finished_blocks_are_kept_when_the_manifest_agrees(tmp_path):
+    fill(make(tmp_path))
+    (tmp_path / "block-00001.npy").unlink()
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
+    said = []
+    again = make(tmp_path, said)
+    assert again.missing_blocks() == [1] and said == []
+    assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.iterdir()} == before
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest == {**STAMP, "rows": 9, "hidden": 3, "block_rows": 4, "code": CODE_VERSION}
+
+
+def test_a_tuple_in_the_stamp_is_no_change(tmp_path):
+    stamp, said = {**STAMP, "layers": (1, 2)}, []
+    fill(make(tmp_path, stamp=stamp))
+    assert make(tmp_path, said, stamp=stamp).missing_blocks() == [] and said == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"stamp": {**STAMP, "weights": "xyz"}}, "weights: abc -> xyz"),
+        ({"stamp": {**STAMP, "normalize": True}}, "normalize: False -> True"),
+        ({"stamp": {**STAMP, "new": 5}}, "new: unknown -> 5"),
+        ({"stamp": {k: v for k, v in STAMP.items() if k != "max_len"}}, "max_len: 32 -> gone"),
+        ({"rows": 10}, "rows: 9 -> 10"),
+        ({"hidden": 2}, "hidden: 3 -> 2"),
+        ({"block_rows": 5}, "block_rows: 4 -> 5"),
+    ],
+)
+def test_a_manifest_that_differs_deletes_every_block_and_says_the_field(tmp_path, change, words):
+    fill(make(tmp_path))
+    said = []
+    store = make(tmp_path, said, **change)
+    assert list(tmp_path.glob("block-*")) == [] and store.missing_blocks() == list(range(store.block_count))
+    assert len(said) == 1 and f"({words})" in said[0]
+    assert make(tmp_path, said, **change).manifest == store.manifest and len(said) == 1
+
+
+def test_another_code_version_makes_the_vectors_again(tmp_path, monkeypatch):
+    fill(make(tmp_path))
+    monkeypatch.setattr("torch_src.retrieval.vectors.CODE_VERSION", CODE_VERSION + 1)
+    monkeypatch.setattr("torch_src.runtime.stamps.CODE_VERSION", CODE_VERSION + 1)
+    said = []
+    assert make(tmp_path, said).missing_blocks() == [0, 1, 2]
+    assert f"code: {CODE_VERSION} -> {CODE_VERSION + 1}" in said[0]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": 9'])
+def test_a_damaged_manifest_costs_no_block_whose_note_is_of_this_run(tmp_path, text):
+    fill(make(tmp_path))
+    written = (tmp_path / "manifest.json").read_bytes()
+    (tmp_path / "block-00002.json").write_text("{}")  # one without its note is made again
+    (tmp_path / "manifest.json").write_text(text)
+    said = []
+    assert make(tmp_path, said).missing_blocks() == [2] and "the blocks of this run are kept" in said[0]
+    assert (tmp_path / "manifest.json").read_bytes() == written
+    (tmp_path / "manifest.json").write_text(text)  # blocks of another run are not trusted
+    said = []
+    assert make(tmp_path, said, stamp={**STAMP, "weights": "xyz"}).missing_blocks() == [0, 1, 2]
+    assert "unreadable" in said[0] and list(tmp_path.glob("block-*")) == []
+
+
+def test_a_missing_manifest_is_written_again_for_the_blocks_of_this_run(tmp_path):
+    fill(make(tmp_path))
+    (tmp_path / "manifest.json").unlink()
+    said = []
+    assert make(tmp_path, said).missing_blocks() == [] and len(said) == 1
+    for path in [tmp_path / "manifest.json", *tmp_path.glob("block-*.json")]:
+        path.unlink()
+    said = []
+    assert make(tmp_path, said).missing_blocks() == [0, 1, 2]
+    assert len(said) == 1 and "no manifest" in said[0]
+
+
+@pytest.mark.parametrize("change", [{"stamp": {**STAMP, "weights": "xyz"}}, {"force": True}])
+def test_vectors_that_another_run_uses_are_not_thrown_away(tmp_path, change):
+    fill(make(tmp_path))
+    using = subprocess.Popen(
+        [sys.executable, "-c", USE, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    assert using.stdout.readline() == b"using\n"
+    assert make(tmp_path).missing_blocks() == []  # a run of the same vectors shares them
+    with pytest.raises(UserError, match="another run is using the vectors there, and this one would make"):
+        make(tmp_path, **change)
+    assert make(tmp_path).missing_blocks() == []
+    using.communicate(b"\n")
+    said = []
+    assert make(tmp_path, said, **change).missing_blocks() == [0, 1, 2] and said
+
+
+@pytest.mark.parametrize("at", range(0, 128, 3))
+def test_a_flipped_byte_of_a_header_is_damage(tmp_path, at):
+    store = make(tmp_path)
+    fill(store)
+    path = tmp_path / "block-00001.npy"
+    data = bytearray(path.read_bytes())
+    for bit in range(8):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+        try:
+            store.read_into(0, read := np.empty((9, 3), np.float16))
+        except DamagedBlock as damage:
+            assert damage.block == 1
+        else:
+            assert read.tobytes() == b"".join(vectors.tobytes() for _, vectors in store.blocks())
+
+
+def test_force_makes_them_again(tmp_path):
+    fill(make(tmp_path))
+    said = []
+    assert make(tmp_path, said, force=True).missing_blocks() == [0, 1, 2]
+    assert len(said) == 1 and "--force" in said[0]
+    said.clear()
+    make(tmp_path / "fresh", said, force=True)
+    assert said == []  # nothing was there
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60, 128, -1])
+def test_a_torn_block_is_named(tmp_path, keep):
+    store = make(tmp_path)
+    fill(store)
+    path = tmp_path / "block-00001.npy"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"block-00001\.npy: cannot be read as vectors.*delete it"):
+        list(store.blocks())
+
+
+def test_a_block_that_is_gone_or_of_another_shape_is_named(tmp_path):
+    store = make(tmp_path)
+    fill(store)
+    np.save(tmp_path / "block-00002.npy", np.zeros((1, 3), np.float32))
+    with pytest.raises(
+        UserError, match=r"block-00002\.npy: holds \(1, 3\) float32, expected \(1, 3\) float16"
+    ):
+        list(store.blocks())
+    np.save(tmp_path / "block-00000.npy", np.zeros((3, 3), np.float16))
+    with pytest.raises(UserError, match=r"block-00000\.npy: holds \(3, 3\) float16, expected \(4, 3\)"):
+        next(store.blocks())
+    (tmp_path / "block-00000.npy").unlink()
+    with pytest.raises(UserError, match=r"block-00000\.npy: cannot be read as vectors"):
+        next(store.blocks())
+
+
+def test_pickled_objects_are_not_loaded(tmp_path):
+    store = make(tmp_path)
+    fill(store)
+    np.save(tmp_path / "block-00000.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"block-00000\.npy: cannot be read as vectors"):
+        next(store.blocks())
+
+
+def test_a_write_that_fails_leaves_the_old_block(tmp_path, monkeypatch):
+    store = make(tmp_path)
+    vectors = fill(store)
+
+    def fail(file, *_, **__):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("torch_src.retrieval.vectors.np.save", fail)
+    with pytest.raises(UserError, match="is the disk full"):
+        store.write_block(0, np.zeros((4, 3), np.float16))
+    assert not list(tmp_path.glob("*.tmp"))
+    assert np.array_equal(next(store.blocks())[1], vectors[:4])
+
+
+def test_save_vectors_round_trip(tmp_path):
+    vectors = np.arange(6, dtype=np.float32).reshape(2, 3)
+    save_vectors(tmp_path / "query.emb.npy", vectors)
+    loaded = np.load(tmp_path / "query.emb.npy")
+    assert loaded.dtype == np.float32 and np.array_equal(loaded, vectors)
+    assert [path.name for path in tmp_path.iterdir()] == ["query.emb.npy"]
+
+
+def test_a_block_without_its_note_is_not_there(tmp_path):
+    """The note is written last: a run that was killed between the two makes the block again."""
+    store = make(tmp_path)
+    fill(store)
+    (tmp_path / "block-00001.json").unlink()
+    assert store.missing_blocks() == [1] and store.is_missing(1) and not store.is_missing(0)
+    assert make(tmp_path).missing_blocks() == [1]
+
+
+def test_a_block_whose_note_was_changed_is_made_again(tmp_path):
+    """Even where the change is in what the note says for a reader, and the vectors would still be right."""
+    store = make(tmp_path)
+    fill(store, made_with={"threads": 2})
+    path = tmp_path / "block-00001.json"
+    path.write_text(path.read_text().replace('"threads": 2', '"threads": 3'))
+    assert store.missing_blocks() == [1]
+
+
+@pytest.mark.parametrize("block_rows", [1, 4, 9, 100])
+def test_rows_are_read_across_blocks(tmp_path, block_rows):
+    store = make(tmp_path, block_rows=block_rows)
+    vectors = fill(store)
+    for first, last in ((0, 9), (3, 8), (4, 4), (8, 9), (0, 1)):
+        into = np.empty((last - first, 3), dtype=np.float16)
+        store.read_into(first, into)
+        assert np.array_equal(into, vectors[first:last])
+
+
+def test_a_block_that_was_cut_off_is_named_when_it_is_read(tmp_path):
+    store = make(tmp_path)
+    fill(store)
+    path = tmp_path / "block-00001.npy"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(UserError, match="block-00001.npy.*delete it"):
+        store.read_into(2, np.empty((5, 3), dtype=np.float16))
+
+
+def test_two_runs_with_other_settings_never_mix_their_blocks(tmp_path):
+    """The second empties the folder; the first, still at work, is stopped, and its block is not taken."""
+    first = make(tmp_path)
+    first.write_block(0, np.ones((4, 3), np.float16))
+    second = make(tmp_path, stamp={**STAMP, "weights": "xyz"})
+    with pytest.raises(UserError, match="another run with other settings"):
+        first.write_block(1, np.ones((4, 3), np.float16))
+    vectors = fill(second)
+    assert first.missing_blocks() == [0, 1, 2]  # of another manifest: not its own
+    with pytest.raises(DamagedBlock):
+        first.read_into(0, np.empty((9, 3), np.float16))
+    found = np.empty((9, 3), np.float16)
+    second.read_into(0, found)
+    assert np.array_equal(found, vectors)
+
+
+def test_what_cannot_be_read_just_now_is_no_damage(tmp_path, monkeypatch):
+    store = make(tmp_path)
+    fill(store)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "block")
+
+    monkeypatch.setattr("torch_src.retrieval.vectors.np.load", refuse)
+    with pytest.raises(PermissionError):
+        list(store.blocks())
+    assert store.missing_blocks() == []
+
+
+def test_a_block_that_was_mended_meanwhile_is_not_dropped(tmp_path):
+    store = make(tmp_path)
+    vectors = fill(store)
+    path = store.block_path(1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"x")
+    with pytest.raises(DamagedBlock) as caught:
+        list(store.blocks())
+    path.write_bytes(whole)  # by another process that saw it, too
+    store.drop(caught.value.block)
+    assert store.missing_blocks() == [] and np.array_equal(store.vectors_at(np.arange(9)), vectors)
+    path.write_bytes(whole[:-1] + b"x")
+    store.drop(1)
+    assert store.missing_blocks() == [1]
+
+
+def test_shared_blocks_without_a_manifest_are_not_deleted(tmp_path):
+    store = make(tmp_path)
+    fill(store)
+    store.manifest_path.unlink()
+    with pytest.raises(UserError, match="blocks without a manifest"):
+        VectorStore.create_or_continue(tmp_path, {"weights": "xyz"}, 9, 3, 4, print, shared=True)
+    assert store.block_path(0).exists()
+
+
+def test_a_complete_folder_that_may_not_be_written_to_is_used(tmp_path, monkeypatch):
+    vectors = fill(make(tmp_path))
+
+    class NoClaims:
+        def __init__(self, folder):
+            raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("torch_src.retrieval.vectors.Claims", NoClaims)
+    assert np.array_equal(make(tmp_path).vectors_at(np.arange(9)), vectors)
+    with pytest.raises(PermissionError):
+        make(tmp_path, stamp={**STAMP, "weights": "xyz"})
+
+
+def test_a_few_leftover_blocks_of_this_run_do_not_make_the_folder_its_own(tmp_path):
+    fill(make(tmp_path / "mine"))
+    theirs = make(tmp_path / "theirs", stamp={**STAMP, "weights": "xyz"})
+    theirs.write_block(0, np.zeros((4, 3), np.float16))
+    for name in ("block-00001.npy", "block-00001.json"):  # copied over it
+        (tmp_path / "theirs" / name).write_bytes((tmp_path / "mine" / name).read_bytes())
+    with pytest.raises(UserError, match="vectors of another run"):
+        VectorStore.create_or_continue(tmp_path / "theirs", STAMP, 9, 3, 4, print, shared=True)
+    assert theirs.missing_blocks() == [1, 2]
+
+
+def test_a_block_that_goes_away_while_it_is_read_is_damaged(tmp_path):
+    store = make(tmp_path)
+    fill(store)
+    store.read_into(0, np.empty((2, 3), np.float16))
+    store.block_path(0).unlink()
+    with pytest.raises(DamagedBlock, match="is not there any more"):
+        store.read_into(2, np.empty((2, 3), np.float16))

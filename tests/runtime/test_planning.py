@@ -1,0 +1,136 @@
+"""--plan: what it prints, that nothing is done, and that its arithmetic is the run's."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from toy_world import make_world, options, train_options
+
+from torch_src import cross_infer, cross_train, dual_infer, dual_train
+from torch_src.runtime import planning
+from torch_src.runtime.errors import is_out_of_memory
+from torch_src.runtime.planning import Plan, checkpoint_gb, evenly, smaller_chunk
+from torch_src.runtime.program import exit_status
+from torch_src.training import stage as training_stage
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize(("program", "counted"), [
+    (dual_train, "6 updates"), (dual_infer, "encode 60 passages"), (cross_train, "updates"),
+    (cross_infer, "score 300 pairs"),
+])  # fmt: skip
+def test_before_anything_is_trained(world, tmp_path, capsys, program, counted):
+    model = ["--pretrained_model_path", str(world / "model")]
+    if program is dual_train:
+        words = train_options(world, tmp_path / "out")
+    else:
+        words = [*options(world, tmp_path / "out"), *model]
+    assert program.main([*words, "--plan"]) == 0
+    out = capsys.readouterr().out
+    assert counted in out and "it fits" in out and "time in all" in out
+    assert re.search(r"memory +\d\.\d\d GB of", out) and re.search(r"disk +0\.\d\d GB of", out)
+    assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} <= {
+        path.name for path in (tmp_path / "out/cache").glob("*")
+    }
+
+
+def test_a_plan_does_not_change_what_is_up_to_date(world, tmp_path, capsys):
+    words = train_options(world, tmp_path / "out")
+    assert dual_train.main(words) == 0
+    assert dual_train.main([*words, "--plan"]) == 0
+    capsys.readouterr()
+    assert dual_train.main(words) == 0
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_an_index_is_planned_for(world, tmp_path, capsys):
+    words = [*options(world, tmp_path / "out"), "--pretrained_model_path", str(world / "model"), "--plan"]
+    assert dual_infer.main([*words, "--index", "HNSW32"]) == 0
+    assert "fill HNSW32 (training and searching it not counted)" in capsys.readouterr().out
+
+
+def test_an_index_that_does_not_fit_is_said_and_not_refused(world, tmp_path, capsys, monkeypatch):
+    words = [*options(world, tmp_path / "out"), "--pretrained_model_path", str(world / "model")]
+    monkeypatch.setattr(dual_infer, "estimate", lambda factory, width, rows: (10**15, 60.0))
+    assert dual_infer.main([*words, "--plan", "--index", "HNSW32"]) == 0
+    assert "IT DOES NOT FIT (memory, disk): take a smaller --index" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_said_with_the_mend(monkeypatch, tmp_path):
+    plan = Plan("do_dual_train.py", [("a", 60.0), ("b", 30.0)], ram_gb=8, disk_gb=1, advice="try less")
+    monkeypatch.setattr(planning, "free_memory", lambda: 4e9)
+    monkeypatch.setattr(planning, "_own_memory", lambda: 1e9)
+    monkeypatch.setattr(planning, "free_disk", lambda folder: 2e9)
+    lines = plan.lines(str(tmp_path), CPU)
+    assert lines[-1] == "  IT DOES NOT FIT (memory): try less"
+    assert "memory           8.00 GB of 5.0 GB free" in lines[-3] and plan.seconds == 90
+    plan.ram_gb = 5
+    assert plan.lines(str(tmp_path), CPU)[-1] == "  it fits"
+
+
+def test_arithmetic():
+    assert evenly(5) == [0, 1, 2, 3, 4] and evenly(100, 3) == [0, 49, 99]
+    layer = torch.nn.Linear(1000, 1000, bias=False)  # 4 MB
+    assert np.isclose(checkpoint_gb(layer, averaged=False), 0.004 * 10)
+    assert np.isclose(checkpoint_gb(layer, averaged=True), 0.004 * 13)
+    # 64 texts take 6 GB above 2: 0.9 x 5 GB leave room for 26, the power of two below is 16
+    assert smaller_chunk(64, 2.0, 8.0, 5.0) == 16 and smaller_chunk(64, 2.0, 8.0, 1.0) == 1
+
+
+def test_a_training_that_runs_out_of_memory_is_planned_smaller(world, tmp_path, capsys, monkeypatch):
+    probe, tried = training_stage.Trainer.probe, []
+
+    def out_of_memory_at_first(trainer, updates):
+        tried.append(trainer.hp.grad_cache_chunk)
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return probe(trainer, updates)
+
+    monkeypatch.setattr(training_stage.Trainer, "probe", out_of_memory_at_first)
+    words = [*train_options(world, tmp_path / "out"), "--batch_size", "8", "--hard_negatives", "1", "--plan"]
+    assert dual_train.main(words) == 0
+    assert tried == [0, 12, 6]  # 8 queries, 16 passages: half of 24, and half again
+    out = capsys.readouterr().out
+    assert "with --grad_cache_chunk 6)" in out
+    assert (
+        "IT DOES NOT FIT (the settings as they are): out of memory as set; --grad_cache_chunk 6 went" in out
+    )
+
+    def broken(trainer, updates):
+        raise RuntimeError("this card is broken")
+
+    monkeypatch.setattr(training_stage.Trainer, "probe", broken)
+    with pytest.raises(RuntimeError, match="this card is broken"):
+        dual_train.main(words)
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (MemoryError(), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_the_ways_in_which_memory_runs_out(capsys, error, memory):
+    assert is_out_of_memory(error) == memory
+
+    def program():
+        raise error
+
+    if memory:
+        assert exit_status(program) == 2
+        assert capsys.readouterr().err.startswith("error: out of memory (")
+    else:
+        with pytest.raises(type(error)):
+            exit_status(program)

@@ -1,0 +1,271 @@
+"""Log lines, atomic files, exit statuses, durations."""
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from torch_src.data.formats import FormatError
+from torch_src.runtime import files, program
+from torch_src.runtime import log as log_module
+from torch_src.runtime.devices import choose_device, make_deterministic
+from torch_src.runtime.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_atomic_write_replaces_the_old_file_and_leaves_no_tmp(tmp_path):
+    path = tmp_path / "new folder" / "file"
+    for text in ("old 水\r\n", "new\u2028\n"):
+        with files.atomic_write(path) as file:
+            file.write(text)
+        assert path.read_bytes() == text.encode()
+    assert names(path.parent) == ["file"]
+
+
+def test_atomic_write_takes_bytes(tmp_path):
+    with files.atomic_write(tmp_path / "file", "wb") as file:
+        file.write(b"\xff\r\n")
+    assert (tmp_path / "file").read_bytes() == b"\xff\r\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, PermissionError(13, "no")])
+@pytest.mark.parametrize("before", [["file"], []])
+def test_failed_atomic_write_leaves_the_old_file_and_no_tmp(tmp_path, error, before):
+    for name in before:
+        (tmp_path / name).write_text("old")
+    kind = error if isinstance(error, type) else type(error)
+    with pytest.raises(kind), files.atomic_write(tmp_path / "file") as file:
+        file.write("half")
+        file.flush()
+        raise error
+    assert names(tmp_path) == before
+    assert all((tmp_path / name).read_text() == "old" for name in before)
+
+
+def test_an_error_of_the_library_that_writes_names_the_file(tmp_path):
+    """numpy's own for a full disk has neither number nor file name."""
+    words = "file: could not be written .5 requested and 2 written.; is the disk full"
+    with pytest.raises(UserError, match=words), files.atomic_write(tmp_path / "file"):
+        raise OSError("5 requested and 2 written")
+    assert names(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host = socket.gethostname()
+    left = [
+        f"file.{host}.{dead.pid}.tmp",
+        f"file.{host}.1.tmp",
+        "file.elsewhere.2.tmp",
+        f"other.{host}.{dead.pid}.tmp",
+    ]
+    for name in left:
+        (tmp_path / name).write_text("half")
+    with files.atomic_write(tmp_path / "file") as file:
+        file.write("new")
+    assert names(tmp_path) == sorted(["file", *left[1:]])
+
+
+def test_memory_that_does_not_suffice_is_one_line(capsys):
+    class OutOfMemoryError(RuntimeError):
+        """Named as torch's is."""
+
+    assert (
+        program.exit_status(fail_with(OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"))) == 2
+    )
+    assert "error: out of memory (CUDA out of memory)" in capsys.readouterr().err
+
+
+def test_new_content_is_not_seen_before_the_block_ends(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with files.atomic_write(path) as file:
+        file.write("new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+def test_json_comes_back_and_is_readable(tmp_path):
+    value = {"水": ["\u2028", 1.5, None], "": {}}
+    files.write_json(tmp_path / "a.json", value)
+    assert files.read_json(tmp_path / "a.json") == value
+    assert "水" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+def test_value_that_is_no_json_leaves_the_old_file(tmp_path):
+    files.write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        files.write_json(tmp_path / "a.json", {"a": "x" * 100_000, "b": object()})
+    assert files.read_json(tmp_path / "a.json") == {"a": 1}
+    assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b"3", b"\xff", b'\xef\xbb\xbf{"a": 1}'])
+def test_json_that_is_torn_or_no_object_is_a_user_error_naming_the_file(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        files.read_json(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_missing_json_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        files.read_json(tmp_path / "none.json")
+
+
+def test_require_gives_the_path_or_says_what_it_is_and_the_mend(tmp_path):
+    assert files.require(tmp_path, "a folder") == str(tmp_path)
+    with pytest.raises(UserError) as caught:
+        files.require(tmp_path / "none", "the weights", "train first")
+    assert str(caught.value) == f"{tmp_path / 'none'}: no such file or folder (the weights); train first"
+    with pytest.raises(UserError, match=r"\(the weights\)$"):
+        files.require(tmp_path / "none", "the weights")
+
+
+def fail_with(error):
+    def program():
+        raise error
+
+    return program
+
+
+def test_good_end_is_status_0_in_silence(capsys):
+    assert program.exit_status(lambda: 7) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (UserError("f: wrong"), 2, "error: f: wrong"),
+        (FormatError("f", 3, "wrong"), 2, "error: f:3: wrong"),
+        (FileNotFoundError(2, "No such file or directory", "f"), 2, "error: f: No such file or directory"),
+        (OSError(28, "No space left on device"), 2, "error: system: No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted: the same command carries on"),
+    ],
+)
+def test_users_mistake_and_interruption_are_one_line_on_stderr(capsys, error, status, line):
+    assert program.exit_status(fail_with(error)) == status
+    assert capsys.readouterr() == ("", line + "\n")
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), AssertionError("x"), OSError("x"), SystemExit(3)])
+def test_our_own_mistakes_pass_through(error):
+    with pytest.raises(type(error)) as caught:
+        program.exit_status(fail_with(error))
+    assert caught.value is error
+
+
+def test_process_ends_with_the_status_and_without_a_traceback():
+    program = (
+        "import sys; from torch_src.runtime.files import require; "
+        "from torch_src.runtime.program import exit_status; "
+        "sys.exit(exit_status(lambda: require('no/such/file', 'weights')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: no/such/file: no such file or folder (weights)\n"
+
+
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        ("raise KeyboardInterrupt", 130),
+        ("atexit.register(os.kill, os.getpid(), signal.SIGINT)", -signal.SIGINT),
+    ],
+    ids=["while importing", "after its work"],
+)
+def test_interrupting_a_program_that_does_not_work_leaves_no_traceback(body, status):
+    program = f"""
+import atexit, os, signal
+from torch_src.runtime.program import leave
+def enter():
+    {body}
+    return 0
+leave(enter)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+
+
+def test_an_interruption_is_not_lost_while_an_object_is_deleted():
+    program = """
+import os, signal, time
+from torch_src.runtime.program import exit_status, leave
+class Deleted:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+def work():
+    Deleted()
+    time.sleep(60)
+leave(lambda: exit_status(work))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted: the same command carries on\n")
+
+
+def test_log_lines_go_to_stdout_and_warnings_are_marked(capsys):
+    log_module.log("step 1")
+    log_module.warn("odd")
+    assert capsys.readouterr() == ("step 1\nWARNING: odd\n", "")
+
+
+@pytest.mark.parametrize(
+    "seconds, shown",
+    [
+        (0, "0.0s"),
+        (4.24, "4.2s"),
+        (59.9, "59.9s"),
+        (59.96, "1m00s"),
+        (60, "1m00s"),
+        (187, "3m07s"),
+        (3599, "59m59s"),
+        (3600, "1h00m"),
+        (6720, "1h52m"),
+        (360_000, "100h00m"),
+    ],
+)
+def test_duration(seconds, shown):
+    assert log_module.duration(seconds) == shown
+
+
+def test_deterministic_algorithms_are_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *on, **how: asked.append((on, how)))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with pytest.raises(UserError, match="put CUBLAS_WORKSPACE_CONFIG=:4096:8 in front"):
+        make_deterministic(torch.device("cuda"))
+    make_deterministic(torch.device("cpu"))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    make_deterministic(torch.device("cuda"))
+    assert asked == [((True,), {"warn_only": True})] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "local", "index"), [("auto", None, 0), ("cuda:1", None, 1), ("cuda", "3", 1)]
+)
+def test_the_gpu_that_is_chosen_is_the_current_one(monkeypatch, name, local, index):
+    """torch.cuda.set_device takes no device without a number."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    device = choose_device(name)
+    assert device.type == "cuda" and (device.index or 0) == index and current == [index]

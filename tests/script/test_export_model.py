@@ -1,0 +1,136 @@
+"""Exported folders load in the real libraries and give our vectors and scores."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from toy_world import lines, make_world, options, train_options
+from transformers import AutoModel, AutoTokenizer
+
+from script import export_model
+from torch_src import cross_infer, cross_train, dual_infer, dual_train
+from torch_src.models.model_folder import own_settings
+
+WAYS = {
+    "tied": ["--share_encoder", "--pooling", "mean", "--normalize", "--temperature", "0.05"],
+    "untied": ["--pooling", "cls"],
+}
+PREFIXES = ["--query_prefix", "问：", "--passage_prefix", "文：", "--q_max_seq_len", "12"]
+
+
+@pytest.fixture(scope="module", params=list(WAYS))
+def exported(request, tmp_path_factory):
+    """A trained world, its exported dual encoder, and how it was trained."""
+    world = make_world(tmp_path_factory.mktemp(request.param))
+    words = [*train_options(world, world / "out"), *WAYS[request.param], *PREFIXES]
+    assert dual_train.main(words) == 0
+    assert dual_infer.main(options(world, world / "out"), topk=50) == 0
+    assert export_model.main(["dual", "--output_dir", str(world / "out"), "--to", str(world / "st")]) == 0
+    return world, request.param
+
+
+def texts(world) -> tuple[list[str], list[str]]:
+    queries = [line.split("\t")[0] for line in lines(world / "data/dev/dev.q.format")]
+    parts = sorted((world / "data/passage-collection").glob("part-*"))
+    return queries, [line.split("\t")[2] for part in parts for line in lines(part)]
+
+
+def test_vectors_are_ours(exported):
+    world, way = exported
+    model = SentenceTransformer(str(world / "st"), device="cpu")
+    queries, passages = texts(world)
+    ours = np.load(world / "out/query.emb.npy")
+    assert np.abs(model.encode_query(queries) - ours).max() < 1e-5
+    stored = np.concatenate([np.load(path) for path in sorted((world / "out/para_emb").glob("*.npy"))])
+    theirs = model.encode_document(passages)
+    assert np.abs(theirs - stored.astype(np.float32)).max() < 2e-3 * max(1, np.abs(theirs).max())  # fp16
+    assert model.similarity_fn_name == ("cosine" if way == "tied" else "dot")
+
+
+def test_the_ranking_is_ours(exported):
+    world, _ = exported
+    model = SentenceTransformer(str(world / "st"), device="cpu")
+    queries, passages = texts(world)
+    scores = model.similarity(model.encode_query(queries), model.encode_document(passages)).numpy()
+    rows = [int(line.split("\t")[1]) for line in lines(world / "out/res.top50")]
+    for at in range(len(queries)):
+        first = rows[at * 50 : (at + 1) * 50]
+        rounding = 1e-3 * np.abs(scores[at]).max()  # of the stored vectors, to fp16
+        assert scores[at, first[0]] > scores[at].max() - rounding
+        assert (np.diff(scores[at, first]) < rounding).all()
+
+
+def test_transformers_loads_the_tower(exported):
+    world, way = exported
+    places = {"tied": ["."], "untied": ["query_0_Transformer", "document_0_Transformer"]}[way]
+    state = torch.load(world / "out/dual_params.bin", weights_only=True)
+    for place, tower in zip(places, ["query_encoder", "passage_encoder"], strict=False):
+        loaded = AutoModel.from_pretrained(world / "st" / place).state_dict()
+        name = "embeddings.word_embeddings.weight"
+        assert torch.equal(loaded[name], state[f"{tower}.{name}"])
+        assert AutoTokenizer.from_pretrained(world / "st" / place).tokenize("清蒸鱼") == ["清", "蒸", "鱼"]
+
+
+def test_the_card_says_what_made_it(exported, capsys):
+    world, _ = exported
+    card = (world / "st/README.md").read_text(encoding="utf-8")
+    assert "encode_query" in card and '"q_max_seq_len": 12' in card and '"weights": ' in card
+
+
+def test_the_way_back(exported):
+    """An exported tied folder is a pretrained model that brings its pooling and prefixes along."""
+    world, way = exported
+    if way == "untied":
+        return  # two towers are no pretrained model
+    own = own_settings(str(world / "st"))
+    assert own == {"pooling": "mean", "normalize": True, "query_prefix": "问：", "passage_prefix": "文："}
+    words = [*options(world, world / "back"), "--dual_params", "none", "--q_max_seq_len", "12"]
+    words += ["--p_max_seq_len", "64", "--pretrained_model_path", str(world / "st")]
+    assert dual_infer.main(words, topk=50) == 0
+    ours, back = np.load(world / "out/query.emb.npy"), np.load(world / "back/query.emb.npy")
+    assert np.abs(ours - back).max() < 1e-6
+
+
+def test_cross_encoder_scores_are_ours(tmp_path):
+    world = make_world(tmp_path)
+    both, model = options(world, world / "out"), ["--pretrained_model_path", str(world / "model")]
+    assert dual_infer.main([*both, *model, "--dual_params", "none"], topk=10) == 0
+    short = ["--epoch", "1", "--batch_size", "16", "--max_seq_len", "96", "--lr", "1e-3"]
+    assert cross_train.main([*both, *model, *short]) == 0
+    assert cross_infer.main([*both, "--retrieval_result", str(world / "out/res.top10")]) == 0
+    results = [
+        "--results",
+        str(world / "out/cross_res.json"),
+        "--reference",
+        str(world / "data/dev/dev.json"),
+    ]
+    words = ["cross", "--output_dir", str(world / "out"), "--to", str(world / "ce"), *results]
+    assert export_model.main(words) == 0
+    loaded = CrossEncoder(str(world / "ce"), device="cpu")
+    rows = [line.split("\t") for line in lines(world / "out/res.top10")]
+    _, passages = texts(world)
+    logits = loaded.predict([(query, passages[int(row)]) for query, row, _, _ in rows])
+    ours = np.array([float(line) for line in lines(world / "out/cross_scores.txt")])
+    assert np.abs(logits - ours).max() < 1e-5
+    assert "| MRR@10 | " in (world / "ce/README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("config", "expected"), [
+    ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+    ({"pooling_mode_mean_tokens": True}, "mean"), ({"pooling_mode": "cls"}, "cls"),
+    ({"pooling_mode_max_tokens": True}, None), ({"pooling_mode": "lasttoken"}, None), ({}, None),
+    ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, None),
+])  # fmt: skip
+def test_poolings_of_foreign_folders(tmp_path, config, expected):
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text(json.dumps(config))
+    modules = [{"type": "sentence_transformers.models.Transformer", "path": ""},
+               {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]  # fmt: skip
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    if expected is None:
+        with pytest.raises(ValueError, match="neither cls nor mean"):
+            own_settings(str(tmp_path))
+    else:
+        assert own_settings(str(tmp_path)) == {"pooling": expected, "normalize": False}

@@ -1,0 +1,108 @@
+"""One process and several with shares of the same batch: the same losses, gradients and weights."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from toy_world import ROOT, make_world, train_options
+
+LAUNCH = ("-m", "torch.distributed.run", "--standalone")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"), train_queries=24)
+
+
+def steps(world, kind: str, processes: int, name: str, **knobs) -> dict:
+    """Return {losses (10, 2), gradients (10, n)} of a run by so many processes."""
+    folder = world / f"{name}-{processes}"
+    folder.mkdir()
+    launcher = [*LAUNCH, f"--nproc_per_node={processes}"] if processes > 1 else []
+    program = [str(ROOT / "tests/distributed_run.py"), kind, str(world), str(folder), json.dumps(knobs)]
+    done = subprocess.run([sys.executable, *launcher, *program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return torch.load(folder / "steps.pt", weights_only=True)
+
+
+WORLDS = {
+    "dual": dict(kind="dual", batch_size=7, normalize=True, temperature=0.05, pooling="mean"),
+    "dual-untied-cached": dict(kind="dual", batch_size=8, grad_cache_chunk=2, accumulation_steps=2),
+    "cross": dict(kind="cross", batch_size=7, loss="pointwise", fgm_epsilon=0.1),
+    "cross-listwise-cached": dict(
+        kind="cross", loss="listwise", groups_per_step=3, group_size=3, grad_cache_chunk=2
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [*list(WORLDS)[:1], *(pytest.param(n, marks=pytest.mark.long) for n in list(WORLDS)[1:])]
+)
+def test_two_processes_take_the_steps_of_one(world, name):
+    one, two = (steps(world, processes=count, name=name, **WORLDS[name]) for count in (1, 2))
+    assert torch.allclose(one["losses"], two["losses"], rtol=1e-9, atol=0)
+    for mine, theirs in zip(one["gradients"], two["gradients"], strict=True):
+        assert (mine - theirs).norm() / mine.norm() < 1e-9
+    assert (one["losses"][0] - one["losses"][-1]).abs().max() > 1e-3  # it did learn
+
+
+@pytest.mark.slow
+def test_the_program_under_torchrun(world):
+    """Only the first process writes and evaluates; the weights are those of one process up to rounding."""
+    weights = []
+    for processes in (1, 2):
+        launcher = [*LAUNCH, f"--nproc_per_node={processes}"] if processes > 1 else []
+        words = [*train_options(world, world / f"run{processes}"), "--dropout", "0"]
+        done = subprocess.run(
+            [sys.executable, *launcher, str(ROOT / "do_dual_train.py"), *words],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        weights.append(torch.load(world / f"run{processes}/dual_params.bin", weights_only=True))
+        assert done.stdout.count("dev step") == 2
+    assert "process 2 of 2; they share each step's batch" in done.stdout
+    for name, value in weights[0].items():
+        assert torch.allclose(value, weights[1][name], atol=2e-3), name
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_run_instead_of_a_hang(world):
+    words = [
+        *train_options(world, world / "dies"),
+        "--epoch",
+        "400",
+        "--eval_every",
+        "-1",
+        "--log_every",
+        "1",
+    ]
+    command = [sys.executable, *LAUNCH, "--nproc_per_node=2", str(ROOT / "do_dual_train.py"), *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if "step 3/" in line:
+            break
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), 9)
+    begun = time.monotonic()
+    rest = process.stdout.read()
+    assert process.wait() != 0 and "exitcode" in rest
+    assert time.monotonic() - begun < 120
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_the_run_with_its_line(world):
+    """Only the first process reads the dev set: the other waits for it in a sum that will not come."""
+    bad = world / "bad_dev.json"
+    bad.write_text('{"question_id": \n', encoding="utf-8")
+    words = [*train_options(world, world / "errs"), "--dev_set", str(bad)]
+    command = [sys.executable, *LAUNCH, "--nproc_per_node=2", str(ROOT / "do_dual_train.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert f"error: {bad}" in done.stderr and "torch_src/training/trainer.py" not in done.stderr

@@ -1,0 +1,1 @@
+"""Files to rows and back: formats, collection, passage ids, training sets, candidates, mined files."""

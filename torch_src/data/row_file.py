@@ -1,0 +1,62 @@
+"""A training file by row number: offsets and a few 64-bit numbers a row in memory, never the texts."""
+
+import hashlib
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from torch_src.data.formats import decode, raw_lines
+from torch_src.runtime.errors import UserError
+
+
+class RowFile:
+    """Rows 0..N-1 of a TSV file. `numbers` (N, n) uint64 holds what `numbers_of` gave for each row.
+
+    `parse(text, path, line)` checks and splits a line; every line is parsed once when the file is opened.
+    """
+
+    def __init__(self, path, parse: Callable, numbers_of: Callable[[object], tuple[int, ...]]):
+        if not os.path.isfile(path):
+            raise UserError(f"{path}: no such file (training rows); get it with `sh script/download.sh`")
+        self.path, self.parse = path, parse
+        with open(path, "rb") as file:
+            rows = sum(1 for _ in raw_lines(file, path))
+        if not rows:
+            raise UserError(f"{path}: no training rows in it")
+        self.offsets = np.zeros(rows + 1, dtype=np.int64)
+        numbers = None
+        with open(path, "rb") as file:
+            for line, raw in raw_lines(file, path):
+                found = numbers_of(parse(decode(raw, path, line), path, line))
+                if numbers is None:
+                    numbers = np.empty((rows, len(found)), dtype=np.uint64)
+                numbers[line - 1] = found
+                self.offsets[line] = self.offsets[line - 1] + len(raw)
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def read(self, rows: list[int]) -> list:
+        """Return the parsed rows with these numbers."""
+        found = []
+        with open(self.path, "rb") as file:
+            for row in rows:
+                file.seek(int(self.offsets[row]))
+                raw = file.read(int(self.offsets[row + 1] - self.offsets[row]))
+                found.append(self.parse(decode(raw, self.path, row + 1), self.path, row + 1))
+        return found
+
+
+def group_rows(keys: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of each distinct key, groups in the order of their first row."""
+    order = np.argsort(keys, kind="stable")
+    in_order = keys[order]
+    groups = np.split(order, np.flatnonzero(in_order[1:] != in_order[:-1]) + 1)
+    return sorted(groups, key=lambda group: int(group[0]))
+
+
+def text_hash(text: str) -> int:
+    """Return 64 bits that stand for a text: two of 10^6 texts collide with probability 3 x 10^-8."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,1 @@
+"""Text to vector, pair to logit: backbones, model folders, tokenization, encoders, losses."""

@@ -1,0 +1,1 @@
+"""Vectors on disk, encoding, exact search, faiss index, re-ranking."""

@@ -1,0 +1,1 @@
+"""Optional back ends: Milvus for search, OpenVINO for encoding on a CPU."""

@@ -1,0 +1,113 @@
+"""Pairs to logits: tokenised ahead, sorted by length across queries, put back in order."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from torch_src.data.candidates import Candidates
+from torch_src.models.batches import InBatches
+from torch_src.models.cross_encoder import CrossEncoder
+from torch_src.models.tokenization import Pairs, TextRules, pad, tokenize_pairs
+from torch_src.runtime.devices import autocast
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.prefetch import one_ahead
+
+TOKENIZE_AHEAD = 4096  # pairs tokenised in one piece
+
+
+@dataclass
+class PairScorer(InBatches):
+    """A cross-encoder with all that turns a pair of texts into its logit."""
+
+    model: CrossEncoder
+    tokenizer: PreTrainedTokenizerBase
+    rules: TextRules
+    device: torch.device
+    precision: str
+    batch_size: int  # pairs in one forward pass, at most
+    tokens_per_batch: int  # padded tokens in one forward pass, at most; halved when memory does not suffice
+
+    def tokenize(self, queries: list[str], passages: list[str]) -> Pairs:
+        """Return the pairs' token ids."""
+        return tokenize_pairs(self.tokenizer, queries, passages, self.rules)
+
+    @torch.inference_mode()
+    def score(self, pairs: Pairs) -> np.ndarray:
+        """Return the logits (N,) float32; UserError when one of them is not finite."""
+        was_training = self.model.training
+        self.model.eval()
+        logits = np.empty(len(pairs.ids), dtype=np.float32)
+
+        def forward(rows: np.ndarray) -> None:
+            with autocast(self.device, self.precision):
+                batch = self.model(*pair_tensors(pairs, rows, self.tokenizer.pad_token_id, self.device))
+            logits[rows] = batch.cpu().numpy()
+
+        self.for_each_batch(np.asarray(pairs.lengths), forward)
+        self.model.train(was_training)
+        if not np.isfinite(logits).all():
+            raise UserError(
+                "the model gives scores that are not finite; are the weights sound? (try --precision fp32)"
+            )
+        return logits
+
+    def score_candidates(
+        self, candidates: Candidates, first: int, last: int
+    ) -> Iterator[tuple[int, np.ndarray, Pairs]]:
+        """Yield (first pair, logits, pairs) of pieces; the next is tokenised while this one is scored."""
+
+        def piece(start: int) -> tuple[int, Pairs]:
+            stop = min(last, start + TOKENIZE_AHEAD)
+            queries = [candidates.queries[at] for at in candidates.query_of[start:stop]]
+            return start, self.tokenize(queries, candidates.passages(start, stop))
+
+        for start, pairs in one_ahead(piece, range(first, last, TOKENIZE_AHEAD)):
+            yield start, self.score(pairs), pairs
+
+    def score_rows(self, candidates: Candidates, rows: list[int]) -> tuple[np.ndarray, Pairs]:
+        """Return (logits, pairs) of some of the candidates, by their numbers."""
+        queries = [candidates.queries[candidates.query_of[row]] for row in rows]
+        pairs = self.tokenize(queries, [candidates.passages(row, row + 1)[0] for row in rows])
+        return self.score(pairs), pairs
+
+    def score_all(self, candidates: Candidates) -> np.ndarray:
+        """Return the logits (N,) float32 of all candidates."""
+        return np.concatenate(
+            [logits for _, logits, _ in self.score_candidates(candidates, 0, len(candidates))]
+        )
+
+
+def pair_tensors(pairs: Pairs, rows, pad_id: int, device: torch.device) -> list[torch.Tensor]:
+    """Return [input ids, attention mask, segment ids], each (B, L) int64, of some of the pairs."""
+    input_ids, mask = pad([pairs.ids[row] for row in rows], pad_id)
+    types, _ = pad([pairs.types[row] for row in rows], 0)
+    return [torch.from_numpy(array).to(device, non_blocking=True) for array in (input_ids, mask, types)]
+
+
+def rank_pairs(candidates: Candidates, scores: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (query, its pairs best first): higher score first, ties by the retriever's rank."""
+    for query, span in candidates.spans():
+        order = np.argsort(-scores[span].astype(np.float64), kind="stable")
+        yield query, span.start + order
+
+
+def fuse(candidates: Candidates, logits: np.ndarray, weight: float) -> np.ndarray:
+    """Return the fused scores (N,) float32 of candidates; with weight 0 the logits as they are."""
+    if not weight:
+        return logits
+    spans = [span for _, span in candidates.spans()]
+    return fused_scores(logits, candidates.scores, spans, weight).astype(np.float32)
+
+
+def fused_scores(logits: np.ndarray, retriever: np.ndarray, spans: list[slice], weight: float) -> np.ndarray:
+    """Return logits + weight x the retriever's scores, scaled to mean 0 and variance 1 in each span."""
+    fused = logits.astype(np.float64)
+    for span in spans:
+        scores = retriever[span].astype(np.float64)
+        spread = scores.std()
+        if spread > 0:
+            fused[span] += weight * (scores - scores.mean()) / spread
+    return fused

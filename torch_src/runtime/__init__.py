@@ -1,0 +1,1 @@
+"""What any long job needs: log, files, errors, stamps, locks, devices, signals, planning."""

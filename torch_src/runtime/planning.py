@@ -1,0 +1,122 @@
+"""What a run would take: seconds, memory and disk from a short probe of the same code on this machine.
+
+Every figure is an estimate. A program with --plan prints it and exits; nothing is written but caches of
+offsets and ids.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from torch_src.runtime.devices import free_gpu_memory, free_memory, peak_memory_gb
+from torch_src.runtime.log import duration, log
+
+PROBED_TEXTS = 96  # texts or pairs that a forward pass is measured on
+KEPT_GB = 0.25  # of freed memory, which an inference of many blocks keeps and a probe does not show; measured
+
+
+@dataclass
+class Plan:
+    """Parts of a run with their seconds, and the most memory and disk that it takes, in 10^9 bytes."""
+
+    program: str
+    parts: list[tuple[str, float]] = field(default_factory=list)
+    ram_gb: float = 0.0
+    gpu_gb: float = 0.0
+    disk_gb: float = 0.0
+    advice: str = ""  # what would make it fit
+    too_large: bool = False  # the settings as they are ran out of memory, and smaller ones were measured
+
+    def add(self, what: str, seconds: float) -> None:
+        self.parts.append((what, seconds))
+
+    @property
+    def seconds(self) -> float:
+        return sum(seconds for _, seconds in self.parts)
+
+    def lines(self, folder: str, device: torch.device) -> list[str]:
+        """Return the lines to print; `folder` is where the results will be written."""
+        lines = [f"plan of {self.program}: estimates from a short probe on this machine"]
+        lines += [f"  {what:58} {duration(seconds):>9}" for what, seconds in self.parts]
+        lines.append(f"  {'time in all':58} {duration(self.seconds):>9}")
+        wanted = [("memory", self.ram_gb, (free_memory() + _own_memory()) / 1e9)]
+        if device.type == "cuda":
+            wanted.append(("GPU memory", self.gpu_gb, free_gpu_memory(device) / 1e9))
+        wanted.append(("disk", self.disk_gb, free_disk(folder) / 1e9))
+        short = [name for name, needed, free in wanted if needed > free]
+        short += ["the settings as they are"] if self.too_large and not short else []
+        lines += [f"  {name:12} {needed:8.2f} GB of {free:,.1f} GB free" for name, needed, free in wanted]
+        if not short:
+            return [*lines, "  it fits"]
+        return [
+            *lines,
+            f"  IT DOES NOT FIT ({', '.join(short)})" + (f": {self.advice}" if self.advice else ""),
+        ]
+
+    def say(self, folder: str, device: torch.device) -> None:
+        """Print the plan."""
+        log("\n".join(self.lines(folder, device)))
+
+
+def free_disk(folder) -> int:
+    """Return the bytes that are free where `folder` is, or will be."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _own_memory() -> int:
+    """Return the bytes of memory that this process has already, which the run would use, too."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Return how long work() takes, CUDA's queue included."""
+    begun = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def seconds_a_text(work: Callable[[list], object], texts: list) -> float:
+    """Return seconds a text of work(texts), the first time left out."""
+    work(texts[: max(1, len(texts) // 8)])
+    return seconds_of(lambda: work(texts)) / len(texts)
+
+
+def evenly(count: int, wanted: int = PROBED_TEXTS) -> list[int]:
+    """Return `wanted` row numbers of 0..count-1, or all of them, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).astype(int)).tolist()
+
+
+def memory_gb(device: torch.device) -> tuple[float, float]:
+    """Return the peaks so far of (resident memory, GPU memory)."""
+    gpu = peak_memory_gb(device) if device.type == "cuda" else 0.0
+    return peak_memory_gb(torch.device("cpu")), gpu
+
+
+def checkpoint_gb(model: torch.nn.Module, averaged: bool) -> float:
+    """Return the disk of a training: weights, two checkpoints of weights and moments, one being written."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+    return weights + 3 * weights * (4 if averaged else 3)
+
+
+def smaller_chunk(texts: int, base_gb: float, peak_gb: float, free_gb: float) -> int:
+    """Return how many texts a forward pass may have so that the peak stays within `free_gb`, a power of two.
+
+    Memory is taken to grow with the texts from `base_gb`, measured at `texts` of them.
+    """
+    share = (0.9 * free_gb - base_gb) / max(1e-9, peak_gb - base_gb)
+    return 2 ** int(np.log2(max(1.0, texts * share)))

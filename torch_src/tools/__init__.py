@@ -1,0 +1,1 @@
+"""The library side of script/: mining, search service, data check."""

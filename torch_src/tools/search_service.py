@@ -1,0 +1,247 @@
+"""One question at a time through both stages, with models and vectors that are on disk.
+
+Nothing is written but caches: vectors or an index that are missing, or of other weights, are refused.
+"""
+
+import shlex
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from torch_src import cross_infer, dual_infer
+from torch_src.data.candidates import ListedCandidates
+from torch_src.dual_hparams import FIXED_BY_WEIGHTS
+from torch_src.inference_cross_hparams import InferenceCrossHparams
+from torch_src.inference_de_hparams import PRETRAINED, InferenceDeHparams
+from torch_src.models.backbones import check_fits
+from torch_src.retrieval.faiss_index import ApproximateSearch, IndexSettings
+from torch_src.retrieval.reranking import PairScorer, rank_pairs
+from torch_src.retrieval.score_bounds import Float32
+from torch_src.retrieval.score_checks import collapsed
+from torch_src.retrieval.search import Resident, search
+from torch_src.retrieval.vectors import NO_MATTER, VectorStore
+from torch_src.retriever import Retriever, load_model
+from torch_src.runtime.devices import choose_device, search_devices
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import read_json, require
+from torch_src.runtime.stamps import changes, read_stamp
+from torch_src.tools.demo_hparams import DEBUG, DemoHparams
+
+LONGEST_QUESTION = 10_000  # characters; the models read far fewer
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One passage found."""
+
+    rank: int  # from 1
+    row: int  # global, 0-based
+    pid: str  # empty with --passage_ids none
+    score: float  # inner product of stage one, logit of stage two
+    text: str
+    recall_rank: int  # rank of stage one, from 1
+
+
+@dataclass
+class Answer:
+    """What both stages found for a question."""
+
+    question: str
+    cut: bool = False  # the retriever read only its beginning
+    recall: list[Hit] = field(default_factory=list)  # best first
+    reranked: list[Hit] | None = None  # the same passages, best first; None without a re-ranker
+    warning: str | None = None  # of a re-ranker that decides nothing
+    seconds: dict[str, float] = field(default_factory=dict)  # encode, search, read (passages), re-rank
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Note how long the block takes."""
+        begun = time.perf_counter()
+        yield
+        self.seconds[step] = time.perf_counter() - begun
+
+
+class SearchService:
+    """The models in memory, the vectors where they lie; one step of one question runs at a time."""
+
+    def __init__(self, hp: DemoHparams):
+        """UserError when a piece is missing, or does not belong to the others."""
+        self.hp, self.lock = hp, threading.Lock()
+        manifest_path = Path(hp.para_emb_path) / "manifest.json"
+        manifest = read_json(manifest_path) if manifest_path.exists() else {}
+        self.settings = dual_settings(hp, manifest)
+        self.retriever = Retriever(self.settings)
+        self.store = open_vectors(hp, self.retriever)
+        self.ids = self.retriever.passage_ids()
+        model = load_model(self.retriever.model, hp.seed)
+        self.encoder = self.retriever.encoder("query", model)
+        self.scorer = open_scorer(hp, self.retriever) if hp.reranks else None
+        self.how, self.find = self._finder()
+
+    def _finder(self) -> tuple[str, Callable]:
+        """Return (how it searches, find(queries, topk) -> (rows, scores))."""
+        hp, store = self.hp, self.store
+        if hp.index:
+            index = open_index(hp, store)
+            return f"approximate search ({hp.index})", index.search
+        devices = search_devices(hp.device, self.retriever.device)
+        resident = Resident.where_they_fit(store, devices, hp.search_memory_gb)
+
+        def find(queries: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
+            # a product of one query is quicker than rounding the passages for a faster one
+            return search(store, queries, topk, devices, Float32.name, resident=resident)[:2]
+
+        mb = store.rows * store.hidden * 2 / 1e6
+        size = f"{mb / 1000:,.1f} GB of vectors" if mb >= 1000 else f"{mb:,.1f} MB of vectors"
+        place = "kept in memory" if resident else "read from disk for every question"
+        return f"exact search, {size} {place}", find
+
+    def answer(self, question: str, topk: int | None = None) -> Answer:
+        """Return what both stages find for a question; UserError for an empty one or one that is too long."""
+        return self.rerank(self.retrieve(question, topk))
+
+    def retrieve(self, question: str, topk: int | None = None) -> Answer:
+        """Return what the first stage finds; UserError as in `answer`, and once the vectors on disk are no
+        longer those that were opened.
+        """
+        answer = Answer(clean(question))
+        with self.lock:
+            with answer.timed("encode"):
+                vectors = self.encoder.encode([answer.question])
+            answer.cut = bool(self.encoder.tokenize([answer.question]).cut)
+            with answer.timed("search"), self._same_vectors():
+                rows, scores = self.find(vectors, topk or self.hp.topk)
+            found = rows[0] >= 0  # an index may find fewer
+            with answer.timed("read"):
+                answer.recall = self._hits(rows[0][found].tolist(), scores[0][found].tolist())
+        return answer
+
+    def rerank(self, answer: Answer) -> Answer:
+        """Return the answer with the order of the second stage, where there is one."""
+        if self.scorer and answer.recall:
+            with self.lock, answer.timed("re-rank"):
+                answer.reranked = reranked(self.scorer, answer.question, answer.recall)
+            logits = np.array([hit.score for hit in answer.reranked])
+            answer.warning = collapsed(logits, [slice(0, len(logits))])
+        return answer
+
+    @contextmanager
+    def _same_vectors(self) -> Iterator[None]:
+        """UserError when, before the block or at its end, the manifest is not the one that was opened.
+
+        The page holds no lock: do_dual_infer.py may make the vectors again at any time, and then the model in
+        memory is not theirs. Also when the block fails: a block of vectors just removed is not damaged.
+        """
+        self._check_manifest()
+        try:
+            yield
+        finally:
+            self._check_manifest()
+
+    def _check_manifest(self) -> None:
+        try:
+            same = read_json(self.store.manifest_path) == self.store.manifest
+        except UserError:  # gone, between the old vectors and the new
+            same = False
+        if not same:
+            where = self.store.folder
+            raise UserError(f"{where}: the vectors were made again since this page started: restart it")
+
+    def _hits(self, rows: list[int], scores: list[float]) -> list[Hit]:
+        pids = [""] * len(rows) if self.ids is None else [pid.decode() for pid in self.ids[rows]]
+        texts = [self.retriever.collection[row] for row in rows]
+        columns = zip(rows, pids, scores, texts, strict=True)
+        return [Hit(rank, *columns, rank) for rank, columns in enumerate(columns, start=1)]
+
+
+def clean(question: str) -> str:
+    """Return the question without the white space around it; UserError for an empty or endless one."""
+    question = question.encode("utf-8", "replace").decode().strip()  # half a surrogate pair is no text
+    if not question:
+        raise UserError("the question is empty")
+    if len(question) > LONGEST_QUESTION:
+        raise UserError(f"a question of {len(question):,} characters; at most {LONGEST_QUESTION:,}")
+    return question
+
+
+def reranked(scorer: PairScorer, question: str, hits: list[Hit]) -> list[Hit]:
+    """Return the hits by the re-ranker's logits, best first, ties in their order before."""
+    rows, scores = np.array([hit.row for hit in hits]), np.array([hit.score for hit in hits], np.float32)
+    query_of, texts = np.zeros(len(hits), np.int32), [hit.text for hit in hits]
+    candidates = ListedCandidates([question], query_of, rows, scores, None, None, texts)
+    logits = scorer.score_all(candidates)
+    ((_, order),) = rank_pairs(candidates, logits)
+    ranked = enumerate(order.tolist(), start=1)
+    return [replace(hits[at], rank=rank, score=float(logits[at])) for rank, at in ranked]
+
+
+def dual_settings(hp: DemoHparams, manifest: dict) -> InferenceDeHparams:
+    """Return the settings of do_dual_infer.py with which these vectors are searched."""
+    fixed = {name: getattr(hp, name) for name in FIXED_BY_WEIGHTS}
+    precision, same = hp.precision, manifest.get("device") == choose_device(hp.device).type
+    if precision == "auto" and same:
+        precision = manifest.get("precision", "auto")
+    return InferenceDeHparams(
+        dual_params=hp.dual_params_path if hp.dual_params != PRETRAINED else hp.dual_params,
+        pretrained_model_path=hp.pretrained_model_path, data_dir=hp.data_dir, passage_dir=hp.passage_dir,
+        passage_ids=hp.passage_ids, para_emb=hp.para_emb_path, output_dir=hp.output_dir,
+        vector_dims=manifest.get("vector_dims", 0), precision=precision, device=hp.device,
+        threads=hp.threads, seed=hp.seed, debug=hp.debug, **fixed,
+    )  # fmt: skip
+
+
+def open_vectors(hp: DemoHparams, retriever: Retriever) -> VectorStore:
+    """Return the passage vectors; UserError when they are missing, unfinished or of other weights, settings
+    or passages.
+    """
+    folder, make = Path(hp.para_emb_path), f"run {command(hp)} (with --force should it say `up to date`)"
+    manifest = read_json(require(folder / "manifest.json", "passage vectors", make))
+    stamp = {k: v for k, v in retriever.vector_stamp("passage").items() if k not in NO_MATTER}
+    shape = {"rows": len(retriever.collection), "hidden": retriever.width}
+    shape["block_rows"] = manifest.get("block_rows", 0)
+    expected = {**manifest, **stamp, "collection": retriever.collection.fingerprint, **shape}
+    different = changes(manifest, expected)
+    if different:
+        raise UserError(
+            f"{folder}: vectors of other weights, settings or passages ({'; '.join(different)}); {make}"
+        )
+    store = VectorStore(folder, manifest)
+    missing = store.missing_blocks()
+    if missing:
+        count = f"{len(missing)} of {store.block_count} blocks"
+        raise UserError(f"{folder}: {count} are not there, or not whole; {make}")
+    return store
+
+
+def open_index(hp: DemoHparams, store: VectorStore) -> ApproximateSearch:
+    """Return the index that do_dual_infer.py wrote; UserError when it is missing, or another one."""
+    path = Path(hp.output_dir) / dual_infer.INDEX
+    made = read_stamp(path) or {}
+    settings = IndexSettings(hp.index, hp.search_params, made.get("memory_gb", 0.0), made.get("seed", 0))
+    return ApproximateSearch(store, settings, path, {**store.manifest, "stage": "index"}, make=False)
+
+
+def open_scorer(hp: DemoHparams, retriever: Retriever) -> PairScorer:
+    """Return the re-ranker on the retriever's device; UserError when its weights are missing."""
+    settings = InferenceCrossHparams(cross_params=hp.cross_params_path, debug=hp.debug)
+    found = cross_infer.find_model(settings)
+    lengths = {"max_seq_len": found.fixed["max_seq_len"]}
+    check_fits(found.config, len(found.tokenizer), lengths, found.path)
+    model = cross_infer.load_model(found, hp.seed).to(retriever.device)
+    return cross_infer.pair_scorer(found, model, settings, retriever.device, retriever.precision)
+
+
+def command(hp: DemoHparams) -> str:
+    """Return the command line of do_dual_infer.py that makes the vectors this page wants."""
+    plain = replace(DemoHparams(), **DEBUG) if hp.debug else DemoHparams()
+    words = ["--debug"] if hp.debug else []
+    for name in (knob.name for knob in fields(InferenceDeHparams) if hasattr(plain, knob.name)):
+        value = getattr(hp, name)
+        if value != getattr(plain, name) and name not in ("debug", "topk", "search_memory_gb"):
+            words += [f"--{name}", str(value)]
+    return shlex.join(["python", "do_dual_infer.py", *words])

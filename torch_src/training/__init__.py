@@ -1,0 +1,1 @@
+"""Trainer, stages, GradCache, optimizer, checkpoints, several processes, dev evaluation."""
