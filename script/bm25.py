@@ -13,7 +13,6 @@ variance 1 within a query.
 """
 
 import argparse
-import re
 import shutil
 import sys
 import time
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 
 import numpy as np
 
+from script.lib.terms import PIECES, terms
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import RunRow, format_run_row, read_queries, read_question_ids, run_by_query
 from torch_src.runtime.errors import UserError
@@ -42,21 +42,9 @@ from torch_src.runtime.stamps import (
     write_stamp,
 )
 
-PIECES = re.compile(r"[a-z0-9]+|[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
 PIECE_ROWS = 4096  # passages read at a time
 RRF = 60  # of reciprocal rank fusion: 1 / (60 + rank)
 MARK = "tokens.txt"  # a file of the index folder that its stamp hangs on
-
-
-def terms(text: str) -> list[str]:
-    """Return the terms of a text, in order, with repeats."""
-    found = []
-    for piece in PIECES.findall(text.lower()):
-        if piece[0].isascii() or len(piece) == 1:
-            found.append(piece)
-        else:
-            found += [piece[at : at + 2] for at in range(len(piece) - 1)]
-    return found
 
 
 def engine():

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 
 from metric.common import InputError
 from metric.evaluation import load_reference, load_result
-from script.foreign_datasets import (
+from script.lib.foreign_datasets import (
     beir_queries,
     dureader_queries,
     hub_queries,
@@ -31,7 +31,7 @@ from script.foreign_datasets import (
     passages_of,
     required,
 )
-from script.official_layout import TITLES, Layout, Query
+from script.lib.official_layout import TITLES, Layout, Query
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import parse_cross_row, read_dev, read_lines, split_columns
 from torch_src.data.passage_ids import check_length, read_passage_ids

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
 
-from script.bm25 import PIECES, terms
+from script.lib.terms import PIECES, terms
 from torch_src import hparams
 from torch_src.data.formats import read_queries
 from torch_src.runtime.errors import UserError

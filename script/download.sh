@@ -2,7 +2,7 @@
 # Download the data set, or a pre-trained model, into the current folder (--help lists the options):
 #   sh script/download.sh              -> dureader-retrieval-baseline-dataset/
 #   sh script/download.sh model [NAME] -> torch_pretrained_models/<last part of NAME>/
-# download_data.py does the work; this file only finds a python that can run it.
+# lib/download.py does the work; this file only finds a python that can run it.
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
@@ -13,7 +13,7 @@ fi
 
 for python in python3 .venv/bin/python "$here/../.venv/bin/python"; do
     if "$python" -c "$needs" >/dev/null 2>&1; then
-        exec "$python" "$here/download_data.py" "$@"
+        exec "$python" "$here/lib/download.py" "$@"
     fi
 done
 

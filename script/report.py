@@ -5,8 +5,8 @@
     python script/report.py --debug                           the sample, after sh script/quickstart.sh
     python script/report.py --data_dir D --dual_run A/res.top50 --cross_run B/res.rerank50 --to report.html
 
-Settings: script/report_hparams.py, or `--name value`; `--help` lists them. The page is one file that needs
-no network. A model, its curves and its settings are looked for beside its run. What is not there (a
+Settings: script/lib/report/hparams.py, or `--name value`; `--help` lists them. The page is one file that
+needs no network. A model, its curves and its settings are looked for beside its run. What is not there (a
 re-ranked run, a reference, run_all.json) or cannot be read is left out, and the page says so.
 """
 
@@ -22,10 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 
 from metric.common import InputError
 from metric.evaluation import MEASURES, compute_metrics
-from script import report_curves, report_data, report_plots
-from script.bm25 import PIECES
-from script.report_data import Found, Shelf
-from script.report_hparams import DEBUG, ReportHparams
+from script.lib.report import curves as report_curves
+from script.lib.report import data as report_data
+from script.lib.report import plots as report_plots
+from script.lib.report.data import Found, Shelf
+from script.lib.report.hparams import DEBUG, ReportHparams
+from script.lib.terms import PIECES
 from torch_src import hparams
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write, read_json
@@ -33,7 +35,7 @@ from torch_src.runtime.log import duration, log
 from torch_src.runtime.program import exit_status, leave
 
 LONGEST_STAGE = 1e9  # seconds
-TEMPLATE = Path(__file__).with_name("report_template.html")
+TEMPLATE = Path(__file__).with_name("lib") / "report/page.html"
 # What would end the script element, what JavaScript once took for a line end, and what no file can hold.
 UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from script import report_hparams, run_all, run_rounds
+from script import run_all, run_rounds
+from script.lib.report import hparams as report_hparams
 from torch_src import cross_hparams, dual_hparams, hparams, inference_cross_hparams, inference_de_hparams
 from torch_src.tools import demo_hparams, mining_hparams
 
@@ -31,7 +32,7 @@ SETTINGS = {
 PYTHONS = ("python", "python3", ".venv/bin/python", "milvus/bin/python")
 PLAIN = ("git", "cd", "cp", "mv", "rm", "cut", "head", "grep", "tail", "kill", "printf", ".venv/bin/pip")
 SHELLS = {  # a shell script that hands its options on
-    "script/download.sh": "script/download_data.py",
+    "script/download.sh": "script/lib/download.py",
     "script/run_all.sh": "script/run_all.py",
     "script/run_rounds.sh": "script/run_rounds.py",
 }

@@ -91,7 +91,7 @@ print("quiet")
 
 
 def source_without(module: str) -> str:
-    files = [*MODULES, *ROOT.glob("script/*.py")]
+    files = [*MODULES, *ROOT.glob("script/**/*.py")]
     return "\n".join(path.read_text(encoding="utf-8") for path in files if path.stem != module)
 
 
@@ -122,7 +122,7 @@ def test_cuda_visible_devices_is_never_written():
 
 
 def test_no_pickle_and_no_remote_code():
-    for path in [*MODULES, *ROOT.glob("do_*.py"), *ROOT.glob("script/*.py")]:
+    for path in [*MODULES, *ROOT.glob("do_*.py"), *ROOT.glob("script/**/*.py")]:
         text = path.read_text(encoding="utf-8")
         assert "trust_remote_code=True" not in text and "allow_pickle=True" not in text, path
         assert text.count("torch.load(") == text.count("weights_only=True"), path

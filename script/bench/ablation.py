@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: the
 import numpy as np
 
 from metric.evaluation import compute_metrics, load_reference, load_result
-from script.official_layout import Layout, Query
+from script.lib.official_layout import Layout, Query
 from script.run_all import call, convert
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import parse_dual_row, read_lines

@@ -103,7 +103,7 @@ def test_options_named_in_running_text_are_there(path):
 def said_by_the_code() -> str:
     """Return all texts of the programs, a blank line between two, what is filled in as `...`."""
     texts = []
-    for path in [*ROOT.glob("torch_src/**/*.py"), *ROOT.glob("metric/*.py"), *ROOT.glob("script/*.py")]:
+    for path in [*ROOT.glob("torch_src/**/*.py"), *ROOT.glob("metric/*.py"), *ROOT.glob("script/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]

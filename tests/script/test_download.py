@@ -1,4 +1,4 @@
-"""script/download.sh and download_data.py against a little server on this machine; no network."""
+"""script/download.sh and lib/download.py against a little server on this machine; no network."""
 
 import gzip
 import hashlib
@@ -82,8 +82,8 @@ def server():
 
 @pytest.fixture
 def download(server, tmp_path, monkeypatch):
-    """download_data.py as a module, with `get(*options)` that downloads from the server to tmp_path."""
-    spec = importlib.util.spec_from_file_location("download_data", SCRIPTS / "download_data.py")
+    """lib/download.py as a module, with `get(*options)` that downloads from the server to tmp_path."""
+    spec = importlib.util.spec_from_file_location("download", SCRIPTS / "lib/download.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for name in ("DATA_URL", "DATA_SHA256", "HF_ENDPOINT", "HF_HUB_OFFLINE"):

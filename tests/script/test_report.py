@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import pytest
 from toy_world import ROOT, write
 
-from script import report, report_curves, report_data
-from script.bm25 import PIECES, terms
-from script.report_hparams import ReportHparams
+from script import report
+from script.lib.report import curves as report_curves
+from script.lib.report import data as report_data
+from script.lib.report.hparams import ReportHparams
+from script.lib.terms import PIECES, terms
 from torch_src.runtime import program
 
 HOSTILE = (

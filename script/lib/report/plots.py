@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from script.report_curves import Curves, Lengths
+from script.lib.report.curves import Curves, Lengths
 from torch_src.runtime.errors import UserError
 
 # Written by matplotlib as they are, and put into the page's words: so the plots follow its colours.

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from metric.evaluation import DEPTH, load_reference, per_query
-from script.report_hparams import NONE, ReportHparams
+from script.lib.report.hparams import NONE, ReportHparams
 from torch_src.data.candidates import open_candidates
 from torch_src.data.collection import PassageCollection
 from torch_src.data.passage_ids import check_length, read_passage_ids, rows_of

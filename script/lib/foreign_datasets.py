@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from script.official_layout import Query
+from script.lib.official_layout import Query
 from torch_src.data.formats import FormatError, decode, parse_json, raw_lines, split_columns
 from torch_src.runtime.errors import UserError
 
