@@ -44,7 +44,7 @@ class PassageCollection:
         self.starts = np.cumsum(
             [0] + [len(offsets) - 1 for offsets in self.offsets]
         ).tolist()  # first row of each file
-        self.fingerprint = xxhash.xxh3_64_hexdigest("".join(digest for _, digest in indexes))
+        self.fingerprint = xxhash.xxh3_64_hexdigest("".join(digest for _, digest in indexes).encode())
         if not len(self):
             raise UserError(f"{files[0].parent}: the collection is empty")
 

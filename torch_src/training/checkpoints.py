@@ -39,17 +39,17 @@ def checksum(state) -> str:
     def add(value) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
-                digest.update(f"{key!r}:")
+                digest.update(f"{key!r}:".encode())
                 add(inner)
         elif isinstance(value, list | tuple):
-            digest.update(f"[{len(value)}")
+            digest.update(f"[{len(value)}".encode())
             for inner in value:
                 add(inner)
         elif isinstance(value, torch.Tensor):
-            digest.update(f"{value.dtype} {tuple(value.shape)}")
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         else:
-            digest.update(repr(value))
+            digest.update(repr(value).encode())
 
     add(state)
     return digest.hexdigest()
