@@ -116,7 +116,8 @@ def _run(hp: MiningHparams) -> None:
     write_json(folder / "mining.json", {**dataclasses.asdict(hp), "counts": dataclasses.asdict(miner.counts)})
     for output in outputs:
         seal(output, stamp)
-    log("\n".join(miner.counts.lines()))
+    for line in miner.counts.lines():
+        log(line)
     if warning := miner.counts.warning():
         warn(warning)
     log(f"wrote {outputs[0]} and {outputs[1]}")

@@ -162,7 +162,7 @@ def run(argv: list[str]) -> None:
             call([f"do_{stage}.py", *options[stage]])
         times[stage] = time.monotonic() - begun
     lines = table(times, parsed["cross_infer"].dev_set_path, output)
-    log("\n" + "\n".join(lines))
+    print("\n" + "\n".join(lines), flush=True)
     write_json(output / "run_all.json", {"seconds": {name: round(took, 1) for name, took in times.items()}})
 
 

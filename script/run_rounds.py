@@ -78,7 +78,7 @@ class Rounds:
             if number < self.count:
                 self.mine(number)
         lines = self.table()
-        log("\n" + "\n".join(lines))
+        print("\n" + "\n".join(lines), flush=True)
         write_json(self.output / "rounds.json", {"rounds": self.count, "seconds": self.seconds})
 
     def mine(self, number: int) -> None:

@@ -28,7 +28,6 @@ from torch_src.models.backbones import check_fits, load_weights
 from torch_src.models.cross_encoder import CrossEncoder, build_cross_encoder, load_cross_encoder
 from torch_src.models.tokenization import TextRules
 from torch_src.retrieval import score_checks as guards
-from torch_src.retrieval.encoding import Progress
 from torch_src.retrieval.reranking import PairScorer, fuse, rank_pairs
 from torch_src.retrieval.vectors import DamagedBlock, ScoreStore
 from torch_src.runtime.devices import (
@@ -44,6 +43,7 @@ from torch_src.runtime.log import log, warn
 from torch_src.runtime.output_lock import output_lock
 from torch_src.runtime.planning import KEPT_GB, Plan, evenly, memory_gb, seconds_a_text
 from torch_src.runtime.program import exit_status
+from torch_src.runtime.progress import Progress
 from torch_src.runtime.stamps import clear_stamp, fingerprint_files, fingerprint_text, seal, up_to_date
 
 RESULT = "cross_res.json"

@@ -158,7 +158,7 @@ def main() -> None:
         figures = {}
         (output / f"res.top{TOPK}.stamp.json").unlink(missing_ok=True)  # search again, on the vectors there
         figures["do_dual_infer"], text = run("do_dual_infer.py", *words)
-        print("  " + "\n  ".join(line for line in text.splitlines() if line.startswith("search")))
+        print("  " + "\n  ".join(line for line in text.splitlines() if " search" in line))
         expected = write_answers(folder)
         files = (
             data / "dev/q2qid.dev.json",

@@ -31,7 +31,7 @@ def estimated(words: list[str]) -> dict[str, float]:
     print(done.stdout[done.stdout.index("plan of ") :])
     found = {"seconds": seconds(re.search(r"time in all +(\S+)", done.stdout)[1])}
     for name, label in (("memory_gb", "memory"), ("disk_gb", "disk")):
-        found[name] = float(re.search(rf"^  {label} +([\d.]+) GB of", done.stdout, re.MULTILINE)[1])
+        found[name] = float(re.search(rf"^\S+ +{label} +([\d.]+) GB of", done.stdout, re.MULTILINE)[1])
     return found
 
 

@@ -30,7 +30,7 @@ MADE_LAST = (
     "cross_scores.txt",
     "cross_id_map",
 )  # results that would hide a damage
-WORDS = ("error", "WARNING", "made again", "damaged", "out of date", "not the file", "changed")
+WORDS = ("ERROR", "WARNING", "made again", "damaged", "out of date", "not the file", "changed")
 # -SIGTERM, -SIGINT: before or after the work itself, where there is nothing to save
 ENDS = {0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT, 2}
 
@@ -218,7 +218,7 @@ class FaultRun:
         self.look(kind, running)
         if running.returncode == 0:
             self.counts[f"{kind}: was enough"] += 1
-        elif running.returncode != 2 or "error: " not in running.output():
+        elif running.returncode != 2 or " ERROR " not in running.output():
             self.fail(kind, f"{stage.name}: status {running.returncode}: {running.output()[-1500:]}")
 
     def limited_file(self, stage: Stage) -> None:

@@ -438,7 +438,7 @@ def test_out_of_memory_halves_the_budget_of_the_scorer(model, tokenizer, monkeyp
     monkeypatch.setattr(batches, "LEAST_TOKENS", 10)
     one = scorer(TooLittleMemory(), tokenizer, tokens=1000)
     assert np.abs(one.score_all(candidates) - usual).max() < 1e-4
-    assert one.tokens_per_batch == 125 and capsys.readouterr().out.count("halved to") == 3
+    assert one.tokens_per_batch == 125 and capsys.readouterr().err.count("halved to") == 3
 
 
 def test_scores_do_not_depend_on_the_order_of_the_pairs(model, tokenizer):

@@ -94,10 +94,11 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def refused(capsys, status: int, *words: str) -> None:
-    """Exit status 2, one line that holds `words`, no traceback."""
-    error = capsys.readouterr().err
-    assert status == 2
-    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
+    """Exit status 2, one error line that holds `words`, no traceback."""
+    lines = capsys.readouterr().err.splitlines()
+    assert status == 2 and all(" WARNING " in line for line in lines[:-1])
+    error = lines[-1]
+    assert " ERROR " in error
     for word in words:
         assert word in error
 
@@ -216,14 +217,14 @@ def test_negatives_that_were_too_easy_are_noticed_at_inference_too(world, capsys
     path = world / "output/cross_negatives.json"
     assert len(load(path)["scores"]) > 10
     assert infer(world, "--force") == 0
-    assert "do not look like the candidates" not in capsys.readouterr().out
+    assert "do not look like the candidates" not in capsys.readouterr().err
     lower = {"weights": load(path)["weights"], "scores": [-50.0] * 100}
     path.write_text(json.dumps(lower))  # without its seal: damaged, and not believed
     assert infer(world, "--force") == 0
-    assert "do not look like the candidates" not in capsys.readouterr().out
+    assert "do not look like the candidates" not in capsys.readouterr().err
     path.write_text(json.dumps({**lower, "seal": record_seal(lower)}))
     assert infer(world, "--force") == 0
-    assert "do not look like the candidates" in capsys.readouterr().out
+    assert "do not look like the candidates" in capsys.readouterr().err
 
 
 def test_lost_or_damaged_scores_of_training_negatives_are_written_again(world, capsys):
@@ -282,8 +283,8 @@ def test_a_query_without_candidates_is_kept_with_an_empty_list(world, capsys):
     before = load(world / "output/cross_res.json")
     capsys.readouterr()
     assert infer(world) == 0
-    log = capsys.readouterr().out
-    assert "WARNING: 1 queries of " in log and "have no candidates" in log
+    log = capsys.readouterr().err
+    assert "WARNING 1 queries of " in log and "have no candidates" in log
     qid = load(world / "data/dev/q2qid.dev.json")[lost]
     found = load(world / "output/cross_res.json")
     assert found[qid] == [] and len(found) == QUERIES

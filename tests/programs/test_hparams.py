@@ -174,7 +174,7 @@ def test_describe_stars_what_differs_and_shows_the_default():
 def test_announce_prints_every_setting_and_where_debug_results_go(capsys):
     hp = train("--debug", "--output_dir", "elsewhere")
     hparams.announce("training", hp)
-    shown = capsys.readouterr().out.split("\n")
+    shown = [line[9:] for line in capsys.readouterr().out.split("\n")]  # without the time
     assert all(f"  {line}" in shown for line in hparams.describe(hp))
     assert "results go to elsewhere" in shown[-2]
 

@@ -81,7 +81,7 @@ def test_a_tower_changed_alone(tmp_path, capsys, tower):
     torch.save(state, path)
     capsys.readouterr()
     assert dual_infer.main(options(world, world / "output"), topk=10) == 0
-    said = capsys.readouterr().out
+    said = "".join(capsys.readouterr())
     assert "is not the file that" in said and "weights: " in said
     assert (world / "output/res.top10").read_bytes() != run
 

@@ -11,9 +11,10 @@ from torch_src.data.collection import PassageCollection
 from torch_src.models import batches
 from torch_src.models.tokenization import TextRules
 from torch_src.retrieval import encoding
-from torch_src.retrieval.encoding import Encoder, Progress, encode_collection, to_float16
+from torch_src.retrieval.encoding import Encoder, encode_collection, to_float16
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.errors import UserError
+from torch_src.runtime.progress import Progress
 
 CHARACTERS = "银杏从小苗到挂果得等多少年又称公孙树"
 MAX_LEN = 24  # 22 characters and two special tokens
@@ -179,7 +180,7 @@ def test_progress_counts_texts_tokens_and_cuts(make_encoder, make_collection, tm
     assert [texts for texts, _ in counts] == [4, 4, 2] * 3 + [1]  # blocks of 10, batches of 4
     assert sum(tokens for _, tokens in counts) == sum(min(len(text), 22) + 2 for text in texts)
     cut = sum(len(text) > 22 for text in texts)
-    assert f"{100 * cut / 31:.1f}% of them were too long and cut" in capsys.readouterr().out
+    assert f"{100 * cut / 31:.1f}% truncated" in capsys.readouterr().out
 
 
 def test_progress_lines(capsys):
@@ -190,11 +191,13 @@ def test_progress_lines(capsys):
         progress.add(50, 500, 5)
         printed = capsys.readouterr().out.splitlines()
         assert len(printed) == lines
-    assert printed == ["encoded 250/400 passages (62.5%)  12 passages/s  125 tokens/s  eta 12.0s"]
+    assert [line[9:] for line in printed] == [
+        "encoded 250/400 passages (62.5%)  12 passages/s  125 tokens/s  eta 12.0s"
+    ]
     now[0] += 5
     progress.close()
-    closing = "encoded 250 passages in 25.0s  10 passages/s  10.0% of them were too long and cut\n"
-    assert capsys.readouterr().out == closing
+    closing = "encoded 250 passages in 25.0s  10 passages/s  10.0% truncated\n"
+    assert capsys.readouterr().out[9:] == closing
 
 
 @pytest.mark.parametrize("value", [65520.0, -65520.0, 1e30, np.inf, np.nan])
@@ -275,7 +278,7 @@ def test_out_of_memory_halves_the_budget_and_carries_on(make_encoder, monkeypatc
     encoder = make_encoder(1000, 1000)
     assert np.abs(encoder.encode(texts) - expected).max() < 1e-5
     assert encoder.tokens_per_batch == 125
-    assert capsys.readouterr().out.count("halved to") == 3
+    assert capsys.readouterr().err.count("halved to") == 3
     monkeypatch.setattr(batches, "LEAST_TOKENS", 200)
     with pytest.raises(UserError, match="out of memory at 250 tokens"):
         make_encoder(1000, 1000).encode(texts)

@@ -82,4 +82,4 @@ def test_without_file_locks_it_says_so_once_and_goes_on(tmp_path, monkeypatch, c
     with claims.whole_folder():
         pass
     claims.give_back(0)
-    assert capsys.readouterr().out.count("no file locks here") == 1
+    assert capsys.readouterr().err.count("no file locks here") == 1

@@ -130,7 +130,7 @@ def test_the_ways_in_which_memory_runs_out(capsys, error, memory):
 
     if memory:
         assert exit_status(program) == 2
-        assert capsys.readouterr().err.startswith("error: out of memory (")
+        assert " ERROR out of memory (" in capsys.readouterr().err
     else:
         with pytest.raises(type(error)):
             exit_status(program)

@@ -102,4 +102,4 @@ def test_fusing_runs_of_other_queries(tmp_path, capsys):
 
     assert fuse("a", "c") == 2 and "no query in all of them" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
-    assert fuse("a", "b") == 0 and "1 of 2 queries are not in all of the runs" in capsys.readouterr().out
+    assert fuse("a", "b") == 0 and "1 of 2 queries are not in all of the runs" in capsys.readouterr().err

@@ -161,4 +161,4 @@ def test_malformed_sources_are_named(tmp_path, capsys, change, words):
     change(beir(tmp_path / "beir"))
     assert run("beir", tmp_path / "beir", "--to", tmp_path / "D") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and words in error
+    assert " ERROR " in error and words in error

@@ -36,4 +36,4 @@ def test_three_rounds_each_on_what_the_last_one_mined(tmp_path):
 def test_malformed_commands_are_named(capsys, words):
     assert run_rounds.main(words) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and "Traceback" not in error
+    assert " ERROR " in error and "Traceback" not in error

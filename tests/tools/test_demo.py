@@ -278,7 +278,7 @@ def test_a_map_of_another_length(world):
 
 def program_refused(capsys, status: int, *words: str) -> None:
     error = capsys.readouterr().err
-    assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert status == 2 and " ERROR " in error and error.count("\n") == 1
     for word in words:
         assert word in error
 

@@ -117,7 +117,7 @@ def test_how_the_re_ranker_was_trained_decides_what_scores_are_held_against(tmp_
         (tmp_path / "cross_hparams.json").write_text(json.dumps({"loss": loss, "weights": weights}))
         assert against() == listwise
     (tmp_path / "cross_params.bin").write_bytes(b"others")  # the record is of other weights
-    assert not against() and "WARNING" in capsys.readouterr().out
+    assert not against() and "WARNING" in capsys.readouterr().err
     assert against(score_against="positive") and not against(score_against="zero")
 
 

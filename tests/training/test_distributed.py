@@ -105,4 +105,4 @@ def test_an_error_of_one_process_ends_the_run_with_its_line(world):
     command = [sys.executable, *LAUNCH, "--nproc_per_node=2", str(ROOT / "do_dual_train.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    assert f"error: {bad}" in done.stderr and "torch_src/training/trainer.py" not in done.stderr
+    assert f"ERROR {bad}" in done.stderr and "torch_src/training/trainer.py" not in done.stderr

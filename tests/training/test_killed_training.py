@@ -94,7 +94,7 @@ def test_the_last_two_are_kept_and_a_damaged_one_gives_way(tmp_path, capsys):
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     assert load_checkpoint(path)["progress"]["step"] == 2
-    assert "damaged" in capsys.readouterr().out
+    assert "damaged" in capsys.readouterr().err
     path.unlink()  # killed between the two renames: only the one before is there
     assert load_checkpoint(path)["progress"]["step"] == 2
     previous(path).write_bytes(b"nothing")

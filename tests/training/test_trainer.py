@@ -304,12 +304,12 @@ def test_other_negatives_or_processes_are_told_of(tmp_path, capsys):
     other.trainer.task.negatives = 127
     capsys.readouterr()
     other.run()
-    assert "WARNING: negatives a query in a step: 63 -> 127" in capsys.readouterr().out
+    assert "WARNING negatives a query in a step: 63 -> 127" in capsys.readouterr().err
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     state = {key: value for key, value in saved.items() if key != "xxh3"}
     save_checkpoint(tmp_path / "checkpoint.pt", {**state, "progress": {**state["progress"], "processes": 2}})
     Toy(tmp_path, lr=0.01).run()
-    assert "WARNING: 1 processes, 2 before" in capsys.readouterr().out
+    assert "WARNING 1 processes, 2 before" in capsys.readouterr().err
 
 
 def test_a_non_finite_gradient_of_a_finite_loss_stops(tmp_path):

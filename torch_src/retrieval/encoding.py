@@ -2,7 +2,6 @@
 back in order; blocks shared out between processes.
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from itertools import chain
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_src.data.collection import PassageCollection
@@ -23,8 +21,9 @@ from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.claims import Claims
 from torch_src.runtime.devices import autocast, tensors_to
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.log import duration, log
+from torch_src.runtime.log import log
 from torch_src.runtime.prefetch import one_ahead
+from torch_src.runtime.progress import Progress
 
 TOKENIZE_AHEAD = 4096  # texts tokenised in one piece: their Python lists of ids take about 17 KB a passage
 POLL_SECONDS = 1.0  # between looks whether the other processes are done with their blocks
@@ -206,47 +205,3 @@ def check_float16(stored: np.ndarray, first_row: int) -> None:
             f"the vector of row {row} has values that are not finite or beyond float16 (65,504); "
             "train with --normalize, or look at the weights"
         )
-
-
-class Progress:
-    """Passages/s (or another unit), tokens/s and eta: tqdm on a terminal, plain lines elsewhere."""
-
-    def __init__(
-        self,
-        total: int,
-        log_every: float,
-        verb: str = "encoded",
-        unit: str = "passages",
-        clock=time.monotonic,
-    ):
-        self.total, self.log_every, self.clock = total, log_every, clock
-        self.verb, self.unit = verb, unit
-        self.begun = self.logged = clock()
-        self.texts = self.tokens = self.cut = 0
-        self.bar = tqdm(total=total, unit=f" {unit}") if sys.stderr.isatty() else None
-
-    def add(self, texts: int, tokens: int, cut: int = 0) -> None:
-        """Count a finished piece."""
-        self.texts, self.tokens, self.cut = self.texts + texts, self.tokens + tokens, self.cut + cut
-        if self.bar is not None:
-            self.bar.update(texts)
-        elif self.clock() - self.logged >= self.log_every:
-            self.logged = self.clock()
-            log(self._line())
-
-    def _line(self) -> str:
-        seconds = max(self.clock() - self.begun, 1e-9)
-        left = (self.total - self.texts) * seconds / max(self.texts, 1)
-        done = f"{self.texts:,}/{self.total:,} {self.unit} ({100 * self.texts / max(self.total, 1):.1f}%)"
-        rates = f"{self.texts / seconds:,.0f} {self.unit}/s  {self.tokens / seconds:,.0f} tokens/s"
-        return f"{self.verb} {done}  {rates}  eta {duration(left)}"
-
-    def close(self) -> None:
-        """Print the last line, with the share of texts that were cut."""
-        if self.bar is not None:
-            self.bar.close()
-        if self.texts:
-            seconds = self.clock() - self.begun
-            done = f"{self.verb} {self.texts:,} {self.unit} in {duration(seconds)}"
-            rate = f"{self.texts / max(seconds, 1e-9):,.0f} {self.unit}/s"
-            log(f"{done}  {rate}  {100 * self.cut / self.texts:.1f}% of them were too long and cut")

@@ -1,6 +1,8 @@
-"""Log lines of the programs."""
+"""Log lines of the programs: `14:02:31 line` on stdout, warnings and errors on stderr with their level."""
 
 import os
+import sys
+import time
 
 
 def rank() -> int:
@@ -9,19 +11,28 @@ def rank() -> int:
 
 
 def log(line: str) -> None:
-    """Print one log line at once: under nohup a line kept in a buffer is a line lost when the run
-    is killed. Processes but the first put their number before it.
-    """
-    print(f"[rank {rank()}] {line}" if rank() else line, flush=True)
+    """Print one log line."""
+    _print(line)
 
 
 def warn(line: str) -> None:
-    """Print one warning; the word stands first so that `grep WARNING train.log` finds all of them."""
-    log(f"WARNING: {line}")
+    """Print one warning on stderr."""
+    _print(f"WARNING {line}", error_stream=True)
+
+
+def error(line: str) -> None:
+    """Print one error on stderr."""
+    _print(f"ERROR {line}", error_stream=True)
+
+
+def _print(line: str, error_stream: bool = False) -> None:
+    prefix = time.strftime("%H:%M:%S ") + (f"[rank {rank()}] " if rank() else "")
+    # Flushed at once: a buffered line is lost when the process is killed.
+    print(prefix + " ".join(line.splitlines()), file=sys.stderr if error_stream else sys.stdout, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """`1h52m`, `3m07s` or `4.2s`."""
+    """Return `1h52m`, `3m07s` or `4.2s`."""
     if round(seconds, 1) < 60:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)

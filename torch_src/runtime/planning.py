@@ -61,7 +61,8 @@ class Plan:
 
     def say(self, folder: str, device: torch.device) -> None:
         """Print the plan."""
-        log("\n".join(self.lines(folder, device)))
+        for line in self.lines(folder, device):
+            log(line)
 
 
 def free_disk(folder) -> int:

@@ -3,11 +3,13 @@
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from typing import NoReturn
 
+from torch_src.runtime import log
 from torch_src.runtime.errors import Stopped, UserError, is_out_of_memory
+
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def exit_status(program, *mistakes: type[Exception]) -> int:
@@ -16,50 +18,44 @@ def exit_status(program, *mistakes: type[Exception]) -> int:
     """
     try:
         program()
-    except (UserError, *mistakes) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except (UserError, *mistakes) as mistake:
+        log.error(str(mistake))
         return 2
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         mend = "lower --grad_cache_chunk (training) or --tokens_per_batch; --plan suggests a number"
         what = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-        print(f"error: out of memory ({what}); {mend}", file=sys.stderr, flush=True)
+        log.error(f"out of memory ({what}); {mend}")
         return 2
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr, flush=True)
+        log.error(f"{error.filename or 'system'}: {error.strerror or error}")
         return 2
     except Stopped as stop:
-        print(stop, file=sys.stderr, flush=True)
+        log.warn(str(stop))
         return 128 + stop.signum
     except KeyboardInterrupt:
-        print("interrupted: the same command carries on", file=sys.stderr, flush=True)
-        return 130
+        log.warn("interrupted; the same command resumes")
+        return INTERRUPTED
     return 0
 
 
 def leave(program: Callable[[], int]) -> NoReturn:
-    """Run `program()` and end the process with the status that it returns.
+    """Run `program()` and end the process with the exit status that it returns.
 
-    Ctrl-C while `program` is still importing, or is past its work, ends it without a traceback: between the
-    two exit_status sees to it.
+    SIGINT ends the process at once, also within imports, destructors and C code: every file is written
+    atomically, so nothing needs to be undone. Training replaces this handler with its own.
     """
-    sys.unraisablehook = _raise_again
-    try:
-        status = program()
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.exit(status)
+    main_process = os.getpid()
 
+    def interrupted(_signum: int, _frame: object) -> NoReturn:
+        try:
+            if os.getpid() == main_process:  # a worker process exits silently
+                log.warn("interrupted; the same command resumes")
+        finally:
+            os._exit(INTERRUPTED)
 
-def _raise_again(lost) -> None:
-    """Python drops what a signal's handler raises while some object is being deleted: Ctrl-C comes again."""
-    if issubclass(lost.exc_type, KeyboardInterrupt):
-        again = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
-        again.daemon = True
-        again.start()
-    elif not issubclass(lost.exc_type, Stopped):  # the run knows that it is to stop, and will
-        sys.__unraisablehook__(lost)
+    signal.signal(signal.SIGINT, interrupted)
+    sys.exit(program())

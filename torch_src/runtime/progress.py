@@ -1,0 +1,53 @@
+"""Progress of a long loop over texts: a bar on a terminal, log lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from torch_src.runtime.log import duration, log
+
+
+class Progress:
+    """Counts texts and tokens; reports texts/s, tokens/s and the remaining time every `log_every` seconds."""
+
+    def __init__(
+        self,
+        total: int,
+        log_every: float,
+        verb: str = "encoded",
+        unit: str = "passages",
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.total, self.log_every, self.clock = total, log_every, clock
+        self.verb, self.unit = verb, unit
+        self.begun = self.logged = clock()
+        self.texts = self.tokens = self.cut = 0
+        self.bar = tqdm(total=total, unit=f" {unit}") if sys.stderr.isatty() else None
+
+    def add(self, texts: int, tokens: int, cut: int = 0) -> None:
+        """Count finished texts, their tokens, and how many of them were truncated."""
+        self.texts, self.tokens, self.cut = self.texts + texts, self.tokens + tokens, self.cut + cut
+        if self.bar is not None:
+            self.bar.update(texts)
+        elif self.clock() - self.logged >= self.log_every:
+            self.logged = self.clock()
+            log(self._line())
+
+    def _line(self) -> str:
+        seconds = max(self.clock() - self.begun, 1e-9)
+        left = (self.total - self.texts) * seconds / max(self.texts, 1)
+        done = f"{self.texts:,}/{self.total:,} {self.unit} ({100 * self.texts / max(self.total, 1):.1f}%)"
+        rates = f"{self.texts / seconds:,.0f} {self.unit}/s  {self.tokens / seconds:,.0f} tokens/s"
+        return f"{self.verb} {done}  {rates}  eta {duration(left)}"
+
+    def close(self) -> None:
+        """Log the totals and the share of truncated texts."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.texts:
+            seconds = self.clock() - self.begun
+            done = f"{self.verb} {self.texts:,} {self.unit} in {duration(seconds)}"
+            rate = f"{self.texts / max(seconds, 1e-9):,.0f} {self.unit}/s"
+            log(f"{done}  {rate}  {100 * self.cut / self.texts:.1f}% truncated")
