@@ -1,14 +1,14 @@
-# Sourced by test.sh and quickstart.sh, from the repository root: makes .venv when there is none and installs the
-# requirements that fit this machine, plus the requirement files given in $more. Sets $python. Run twice, it installs once.
+# Sourced by test.sh and quickstart.sh from the repository root: creates .venv when it is missing, and installs the
+# requirements that fit this machine and the requirement files in $more, each once. Sets $python.
 if [ ! -x .venv/bin/python ]; then
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: needs python3 of version 3.10 or later" >&2; exit 2; }
-    echo "making .venv"
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "ERROR: needs python3, version 3.10 or later" >&2; exit 2; }
+    echo "creating .venv"
     python3 -m venv .venv
 fi
 python=.venv/bin/python
 
-# pip cannot see a GPU, so the choice is made here. An environment keeps the choice that it was made with: the two
-# requirement files bring different faiss wheels, and one installed over the other breaks both.
+# pip does not see a GPU, so the choice is made here. An environment keeps its first choice: the two requirement files
+# install different faiss wheels, and one installed over the other breaks both.
 if [ -f .venv/requirements-chosen ]; then
     chosen=$(cat .venv/requirements-chosen)
 elif command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
@@ -18,7 +18,11 @@ else
 fi
 
 for file in $chosen ${more:-}; do
-    sum=$(cat "$file" requirements-base.txt requirements-tools.txt requirements-demo.txt requirements-openvino.txt | cksum)
+    if [ "$file $chosen" = "requirements-milvus.txt requirements.txt" ]; then
+        echo "ERROR: milvus-lite installs faiss-cpu, which breaks the faiss-gpu in .venv; see requirements-milvus.txt" >&2
+        exit 2
+    fi
+    sum=$(cat "$file" requirements-base.txt | cksum)
     if [ "$(cat ".venv/installed-$file" 2>/dev/null)" != "$sum" ]; then
         echo "installing $file"
         $python -m pip install --quiet --disable-pip-version-check -r "$file"

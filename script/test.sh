@@ -1,15 +1,29 @@
 #!/bin/sh
-# Run the tests: sh script/test.sh [pytest options]. Makes .venv and installs what is needed on the first run.
-# Without options: ruff, then the quick tests. Others: -m slow (whole programs, kills, several processes), -m real
-# (needs the real data beside the checkout), -m long (minutes each).
+# Run the tests: sh script/test.sh [pytest options].
+# Without options: ruff, mypy and the core tests, which are those without a marker.
+# -m slow, real, tools, browser, milvus or gpu selects others (pyproject.toml describes the markers); expressions such
+# as -m "slow or tools" work. Creates .venv, and installs the extra requirements of a marker when it is selected.
 set -eu
 cd "$(dirname "$0")/.."
+
+core="not slow and not real and not tools and not browser and not milvus and not gpu"
+markers=""
+previous=""
+for word in "$@"; do
+    [ "$previous" != "-m" ] || markers=$word
+    previous=$word
+done
+wanted=$(echo "$markers" | sed 's/not  *[a-z]*//g')
 more=requirements-test.txt
+case "$wanted" in *tools*) more="$more requirements-tools.txt requirements-openvino.txt" ;; esac
+case "$wanted" in *browser*) more="$more requirements-demo.txt requirements-test-browser.txt" ;; esac
+case "$wanted" in *milvus*) more="$more requirements-milvus.txt" ;; esac
 . script/make_venv.sh
-$python -m ruff check .
-$python -m ruff format --check --quiet .
+
 if [ $# -eq 0 ]; then
-    set -- -m "not slow and not real and not long"
+    $python -m ruff check .
+    $python -m ruff format --check --quiet .
 fi
-# Two tests at a time, a thread each: tiny products gain nothing from more.
+[ -n "$markers" ] || set -- -m "$core" "$@"
+# Two tests at a time with one thread each: small matrix products do not gain from more.
 OMP_NUM_THREADS=1 exec $python -m pytest -n 2 "$@"

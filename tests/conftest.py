@@ -1,13 +1,34 @@
-"""Shared by the tests: the vocabulary of the sample data and a BERT small enough to run in milliseconds."""
+"""Shared fixtures, and the rule that a marked test is skipped where what it needs is not installed."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may go to the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may use the network
 
-VOCAB = Path(__file__).resolve().parents[1] / "script" / "sample_data" / "tiny_bert" / "vocab.txt"
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB = ROOT / "script/sample_data/tiny_bert/vocab.txt"
+PACKAGES = {
+    "tools": ("sentence_transformers", "ir_measures", "tantivy", "matplotlib", "openvino"),
+    "browser": ("gradio", "playwright"),
+    "milvus": ("pymilvus", "milvus_lite"),
+}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker, packages in PACKAGES.items():
+        missing = [name for name in packages if find_spec(name) is None]
+        if missing and item.get_closest_marker(marker):
+            pytest.skip(f"not installed: {', '.join(missing)} (sh script/test.sh -m {marker} installs it)")
+    if item.get_closest_marker("real") and not (ROOT.parent / "shared/models").is_dir():
+        pytest.skip("no real data beside the checkout")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no NVIDIA GPU")
 
 
 @pytest.fixture(scope="session")
@@ -20,13 +41,18 @@ def tokenizer():
 
 @pytest.fixture
 def tiny_config(tokenizer):
-    """A BERT of 2 layers, 32 wide, 64 positions; weights drawn wider than usual, so that texts differ."""
+    """A BERT of width 32 with 2 layers and 64 positions; large initial weights keep vectors apart."""
     from transformers import BertConfig
 
     return BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
 
 
 @pytest.fixture
@@ -44,8 +70,18 @@ def tiny_bert(tiny_config):
 
 @pytest.fixture(scope="session")
 def programs():
-    """A server that starts the four programs quickly, as processes of their own."""
+    """A server that starts the four programs quickly, each in its own process."""
     from preloaded import Preloaded
 
     with Preloaded() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Return the path of Chromium; the test is skipped on a machine without it."""
+    import shutil
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    return path or pytest.skip("no Chromium on this machine")

@@ -3,7 +3,6 @@
 The tests at the end run against the real Milvus Lite; it has an environment of its own (README, Tests).
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -29,8 +28,6 @@ from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-HAS_MILVUS = all(importlib.util.find_spec(name) for name in ("pymilvus", "milvus_lite"))
-needs_milvus = pytest.mark.skipif(not HAS_MILVUS, reason="needs requirements-milvus.txt (README, Tests)")
 BLOCK = 64
 LOAD = "python script/milvus_load.py --output_dir O"
 
@@ -413,7 +410,7 @@ def load(folder, *more) -> int:
     return main(["--output_dir", str(folder), "--para_emb", str(folder), "--passage_ids", "none", *more])
 
 
-@needs_milvus
+@pytest.mark.milvus
 def test_the_real_flat_index_gives_the_exact_result(world, lite, capsys):
     assert load(world[0].folder, "--milvus_uri", lite) == 0
     assert "300 passages, index FLAT in " in capsys.readouterr().out
@@ -425,7 +422,7 @@ def test_the_real_flat_index_gives_the_exact_result(world, lite, capsys):
     assert "index FLAT, up to date" in capsys.readouterr().out
 
 
-@needs_milvus
+@pytest.mark.milvus
 def test_pids_travel_with_their_rows(world, lite, tmp_path):
     ids = tmp_path / "ids.json"
     ids.write_text(json.dumps({str(row): f"段落{row}" for row in range(300)}), encoding="utf-8")
@@ -435,7 +432,7 @@ def test_pids_travel_with_their_rows(world, lite, tmp_path):
     assert {entry["row"]: entry["pid"] for entry in found} == {7: "段落7", 299: "段落299"}
 
 
-@needs_milvus
+@pytest.mark.milvus
 def test_another_index_replaces_the_old_one_without_a_new_load(tmp_path, lite, capsys):
     vectors = np.random.default_rng(0).normal(size=(400, 16)).astype(np.float16)
     queries = np.random.default_rng(1).normal(size=(20, 16)).astype(np.float32)
@@ -459,7 +456,7 @@ def test_another_index_replaces_the_old_one_without_a_new_load(tmp_path, lite, c
     assert np.array_equal(open_search(world, lite).search(queries, 10)[1], expected)
 
 
-@needs_milvus
+@pytest.mark.milvus
 def test_other_vectors_replace_the_old_ones_in_a_file(world, lite, tmp_path, capsys):
     load(world[0].folder, "--milvus_uri", lite)
     other = make_store(tmp_path / "other", world[1][:100] + np.float16(1), 50)
@@ -472,7 +469,7 @@ def test_other_vectors_replace_the_old_ones_in_a_file(world, lite, tmp_path, cap
     assert np.array_equal(rows, expected[0]) and np.array_equal(scores, expected[1])
 
 
-@needs_milvus
+@pytest.mark.milvus
 def test_a_server_keeps_other_vectors_without_force(world, tmp_path, capsys):
     from milvus_lite.adapter.grpc.server import start_server_in_thread
 
@@ -496,7 +493,7 @@ def test_a_server_keeps_other_vectors_without_force(world, tmp_path, capsys):
         database.close()
 
 
-@needs_milvus
+@pytest.mark.milvus
 def test_an_old_server_is_refused(lite, monkeypatch):
     import pymilvus
 
@@ -505,7 +502,7 @@ def test_an_old_server_is_refused(lite, monkeypatch):
         Collection(lite, "passages")
 
 
-@needs_milvus
+@pytest.mark.milvus
 def test_a_server_that_knows_no_call_is_one_line():
     from concurrent.futures import ThreadPoolExecutor
 
@@ -522,7 +519,7 @@ def test_a_server_that_knows_no_call_is_one_line():
         server.stop(0)
 
 
-@needs_milvus
+@pytest.mark.milvus
 def test_nobody_listens(monkeypatch, capfd):
     monkeypatch.setattr(milvus_engine, "PATIENCE", 1.0)
     with pytest.raises(UserError, match="http://127.0.0.1:1: no connection to Milvus"):
@@ -537,7 +534,7 @@ def start_load(folder, uri: str) -> subprocess.Popen:
     )
 
 
-@needs_milvus
+@pytest.mark.milvus
 @pytest.mark.slow
 def test_a_load_killed_by_a_signal_goes_on(tmp_path, lite):
     vectors = np.random.default_rng(0).normal(size=(20_000, 32)).astype(np.float16)
@@ -560,7 +557,7 @@ def test_a_load_killed_by_a_signal_goes_on(tmp_path, lite):
     assert np.array_equal(rows, expected[0]) and np.array_equal(scores, expected[1])
 
 
-@needs_milvus
+@pytest.mark.milvus
 @pytest.mark.slow
 def test_the_programs_give_the_same_run_on_milvus(tmp_path, programs):
     world, out, log = make_world(tmp_path), tmp_path / "out", tmp_path / "log"

@@ -1,6 +1,5 @@
 """Encoding by OpenVINO: the vectors of torch, told apart by their stamp, refused where it cannot be done."""
 
-import importlib.util
 import sys
 
 import numpy as np
@@ -14,8 +13,6 @@ from torch_src.models.dual_encoder import embed, load_backbone
 from torch_src.retrieval.engines.openvino import OpenVinoTower, check_openvino
 from torch_src.runtime.errors import UserError
 
-HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
-needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="needs requirements-openvino.txt")
 CPU = torch.device("cpu")
 
 
@@ -24,7 +21,7 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-@needs_openvino
+@pytest.mark.tools
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_its_vectors_are_those_of_torch_whatever_the_size(world, pooling):
     path = str(world / "model")
@@ -45,7 +42,7 @@ def infer(world, output, *more: str) -> int:
     return dual_infer.main([*options(world, output), *words, *more], topk=10)
 
 
-@needs_openvino
+@pytest.mark.tools
 def test_the_program_by_openvino(world, tmp_path, capsys):
     openvino = ["--encoder_engine", "openvino"]
     assert infer(world, tmp_path / "torch") == 0
@@ -61,7 +58,7 @@ def test_the_program_by_openvino(world, tmp_path, capsys):
     assert "encoder_engine: openvino -> gone" in capsys.readouterr().out
 
 
-@needs_openvino
+@pytest.mark.tools
 @pytest.mark.parametrize(("device", "precision", "pooling", "message"), [
     ("cuda", "bf16", "mean", "for a CPU"), ("cpu", "fp16", "mean", "bf16 or fp32"),
     ("cpu", "bf16", "pooler", "pooling layer"),

@@ -31,6 +31,7 @@ def search(tmp_path, data, queries: list[str], topk: int = 50) -> list[list[str]
     return [line.split("\t") for line in lines(tmp_path / f"bm25/res.top{topk}")]
 
 
+@pytest.mark.tools
 def test_scores_are_bm25s(tmp_path):
     """k1 1.2, b 0.75; texts short enough that the engine stores their lengths exactly."""
     texts = ["清蒸鱼", "清蒸鱼的味汁", "红烧肉", "清蒸 清蒸 rice", "米饭 rice rice"]
@@ -52,6 +53,7 @@ def test_scores_are_bm25s(tmp_path):
     assert [float(value) for *_, value in rows] == pytest.approx([value for value, _ in expected], rel=1e-4)
 
 
+@pytest.mark.tools
 def test_the_run_goes_through_the_converter_and_the_index_is_kept(tmp_path, capsys):
     world = make_world(tmp_path)
     words = ["--data_dir", str(world / "data"), "--index", str(world / "bm25")]
@@ -63,6 +65,7 @@ def test_the_run_goes_through_the_converter_and_the_index_is_kept(tmp_path, caps
     assert convert_recall_res_to_json.main([*map(str, maps), str(run), "50"]) == 0
 
 
+@pytest.mark.tools
 def test_equal_scores_are_in_the_order_of_rows_and_nothing_found_is_said(tmp_path, capsys):
     rows = search(tmp_path, collection(tmp_path, ["清蒸鱼"] * 5 + ["别的"]), ["蒸鱼", "xyz"])
     assert [int(row) for _, row, _, _ in rows] == [0, 1, 2, 3, 4]

@@ -12,6 +12,7 @@ REFERENCE = {"q1": {"a", "b"}, "q2": {"c"}, "q3": {"d"}}
 RESULT = {"q1": ["x", "a", "b"], "q2": ["c"]}
 
 
+@pytest.mark.tools
 def test_measures_by_hand():
     values = all_values(REFERENCE, RESULT)
     assert values["MRR@10"].tolist() == [0.5, 1.0, 0.0]
@@ -26,6 +27,7 @@ def test_measures_by_hand():
     assert half["recall@50"][0] == 1.0 and half["R@50"][0] == 0.5  # the two recalls differ, under their names
 
 
+@pytest.mark.tools
 def test_a_repeated_pid_counts_once():
     assert all_values({"q1": {"a"}}, {"q1": ["x", "x", "a"]})["RR@10"][0] == 0.5
 
@@ -48,6 +50,7 @@ def test_the_interval_holds_the_mean():
     assert low < differences.mean() < high and high - low == pytest.approx(2 * 1.96 / 300**0.5, rel=0.2)
 
 
+@pytest.mark.tools
 def test_the_program(tmp_path, capsys):
     lines = [
         {"question_id": qid, "answer_paragraphs": [{"paragraph_id": pid} for pid in pids]}

@@ -1,17 +1,16 @@
 """Exported folders load in the real libraries and give our vectors and scores."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import CrossEncoder, SentenceTransformer
 from toy_world import lines, make_world, options, train_options
 from transformers import AutoModel, AutoTokenizer
 
 from script import export_model
 from torch_src import cross_infer, cross_train, dual_infer, dual_train
 from torch_src.models.model_folder import own_settings
+
+pytestmark = pytest.mark.tools
 
 WAYS = {
     "tied": ["--share_encoder", "--pooling", "mean", "--normalize", "--temperature", "0.05"],
@@ -38,6 +37,8 @@ def texts(world) -> tuple[list[str], list[str]]:
 
 
 def test_vectors_are_ours(exported):
+    from sentence_transformers import SentenceTransformer
+
     world, way = exported
     model = SentenceTransformer(str(world / "st"), device="cpu")
     queries, passages = texts(world)
@@ -50,6 +51,8 @@ def test_vectors_are_ours(exported):
 
 
 def test_the_ranking_is_ours(exported):
+    from sentence_transformers import SentenceTransformer
+
     world, _ = exported
     model = SentenceTransformer(str(world / "st"), device="cpu")
     queries, passages = texts(world)
@@ -94,6 +97,8 @@ def test_the_way_back(exported):
 
 
 def test_cross_encoder_scores_are_ours(tmp_path):
+    from sentence_transformers import CrossEncoder
+
     world = make_world(tmp_path)
     both, model = options(world, world / "out"), ["--pretrained_model_path", str(world / "model")]
     assert dual_infer.main([*both, *model, "--dual_params", "none"], topk=10) == 0
@@ -115,22 +120,3 @@ def test_cross_encoder_scores_are_ours(tmp_path):
     ours = np.array([float(line) for line in lines(world / "out/cross_scores.txt")])
     assert np.abs(logits - ours).max() < 1e-5
     assert "| MRR@10 | " in (world / "ce/README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(("config", "expected"), [
-    ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
-    ({"pooling_mode_mean_tokens": True}, "mean"), ({"pooling_mode": "cls"}, "cls"),
-    ({"pooling_mode_max_tokens": True}, None), ({"pooling_mode": "lasttoken"}, None), ({}, None),
-    ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, None),
-])  # fmt: skip
-def test_poolings_of_foreign_folders(tmp_path, config, expected):
-    (tmp_path / "1_Pooling").mkdir()
-    (tmp_path / "1_Pooling/config.json").write_text(json.dumps(config))
-    modules = [{"type": "sentence_transformers.models.Transformer", "path": ""},
-               {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]  # fmt: skip
-    (tmp_path / "modules.json").write_text(json.dumps(modules))
-    if expected is None:
-        with pytest.raises(ValueError, match="neither cls nor mean"):
-            own_settings(str(tmp_path))
-    else:
-        assert own_settings(str(tmp_path)) == {"pooling": expected, "normalize": False}

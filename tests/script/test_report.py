@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-import shutil
 import sys
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -119,6 +118,7 @@ def test_a_change_below_rank_10_is_neither_lost_nor_gained():
     assert report_data.kind_of({**hit, "recall@50": 0.0}, hit) == "missed"
 
 
+@pytest.mark.tools
 def test_measures_and_hit_rates_by_hand(world):
     page = Parsed(make(world))
     row = "0.5833 0.5000 0.7500 4"  # (1 + 1/3 + 0 + 1) / 4; both stages, in another order
@@ -130,6 +130,7 @@ def test_measures_and_hit_rates_by_hand(world):
     assert sorted(positives) == pytest.approx([1 / 3, 1, 1]) and len(negatives) == 7
 
 
+@pytest.mark.tools
 def test_hostile_texts_come_back_as_they_were(world):
     html = make(world, "--characters", "1000")
     page = Parsed(html)
@@ -142,6 +143,7 @@ def test_hostile_texts_come_back_as_they_were(world):
     assert report.text("<\ud800&\"'") == "&lt;?&amp;&quot;&#x27;"
 
 
+@pytest.mark.tools
 def test_each_named_passage_once_and_cut(world):
     page = Parsed(make(world, "--characters", "3", "--depth", "1"))
     passages = page.json("passages-0")
@@ -150,6 +152,7 @@ def test_each_named_passage_once_and_cut(world):
     assert "first 1 passages of each stage, texts cut after 3 characters" in page.text()
 
 
+@pytest.mark.tools
 def test_the_page_needs_no_network_and_is_the_same_again(world):
     first = make(world)
     assert not re.search(r"https?://|@import|src=|<link", first)
@@ -157,6 +160,7 @@ def test_the_page_needs_no_network_and_is_the_same_again(world):
     assert make(world) == first
 
 
+@pytest.mark.tools
 def test_stage_one_alone(world, capsys):
     (world.output / "res.rerank50").unlink()
     page = Parsed(make(world))
@@ -170,6 +174,7 @@ def test_stage_one_alone(world, capsys):
     assert "gone: no such file or folder (the re-ranked run)" in capsys.readouterr().err
 
 
+@pytest.mark.tools
 def test_without_a_reference(world):
     page = Parsed(make(world, "--dev_set", "none"))
     assert "No reference (--dev_set none): nothing is scored" in page.text()
@@ -181,6 +186,7 @@ def test_without_a_reference(world):
     assert "dev.json is not there" in report_data.find(settings(world)).notes[0]
 
 
+@pytest.mark.tools
 def test_reference_queries_without_a_list_count_nothing(world):
     write(world.output / "res.top50", run_lines({query: DUAL[query] for query in list(QUERIES)[:2]}))
     (world.output / "res.rerank50").unlink()
@@ -189,6 +195,7 @@ def test_reference_queries_without_a_list_count_nothing(world):
     assert [query["qid"] for query in page.json("data")["queries"]] == ["q1", "q2"]
 
 
+@pytest.mark.tools
 def test_times_are_shown_where_they_are_known(world):
     hp, path = settings(world), world.output / "run_all.json"
     assert "run_all.json is not there" in report.times_section(hp)
@@ -209,6 +216,7 @@ def test_a_run_of_other_candidates_is_named(world):
     assert "was made of other candidates than" in report_data.find(settings(world)).notes[0]
 
 
+@pytest.mark.tools
 def test_mistakes_are_one_line(world, capsys, monkeypatch):
     words = ["--data_dir", str(world.data), "--output_dir", str(world.output)]
     write(world.output / "res.top50", [*run_lines(DUAL), "谁也没问\t0\t1\t1"])
@@ -278,6 +286,7 @@ def test_a_torn_event_file_gives_what_is_whole(tmp_path):
     assert "to tell which are its own" in report_curves.read_curves(tmp_path, "dual")[1]  # or the other's
 
 
+@pytest.mark.tools
 @pytest.mark.slow
 def test_a_damaged_event_file_is_said(world):
     folder = world.output
@@ -298,6 +307,7 @@ def test_a_damaged_event_file_is_said(world):
     assert f"dual_checkpoint.pt; {path}: Is a directory" in make(world)
 
 
+@pytest.mark.tools
 def test_lengths_and_the_share_that_is_cut(world, tokenizer):
     tokenizer.save_pretrained(world.output / "dual_model")
     fixed = {"query_prefix": "", "passage_prefix": "苹果", "remove_spaces": False,
@@ -313,6 +323,7 @@ def test_lengths_and_the_share_that_is_cut(world, tokenizer):
     assert "queries 3 of 4" in Parsed(make(world, "--samples", "3")).text()
 
 
+@pytest.mark.tools
 def test_lengths_are_left_out_where_the_record_is_odd(world, tokenizer):
     (world.output / "dual_model").mkdir()
     record = world.output / "dual_hparams.json"
@@ -351,21 +362,20 @@ def test_ctrl_c_is_quiet_from_the_programs_start_to_its_end(name, monkeypatch):
 
 
 @pytest.fixture
-def browser():
-    """Headless Chromium; the test is skipped where there is none."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine")
+def browser(chromium):
+    """Headless Chromium."""
+    from playwright import sync_api
+
     arguments = ("--no-sandbox", "--disable-gpu", "--disable-background-networking",
                  "--disable-component-update", "--disable-sync", "--no-first-run")  # fmt: skip
-    with api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=list(arguments))
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=list(arguments))
         yield opened
         opened.close()
 
 
+@pytest.mark.tools
+@pytest.mark.browser
 @pytest.mark.slow
 def test_in_a_browser(world, browser):
     make(world)

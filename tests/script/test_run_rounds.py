@@ -15,7 +15,7 @@ def rounds(world, *words) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_three_rounds_each_on_what_the_last_one_mined(tmp_path):
     world = make_world(tmp_path)
     shared = [*options(world, world / "rounds"), "--pretrained_model_path", str(world / "model")]

@@ -2,7 +2,6 @@
 the page in a real browser asks nobody else.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -28,12 +27,10 @@ from torch_src.tools.demo_hparams import DemoHparams
 from torch_src.tools.search_service import LONGEST_QUESTION, Hit, SearchService
 
 NASTY = '<script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">鱼 & 酱汁 <b>粗</b>'
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
     "--no-first-run"
 )
-MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
 
 
 def train(world: Path, output: Path) -> None:
@@ -342,7 +339,7 @@ def test_names_of_the_page():
     assert demo.names_of("0.0.0.0") == demo.names_of("::") == ["*"]
 
 
-@pytest.mark.skipif("gradio" in MISSING, reason="needs gradio")
+@pytest.mark.browser
 def test_only_the_names_of_this_machine_are_served():
     import gradio
     from starlette.testclient import TestClient
@@ -394,15 +391,15 @@ def page_at(trained, tmp_path):
         process.wait()
 
 
+@pytest.mark.browser
 @pytest.mark.slow
-@pytest.mark.skipif(bool(MISSING) or BROWSER is None, reason=f"needs {MISSING or 'Chromium'}")
-def test_in_a_browser(page_at, trained, tmp_path):
+def test_in_a_browser(chromium, page_at, trained, tmp_path):
     from playwright.sync_api import sync_playwright
 
     process, address, hosts = page_at
     said, asked, query = [], [], queries(trained)[0]
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=BROWSER, args=FLAGS.split())
+        browser = play.chromium.launch(executable_path=chromium, args=FLAGS.split())
         page = browser.new_page()
         page.on("console", lambda message: said.append((message.type, message.text)))
         page.on("pageerror", lambda error: said.append(("error", str(error))))

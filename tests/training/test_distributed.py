@@ -40,9 +40,7 @@ WORLDS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [*list(WORLDS)[:1], *(pytest.param(n, marks=pytest.mark.long) for n in list(WORLDS)[1:])]
-)
+@pytest.mark.parametrize("name", list(WORLDS))
 def test_two_processes_take_the_steps_of_one(world, name):
     one, two = (steps(world, processes=count, name=name, **WORLDS[name]) for count in (1, 2))
     assert torch.allclose(one["losses"], two["losses"], rtol=1e-9, atol=0)
