@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
 
 from torch_src.models.backbones import load_pretrained
-from torch_src.models.losses import at_least_float32
+from torch_src.runtime.devices import at_least_float32
 from torch_src.runtime.errors import UserError
 
 

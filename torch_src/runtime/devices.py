@@ -106,6 +106,11 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
+def at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    """Return half-precision values as fp32, all others unchanged."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
 # glibc's malloc options (malloc.h): use the heap also for large blocks (older versions refuse more than 32
 # MiB), give memory back to the system late, take it in large pieces.
 MMAP_THRESHOLD, MMAP_LIMITS = -3, (1 << 30, 32 << 20)
