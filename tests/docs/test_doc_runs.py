@@ -1,7 +1,8 @@
-"""The README's commands, run as they are written in a copy of the repository that holds a tiny world.
+"""The README's commands, run as written in a copy of the repository.
 
-The sample collection, the data set and the model folder of the copy are all that world; a training makes two
-updates. Commands that need a GPU, a network, real data or more passages are only parsed (test_docs.py).
+In the copy, the tiny world takes the place of the sample collection, the data set and the model folder, and a
+training makes two updates. Commands that need a GPU, a network, real data or more passages are only parsed
+(test_docs.py).
 """
 
 import json
@@ -16,20 +17,23 @@ from doc_commands import PYTHONS, READMES, ROOT, commands, program_of
 from preloaded import Preloaded
 from toy_world import lines, make_world, write
 
-# elsewhere, of another size, in another environment, or without an end
-NOT_HERE = ("-m", "--index IVF", "script/bench/", "tests/faults/", "--plan", "milvus", "script/demo.py")
-STAND_ALONE = ("metric/", "handle.py")  # standard library: as fast by themselves
-SHORT = ["--epoch", "1", "--max_steps", "2", "--batch_size", "8", "--log_every", "1"]  # the last one wins
-NEEDED = {
-    "script/export_model.py": "sentence_transformers",
-    "script/bm25.py": "tantivy",
-    "script/compare_runs.py": "ir_measures",
-    "script/report.py": "matplotlib",
-}
+# Commands of another environment or size, and a server that does not end.
+SKIPPED = ("-m", "--index IVF", "script/bench/", "tests/faults/", "--plan", "milvus", "script/demo.py")
+STAND_ALONE = ("metric/", "handle.py")  # start fast without the server
+SHORT = [
+    "--epoch",
+    "1",
+    "--max_steps",
+    "2",
+    "--batch_size",
+    "8",
+    "--log_every",
+    "1",
+]  # override earlier values
 
 
 def copy_of_the_repository(folder: Path) -> Path:
-    """Return a copy with the tiny world in the places that the README's commands name."""
+    """Return a copy with the tiny world at the paths that the README's commands use."""
     for name in ("torch_src", "metric", "script"):
         skipped = shutil.ignore_patterns("sample_data", "__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=skipped)
@@ -46,7 +50,7 @@ def copy_of_the_repository(folder: Path) -> Path:
 
 
 def own_files(folder: Path) -> None:
-    """Write the files that a user brings: passages and queries of one's own, a competition's questions."""
+    """Write a user's files: passages, queries and the questions of a competition."""
     data = folder / "dureader-retrieval-baseline-dataset"
     ids = json.loads((data / "passage-collection/passage2id.map.json").read_text(encoding="utf-8"))
     parts = [row for part in ("part-00", "part-01") for row in lines(data / "passage-collection" / part)]
@@ -65,46 +69,45 @@ def own_files(folder: Path) -> None:
 
 
 class Shell:
-    """Runs commands one after the other, as a user would paste them."""
+    """Runs commands in order, as a user would paste them."""
 
     def __init__(self, programs: Preloaded, root: Path):
         self.programs, self.root, self.here, self.ran = programs, root, root, []
 
     def run(self, words: list[str]) -> None:
-        """Run one command to its good end, or leave it out."""
+        """Run one command, which must succeed, or skip it."""
         program, *rest = program_of(words)
         if program == "cd":
             self.here = (self.here / rest[0]).resolve()
         elif program == "cp":
             shutil.copy(self.here / rest[0], self.here / rest[1])
-        elif program in PYTHONS and not any(needs in " ".join(rest) for needs in NOT_HERE):
+        elif program in PYTHONS and not any(needs in " ".join(rest) for needs in SKIPPED):
             self._python(rest[0], self._local(rest[1:]), words)
 
     def _local(self, options: list[str]) -> list[str]:
-        """Return the options with the model's folder in place of a hub name."""
+        """Return the options with a local folder in place of a hub name."""
         names = [at + 1 for at, word in enumerate(options) if word == "--pretrained_model_path"]
         return ["hub" if at in names else word for at, word in enumerate(options)]
 
     def _python(self, script: str, options: list[str], words: list[str]) -> None:
         begun = time.monotonic()
-        if script in NEEDED:
-            pytest.importorskip(NEEDED[script])
         if script in ("do_dual_train.py", "do_cross_train.py"):
             options = [*options, *SHORT]
         if script == "script/mine_negatives.py":
-            options = [*options, "--max_score", "1"]  # of a re-ranker of two updates every score is 0.5
+            options = [*options, "--max_score", "1"]  # after two updates every score is 0.5
         if script.startswith(STAND_ALONE):
             command = [sys.executable, script, *options]
             done = subprocess.run(command, cwd=self.here, capture_output=True, text=True)
-            status, said = done.returncode, done.stderr
+            status, output = done.returncode, done.stderr
         else:
             running = self.programs.run(script, options, self.root / "log")
-            status, said = running.returncode, running.output()
-        assert status == 0, f"{' '.join(words)}\n{said}"
+            status, output = running.returncode, running.output()
+        assert status == 0, f"{' '.join(words)}\n{output}"
         self.ran.append(script)
         print(f"{time.monotonic() - begun:6.1f}s  {' '.join(words)}")  # shown by pytest -s
 
 
+@pytest.mark.tools
 @pytest.mark.slow
 def test_the_readmes_commands_run(tmp_path):
     root = copy_of_the_repository(tmp_path / "copy")
