@@ -78,6 +78,27 @@ def programs():
 
 
 @pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A world with a trained dual encoder and its run res.top10; tests change only copies of it."""
+    from toy_world import make_world, options, train_options
+
+    from torch_src import dual_infer, dual_train
+
+    world = make_world(tmp_path_factory.mktemp("trained"))
+    assert dual_train.main(train_options(world, world / "output")) == 0
+    assert dual_infer.main(options(world, world / "output"), topk=10, bs=4) == 0
+    return world
+
+
+@pytest.fixture
+def trained_copy(trained, tmp_path) -> Path:
+    """A copy of the trained world that a test may change."""
+    import shutil
+
+    return Path(shutil.copytree(trained, tmp_path / "world"))
+
+
+@pytest.fixture(scope="session")
 def chromium() -> str:
     """Return the path of Chromium; the test is skipped on a machine without it."""
     import shutil

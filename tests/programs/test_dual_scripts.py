@@ -17,20 +17,9 @@ from metric import evaluation
 from torch_src import dual_infer, dual_train
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A world in which the dual encoder was trained and its run written; tests copy what they change."""
-    world = make_world(tmp_path_factory.mktemp("world"))
-    assert dual_train.main(train_options(world, world / "output")) == 0
-    assert dual_infer.main(options(world, world / "output"), topk=10, bs=4) == 0
-    return world
-
-
 @pytest.fixture
-def world(trained, tmp_path) -> Path:
-    """A copy of the trained world that a test may break."""
-    shutil.copytree(trained, tmp_path / "world")
-    return tmp_path / "world"
+def world(trained_copy) -> Path:
+    return trained_copy
 
 
 def infer(world: Path, *more: str) -> int:

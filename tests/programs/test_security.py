@@ -1,4 +1,4 @@
-"""Nothing that a file says is ever run: pickles with code in them, model folders with code, shells."""
+"""Code in a data file, weights file or model folder never runs; no shell command is built from strings."""
 
 import ast
 import pickle
@@ -15,7 +15,7 @@ from torch_src.training.checkpoints import load_checkpoint
 
 
 class Malicious:
-    """Unpickled, it writes a file."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -32,7 +32,7 @@ def torch_pickle(path: Path, mark: Path) -> None:
     torch.save({"query_encoder.x": Malicious(mark), "y": torch.zeros(3)}, path)
 
 
-def test_the_malice_works_where_nothing_stops_it(tmp_path):
+def test_the_attack_works_without_protection(tmp_path):
     torch_pickle(tmp_path / "a.bin", tmp_path / "mark")
     torch.load(tmp_path / "a.bin", weights_only=False)
     assert (tmp_path / "mark").read_text() == "run"
@@ -40,11 +40,9 @@ def test_the_malice_works_where_nothing_stops_it(tmp_path):
 
 @pytest.mark.parametrize("write", [plain_pickle, torch_pickle])
 @pytest.mark.parametrize("kind", ["dual", "cross"])
-def test_weights_with_code_in_them(tmp_path, capsys, write, kind):
-    world = make_world(tmp_path)
+def test_code_in_weights_does_not_run(trained_copy, tmp_path, capsys, write, kind):
+    world = trained_copy
     out, mark = world / "output", tmp_path / "mark"
-    assert dual_train.main(train_options(world, out)) == 0
-    assert dual_infer.main(options(world, out), topk=10) == 0
     if kind == "dual":
         write(out / "dual_params.bin", mark)
         assert dual_infer.main(options(world, out), topk=10) == 2
@@ -63,14 +61,14 @@ def test_weights_with_code_in_them(tmp_path, capsys, write, kind):
 
 
 @pytest.mark.parametrize("write", [plain_pickle, torch_pickle])
-def test_checkpoints_with_code_in_them(tmp_path, write):
+def test_code_in_checkpoints_does_not_run(tmp_path, write):
     write(tmp_path / "dual_checkpoint.pt", tmp_path / "mark")
     with pytest.raises(UserError, match="damaged"):
         load_checkpoint(tmp_path / "dual_checkpoint.pt")
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_model_folder_with_code_in_it(tmp_path, capsys):
+def test_code_in_a_model_folder_does_not_run(tmp_path, capsys):
     world = make_world(tmp_path)
     mark = tmp_path / "mark"
     config = (world / "model/config.json").read_text(encoding="utf-8")
@@ -81,17 +79,16 @@ def test_a_model_folder_with_code_in_it(tmp_path, capsys):
     assert not mark.exists()
 
 
-def test_an_archive_bomb_of_a_name_is_no_weights_file(tmp_path, capsys):
-    world = make_world(tmp_path)
-    assert dual_train.main(train_options(world, world / "output")) == 0
+def test_an_archive_with_a_path_outside_is_refused_as_weights(trained_copy, tmp_path, capsys):
+    world = trained_copy
     with zipfile.ZipFile(world / "output/dual_params.bin", "w") as archive:
         archive.writestr("../../mark", "run")
     assert dual_infer.main(options(world, world / "output"), topk=10) == 2
     assert "dual_params.bin" in capsys.readouterr().err and not (tmp_path.parent / "mark").exists()
 
 
-def test_no_shell_is_built_from_strings():
-    """subprocess gets lists, never shell=True; os.system, eval and exec are nowhere."""
+def test_no_shell_command_is_built_from_strings():
+    """subprocess gets lists, never shell=True; nothing calls os.system, eval or exec."""
     for path in [
         *ROOT.glob("*.py"),
         *(p for d in ("torch_src", "script", "metric") for p in (ROOT / d).rglob("*.py")),

@@ -1,20 +1,18 @@
-"""What decides vectors and runs, each changed alone: it is noticed, named, and no more is done again than
-needed.
-"""
+"""One changed input at a time: it is noticed and named, and no more is recomputed than necessary."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from toy_world import make_world, options, train_options
+from toy_world import make_world, options
 
-from torch_src import dual_infer, dual_train, retriever
+from torch_src import dual_infer, retriever
 
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory):
-    """A world whose run was made by the pretrained model, every setting spelled out."""
+    """A world with a run of the pretrained model, every setting given."""
     world = make_world(tmp_path_factory.mktemp("world"))
     assert infer(world) == 0
     return world
@@ -36,7 +34,7 @@ def infer(world, *more: str) -> int:
 
 
 def blocks(world) -> dict[str, tuple[int, bytes]]:
-    """Return time and bytes of each block of passage vectors."""
+    """Return the time and bytes of each block of passage vectors."""
     found = sorted((world / "output/para_emb").glob("*.npy"))
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
 
@@ -46,7 +44,7 @@ def blocks(world) -> dict[str, tuple[int, bytes]]:
     ("p_max_seq_len", "32", True), ("pooling", "cls", True), ("normalize", None, True),
     ("remove_spaces", None, True), ("vector_dims", "16", True), ("seed", "7", True), ("topk", "5", False),
 ])  # fmt: skip
-def test_a_setting_changed_alone(world, capsys, knob, value, passages):
+def test_one_changed_setting_is_noticed(world, capsys, knob, value, passages):
     before = blocks(world)
     capsys.readouterr()
     assert infer(world, f"--{knob}", *([] if value is None else [value])) == 0
@@ -70,10 +68,8 @@ def test_another_tokenizer_is_noticed(world, capsys):
 
 
 @pytest.mark.parametrize("tower", ["query_encoder", "passage_encoder"])
-def test_a_tower_changed_alone(tmp_path, capsys, tower):
-    world = make_world(tmp_path)
-    assert dual_train.main(train_options(world, world / "output")) == 0
-    assert dual_infer.main(options(world, world / "output"), topk=10) == 0
+def test_one_changed_tower_is_noticed(trained_copy, capsys, tower):
+    world = trained_copy
     path, run = world / "output/dual_params.bin", (world / "output/res.top10").read_bytes()
     state = torch.load(path, weights_only=True)
     name = next(name for name in state if name.startswith(tower) and name.endswith("query.weight"))
@@ -89,9 +85,8 @@ def test_a_tower_changed_alone(tmp_path, capsys, tower):
 @pytest.mark.parametrize(
     "name", ["dual_hparams.json", "dual_model/config.json", "dual_model/tokenizer_config.json"]
 )
-def test_what_the_weights_fix_cannot_be_edited(tmp_path, capsys, name):
-    world = make_world(tmp_path)
-    assert dual_train.main(train_options(world, world / "output")) == 0
+def test_model_settings_cannot_be_edited(trained_copy, capsys, name):
+    world = trained_copy
     path = world / "output" / name
     record = json.loads(path.read_text(encoding="utf-8"))
     (record.get("fixed_by_weights") or record)["pooling"] = "mean"
@@ -101,7 +96,7 @@ def test_what_the_weights_fix_cannot_be_edited(tmp_path, capsys, name):
     assert name in error and ("changed since" in error or "is not what" in error or "not what" in error)
 
 
-def test_a_result_edited_by_hand_is_made_again(world, capsys):
+def test_an_edited_result_is_rebuilt(world, capsys):
     path = world / "output/res.top10"
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"\t1\t", b"\t9\t", 1))
@@ -120,32 +115,30 @@ def test_what_is_sealed_is_the_last_thing_written(world, monkeypatch):
     assert seals == [True]
 
 
-def test_another_architecture_around_the_same_weights(tmp_path, capsys):
-    """The number of heads is in no weight's shape: the weights load, and the vectors are others."""
-    world = make_world(tmp_path)
-    assert dual_train.main(train_options(world, world / "output")) == 0
-    assert dual_infer.main(options(world, world / "output"), topk=10) == 0
+def test_another_number_of_heads_is_noticed(trained_copy, capsys):
+    """No weight's shape shows the number of heads: the weights load, and the vectors differ."""
+    world = trained_copy
     other = world / "other"
     shutil.copytree(world / "model", other)
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
     words = [*options(world, world / "output"), "--pretrained_model_path", str(other)]
-    assert dual_infer.main(words, topk=10) == 0  # the same model elsewhere
+    assert dual_infer.main(words, topk=10) == 0  # the same model in another folder
     assert "up to date" in capsys.readouterr().out
     (other / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}), encoding="utf-8")
     assert dual_infer.main(words, topk=10) == 2
     assert "its configuration is not the one that" in capsys.readouterr().err
-    shutil.rmtree(world / "output/dual_model")  # weights and record alone, as someone may have copied them
+    shutil.rmtree(world / "output/dual_model")  # as if only the weights and settings were copied
     assert dual_infer.main(words, topk=10) == 0
     said = capsys.readouterr().out
     assert "res.top10: out of date" in said and said.count("architecture: ") == 3
 
 
-@pytest.mark.parametrize("trained", [True, False])
-def test_weights_replaced_while_they_are_read(tmp_path, capsys, monkeypatch, trained):
-    world = make_world(tmp_path)
-    words = options(world, world / "output")
-    if trained:
-        assert dual_train.main(train_options(world, world / "output")) == 0
+@pytest.mark.parametrize("own_weights", [True, False])
+def test_weights_replaced_during_loading_are_noticed(trained_copy, capsys, monkeypatch, own_weights):
+    world = trained_copy
+    words = [*options(world, world / "output"), "--force"]
+    (world / "output/res.top10").unlink()
+    if own_weights:
         changed, loader = world / "output/dual_params.bin", "load_weights"
     else:
         words += ["--dual_params", "none", "--pretrained_model_path", str(world / "model")]
