@@ -2,11 +2,11 @@
 # Download the data set, or a pre-trained model, into the current folder (--help lists the options):
 #   sh script/download.sh              -> dureader-retrieval-baseline-dataset/
 #   sh script/download.sh model [NAME] -> torch_pretrained_models/<last part of NAME>/
-# lib/download.py does the work; this file only finds a python that can run it.
+# This file looks for a suitable python and runs lib/download.py.
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
-needs='import sys; sys.exit(sys.version_info < (3, 9))'
+needs='import sys; sys.exit(sys.version_info < (3, 10))'
 if [ "${1:-}" = model ]; then
     needs='import sys, importlib.util as u; sys.exit(u.find_spec("huggingface_hub") is None)'
 fi
@@ -18,8 +18,8 @@ for python in python3 .venv/bin/python "$here/../.venv/bin/python"; do
 done
 
 if [ "${1:-}" = model ]; then
-    echo "error: huggingface_hub is not installed: run  python3 -m pip install -r requirements.txt" >&2
+    echo "error: huggingface_hub is not installed; run python3 -m pip install -r requirements.txt" >&2
 else
-    echo "error: no python3 of version 3.9 or later found" >&2
+    echo "error: no python3 of version 3.10 or later found" >&2
 fi
 exit 2

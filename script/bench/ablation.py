@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: the
 import numpy as np
 
 from metric.evaluation import compute_metrics, load_reference, load_result
-from script.lib.official_layout import Layout, Query
+from script.lib.official_layout import OfficialLayoutWriter, Query
 from script.run_all import call, convert
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import parse_dual_row, read_lines
@@ -68,7 +68,7 @@ def make_part(source: Path, folder: Path, queries: int, dev_queries: int, whole:
         answers = [paragraph["paragraph_text"] for paragraph in entry["answer_paragraphs"]]
         own = [pids.setdefault(text, f"p{len(pids)}") for text in answers]
         asked.append(Query(entry["question_id"], entry["question"], own, split="dev"))
-    layout = Layout(folder, seed=0)
+    layout = OfficialLayoutWriter(folder, seed=0)
     layout.write_collection((pid, "", text) for text, pid in pids.items())
     layout.write_queries([*found.values(), *asked])
     layout.finish()

@@ -1,11 +1,10 @@
-"""What download.sh runs: fetch, check and unpack the data set, or fetch a model from the Hugging Face hub.
+"""Download, verify and unpack the data set, or download a model from the Hugging Face hub.
 
-Nothing half-done bears a final name: bytes gather in <archive>.part, files are unpacked into a hidden
-folder beside the target, and both are renamed only after their checks. Standard library only (the model
-command imports huggingface_hub, which comes with transformers). Exit status 0, or 2 with one line.
+Run by script/download.sh. Unfinished work never has a final name: the archive is downloaded to ARCHIVE.part,
+its files are unpacked into a hidden folder beside the target, and both are renamed after their checks. Needs
+the standard library alone; `model` also needs huggingface_hub (in requirements.txt). Exit status: 0, or 2
+with an error of one line.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
@@ -24,12 +23,22 @@ import time
 import urllib.error
 import urllib.request
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root
+
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import atomic_write
+from torch_src.runtime.log import duration, log, warn
+from torch_src.runtime.program import exit_status
 
 BASE_URL = "https://dataset-bj.cdn.bcebos.com/qianyan/"
 FOLDER = "dureader-retrieval-baseline-dataset"
 MODEL = "nghuyong/ernie-gram-zh"
-ROWS = {  # rows of the published data set; of a .map.json or q2qid file, the entries of its one object
+# Rows of the published data set; for a .map.json or q2qid file, entries of its JSON object.
+ROWS = {
     "train/dual.train.tsv": 889_580,
     "train/cross.train.tsv": 1_111_975,
     "dev/dev.q.format": 2_000,
@@ -44,119 +53,100 @@ ROWS = {  # rows of the published data set; of a .map.json or q2qid file, the en
     "auxiliary/dev.retrieval.top50.res.id_map.tsv": 100_000,
 }
 CHUNK = 1 << 20  # bytes
-TIMEOUT = 60  # seconds without a byte before a connection counts as dropped
+TIMEOUT = 60  # seconds without data after which a connection counts as lost
 LOG_EVERY = 15  # seconds between progress lines
-UNPACKED_RATIO = 3.5  # room to unpack per compressed byte; Chinese text gzips to a half or a third
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # trying again would not help
+UNPACKED_RATIO = 3.5  # bytes on disk per compressed byte; gzip shrinks Chinese text to a half or a third
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a retry does not help
+JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
-class Fault(Exception):
-    """The user's, the network's or the data's fault: printed as one line, exit status 2."""
-
-
-class BadData(Fault):
-    """The archive itself is at fault: unpacking it once more would end the same way."""
-
-
-def log(text: str) -> None:
-    print(text, flush=True)
+class BadArchive(UserError):
+    """The archive has the wrong content: unpacking it again would fail in the same way."""
 
 
 def gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
-def free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
-
-
-def need_space(folder: Path, needed: float, purpose: str) -> None:
-    free = free_bytes(folder)
+def require_space(folder: Path, needed: float, purpose: str) -> None:
+    free = shutil.disk_usage(folder).free
     if free < needed:
-        raise Fault(f"not enough disk in {folder}: {gb(needed)} needed {purpose}, {gb(free)} free")
+        raise UserError(f"{folder}: not enough disk space ({gb(needed)} needed {purpose}, {gb(free)} free)")
 
 
 def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def write_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
-
-
 # --- download ---------------------------------------------------------------------------------------
 
 
-class Progress:
-    """Prints one whole line every LOG_EVERY seconds, so that a nohup log stays readable."""
+class DownloadLog:
+    """Logs the progress of a download every LOG_EVERY seconds, as whole lines."""
 
     def __init__(self, done: int, total: int):
         self.done, self.first, self.total = done, done, total
-        self.began = self.logged = time.monotonic()
+        self.start = self.last = time.monotonic()
 
     def add(self, count: int) -> None:
         self.done += count
         now = time.monotonic()
-        if now - self.logged >= LOG_EVERY or self.done == self.total:
-            self.logged = now
-            speed = (self.done - self.first) / max(now - self.began, 1e-3)
-            left = int((self.total - self.done) / max(speed, 1))
-            log(
-                f"downloaded {gb(self.done)} of {gb(self.total)} ({self.done / self.total:.1%})  "
-                f"{speed / 1e6:.1f} MB/s  eta {left // 3600}h{left // 60 % 60:02d}m{left % 60:02d}s"
-            )
+        if now - self.last >= LOG_EVERY or self.done == self.total:
+            self.last = now
+            speed = (self.done - self.first) / max(now - self.start, 1e-3)
+            left = duration((self.total - self.done) / max(speed, 1))
+            share = f"{gb(self.done)} of {gb(self.total)} ({self.done / self.total:.1%})"
+            log(f"downloaded {share}  {speed / 1e6:.1f} MB/s  eta {left}")
 
 
-def remote_identity(response) -> dict:
-    """{"size": bytes of the whole remote file, "version": its ETag or date}, to know it again by."""
+def remote_version(response: Any) -> dict[str, Any]:
+    """Return {"size": bytes of the whole remote file, "version": its ETag or date}."""
     headers = response.headers
     total = headers.get("Content-Length")
     if response.status == 206:
         total = headers.get("Content-Range", "").rpartition("/")[2]
     if not (total or "").isdigit():
-        raise Fault(f"{response.url}: the server does not tell the size, so nothing could be verified")
+        raise UserError(f"{response.url}: the server does not send the size of the file")
     return {"size": int(total), "version": headers.get("ETag") or headers.get("Last-Modified")}
 
 
-def open_remote(url: str, start: int, known: dict):
-    """(response, first byte it sends, remote identity); from byte 0 where `known` cannot be resumed."""
+def open_remote(url: str, start: int, known: dict[str, Any]) -> tuple[Any, int, dict[str, Any]]:
+    """Return (response, its first byte, remote version); first byte 0 unless `known` can be resumed."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if not start or error.code != 416:  # 416: the remote file is now shorter than what is here
+        if not start or error.code != 416:  # 416: the remote file is shorter than the local part
             raise
         return open_remote(url, 0, {})
-    remote = remote_identity(response)
+    remote = remote_version(response)
     span = response.headers.get("Content-Range", "")
     if start and response.status == 206 and remote == known and span.startswith(f"bytes {start}-"):
         return response, start, remote
-    if not start or response.status == 200:  # 200 to a Range request: the server sends all of it
+    if not start or response.status == 200:  # 200 to a Range request: the server sends the whole file
         return response, 0, remote
     response.close()
     return open_remote(url, 0, {})
 
 
 def fetch_once(url: str, part: Path) -> None:
-    """Bring `part` to its full size, going on from what is there; ConnectionError if cut short."""
-    note = part.with_name(part.name + ".json")  # identity of the file that `part` is a beginning of
-    known = json.loads(note.read_text()) if size_of(note) else {}
+    """Download what `part` still lacks; ConnectionError when the connection ends early."""
+    version_path = part.with_name(part.name + ".json")  # of the remote file that `part` is the beginning of
+    known = json.loads(version_path.read_text()) if size_of(version_path) else {}
     start = size_of(part) if known else 0
     if known and start == known["size"]:
         return
-    response, begin, remote = open_remote(url, start, known)
+    response, first, remote = open_remote(url, start, known)
     with response:
         if start:
-            log(f"resuming at {gb(start)}" if begin else "cannot resume here: starting anew")
-        need_space(
-            part.parent, remote["size"] * (1 + UNPACKED_RATIO) - size_of(part), "to download and unpack"
-        )
-        progress = Progress(begin, remote["size"])
-        with open(part, "ab" if begin else "wb") as out:
-            if not begin:  # after `part` was emptied: old bytes never stand beside a new note
-                write_text(note, json.dumps(remote))
+            log(f"resuming at {gb(start)}" if first else "the download cannot be resumed: starting again")
+        needed = remote["size"] * (1 + UNPACKED_RATIO) - size_of(part)
+        require_space(part.parent, needed, "to download and unpack")
+        progress = DownloadLog(first, remote["size"])
+        with open(part, "ab" if first else "wb") as out:
+            if not first:  # after `part` was emptied: the version never describes old bytes
+                with atomic_write(version_path) as file:
+                    json.dump(remote, file)
             while chunk := response.read1(CHUNK):
                 out.write(chunk)
                 progress.add(len(chunk))
@@ -167,7 +157,7 @@ def fetch_once(url: str, part: Path) -> None:
 
 
 def fetch(url: str, part: Path, retries: int, wait: float) -> None:
-    """fetch_once, again after a dropped connection: `retries` times in a row without a new byte."""
+    """Download `part`; give up after `retries` lost connections in a row that brought no new byte."""
     failures = 0
     while True:
         before = size_of(part)
@@ -176,33 +166,35 @@ def fetch(url: str, part: Path, retries: int, wait: float) -> None:
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, urllib.error.HTTPError):
                 if error.code < 500 and error.code not in (408, 429):
-                    raise Fault(f"{url} answers {error.code} {error.reason}") from error
+                    raise UserError(f"{url}: HTTP status {error.code} {error.reason}") from error
             elif isinstance(error, OSError) and (error.filename or error.errno in DISK_ERRORS):
                 raise
             failures = 1 if size_of(part) > before else failures + 1
             if failures > retries:
-                raise Fault(f"{url}: {error}; run again to resume") from error
+                raise UserError(f"{url}: {error}; run the same command again to resume") from error
             pause = min(wait * 2 ** (failures - 1), 60)
-            log(f"connection lost ({error}); try {failures} of {retries} in {pause:.0f} s")
+            warn(f"connection lost ({error}); attempt {failures} of {retries} in {pause:.0f} s")
             time.sleep(pause)
 
 
-def settle(source: Path, archive: Path, expected: str) -> None:
-    """Check the sha256 of source, record it beside the archive and give source the archive's name."""
+def check_sha256(source: Path, archive: Path, wanted: str) -> None:
+    """Check the sha256 of `source`, write it beside the archive and rename `source` to the archive."""
     record = archive.with_name(archive.name + ".sha256")
-    wanted = {"DATA_SHA256": expected}
+    known = {"DATA_SHA256": wanted}
     if source == archive and size_of(record):
-        wanted[record.name] = record.read_text().split()[0]
+        known[record.name] = record.read_text().split()[0]
     digest = hashlib.sha256()
     with open(source, "rb") as stream:
         while chunk := stream.read(CHUNK):
             digest.update(chunk)
     found = digest.hexdigest()
     log(f"sha256 {found}  {gb(size_of(source))}  {source.name}")
-    for origin, value in wanted.items():
+    for origin, value in known.items():
         if value and value.lower() != found:
-            raise Fault(f"{source}: its sha256 is not the {value} of {origin}; delete it to download it anew")
-    write_text(record, f"{found}  {archive.name}\n")  # before the rename: a record is never older
+            expected = f"expected {value}, from {origin}"
+            raise UserError(f"{source}: sha256 mismatch ({expected}); delete the file to download it again")
+    with atomic_write(record) as file:  # before the rename: the checksum is never older than the archive
+        file.write(f"{found}  {archive.name}\n")
     source.replace(archive)
 
 
@@ -210,24 +202,24 @@ def settle(source: Path, archive: Path, expected: str) -> None:
 
 
 def check_member(member: tarfile.TarInfo) -> None:
-    """BadData for whatever could be written outside the folder: by path, by link or as a device."""
+    """BadArchive for a member that could be written outside the folder: by its path, a link or a device."""
     name = member.name.replace("\\", "/")
     if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in name.split("/"):
-        raise BadData(f"it holds the unsafe path {member.name!r}")
+        raise BadArchive(f"unsafe path {member.name!r}")
     if not (member.isreg() or member.isdir()):
-        raise BadData(f"it holds a link or a device, {member.name!r}")
+        raise BadArchive(f"{member.name!r} is a link or a device")
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    safer = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # lacking in older 3.9 to 3.11
+    safer: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in early 3.10
     with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
         for member in tar:
             check_member(member)
-            need_space(folder, member.size, f"to unpack {member.name}")
+            require_space(folder, member.size, f"to unpack {member.name}")
             tar.extract(member, folder, set_attrs=False, **safer)
             if member.isreg():
                 log(f"unpacked {member.name}  {gb(member.size)}")
-        while stream.read(CHUNK):  # to the very end, where gzip checks length and CRC
+        while stream.read(CHUNK):  # to the end of the file, where gzip checks length and CRC
             pass
 
 
@@ -241,105 +233,104 @@ def line_rows(path: Path) -> int:
 
 
 def json_entries(path: Path) -> int:
-    """Entries of a file that is one flat JSON object, in bounded memory: its colons outside strings."""
-    string = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+    """Return the entries of a flat JSON object, by its colons outside strings; memory is bounded."""
     entries, rest, last = 0, b"", b""
     with open(path, "rb") as source:
         while (chunk := source.read(CHUNK)) and len(rest) < 1 << 24:
-            bare, quote, rest = string.sub(b"", rest + chunk).partition(b'"')
-            rest = quote + rest  # a string that goes on in the next chunk
+            bare, quote, rest = JSON_STRING.sub(b"", rest + chunk).partition(b'"')
+            rest = quote + rest  # a string that continues in the next chunk
             entries += bare.count(b":")
             last = bare.rstrip()[-1:] or last
     if rest or last != b"}":
-        raise BadData(f"{path.name} is broken off: its JSON object does not end")
+        raise BadArchive(f"{path.name} is truncated: its JSON object does not end")
     return entries
 
 
 def verify(folder: Path, rows: dict[str, int]) -> None:
-    """BadData, naming every file at fault, unless each file of `rows` is there with that many rows."""
+    """BadArchive, with every wrong file, unless each file of `rows` exists and has that many rows."""
     faults = []
-    for name, wanted in rows.items():
+    for name, expected in rows.items():
         if not (folder / name).is_file():
             faults.append(f"{name} is missing")
             continue
         count = json_entries if name.endswith(".map.json") or "q2qid" in name else line_rows
         found = count(folder / name)
         log(f"counted {name}  {found:,} rows")
-        if found != wanted:
-            faults.append(f"{name} has {found:,} rows instead of {wanted:,}")
+        if found != expected:
+            faults.append(f"{name} has {found:,} rows (expected {expected:,})")
     if faults:
-        raise BadData("; ".join(faults))
+        raise BadArchive("; ".join(faults))
 
 
 def install(archive: Path, target: Path, rows: dict[str, int]) -> None:
-    """Unpack beside the target, verify, rename; an unusable archive is set aside as <archive>.bad."""
+    """Unpack beside the target, verify, rename. A bad archive is renamed to ARCHIVE.bad."""
     fresh = target.with_name(f".{target.name}.unpacking")
-    shutil.rmtree(fresh, ignore_errors=True)  # left by a killed run
-    need_space(target.parent, size_of(archive) * UNPACKED_RATIO, "to unpack")
+    shutil.rmtree(fresh, ignore_errors=True)  # from a killed run
+    require_space(target.parent, size_of(archive) * UNPACKED_RATIO, "to unpack")
     fresh.mkdir()
     try:
         unpack(archive, fresh)
         folders = [path for path in fresh.iterdir() if path.is_dir()]
-        root = folders[0] if len(folders) == 1 else fresh  # with or without one folder around it all
+        root = folders[0] if len(folders) == 1 else fresh  # with or without one folder around all files
         verify(root, rows)
         os.sync()
         root.replace(target)
-    except (BadData, tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (BadArchive, tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         bad = archive.with_name(archive.name + ".bad")
         archive.replace(bad)
-        raise Fault(f"{archive.name} is unusable, set aside as {bad.name}: {error}") from error
+        raise UserError(f"{archive}: bad archive ({error}); renamed to {bad.name}, run again") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def only_run(folder: Path):
-    """Lock the folder: two runs would write into one .part file."""
+def download_lock(folder: Path) -> Iterator[None]:
+    """Lock the folder itself, without a lock file: two runs would write to the same .part file."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Fault(f"{folder}: another download into this folder is running") from error
+        except BlockingIOError:
+            raise UserError(f"{folder}: another download into this folder is running") from None
         except OSError:
-            log("note: this file system has no locks: start one download at a time")
+            warn(f"{folder}: this file system has no locks; run one download at a time")
         yield
     finally:
         os.close(handle)
 
 
-def wanted_rows(path: str | None) -> dict[str, int]:
+def expected_rows(path: str | None) -> dict[str, int]:
     if not path:
         return ROWS
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
         return {str(name): int(count) for name, count in rows.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise Fault(f"{path}: expected a JSON object of relative path: rows ({error})") from error
+        raise UserError(f"{path}: expected a JSON object {{relative path: rows}} ({error})") from error
 
 
-def get_data(args: argparse.Namespace) -> None:
-    rows = wanted_rows(args.counts)
+def download_data(args: argparse.Namespace) -> None:
+    rows = expected_rows(args.counts)
     url = args.url if args.url.endswith(".gz") else f"{args.url.rstrip('/')}/{FOLDER}.tar.gz"
     if not re.fullmatch(r"https?://[^\s/]+/\S*", url):
-        raise Fault(f"{url}: expected an address that begins with https:// or http://")
+        raise UserError(f"--url {url}: expected an address that begins with https:// or http://")
     target, archive = args.to / FOLDER, args.to / f"{FOLDER}.tar.gz"
     args.to.mkdir(parents=True, exist_ok=True)
-    with only_run(args.to):
+    with download_lock(args.to):
         if target.exists():
             try:
                 verify(target, rows)
-            except BadData as error:
-                raise Fault(f"{target} is not whole: {error}; move it away and run again") from error
-            return log(f"{target} is up to date")
+            except BadArchive as error:
+                raise UserError(f"{target}: incomplete ({error}); move it away and run again") from error
+            return log(f"{target}: up to date")
         part = archive.with_name(archive.name + ".part")
         if not archive.exists():
             log(f"downloading {url}")
             fetch(url, part, args.retries, args.retry_wait)
-        settle(archive if archive.exists() else part, archive, os.environ.get("DATA_SHA256", ""))
+        check_sha256(archive if archive.exists() else part, archive, os.environ.get("DATA_SHA256", ""))
         part.with_name(part.name + ".json").unlink(missing_ok=True)
         install(archive, target, rows)
-    log(f"{target} is ready; {archive.name} is no longer needed")
+    log(f"wrote {target}; {archive.name} can be deleted")
 
 
 # --- pre-trained model ------------------------------------------------------------------------------
@@ -350,59 +341,56 @@ def is_weights(name: str) -> bool:
 
 
 def model_files(names: list[str]) -> list[str]:
-    """Of a model's files, those that transformers needs: one kind of weights, configuration, tokenizer."""
-    top = [name for name in names if "/" not in name]  # sub-folders hold onnx, openvino and the like
+    """Return the files of a model that transformers needs: one kind of weights, configuration, tokenizer."""
+    top = [name for name in names if "/" not in name]  # sub-folders hold other formats, such as ONNX
     weights = [name for name in top if is_weights(name)]
     safe = [name for name in weights if name.endswith(".safetensors")]
     if not weights or "config.json" not in top:
-        raise Fault("it has no config.json with safetensors or pytorch_model.bin beside it")
+        raise UserError("the repository has no config.json with safetensors or pytorch_model.bin")
     return (safe or weights) + [name for name in top if name.endswith((".json", ".txt", ".model"))]
 
 
-def get_model(args: argparse.Namespace) -> None:
-    """Download into a hidden folder, where a later run resumes, and rename when every file is there."""
+def download_model(args: argparse.Namespace) -> None:
+    """Download into a hidden folder, where a later run resumes; rename it when every file has arrived."""
     target = args.to / "torch_pretrained_models" / args.name.rstrip("/").rpartition("/")[2]
     if target.exists():
-        there = [path.name for path in target.iterdir()] if target.is_dir() else []
-        if "config.json" not in there or not any(map(is_weights, there)):
-            raise Fault(f"{target} is there without config.json or weights; move it away and run again")
-        return log(f"{target} is up to date: set pretrained_model_path to it")
+        present = [path.name for path in target.iterdir()] if target.is_dir() else []
+        if "config.json" not in present or not any(map(is_weights, present)):
+            raise UserError(f"{target}: no config.json or no weights; move it away and run again")
+        return log(f"{target}: up to date; set pretrained_model_path to it")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         import huggingface_hub as hub
-    except ImportError as error:
-        raise Fault("huggingface_hub is missing: python3 -m pip install -r requirements.txt") from error
+    except ImportError:
+        fix = "python3 -m pip install -r requirements.txt"
+        raise UserError(f"huggingface_hub is not installed; run {fix}") from None
     fresh = target.with_name(f".{target.name}.unfinished")
     try:
         info = hub.HfApi().model_info(args.name)
-        files = model_files([sibling.rfilename for sibling in info.siblings])
+        files = model_files([sibling.rfilename for sibling in info.siblings or ()])
         log(f"downloading {args.name} at revision {info.sha}: {', '.join(files)}")
         hub.snapshot_download(args.name, revision=info.sha, local_dir=str(fresh), allow_patterns=files)
-    except Exception as error:  # the hub's errors have no base class in common over its versions
-        raise Fault(f"cannot download model {args.name}: {first_line(error)}") from error
-    lacking = [name for name in files if not (fresh / name).is_file()]
-    if lacking:
-        raise Fault(f"{args.name}: {', '.join(lacking)} did not arrive; run again to resume")
-    shutil.rmtree(fresh / ".cache", ignore_errors=True)  # the hub's notes for resuming
+    except Exception as error:  # the errors of huggingface_hub share no base class across its versions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot download model {args.name}: {reason}") from error
+    missing = [name for name in files if not (fresh / name).is_file()]
+    if missing:
+        raise UserError(f"{args.name}: {', '.join(missing)} did not arrive; run again to resume")
+    shutil.rmtree(fresh / ".cache", ignore_errors=True)  # state of the hub's own resume
     fresh.replace(target)
-    log(f"{target} is ready: set pretrained_model_path to it")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    log(f"wrote {target}; set pretrained_model_path to it")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="download.sh",
-        description="Download the data set (default), or, "
-        "with `model [NAME]`, a model of the Hugging Face hub.",
+        description="Download the data set, or with `model [NAME]` a model from the Hugging Face hub.",
     )
     env = os.environ.get
     parser.add_argument("what", nargs="?", choices=("data", "model"), default="data")
-    parser.add_argument("name", nargs="?", help=f"model name, after `model` only (default: {MODEL})")
-    parser.add_argument("--to", type=Path, default=Path("."), help="folder to download into (default: here)")
+    parser.add_argument("name", nargs="?", help=f"model name, only after `model` (default: {MODEL})")
+    parser.add_argument("--to", type=Path, default=Path("."), help="download into this folder (default: .)")
     parser.add_argument(
         "--url",
         default=env("DATA_URL") or BASE_URL,
@@ -412,10 +400,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--counts",
         default=env("DATA_COUNTS"),
         metavar="FILE",
-        help="JSON file of {relative path: rows} to verify instead of the published counts (env DATA_COUNTS)",
+        help="JSON file {relative path: rows} to verify instead of the published counts (env DATA_COUNTS)",
     )
-    parser.add_argument("--retries", type=int, default=5, help="tries after a lost connection (default: 5)")
-    parser.add_argument("--retry-wait", type=float, default=2, help="seconds before the first (default: 2)")
+    parser.add_argument("--retries", type=int, default=5, help="retries after a lost connection (default: 5)")
+    parser.add_argument("--retry-wait", type=float, default=2, help="seconds before a retry (default: 2)")
     args = parser.parse_args(argv)
     if args.name and args.what == "data":
         parser.error(f"unexpected {args.name!r}: only `model` takes a name")
@@ -423,18 +411,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(sys.argv[1:] if argv is None else argv)
-    try:
-        (get_model if args.what == "model" else get_data)(args)
-    except (Fault, OSError) as error:
-        print(f"error: {first_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; run again to resume", file=sys.stderr)
-        return 130
-    return 0
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    return exit_status(lambda: (download_model if args.what == "model" else download_data)(args))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

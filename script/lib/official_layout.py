@@ -1,6 +1,6 @@
-"""The official layout as it is written: collection, ids, titles, training and dev files.
+"""Writes the official layout: collection, ids, titles, training and dev files.
 
-layout = Layout(folder, seed=42)
+layout = OfficialLayoutWriter(folder, seed=42)
 layout.write_collection((pid, title, text) for ...)
 layout.write_queries(Query(...) for ...)
 layout.finish()
@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -20,7 +21,8 @@ from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.log import log
 
-TITLES = "titles.tsv"  # beside the collection: row and title of each passage that had one
+TITLES = "titles.tsv"  # beside the collection: row and title of each passage that had a title
+RANDOM_NEGATIVES = 4  # of a training query without negatives
 
 
 @dataclass
@@ -34,39 +36,27 @@ class Query:
     split: str = "train"
 
 
-class Cleaner:
-    """Makes texts fit into a column; counts those that it had to change."""
-
-    def __init__(self):
-        self.changed = 0
-
-    def __call__(self, text: str) -> str:
-        clean = text.replace("\t", " ").replace("\r\n", " ").replace("\n", " ")
-        self.changed += clean != text
-        return clean
-
-
-class Layout:
-    """Writes the official layout into `folder`; the collection first, which gives each id its row."""
+class OfficialLayoutWriter:
+    """Writes the official layout to `folder`. The collection comes first: it gives each id its row."""
 
     def __init__(self, folder: Path, seed: int):
         if folder.exists():
-            raise UserError(f"{folder}: is there already; name another folder")
+            raise UserError(f"{folder}: already exists; name another folder")
         self.target, self.folder = folder, folder.with_name(f"{folder.name}.unfinished")
-        shutil.rmtree(self.folder, ignore_errors=True)  # of a run that failed
-        self.seed, self.clean = seed, Cleaner()
+        shutil.rmtree(self.folder, ignore_errors=True)  # from a run that failed
+        self.seed = seed
         self.rows: dict[str, int] = {}
-        self.absent = 0  # negatives that are not in the corpus
+        self.unknown_negatives = self.changed_texts = 0
 
     def finish(self) -> None:
-        """Give the folder its name: it is whole."""
+        """Delete empty files and give the folder its final name."""
         for path in self.folder.rglob("*.tsv"):
             if not path.stat().st_size:
-                path.unlink()  # no titles, no training queries
+                path.unlink()  # no titles, or no training queries
         self.folder.rename(self.target)
 
     def write_collection(self, passages: Iterable[tuple[str, str, str]]) -> None:
-        """Write part-00, passage2id.map.json and, where there are titles, titles.tsv."""
+        """Write part-00, passage2id.map.json and, when there are titles, titles.tsv."""
         folder = self.folder / "passage-collection"
         with ExitStack() as stack:
             names = ("part-00", "passage2id.map.json", TITLES)
@@ -74,15 +64,14 @@ class Layout:
             ids.write("{")
             for row, (pid, title, text) in enumerate(passages):
                 if not pid or {"\t", "\n", "\0"} & set(pid):
-                    raise UserError(f"the id {pid!r}: empty, or with a TAB, a line end or a NUL in it")
+                    raise UserError(f"passage id {pid!r}: empty, or contains a TAB, line break or NUL")
                 if pid in self.rows:
-                    raise UserError(f"the passage {pid} is there twice; ids must be unique")
+                    raise UserError(f"passage id {pid}: duplicate (ids must be unique)")
                 self.rows[pid] = row
-                title, text = self.clean(title), self.clean(text)
+                title, text = self._one_line(title), self._one_line(text)
                 part.write(f"-\t\t{title} {text}\t0\n" if title else f"-\t\t{text}\t0\n")
-                ids.write(
-                    f"{',' if row else ''}\n{json.dumps(str(row))}: {json.dumps(pid, ensure_ascii=False)}"
-                )
+                comma = "," if row else ""
+                ids.write(f"{comma}\n{json.dumps(str(row))}: {json.dumps(pid, ensure_ascii=False)}")
                 if title:
                     titles.write(f"{row}\t{title}\n")
             ids.write("\n}\n")
@@ -91,9 +80,9 @@ class Layout:
         log(f"{len(self.rows):,} passages")
 
     def write_queries(self, queries: Iterable[Query]) -> None:
-        """Write train/ and dev/ of the queries, texts taken from the collection that was written."""
+        """Write train/ and dev/, with the texts of the collection written before."""
         collection = PassageCollection(self.folder / "passage-collection")
-        counts = {"train": 0, "dev": 0, "drawn": 0}
+        counts = {"train": 0, "dev": 0, "random": 0}
         dev: dict[str, Query] = {}
         with ExitStack() as stack:
             names = ("train/dual.train.tsv", "train/cross.train.tsv")
@@ -103,54 +92,64 @@ class Layout:
                 counts[query.split] += 1
                 if query.split == "dev":
                     self._add_dev(dev, query)
-                else:
-                    counts["drawn"] += self._write_training(dual, cross, collection, number, query)
+                    continue
+                if not query.negatives:
+                    counts["random"] += 1
+                self._write_training(dual, cross, collection, number, query)
         if dev:
             self._write_dev(dev, collection)
         log(f"{counts['train']:,} training and {counts['dev']:,} dev queries")
-        if counts["drawn"]:
-            log(f"{counts['drawn']:,} training queries had no negatives: some were drawn at random")
-        if self.absent:
-            log(f"{self.absent:,} negatives are not in the corpus: left out")
-        if self.clean.changed:
-            log(f"{self.clean.changed:,} texts had TABs or line ends, which became blanks")
+        if counts["random"]:
+            log(f"{counts['random']:,} training queries had no negatives: random passages were added")
+        if self.unknown_negatives:
+            log(f"{self.unknown_negatives:,} negatives are not in the corpus: omitted")
+        if self.changed_texts:
+            log(f"{self.changed_texts:,} texts had TABs or line breaks: replaced by spaces")
+
+    def _one_line(self, text: str) -> str:
+        """Return the text as it fits into a column, and count the texts that this changes."""
+        clean = text.replace("\t", " ").replace("\r\n", " ").replace("\n", " ")
+        self.changed_texts += clean != text
+        return clean
 
     def _check(self, query: Query) -> None:
         known = [pid for pid in query.negatives if pid in self.rows]
-        self.absent += len(query.negatives) - len(known)
+        self.unknown_negatives += len(query.negatives) - len(known)
         query.negatives = known
         unknown = [pid for pid in query.positives if pid not in self.rows]
         if unknown:
-            raise UserError(f"query {query.qid}: the passage {unknown[0]} is not in the corpus")
+            raise UserError(f"query {query.qid}: passage {unknown[0]} is not in the corpus")
         if not query.text.strip():
-            raise UserError(f"query {query.qid}: its text is empty")
+            raise UserError(f"query {query.qid}: empty text")
         if not query.positives:
             raise UserError(f"query {query.qid}: no positive passage")
 
-    def _write_training(self, dual, cross, collection, number: int, query: Query) -> bool:
-        text, positives = self.clean(query.text), [self.rows[pid] for pid in query.positives]
-        negatives = [self.rows[pid] for pid in query.negatives] or self._draw(number, positives)
+    def _write_training(
+        self, dual: TextIO, cross: TextIO, collection: PassageCollection, number: int, query: Query
+    ) -> None:
+        text, positives = self._one_line(query.text), [self.rows[pid] for pid in query.positives]
+        negatives = [self.rows[pid] for pid in query.negatives] or self._random_rows(number, positives)
         for positive in positives:
             for negative in negatives:
                 dual.write(f"{text}\t\t{collection[positive]}\t\t{collection[negative]}\t0\n")
             cross.write(f"{text}\t\t{collection[positive]}\t1\n")
         cross.writelines(f"{text}\t\t{collection[negative]}\t0\n" for negative in negatives)
-        return not query.negatives
 
-    def _draw(self, number: int, positives: list[int]) -> list[int]:
-        draw = np.random.default_rng([self.seed, number])
-        rows = draw.choice(len(self.rows), min(len(self.rows), 4 + len(positives)), replace=False).tolist()
-        return [row for row in rows if row not in positives][:4]
+    def _random_rows(self, number: int, positives: list[int]) -> list[int]:
+        generator = np.random.default_rng([self.seed, number])
+        count = min(len(self.rows), RANDOM_NEGATIVES + len(positives))
+        rows = generator.choice(len(self.rows), count, replace=False).tolist()
+        return [row for row in rows if row not in positives][:RANDOM_NEGATIVES]
 
     def _add_dev(self, dev: dict[str, Query], query: Query) -> None:
-        text = self.clean(query.text)
-        if text in dev:  # results know a query by its text: one entry with the answers of both
+        text = self._one_line(query.text)
+        if text in dev:  # a result knows a query by its text: one entry gets the answers of both
             known = dev[text]
             known.positives += [pid for pid in query.positives if pid not in known.positives]
         else:
             dev[text] = query
 
-    def _write_dev(self, dev: dict[str, Query], collection) -> None:
+    def _write_dev(self, dev: dict[str, Query], collection: PassageCollection) -> None:
         folder = self.folder / "dev"
         with atomic_write(folder / "dev.json") as file:
             for text, query in dev.items():

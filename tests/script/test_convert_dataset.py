@@ -44,7 +44,7 @@ def run(*words) -> int:
 def test_beir_to_the_official_layout(tmp_path, capsys):
     assert run("beir", beir(tmp_path / "beir"), "--to", tmp_path / "D") == 0
     out = capsys.readouterr().out
-    assert "1 training queries had no negatives" in out and "1 texts had TABs or line ends" in out
+    assert "1 training queries had no negatives" in out and "1 texts had TABs" in out
     collection = PassageCollection(tmp_path / "D/passage-collection")
     assert collection[0:3] == ["鱼 清蒸鱼要先去腥", "红烧肉 要 炖", ""]
     ids = read_passage_ids(tmp_path / "D/passage-collection/passage2id.map.json")
@@ -150,15 +150,15 @@ def test_trec_files(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda f: write(f / "corpus.jsonl", json_lines([CORPUS[0], CORPUS[0]])), "d1 is there twice"),
-    (lambda f: write(f / "corpus.jsonl", ["{"]), "corpus.jsonl:1: not JSON"),
-    (lambda f: write(f / "corpus.jsonl", ['{"_id": "x"}']), "corpus.jsonl:1: none of text"),
+    (lambda f: write(f / "corpus.jsonl", json_lines([CORPUS[0], CORPUS[0]])), "d1: duplicate"),
+    (lambda f: write(f / "corpus.jsonl", ["{"]), "corpus.jsonl:1: "),
+    (lambda f: write(f / "corpus.jsonl", ['{"_id": "x"}']), "corpus.jsonl:1: "),
     (lambda f: write(f / "qrels/test.tsv", ["q1\tnowhere\t1"]), "nowhere is not in the corpus"),
-    (lambda f: write(f / "qrels/test.tsv", ["q9\td1\t1"]), "q9 is not in queries.jsonl"),
-    (lambda f: (f / "corpus.jsonl").unlink(), "no file corpus in it"),
+    (lambda f: write(f / "qrels/test.tsv", ["q9\td1\t1"]), "query q9 is not in"),
+    (lambda f: (f / "corpus.jsonl").unlink(), "no file corpus"),
 ])  # fmt: skip
 def test_malformed_sources_are_named(tmp_path, capsys, change, words):
     change(beir(tmp_path / "beir"))
     assert run("beir", tmp_path / "beir", "--to", tmp_path / "D") == 2
     error = capsys.readouterr().err
-    assert " ERROR " in error and words in error
+    assert error.count("\n") == 1 and words in error
