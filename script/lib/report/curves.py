@@ -1,9 +1,10 @@
-"""Training curves from tensorboard's event files, and the lengths of texts; for script/report.py."""
+"""Training curves from TensorBoard's event files, and the lengths of texts in tokens, for the report."""
 
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,121 +15,120 @@ from torch_src.runtime.errors import DAMAGE, UserError
 from torch_src.runtime.files import read_json
 
 TAGS = {"train/loss": "loss", "dev/MRR@10": "MRR@10", "train/lr": "lr"}  # tag -> name in the history
-TELLING = ("train/loss", "dev/MRR@10")  # two trainings may share their learning rates, not these
-FIXED = {"query_prefix": str, "passage_prefix": str, "remove_spaces": bool, "q_max_seq_len": int,
-         "p_max_seq_len": int}  # fmt: skip
-LONGEST = 8192  # tokens; a longer text counts as one of so many
+DISTINCTIVE = ("train/loss", "dev/MRR@10")  # two training runs may share their learning rates, but not these
+MODEL_SETTINGS = {"query_prefix": str, "passage_prefix": str, "remove_spaces": bool, "q_max_seq_len": int,
+                  "p_max_seq_len": int}  # fmt: skip
+MAX_TOKENS = 8192  # longer texts count as this long
 
 Points = dict[str, dict[int, float]]  # tag -> step -> value
+History = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What a training run plotted."""
+    """The curves of a training run."""
 
     points: Points
-    best_step: int  # whose weights were kept; 0: not known
-    lacks: str = ""  # what may be missing of them, and why; empty: nothing
+    best_step: int  # the step of the saved weights; 0: unknown
+    missing: str = ""  # which values are missing, and why; empty: none
 
 
-def read_curves(folder: Path, name: str) -> tuple[Curves | None, str]:
-    """Return (the curves of dual or cross, "") or (None, why not).
+def read_curves(folder: Path, model: str) -> tuple[Curves | None, str]:
+    """Return (the curves of dual or cross, "") or (None, the reason why there are none).
 
-    Both models plot into output_dir/tensorboard, as did earlier trainings there: a file belongs to the model
-    when its values are those of the history in NAME_checkpoint.pt. Without that, a lone file beside a lone
-    model is taken.
+    Both models, and earlier training runs, write to output_dir/tensorboard. A file belongs to the model when
+    its values equal those of the history in MODEL_checkpoint.pt. Without a checkpoint, a single event file
+    beside a single model is used.
     """
     board = folder / "tensorboard"
-    files, trouble = read_board(board)
+    files, unreadable = read_board(board)
     if not files:
-        return None, trouble or f"no event files with curves in {board}"
-    progress = read_progress(folder / f"{name}_checkpoint.pt")
+        return None, unreadable or f"no event files with curves in {board}"
+    checkpoint = folder / f"{model}_checkpoint.pt"
+    progress = read_progress(checkpoint)
     if progress is None:
-        models = [one for one in ("dual", "cross") if (folder / f"{one}_params.bin").exists()]
+        models = [name for name in ("dual", "cross") if (folder / f"{name}_params.bin").exists()]
         if len(files) > 1 or len(models) > 1:
-            return None, f"event files in {board}, but no {name}_checkpoint.pt to tell which are its own"
-        return Curves(files[0], 0, trouble), ""
-    own = [points for points in files if belongs(points, progress["history"])]
-    also = trouble and f"; {trouble}"
+            return None, f"{board}: without {checkpoint.name} it is unknown which event files belong to it"
+        return Curves(files[0], 0, unreadable), ""
+    history = progress["history"]
+    own = [points for points in files if belongs(points, history)]
+    also = unreadable and f"; {unreadable}"
     if not own:
-        return None, f"no event file in {board} is of the training in {folder / name}_checkpoint.pt{also}"
-    points = joined(own)
-    lacks = missing(points, progress["history"])
-    return Curves(points, progress.get("best_step", 0), lacks and lacks + also), ""
+        return None, f"no event file in {board} belongs to {checkpoint}{also}"
+    points = merged(own)
+    missing = missing_values(points, history)
+    return Curves(points, progress.get("best_step", 0), missing and missing + also), ""
 
 
 def read_board(board: Path) -> tuple[list[Points], str]:
-    """Return (the curves of each event file that has any, what is wrong with the others)."""
-    files, trouble = [], []
-    for path in sorted(board.glob("events.out.tfevents.*"), key=numbers_in_the_name):
+    """Return (the curves of each readable event file, what is wrong with the others)."""
+    files, unreadable = [], []
+    for path in sorted(board.glob("events.out.tfevents.*"), key=numbers_in_name):
         try:
-            points, why = read_events(path), "no value can be read: damaged, or ended before the first"
+            points, reason = read_events(path), "no readable values (damaged or truncated)"
         except OSError as error:
-            points, why = {}, error.strerror or str(error)
+            points, reason = {}, error.strerror or str(error)
         if points:
             files.append(points)
         else:
-            trouble.append(f"{path}: {why}")
-    return files, "; ".join(trouble)
+            unreadable.append(f"{path}: {reason}")
+    return files, "; ".join(unreadable)
 
 
-def numbers_in_the_name(path: Path) -> list[int]:
-    """Return second, process and count, which order event files by age; as text, 10 would stand before 9."""
+def numbers_in_name(path: Path) -> list[int]:
+    """Return second, process and count of an event file; as text, 10 would sort before 9."""
     return [int(number) for number in re.findall(r"\d+", path.name)]
 
 
 def read_events(path: Path) -> Points:
-    """Return the curves of one event file, up to where it is torn or damaged; OSError when it cannot be
-    opened.
-    """
+    """Return the curves of an event file up to its first damaged byte; OSError if it cannot be opened."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0})  # 0: all of them
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0})  # 0: no limit
     events.Reload()
     tags = [tag for tag in TAGS if tag in events.Tags()["scalars"]]
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
 
 
-def read_progress(path: Path) -> dict | None:
-    """Return the progress in a checkpoint, None when there is none that can be read.
-
-    The weights are mapped, not read: they may be gigabytes.
-    """
-    try:
+def read_progress(path: Path) -> dict[str, Any] | None:
+    """Return the progress in a checkpoint; None without a readable one."""
+    try:  # mmap: the weights, which may be gigabytes, are not read
         progress = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["progress"]
         return progress if isinstance(progress.get("history"), list) else None
     except (*DAMAGE, OSError):
         return None
 
 
-def belongs(points: Points, history: list[dict]) -> bool:
-    """Return whether most of the values that the file shares with the history are the same."""
+def belongs(points: Points, history: History) -> bool:
+    """Return whether most of the values that an event file shares with the history are equal."""
     known = {(entry["step"], name): entry[name] for entry in history for name in TAGS.values()
              if name in entry}  # fmt: skip
-    same = [math.isclose(value, known[step, TAGS[tag]], rel_tol=1e-4, abs_tol=1e-4)
-            for tag in TELLING for step, value in points.get(tag, {}).items()
-            if (step, TAGS[tag]) in known]  # fmt: skip
-    return sum(same) > len(same) / 2
+    equal = [math.isclose(value, known[step, TAGS[tag]], rel_tol=1e-4, abs_tol=1e-4)
+             for tag in DISTINCTIVE for step, value in points.get(tag, {}).items()
+             if (step, TAGS[tag]) in known]  # fmt: skip
+    return sum(equal) > len(equal) / 2
 
 
-def missing(points: Points, history: list[dict]) -> str:
-    """Return which values of the checkpoint's history the curves do not have; empty when they have all.
+def missing_values(points: Points, history: History) -> str:
+    """Return which values of the history the curves lack; empty if none.
 
-    The reader of event files ends at the first damaged byte, and says nothing.
+    The reader of event files stops silently at the first damaged byte.
     """
     parts = []
     for tag, name in TAGS.items():
         known = {entry["step"] for entry in history if name in entry}
-        gone = known - points.get(tag, {}).keys()
-        if gone:
+        missing = known - points.get(tag, {}).keys()
+        if missing:
             last = max(points.get(tag, {}), default=0)
-            values = f"{len(gone)} of {len(known)} values"
-            parts.append(f"{tag} lacks {values}, ends at step {last} of {max(known)}")
-    return f"{', '.join(parts)}; an event file is damaged or cut" if parts else ""
+            parts.append(
+                f"{tag} lacks {len(missing)} of {len(known)} values, ends at step {last} of {max(known)}"
+            )
+    return f"{', '.join(parts)}; an event file is damaged or truncated" if parts else ""
 
 
-def joined(files: list[Points]) -> Points:
-    """Return the curves of a training that was killed and carried on, in files by time: the later wins."""
+def merged(files: list[Points]) -> Points:
+    """Return the curves of a run that was resumed, from its files in order of time: the later value wins."""
     points: Points = {}
     for file in files:
         for tag, values in file.items():
@@ -138,44 +138,46 @@ def joined(files: list[Points]) -> Points:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a sample of texts, prefix and special tokens included."""
+    """Tokens of a sample of texts, with prefix and special tokens."""
 
     tokens: np.ndarray  # (sampled,) int64
     of: int  # texts that the sample was drawn from
-    limit: int  # tokens after which the model cuts
+    limit: int  # tokens after which the model truncates
 
     @property
-    def cut(self) -> float:
-        """The share of texts that are cut."""
+    def truncated(self) -> float:
+        """The share of texts that the model truncates."""
         return float((self.tokens > self.limit).mean())
 
 
-def read_fixed(record: Path) -> dict:
-    """Return the settings that a retriever's weights fix; UserError when the record does not hold them."""
-    fixed = read_json(record).get("fixed_by_weights")
-    if not isinstance(fixed, dict) or any(type(fixed.get(name)) is not kind for name, kind in FIXED.items()):
-        raise UserError(f"{record}: not as do_dual_train.py writes it")
-    return fixed
+def read_model_settings(path: Path) -> dict[str, Any]:
+    """Return the settings saved with a retriever's weights; UserError if one is missing or malformed."""
+    settings = read_json(path).get("fixed_by_weights")
+    if not isinstance(settings, dict) or any(
+        type(settings.get(name)) is not kind for name, kind in MODEL_SETTINGS.items()
+    ):
+        raise UserError(f"{path}: not written by do_dual_train.py")
+    return settings
 
 
 def measure_lengths(
     folder: Path, queries: list[str], collection: PassageCollection, samples: int, seed: int
 ) -> tuple[dict[str, Lengths], str]:
-    """Return ({queries, passages: Lengths}, "") by the retriever's own tokenizer, or ({}, why not)."""
-    record, model = folder / "dual_hparams.json", folder / "dual_model"
-    if not record.exists() or not model.exists():
-        return {}, f"no dual_hparams.json and dual_model/ in {folder}, as of a retriever not trained here"
+    """Return ({queries, passages: Lengths}, "") with the retriever's tokenizer, or ({}, the reason)."""
+    settings_path, model = folder / "dual_hparams.json", folder / "dual_model"
+    if not settings_path.exists() or not model.exists():
+        return {}, f"{folder} has no dual_hparams.json and dual_model/: the retriever was not trained here"
     try:
-        fixed, tokenizer = read_fixed(record), load_tokenizer(str(model))
+        settings, tokenizer = read_model_settings(settings_path), load_tokenizer(str(model))
     except UserError as error:
         return {}, str(error)
-    measured, draw = {}, np.random.default_rng(seed)
-    for name, letter, texts in (("queries", "q", queries), ("passages", "p", collection)):
+    measured, generator = {}, np.random.default_rng(seed)
+    texts: list[str] | PassageCollection
+    for name, side, texts in (("queries", "query", queries), ("passages", "passage", collection)):
         count = min(samples, len(texts))
-        rows = np.sort(draw.choice(len(texts), count, replace=False, shuffle=False)).tolist()
-        prefix = "query_prefix" if letter == "q" else "passage_prefix"
-        rules = TextRules(LONGEST, fixed[prefix], fixed["remove_spaces"])
+        rows = np.sort(generator.choice(len(texts), count, replace=False, shuffle=False)).tolist()
+        rules = TextRules(MAX_TOKENS, settings[f"{side}_prefix"], settings["remove_spaces"])
         ids, _ = tokenize(tokenizer, [texts[row] for row in rows], rules)
         tokens = np.array([len(text) for text in ids])
-        measured[name] = Lengths(tokens, len(texts), fixed[f"{letter}_max_seq_len"])
+        measured[name] = Lengths(tokens, len(texts), settings[f"{side[0]}_max_seq_len"])
     return measured, ""

@@ -1,9 +1,10 @@
-"""What script/report.py shows of runs and reference: ranks, kinds of queries, the passages that are named."""
+"""What the report shows of the runs and the reference: ranks, outcomes of queries, passages."""
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,44 +18,44 @@ from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import require
 from torch_src.runtime.stamps import fingerprint_files, read_stamp
 
-CHUNK = 256  # passages in one JSON script of the page: parsed when one of them is shown
+CHUNK = 256  # passages in one JSON script of the page, which is parsed when one of them is shown
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A run: its name on the page, its path, and of each query (rows, scores), best first."""
+    """A run: its name on the page, its path and its ranking of each query."""
 
     name: str  # retriever or re-ranker
     path: Path
-    ranked: dict[str, tuple[list[int], list[float]]]
+    ranked: dict[str, tuple[list[int], list[float]]]  # query -> (rows, scores), best first
 
 
 @dataclass
-class Found:
-    """Everything read that the page is about; memory is that of the runs, and of the named rows' ids."""
+class Report:
+    """What the page is about. Memory: the runs, and the ids of their rows."""
 
     collection: PassageCollection
-    stages: list[Stage]  # the retriever, then the re-ranker where there is one
-    qids: dict[str, list[str]]  # of each query of the retriever's run; [""] where they are not known
-    reference: dict[str, set[str]]  # qid -> pids of its gold passages; empty without one
-    pids: dict[int, str] = field(default_factory=dict)  # of the rows that the runs name
-    rows: dict[str, int] = field(default_factory=dict)  # of gold pids; without those that have no row
-    notes: list[str] = field(default_factory=list)  # what is left out, and why
+    stages: list[Stage]  # the retriever, then the re-ranker if there is one
+    qids: dict[str, list[str]]  # of each query in the retriever's run; [""] if unknown
+    reference: dict[str, set[str]]  # qid -> pids of its gold passages; empty without a reference
+    pids: dict[int, str] = field(default_factory=dict)  # of the rows in the runs
+    rows: dict[str, int] = field(default_factory=dict)  # of the gold pids that are in the collection
+    notes: list[str] = field(default_factory=list)  # what is omitted, and why
 
     def result(self, stage: Stage) -> dict[str, list[str]]:
         """Return {qid: [pid, ...]} of a stage, best first, as the converters would write it."""
-        ranked = ((qid, stage.ranked.get(query, ([], []))[0]) for query, qid in self.asked())
+        ranked = ((qid, stage.ranked.get(query, ([], []))[0]) for query, qid in self.queries())
         return {qid: [self.pids[row] for row in rows] for qid, rows in ranked if rows}
 
-    def asked(self) -> Iterator[tuple[str, str]]:
+    def queries(self) -> Iterator[tuple[str, str]]:
         """Yield (query, qid) in the order of the retriever's run."""
         for query in self.stages[0].ranked:
             for qid in self.qids[query]:
                 yield query, qid
 
 
-def find(hp: ReportHparams) -> Found:
-    """Return the runs and the reference; UserError where they do not fit together."""
+def read_report(hp: ReportHparams) -> Report:
+    """Return the runs and the reference; UserError if they do not belong together."""
     cache = str(Path(hp.output_dir) / "cache")
     collection = PassageCollection(hp.passage_dir_path, cache)
     require(hp.dual_run_path, "the retriever's run", "run do_dual_infer.py first, or pass --dual_run")
@@ -65,104 +66,108 @@ def find(hp: ReportHparams) -> Found:
         notes.append("No re-ranked run: the page shows the retriever alone.")
     else:
         stages.append(read_stage("re-ranker", hp.cross_run_path, collection))
-        notes += foreign_candidates(hp)
-    found = Found(collection, stages, query_ids(hp, stages), {}, notes=notes)
-    add_reference(hp, found)
-    add_ids(hp, found, cache)
-    return found
+        notes += other_candidates(hp)
+    report = Report(collection, stages, query_ids(hp, stages), {}, notes=notes)
+    add_reference(hp, report)
+    add_ids(hp, report, cache)
+    return report
 
 
 def read_stage(name: str, path: Path, collection: PassageCollection) -> Stage:
     """Return a run; FormatError for a malformed one."""
     candidates = open_candidates(str(path), collection, None)
     if candidates.pids is not None:
-        raise UserError(f"{path}: expected a run (query, row, rank, score), not an official file")
-    pairs = [(query, candidates.rows[at].tolist(), candidates.scores[at].tolist())
-             for query, at in candidates.spans()]  # fmt: skip
-    return Stage(name, path, {query: (rows, scores) for query, rows, scores in pairs})
+        raise UserError(f"{path}: an official candidate file (expected a run: query, row, rank, score)")
+    ranked = {query: (candidates.rows[at].tolist(), candidates.scores[at].tolist())
+              for query, at in candidates.spans()}  # fmt: skip
+    return Stage(name, path, ranked)
 
 
-def foreign_candidates(hp: ReportHparams) -> list[str]:
-    """Return a line where the re-ranked run was not made of this retriever's run."""
-    made_of = (read_stamp(hp.cross_run_path) or {}).get("candidates")
-    if made_of in (None, fingerprint_files([hp.dual_run_path])):
+def other_candidates(hp: ReportHparams) -> list[str]:
+    """Return a note if the re-ranked run was made from another retriever's run."""
+    made_from = (read_stamp(hp.cross_run_path) or {}).get("candidates")
+    if made_from in (None, fingerprint_files([hp.dual_run_path])):
         return []
-    return [f"{hp.cross_run_path} was made of other candidates than {hp.dual_run_path}: "
-            "what is lost and gained below is not the re-ranker's doing alone."]  # fmt: skip
+    return [
+        f"{hp.cross_run_path} was not made from {hp.dual_run_path}: "
+        "the changes shown below are not those of the re-ranker alone."
+    ]
 
 
 def query_ids(hp: ReportHparams, stages: list[Stage]) -> dict[str, list[str]]:
-    """Return {query: its qids} of the retriever's queries; UserError for one that dev_q lacks, or a
-    re-ranked one that the retriever's run lacks.
-    """
+    """Return {query: its qids}; UserError for a query that dev_q or the retriever's run lacks."""
     known = read_query_ids(hp)
-    for stage, there, where in zip(
-        stages, (known, stages[0].ranked), (hp.dev_q_path, stages[0].path), strict=False
-    ):
+    expected = ((known.keys(), hp.dev_q_path), (stages[0].ranked.keys(), stages[0].path))
+    for stage, (queries, path) in zip(stages, expected, strict=False):
         for query in stage.ranked:
-            if query not in there:
-                raise UserError(f"{stage.path}: the query {query[:40]!r} is not in {where}")
+            if query not in queries:
+                raise UserError(f"{stage.path}: query {query[:40]!r} is not in {path}")
     return {query: known[query] or [""] for query in stages[0].ranked}
 
 
-def add_reference(hp: ReportHparams, found: Found) -> None:
-    """Read the reference, or note why there is none."""
-    why = f"{hp.dev_set_path} is not there" if hp.dev_set != NONE else "--dev_set none"
+def add_reference(hp: ReportHparams, report: Report) -> None:
+    """Read the reference, or add a note why there is none."""
+    reason = f"{hp.dev_set_path} does not exist" if hp.dev_set != NONE else "--dev_set none"
     if hp.dev_set and hp.dev_set != NONE:
-        require(hp.dev_set_path, "queries with answers", "--dev_set none goes without")
+        require(hp.dev_set_path, "queries with answers", "--dev_set none omits the metrics")
     if hp.dev_set != NONE and os.path.exists(hp.dev_set_path):
-        reference, asked = load_reference(hp.dev_set_path), {qid for _, qid in found.asked()}
-        absent = len(reference.keys() - asked)
-        if absent < len(reference):
-            found.reference = reference
-            if absent:
-                found.notes.append(f"{absent:,} queries of {hp.dev_set_path} are not in the run: they count "
-                                   "0 in the measures and are not listed.")  # fmt: skip
+        reference, qids = load_reference(hp.dev_set_path), {qid for _, qid in report.queries()}
+        missing = len(reference.keys() - qids)
+        if missing < len(reference):
+            report.reference = reference
+            if missing:
+                report.notes.append(
+                    f"{missing:,} queries of {hp.dev_set_path} are not in the run: "
+                    "they count as 0 in the metrics and are not listed."
+                )
             return
-        why = f"{hp.dev_set_path} has none of these queries"
-    found.notes.append(f"No reference ({why}): nothing is scored, and queries cannot be filtered by outcome.")
+        reason = f"{hp.dev_set_path} contains none of these queries"
+    report.notes.append(f"No reference ({reason}): no metrics, and no filters by outcome.")
 
 
-def add_ids(hp: ReportHparams, found: Found, cache: str) -> None:
-    """Fill in the pids of the named rows and the rows of the gold passages."""
-    named = sorted({row for stage in found.stages for rows, _ in stage.ranked.values() for row in rows})
+def add_ids(hp: ReportHparams, report: Report, cache: str) -> None:
+    """Fill in the pids of the rows in the runs, and the rows of the gold passages."""
+    named = sorted({row for stage in report.stages for rows, _ in stage.ranked.values() for row in rows})
     ids = read_passage_ids(hp.passage_ids_path, cache)
-    check_length(hp.passage_ids_path, len(ids), len(found.collection))
-    found.pids = {row: pid.decode() for row, pid in zip(named, ids[named].tolist(), strict=True)}
-    del ids  # of the whole collection: no longer than for this
-    gold = set().union(*(found.reference.get(qid, ()) for _, qid in found.asked()))
-    found.rows = {pid: row for row, pid in found.pids.items() if pid in gold}
-    others = sorted(pid.encode("utf-8", "replace") for pid in gold - found.rows.keys())
+    check_length(hp.passage_ids_path, len(ids), len(report.collection))
+    report.pids = {row: pid.decode() for row, pid in zip(named, ids[named].tolist(), strict=True)}
+    del ids  # of the whole collection: freed before rows_of reads them again
+    gold: set[str] = set().union(*(report.reference.get(qid, ()) for _, qid in report.queries()))
+    report.rows = {pid: row for row, pid in report.pids.items() if pid in gold}
+    others = sorted(pid.encode("utf-8", "replace") for pid in gold - report.rows.keys())
     if others:
         rows = rows_of(hp.passage_ids_path, np.array(others)).tolist()
-        found.rows |= {pid.decode(): row for pid, row in zip(others, rows, strict=True) if row >= 0}
+        report.rows |= {pid.decode(): row for pid, row in zip(others, rows, strict=True) if row >= 0}
 
 
-def first_ranks(found: Found, stage: Stage) -> dict[str, int]:
-    """Return {qid: rank of its first gold passage, 0 where none is in the run} of all reference queries."""
-    result = found.result(stage)
+def first_ranks(report: Report, stage: Stage) -> dict[str, int]:
+    """Return {qid: rank of its first gold passage, or 0} for all queries of the reference."""
+    result = report.result(stage)
     return {qid: next((rank for rank, pid in enumerate(result.get(qid, ()), 1) if pid in gold), 0)
-            for qid, gold in found.reference.items()}  # fmt: skip
+            for qid, gold in report.reference.items()}  # fmt: skip
 
 
 def hit_rates(ranks: dict[str, int]) -> list[float]:
-    """Return the share of queries with a gold passage among the first k, for k = 1..DEPTH."""
+    """Return the share of queries with a gold passage in the top k, for k = 1..DEPTH."""
     return [sum(0 < rank <= k for rank in ranks.values()) / len(ranks) for k in range(1, DEPTH + 1)]
 
 
-def split_scores(found: Found, stage: Stage) -> tuple[list[float], list[float]]:
-    """Return (scores of gold passages, scores of the others) of the queries that have a reference."""
-    split: tuple[list[float], list[float]] = ([], [])
-    for query, qid in found.asked():
-        gold = found.reference.get(qid)
-        for row, score in zip(*stage.ranked.get(query, ([], [])), strict=True) if gold else ():
-            split[found.pids[row] not in gold].append(score)
-    return split
+def split_scores(report: Report, stage: Stage) -> tuple[list[float], list[float]]:
+    """Return (scores of gold passages, other scores) for the queries that have a reference."""
+    gold_scores: list[float] = []
+    other_scores: list[float] = []
+    for query, qid in report.queries():
+        gold = report.reference.get(qid)
+        if gold:
+            for row, score in zip(*stage.ranked.get(query, ([], [])), strict=True):
+                (gold_scores if report.pids[row] in gold else other_scores).append(score)
+    return gold_scores, other_scores
 
 
-def kind_of(before: dict[str, float], after: dict[str, float] | None) -> str:
-    """Return missed (no gold passage among the retriever's first 50), lost or gained (MRR@10 of the query
-    fell or rose by re-ranking), or nothing. `before` and `after` are the query's measures.
+def outcome(before: dict[str, float], after: dict[str, float] | None) -> str:
+    """Return missed, lost, gained or nothing, from a query's metrics before and after re-ranking.
+
+    missed: no gold passage in the retriever's top 50; lost, gained: re-ranking lowered or raised MRR@10.
     """
     if not before["recall@50"]:
         return "missed"
@@ -170,57 +175,62 @@ def kind_of(before: dict[str, float], after: dict[str, float] | None) -> str:
     return "lost" if change < 0 else "gained" if change > 0 else ""
 
 
-class Shelf:
-    """The passages that the page shows: each row once, numbered as they are first named."""
+class Passages:
+    """The passages on the page: each row once, numbered in the order of first use."""
 
-    def __init__(self):
-        self.places: dict[int, int] = {}
+    def __init__(self) -> None:
+        self.numbers: dict[int, int] = {}
 
-    def place(self, row: int) -> int:
-        return self.places.setdefault(row, len(self.places))
+    def number(self, row: int) -> int:
+        return self.numbers.setdefault(row, len(self.numbers))
 
-    def chunks(self, collection: PassageCollection, characters: int) -> Iterator[list]:
-        """Yield lists of [row, text], at most CHUNK of them, texts cut after so many characters."""
-        rows = list(self.places)
+    def chunks(self, collection: PassageCollection, characters: int) -> Iterator[list[tuple[int, str]]]:
+        """Yield lists of (row, text), at most CHUNK each, texts truncated to so many characters."""
+        rows = list(self.numbers)
         for start in range(0, len(rows), CHUNK):
-            yield [[row, shortened(collection[row], characters)] for row in rows[start : start + CHUNK]]
+            yield [(row, shortened(collection[row], characters)) for row in rows[start : start + CHUNK]]
 
 
 def shortened(text: str, characters: int) -> str:
     return text if len(text) <= characters else text[:characters] + "…"
 
 
-def browsed_queries(found: Found, shelf: Shelf, depth: int) -> list[dict]:
-    """Return what the page shows of each query, passages by their place on the shelf.
+def query_entries(report: Report, passages: Passages, depth: int) -> list[dict[str, Any]]:
+    """Return what the page shows of each query; passages are given by their number on the page.
 
-    A query's items are [place, rank and score of the retriever, rank and score of the re-ranker, gold];
-    rank 0: not in that run.
+    An item is [number, rank and score of the retriever, rank and score of the re-ranker, gold]; rank 0: not
+    in that run.
     """
-    measures = [per_query(found.reference, found.result(stage)) for stage in found.stages]
-    ranks = [first_ranks(found, stage) for stage in found.stages]
+    metrics = [per_query(report.reference, report.result(stage)) for stage in report.stages]
+    ranks = [first_ranks(report, stage) for stage in report.stages]
     entries = []
-    for query, qid in found.asked():
-        gold = found.reference.get(qid, set())
-        entry = {"query": query, "qid": qid, "items": items(found, shelf, query, gold, depth)}
+    for query, qid in report.queries():
+        gold = report.reference.get(qid, set())
+        entry: dict[str, Any] = {"query": query, "qid": qid}
+        entry["items"] = query_items(report, passages, query, gold, depth)
         if gold:
-            own = [values[qid] for values in measures]
-            entry["kind"] = kind_of(own[0], own[1] if len(own) > 1 else None)
+            own = [values[qid] for values in metrics]
+            entry["kind"] = outcome(own[0], own[1] if len(own) > 1 else None)
             entry["change"] = round(own[-1]["MRR@10"] - own[0]["MRR@10"], 4)
             entry["first"] = [of_stage[qid] for of_stage in ranks]
-            entry["absent"] = sorted(gold - found.rows.keys())
+            entry["absent"] = sorted(gold - report.rows.keys())
         entries.append(entry)
     return entries
 
 
-def items(found: Found, shelf: Shelf, query: str, gold: set[str], depth: int) -> list[list]:
-    """Return the items of a query: what a stage has among its first `depth`, and the gold passages."""
-    ranked = [stage.ranked.get(query, ([], [])) for stage in found.stages]
-    rows_of_gold = {found.rows[pid] for pid in gold if pid in found.rows}
-    shown = [row for rows, _ in ranked for row in rows[:depth]] + sorted(rows_of_gold)
+def query_items(
+    report: Report, passages: Passages, query: str, gold: set[str], depth: int
+) -> list[list[float]]:
+    """Return the items of a query: the top `depth` passages of each stage, and the gold passages."""
+    rankings = [stage.ranked.get(query, ([], [])) for stage in report.stages]
+    gold_rows = {report.rows[pid] for pid in gold if pid in report.rows}
+    shown = dict.fromkeys([*(row for rows, _ in rankings for row in rows[:depth]), *sorted(gold_rows)])
     places = [{row: (rank, float(f"{score:.5g}"))
                for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1)}
-              for rows, scores in ranked]  # fmt: skip
-    found_at = [(row, [value for of_stage in places for value in of_stage.get(row, (0, 0))])
-                for row in dict.fromkeys(shown)]  # fmt: skip
-    return [[shelf.place(row), *values, int(row in rows_of_gold or found.pids[row] in gold)]
-            for row, values in found_at]  # fmt: skip
+              for rows, scores in rankings]  # fmt: skip
+    items = []
+    for row in shown:
+        values = [value for of_stage in places for value in of_stage.get(row, (0, 0))]
+        is_gold = row in gold_rows or report.pids[row] in gold
+        items.append([passages.number(row), *values, int(is_gold)])
+    return items
