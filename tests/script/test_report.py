@@ -1,4 +1,4 @@
-"""The HTML report: a run worked by hand, hostile texts, what is left out, and in a browser."""
+"""The HTML report: a hand-worked run, hostile texts, missing inputs, and the page in a browser."""
 
 import json
 import re
@@ -13,6 +13,7 @@ from toy_world import ROOT, write
 from script import report
 from script.lib.report import curves as report_curves
 from script.lib.report import data as report_data
+from script.lib.report import page as report_page
 from script.lib.report.hparams import ReportHparams
 from script.lib.terms import PIECES, terms
 from torch_src.runtime import program
@@ -43,7 +44,7 @@ def run_lines(run: dict[str, list[int]]) -> list[str]:
 
 @pytest.fixture
 def world(tmp_path):
-    """A data set, and the two runs beside it; no models."""
+    """A data set and two runs, without models."""
     data, output = tmp_path / "data", tmp_path / "output"
     write(data / "passage-collection/part-00", [f"-\t\t{text}\t0" for text in PASSAGES])
     ids = {str(row): f"p{row}" for row in range(len(PASSAGES))}
@@ -97,16 +98,16 @@ class Parsed(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
-def test_kinds_ranks_and_items_by_hand(world):
-    found = report_data.find(settings(world))
-    entries = report_data.browsed_queries(found, report_data.Shelf(), depth=2)
+def test_outcomes_ranks_and_items_by_hand(world):
+    found = report_data.read_report(settings(world))
+    entries = report_data.query_entries(found, report_data.Passages(), depth=2)
     assert [entry["kind"] for entry in entries] == ["lost", "gained", "missed", ""]
     assert [entry["first"] for entry in entries] == [[1, 3], [3, 1], [0, 0], [1, 1]]
     assert [entry["change"] for entry in entries] == [-0.6667, 0.6667, 0, 0]
     # q1: rows 1 and 5 are shown of the retriever, 5 and 3 of the re-ranker; 1 is gold
     assert entries[0]["items"] == [[0, 1, 1.0, 3, 0.33333, 1], [1, 2, 0.5, 1, 1.0, 0],
                                    [2, 3, 0.33333, 2, 0.5, 0]]  # fmt: skip
-    # q2's gold passage stood at rank 3, which is not among the first two: shown all the same
+    # q2's gold passage at rank 3 is shown although depth is 2
     assert entries[1]["items"][2][1:] == [3, 0.33333, 1, 1.0, 1]
     # q3: one gold passage is in no run, the other not in the collection
     assert entries[2]["items"][-1][1:] == [0, 0, 0, 0, 1] and entries[2]["absent"] == ["absent<pid>"]
@@ -114,16 +115,16 @@ def test_kinds_ranks_and_items_by_hand(world):
 
 def test_a_change_below_rank_10_is_neither_lost_nor_gained():
     hit = {"recall@50": 1.0, "MRR@10": 0.0}
-    assert report_data.kind_of(hit, hit) == "" and report_data.kind_of(hit, None) == ""
-    assert report_data.kind_of({**hit, "recall@50": 0.0}, hit) == "missed"
+    assert report_data.outcome(hit, hit) == "" and report_data.outcome(hit, None) == ""
+    assert report_data.outcome({**hit, "recall@50": 0.0}, hit) == "missed"
 
 
 @pytest.mark.tools
-def test_measures_and_hit_rates_by_hand(world):
+def test_metrics_and_hit_rates_by_hand(world):
     page = Parsed(make(world))
     row = "0.5833 0.5000 0.7500 4"  # (1 + 1/3 + 0 + 1) / 4; both stages, in another order
     assert f"retriever {row} {world.output / 'res.top50'} re-ranker {row}" in page.text()
-    found = report_data.find(settings(world))
+    found = report_data.read_report(settings(world))
     rates = report_data.hit_rates(report_data.first_ranks(found, found.stages[0]))
     assert rates[:3] == [0.5, 0.5, 0.75] and rates[3:] == [0.75] * 47
     positives, negatives = report_data.split_scores(found, found.stages[1])
@@ -131,25 +132,25 @@ def test_measures_and_hit_rates_by_hand(world):
 
 
 @pytest.mark.tools
-def test_hostile_texts_come_back_as_they_were(world):
+def test_hostile_texts_survive_unchanged(world):
     html = make(world, "--characters", "1000")
     page = Parsed(html)
     assert page.json("data")["queries"][2]["absent"] == ["absent<pid>"]
     assert [5, HOSTILE] in page.json("passages-0")
     assert "\u2028" not in html and html.count("</script>") == html.count("<script")
     halves = ["\ud800</script>", "\U0002f800", "\x00\r"]
-    assert json.loads(report.as_json(halves)) == halves
-    report.as_json(halves).encode("utf-8")
-    assert report.text("<\ud800&\"'") == "&lt;?&amp;&quot;&#x27;"
+    assert json.loads(report_page.as_json(halves)) == halves
+    report_page.as_json(halves).encode("utf-8")
+    assert report_page.text("<\ud800&\"'") == "&lt;?&amp;&quot;&#x27;"
 
 
 @pytest.mark.tools
-def test_each_named_passage_once_and_cut(world):
+def test_each_passage_once_and_truncated(world):
     page = Parsed(make(world, "--characters", "3", "--depth", "1"))
     passages = page.json("passages-0")
     assert sorted(row for row, _ in passages) == [0, 1, 2, 3, 4, 5, 6]
     assert [1, "苹果价…"] in passages and [3, "价格表"] in passages
-    assert "first 1 passages of each stage, texts cut after 3 characters" in page.text()
+    assert "Top 1 passages of each stage, truncated to 3 characters" in page.text()
 
 
 @pytest.mark.tools
@@ -161,10 +162,10 @@ def test_the_page_needs_no_network_and_is_the_same_again(world):
 
 
 @pytest.mark.tools
-def test_stage_one_alone(world, capsys):
+def test_the_retriever_alone(world, capsys):
     (world.output / "res.rerank50").unlink()
     page = Parsed(make(world))
-    assert "No re-ranked run: the page shows the retriever alone." in page.text()
+    assert "No re-ranked run" in page.text()
     data = page.json("data")
     assert data["stages"] == ["retriever"] and data["queries"][0]["items"][0] == [0, 1, 1.0, 1]
     assert [query["kind"] for query in data["queries"]] == ["", "", "missed", ""]
@@ -177,17 +178,17 @@ def test_stage_one_alone(world, capsys):
 @pytest.mark.tools
 def test_without_a_reference(world):
     page = Parsed(make(world, "--dev_set", "none"))
-    assert "No reference (--dev_set none): nothing is scored" in page.text()
+    assert "No reference (--dev_set none)" in page.text()
     assert page.json("data")["scored"] is False and "kind" not in page.json("data")["queries"][0]
     other = '{"question_id": "z", "answer_paragraphs": [{"paragraph_id": "p"}]}'
     write(world.data / "dev/dev.json", [other])
-    assert "dev.json has none of these queries" in report_data.find(settings(world)).notes[0]
+    assert "dev.json contains none of these queries" in report_data.read_report(settings(world)).notes[0]
     (world.data / "dev/dev.json").unlink()
-    assert "dev.json is not there" in report_data.find(settings(world)).notes[0]
+    assert "dev.json does not exist" in report_data.read_report(settings(world)).notes[0]
 
 
 @pytest.mark.tools
-def test_reference_queries_without_a_list_count_nothing(world):
+def test_reference_queries_missing_from_the_run_count_as_zero(world):
     write(world.output / "res.top50", run_lines({query: DUAL[query] for query in list(QUERIES)[:2]}))
     (world.output / "res.rerank50").unlink()
     page = Parsed(make(world))
@@ -196,31 +197,31 @@ def test_reference_queries_without_a_list_count_nothing(world):
 
 
 @pytest.mark.tools
-def test_times_are_shown_where_they_are_known(world):
+def test_times(world):
     hp, path = settings(world), world.output / "run_all.json"
-    assert "run_all.json is not there" in report.times_section(hp)
+    assert "run_all.json does not exist" in report_page.times_section(hp)
     path.write_text('{"seconds": {"dual_train": 90, "convert": 30.0}}')
-    shown = Parsed(report.times_section(hp)).text()
-    assert "dual_train 1m30s 75 % convert 30.0s 25 % all 2m00s" in shown
+    shown = Parsed(report_page.times_section(hp)).text()
+    assert "dual_train 1m30s 75 % convert 30.0s 25 % total 2m00s" in shown
     for odd in ('{"seconds": ["x"]}', "{}", '{"seconds": {"convert": NaN}}', '{"seconds": {"convert": -1}}',
                 '{"seconds": {"convert": 1' + 400 * "0" + "}}"):  # fmt: skip
         path.write_text(odd)
-        assert "Left out: " in (left_out := Parsed(report.times_section(hp)).text())
-        assert "run_all.json: not written by script/run_all.py" in left_out
+        assert "Omitted: " in (left_out := Parsed(report_page.times_section(hp)).text())
+        assert "run_all.json: expected the seconds of each stage" in left_out
     path.write_text('{"sec')
-    assert "run_all.json: not readable as JSON" in Parsed(make(world)).text()
+    assert "Omitted: " + str(world.output / "run_all.json") in Parsed(make(world)).text()
 
 
-def test_a_run_of_other_candidates_is_named(world):
+def test_a_re_ranked_run_of_other_candidates(world):
     write(world.output / "res.rerank50.stamp.json", ['{"candidates": "0123456789abcdef"}'])
-    assert "was made of other candidates than" in report_data.find(settings(world)).notes[0]
+    assert "was not made from" in report_data.read_report(settings(world)).notes[0]
 
 
 @pytest.mark.tools
 def test_mistakes_are_one_line(world, capsys, monkeypatch):
     words = ["--data_dir", str(world.data), "--output_dir", str(world.output)]
     write(world.output / "res.top50", [*run_lines(DUAL), "谁也没问\t0\t1\t1"])
-    assert report.main(words) == 2 and "the query '谁也没问' is not in" in capsys.readouterr().err
+    assert report.main(words) == 2 and "query '谁也没问' is not in" in capsys.readouterr().err
     write(world.output / "res.top50", run_lines({"西瓜": [4]}))
     assert report.main(words) == 2 and f"is not in {world.output / 'res.top50'}" in capsys.readouterr().err
     (world.output / "res.top50").unlink()
@@ -231,7 +232,7 @@ def test_mistakes_are_one_line(world, capsys, monkeypatch):
 
 
 def train(folder, name: str, losses: dict[int, float], from_step: int = 0) -> None:
-    """Leave what a training leaves: an event file of the steps from `from_step` on, and a checkpoint."""
+    """Write what a training run writes: an event file of the steps from `from_step` on, and a checkpoint."""
     import torch
     from torch.utils.tensorboard import SummaryWriter
 
@@ -246,20 +247,20 @@ def train(folder, name: str, losses: dict[int, float], from_step: int = 0) -> No
     torch.save({"progress": {"history": history, "best_step": 2}}, folder / f"{name}_checkpoint.pt")
 
 
-def test_event_files_stand_by_age(tmp_path):
+def test_event_files_sort_by_age(tmp_path):
     names = [
         "events.out.tfevents.17.h.5.9.x",
         "events.out.tfevents.17.h.5.10.x",
         "events.out.tfevents.18.h.4.0.x",
     ]
-    found = sorted((tmp_path / name for name in reversed(names)), key=report_curves.numbers_in_the_name)
+    found = sorted((tmp_path / name for name in reversed(names)), key=report_curves.numbers_in_name)
     assert [path.name for path in found] == names
 
 
-def test_event_files_of_both_models_in_one_folder_are_told_apart(tmp_path):
-    train(tmp_path, "old", {1: 9.0, 2: 8.0})  # an earlier training, whose checkpoint is gone
+def test_event_files_of_two_models_in_one_folder(tmp_path):
+    train(tmp_path, "old", {1: 9.0, 2: 8.0})  # an earlier run without its checkpoint
     train(tmp_path, "dual", {1: 3.0, 2: 2.0, 3: 1.9})
-    train(tmp_path, "dual", {1: 3.0, 2: 2.0, 3: 1.8, 4: 1.7}, from_step=3)  # killed, carried on after step 2
+    train(tmp_path, "dual", {1: 3.0, 2: 2.0, 3: 1.8, 4: 1.7}, from_step=3)  # killed and resumed after step 2
     train(tmp_path, "cross", {1: 0.7, 2: 0.5})
     dual, why = report_curves.read_curves(tmp_path, "dual")
     assert why == "" and dual.best_step == 2
@@ -267,12 +268,12 @@ def test_event_files_of_both_models_in_one_folder_are_told_apart(tmp_path):
     cross, _ = report_curves.read_curves(tmp_path, "cross")
     assert cross.points["dev/MRR@10"] == pytest.approx({1: 0.07, 2: 0.05})
     (tmp_path / "cross_checkpoint.pt").write_bytes(b"torn")
-    assert "to tell which are its own" in report_curves.read_curves(tmp_path, "cross")[1]
+    assert "without cross_checkpoint.pt" in report_curves.read_curves(tmp_path, "cross")[1]
     none, why = report_curves.read_curves(tmp_path / "gone", "dual")
     assert none is None and "no event files with curves in" in why
 
 
-def test_a_torn_event_file_gives_what_is_whole(tmp_path):
+def test_a_truncated_event_file(tmp_path):
     train(tmp_path, "dual", {1: 3.0, 2: 2.0, 3: 1.9})
     (tmp_path / "dual_checkpoint.pt").unlink()  # a lone file needs none
     (path,) = (tmp_path / "tensorboard").iterdir()
@@ -283,12 +284,12 @@ def test_a_torn_event_file_gives_what_is_whole(tmp_path):
     assert list(curves.points["dev/MRR@10"]) == [1, 2] and curves.best_step == 0
     for name in ("dual", "cross"):
         (tmp_path / f"{name}_params.bin").touch()
-    assert "to tell which are its own" in report_curves.read_curves(tmp_path, "dual")[1]  # or the other's
+    assert "without dual_checkpoint.pt" in report_curves.read_curves(tmp_path, "dual")[1]
 
 
 @pytest.mark.tools
 @pytest.mark.slow
-def test_a_damaged_event_file_is_said(world):
+def test_a_damaged_event_file_is_reported(world):
     folder = world.output
     train(folder, "dual", {step: 3.0 / step for step in range(1, 21)})
     train(folder, "cross", {1: 0.7, 2: 0.5})
@@ -301,22 +302,22 @@ def test_a_damaged_event_file_is_said(world):
     data[10] ^= 1  # of the first record: nothing is left
     path.write_bytes(data)
     page = make(world)
-    assert f"dual_checkpoint.pt; {path}: no value can be read: damaged" in page
+    assert f"dual_checkpoint.pt; {path}: no readable values" in page
     path.unlink()
     path.mkdir()
     assert f"dual_checkpoint.pt; {path}: Is a directory" in make(world)
 
 
 @pytest.mark.tools
-def test_lengths_and_the_share_that_is_cut(world, tokenizer):
+def test_lengths_and_the_truncated_share(world, tokenizer):
     tokenizer.save_pretrained(world.output / "dual_model")
     fixed = {"query_prefix": "", "passage_prefix": "苹果", "remove_spaces": False,
              "q_max_seq_len": 8, "p_max_seq_len": 9}  # fmt: skip
     write(world.output / "dual_hparams.json", [json.dumps({"fixed_by_weights": fixed})])
-    found = report_data.find(settings(world))
+    found = report_data.read_report(settings(world))
     lengths, why = report_curves.measure_lengths(world.output, list(QUERIES), found.collection, 1000, 1)
     # a token a character: 6, 7 and 2 with [CLS] and [SEP] are 8, 9 and 4; the Latin one is longer than 8
-    assert why == "" and lengths["queries"].cut == 0.5 and lengths["queries"].of == 4
+    assert why == "" and lengths["queries"].truncated == 0.5 and lengths["queries"].of == 4
     assert lengths["passages"].tokens.tolist()[0] == 7 + 2 + 2 and lengths["passages"].tokens[4] == 6
     few, _ = report_curves.measure_lengths(world.output, list(QUERIES), found.collection, 3, 1)
     assert len(few["passages"].tokens) == 3 and few["passages"].of == 7
@@ -324,7 +325,7 @@ def test_lengths_and_the_share_that_is_cut(world, tokenizer):
 
 
 @pytest.mark.tools
-def test_lengths_are_left_out_where_the_record_is_odd(world, tokenizer):
+def test_no_lengths_without_valid_model_settings(world, tokenizer):
     (world.output / "dual_model").mkdir()
     record = world.output / "dual_hparams.json"
     whole = {"query_prefix": "", "passage_prefix": "", "remove_spaces": False, "q_max_seq_len": 8,
@@ -332,13 +333,13 @@ def test_lengths_are_left_out_where_the_record_is_odd(world, tokenizer):
     odd = [{}, {**whole, "query_prefix": None}, {**whole, "p_max_seq_len": "9"}]
     for text in ["torn", "{}", *(json.dumps({"fixed_by_weights": fixed}) for fixed in odd)]:
         record.write_text(text)
-        assert f"Left out: {record}: not " in Parsed(make(world)).text()
+        assert f"Omitted: {record}: " in Parsed(make(world)).text()
     record.write_text(json.dumps({"fixed_by_weights": whole}))
-    assert f"Left out: {world.output / 'dual_model'}: " in Parsed(make(world)).text()  # an empty folder
+    assert f"Omitted: {world.output / 'dual_model'}: " in Parsed(make(world)).text()  # an empty folder
 
 
 def marks(text: str, query: str) -> list[str]:
-    """Return the stretches of a text that terms of the query cover, by script/bm25.py's own terms."""
+    """Return the parts of a text that terms of the query cover, by script/lib/terms.py."""
     wanted, covered = set(terms(query)), [False] * len(text)
     for piece in PIECES.finditer(text.lower()):
         size = 2 if not piece[0][0].isascii() and len(piece[0]) > 1 else len(piece[0])
