@@ -119,7 +119,7 @@ class CrossTraining(TrainingStage):
 
     def task(self) -> Task:
         pairs = self.texts_a_step()
-        own_lr = dict.fromkeys(self.model.drawn, self.hp.head_lr) if self.hp.head_lr else {}
+        own_lr = dict.fromkeys(self.model.random_parameters, self.hp.head_lr) if self.hp.head_lr else {}
         return Task(
             self.model, self.steps, *self.parts(), queries_per_step=pairs, unit="pairs", own_lr=own_lr
         )

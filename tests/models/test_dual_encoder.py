@@ -119,7 +119,7 @@ def test_missing_config_or_folder(tmp_path, folder):
 @pytest.mark.parametrize("text", ["", "{", '{"model_type": "no such kind"}', "{}"])
 def test_unreadable_config(folder, text):
     (folder / "config.json").write_text(text)
-    with pytest.raises(UserError, match="model: no model configuration could be read"):
+    with pytest.raises(UserError, match="model: .*configuration"):
         load_config(str(folder))
 
 
@@ -133,7 +133,7 @@ def test_missing_weights(folder):
 def test_truncated_weights(folder, keep):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: int(len(data) * keep)])
-    with pytest.raises(UserError, match="model: the weights cannot be read, is the download complete"):
+    with pytest.raises(UserError, match="model: the weights cannot be read"):
         load(folder)
 
 
@@ -144,7 +144,7 @@ def test_truncated_pickle_weights(folder, keep, tiny_bert):
     assert same_weights(load(folder), tiny_bert(1))
     data = (folder / "pytorch_model.bin").read_bytes()
     (folder / "pytorch_model.bin").write_bytes(data[: int(len(data) * keep)])
-    with pytest.raises(UserError, match="model: the weights cannot be read, is the download complete"):
+    with pytest.raises(UserError, match="model: the weights cannot be read"):
         load(folder)
 
 
@@ -167,7 +167,7 @@ def test_weights_that_lack_a_part_or_have_another_shape(folder):
     state = load_file(folder / "model.safetensors")
     first = state.pop("encoder.layer.1.output.dense.weight")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="1 weights of the model are not in its file.*layer.1.output.dense"):
+    with pytest.raises(UserError, match="1 weights are missing.*layer.1.output.dense"):
         load(folder)
     state["encoder.layer.1.output.dense.weight"] = first[:, :-1].contiguous()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -254,7 +254,7 @@ class Exploding:
 def test_vocabulary_and_positions_must_fit(tiny_config):
     size = tiny_config.vocab_size
     check_fits(tiny_config, size, {"q_max_seq_len": 64, "p_max_seq_len": 64}, "m")
-    with pytest.raises(UserError, match="the tokenizer knows 2,559 tokens, but the model m only 2,558"):
+    with pytest.raises(UserError, match="m: .*2,559 tokens.* 2,558"):
         check_fits(tiny_config, size + 1, {}, "m")
     with pytest.raises(UserError, match="--p_max_seq_len 65: the model m has only 64 positions"):
         check_fits(tiny_config, size, {"q_max_seq_len": 8, "p_max_seq_len": 65}, "m")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from torch_src.data.collection import PassageCollection
-from torch_src.models import batches
+from torch_src.models import tokenization
 from torch_src.models.tokenization import TextRules
 from torch_src.retrieval import encoding
 from torch_src.retrieval.encoding import Encoder, encode_collection, to_float16
@@ -274,12 +274,12 @@ def test_out_of_memory_halves_the_budget_and_carries_on(make_encoder, monkeypatc
     texts = make_texts(50)
     expected = make_encoder().encode(texts)
     monkeypatch.setattr(encoding, "embed", too_little_memory)
-    monkeypatch.setattr(batches, "LEAST_TOKENS", 10)
+    monkeypatch.setattr(tokenization, "MIN_TOKENS_PER_BATCH", 10)
     encoder = make_encoder(1000, 1000)
     assert np.abs(encoder.encode(texts) - expected).max() < 1e-5
     assert encoder.tokens_per_batch == 125
     assert capsys.readouterr().err.count("halved to") == 3
-    monkeypatch.setattr(batches, "LEAST_TOKENS", 200)
+    monkeypatch.setattr(tokenization, "MIN_TOKENS_PER_BATCH", 200)
     with pytest.raises(UserError, match="out of memory at 250 tokens"):
         make_encoder(1000, 1000).encode(texts)
 

@@ -1,11 +1,12 @@
-"""The dual encoder: two towers of any transformers.AutoModel encoder, pooled to one vector a text."""
+"""The dual encoder: two towers, any transformers.AutoModel encoder, each pooled to one vector per text."""
 
 import copy
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 
 from torch_src.models.backbones import load_pretrained
 from torch_src.runtime.devices import at_least_float32
@@ -13,8 +14,9 @@ from torch_src.runtime.errors import UserError
 
 
 class DualEncoder(nn.Module):
-    """Two towers (one and the same when `share_encoder`), pooled and optionally normalised to vectors (B, H)
-    fp32.
+    """A query tower and a passage tower (one shared tower with `share_encoder`), pooling and normalization.
+
+    Input: token ids (B, L) int64 and their mask (B, L) int64. Output: vectors (B, H) float32.
     """
 
     def __init__(self, backbone: PreTrainedModel, share_encoder: bool, pooling: str, normalize: bool):
@@ -28,25 +30,24 @@ class DualEncoder(nn.Module):
         return self.query_encoder if side == "query" else self.passage_encoder
 
     def forward(self, side: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the vectors (B, H) fp32 of token ids (B, L) under their mask (B, L)."""
+        """Return the vectors (B, H) float32 of one side's texts."""
         return embed(self.tower(side), input_ids, attention_mask, self.pooling, self.normalize)
 
 
 def embed(
     tower: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, pooling: str, normalize: bool
 ) -> Tensor:
-    """Return one tower's vectors (B, H) fp32."""
+    """Return the vectors (B, H) float32 of token ids (B, L) int64 under their mask (B, L) int64."""
     output = tower(input_ids=input_ids, attention_mask=attention_mask)
-    vectors = (
-        at_least_float32(output.pooler_output)
-        if pooling == "pooler"
-        else pool(output[0], attention_mask, pooling)
-    )
+    if pooling == "pooler":
+        vectors = at_least_float32(output.pooler_output)
+    else:
+        vectors = pool(output[0], attention_mask, pooling)
     return nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
 
 def shorten(vectors: Tensor, dims: int, normalize: bool) -> Tensor:
-    """Return the first `dims` dimensions, of length 1 again where vectors are (Kusupati et al. 2022)."""
+    """Return the first `dims` dimensions, normalized again with `normalize` (Kusupati et al. 2022)."""
     if dims == vectors.shape[-1]:
         return vectors
     vectors = vectors[..., :dims]
@@ -54,9 +55,7 @@ def shorten(vectors: Tensor, dims: int, normalize: bool) -> Tensor:
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
-    """Return (B, H) fp32 from the last layer (B, L, H): the first token (cls), or the mean over
-    real tokens.
-    """
+    """Return (B, H) float32 of the last layer (B, L, H): its first token (cls) or the mean of real tokens."""
     if pooling == "cls":
         return at_least_float32(hidden[:, 0])
     assert pooling == "mean", pooling
@@ -65,38 +64,32 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     return (hidden * weights).sum(1) / weights.sum(1)
 
 
-def build_backbone(config, pooling: str) -> PreTrainedModel:
-    """Return the encoder of `config` with random weights; a pooling layer only for `pooling=pooler`."""
+def build_backbone(config: PretrainedConfig, pooling: str) -> PreTrainedModel:
+    """Return the encoder of `config` with random weights; with a pooling layer only for `pooling=pooler`."""
     return AutoModel.from_config(config, dtype=torch.float32, **_pooler_option(config, pooling))
 
 
-def load_backbone(path: str, config, pooling: str, seed: int) -> PreTrainedModel:
-    """Return the pretrained encoder of a folder or hub name, fp32; `config` is its load_config.
+def load_backbone(path: str, config: PretrainedConfig, pooling: str, seed: int) -> PreTrainedModel:
+    """Return the pretrained encoder of a folder or hub name, float32; `config` is its load_config.
 
-    UserError as in load_pretrained, and for weights that lack a part of the encoder which `pooling` needs.
+    UserError as in load_pretrained, and when weights are missing that `pooling` needs.
     """
     model, missing = load_pretrained(AutoModel, path, config, seed, **_pooler_option(config, pooling))
-    _refuse_missing(path, missing, pooling)
-    return model
-
-
-def _refuse_missing(path: str, missing: list[str], pooling: str) -> None:
     pooler = [name for name in missing if name.startswith("pooler.")]
     if pooler and pooling == "pooler":
         raise UserError(
             f"--pooling pooler: {path} has no trained pooling layer ({pooler[0]}); use cls or mean"
         )
-    missing = [name for name in missing if not name.startswith("pooler.")]
-    if missing:
-        raise UserError(
-            f"{path}: {len(missing)} weights of the model are not in its file, the first: {missing[0]}"
-        )
+    body = [name for name in missing if name not in pooler]
+    if body:
+        raise UserError(f"{path}: {len(body)} weights are missing in its file, the first: {body[0]}")
+    return model
 
 
-def _pooler_option(config, pooling: str) -> dict:
-    # Only BERT-like classes know the option; the others have no pooling layer to leave out.
-    kind = MODEL_MAPPING.get(type(config), None)
-    if kind is None or "add_pooling_layer" not in inspect.signature(kind.__init__).parameters:
+def _pooler_option(config: PretrainedConfig, pooling: str) -> dict[str, bool]:
+    # Only BERT-like classes have the option; the others have no pooling layer.
+    kind: Any = MODEL_MAPPING.get(type(config), None)
+    if kind is None or "add_pooling_layer" not in inspect.signature(kind).parameters:
         if pooling == "pooler":
             raise UserError(
                 f"--pooling pooler: a {config.model_type} model has no pooling layer; use cls or mean"

@@ -1,74 +1,73 @@
-"""What a model folder says of its own use: pooling, normalisation, prefixes, as sentence-transformers writes
-them.
+"""What a model folder (or hub name) specifies about its use: pooling, normalization and prefixes, in the
+files that sentence-transformers writes.
 """
 
 from pathlib import Path
+from typing import Any
 
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json, read_json_list
 
 DOWNLOADS = "torch_pretrained_models"  # where script/download.sh puts models
-OLD_POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+POOLING_FLAGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}  # the older format
 QUERY_PROMPTS, PASSAGE_PROMPTS = ("query",), ("document", "passage", "corpus")
 
 
-def own_settings(path: str) -> dict:
-    """Return the settings (pooling, normalize, query_prefix, passage_prefix) that the folder or hub name
-    fixes.
+def is_hub_name(path: str) -> bool:
+    """Return whether `path` is a name on the hub (owner/name), not a local path, present or missing."""
+    first = Path(path).parts[:1]
+    looks_local = path.count("/") > 1 or path.startswith((".", "/", "~")) or first == (DOWNLOADS,)
+    return not looks_local and not Path(*first).exists()
 
-    Empty where there is no modules.json. UserError for a pooling that is none of ours, or a module beside
-    pooling and normalisation: its vectors would be others.
+
+def own_settings(path: str) -> dict[str, Any]:
+    """Return the settings (pooling, normalize, query_prefix, passage_prefix) of a folder or hub name.
+
+    Empty without modules.json. UserError for a pooling or a module that is not supported here, because the
+    vectors would differ.
     """
-    listed = find(path, "modules.json")
+    listed = find_file(path, "modules.json")
     if listed is None:
         return {}
     kinds = {}
     for module in read_json_list(listed):
         kinds[str(module.get("type", "")).rsplit(".", 1)[-1]] = str(module.get("path", ""))
-    others = set(kinds) - {"Transformer", "Pooling", "Normalize"}
-    if others:
-        raise UserError(f"{listed}: a module {min(others)}, which cannot be loaded here")
-    settings = {"normalize": "Normalize" in kinds}
-    pooling = find(path, f"{kinds['Pooling']}/config.json") if "Pooling" in kinds else None
+    unsupported = set(kinds) - {"Transformer", "Pooling", "Normalize"}
+    if unsupported:
+        raise UserError(f"{listed}: the module {min(unsupported)} is not supported; use another model")
+    settings: dict[str, Any] = {"normalize": "Normalize" in kinds}
+    pooling = find_file(path, f"{kinds['Pooling']}/config.json") if "Pooling" in kinds else None
     if pooling is not None:
-        settings["pooling"] = pooling_of(read_json(pooling), pooling)
-    prompts = find(path, "config_sentence_transformers.json")
-    given = (read_json(prompts).get("prompts") or {}) if prompts else {}
+        settings["pooling"] = _pooling(read_json(pooling), pooling)
+    prompts_path = find_file(path, "config_sentence_transformers.json")
+    prompts = (read_json(prompts_path).get("prompts") or {}) if prompts_path else {}
     for knob, names in (("query_prefix", QUERY_PROMPTS), ("passage_prefix", PASSAGE_PROMPTS)):
-        found = [given[name] for name in names if isinstance(given.get(name), str)]
+        found = [prompts[name] for name in names if isinstance(prompts.get(name), str)]
         if found:
             settings[knob] = found[0]
     return settings
 
 
-def pooling_of(config: dict, path) -> str:
-    """Return cls or mean of a pooling module's configuration, of either way to write it."""
-    modes = [name for old, name in OLD_POOLINGS.items() if config.get(old)]
-    others = [k for k, on in config.items() if k.startswith("pooling_mode_") and on and k not in OLD_POOLINGS]
+def _pooling(config: dict[str, Any], path: Path) -> str:
+    """Return cls or mean from a pooling module's configuration, in its newer or older format."""
     if "pooling_mode" in config:
-        modes, others = [config["pooling_mode"]], []
-    if len(modes) != 1 or others or modes[0] not in ("cls", "mean"):
-        raise UserError(f"{path}: a pooling that is neither cls nor mean, which cannot be loaded here")
+        modes = [config["pooling_mode"]]
+    else:
+        modes = [POOLING_FLAGS.get(k, k) for k, on in config.items() if k.startswith("pooling_mode_") and on]
+    if len(modes) != 1 or modes[0] not in ("cls", "mean"):
+        raise UserError(f"{path}: pooling {', '.join(map(str, modes))} is not supported (cls or mean)")
     return modes[0]
 
 
-def find(path: str, name: str) -> Path | None:
-    """Return where a file of the model lies, fetched from the hub for a hub name; None without it."""
-    if Path(path).is_dir():
-        here = Path(path) / name
-        return here if here.exists() else None
-    first = Path(path).parts[:1]
-    if (
-        path.count("/") > 1
-        or path.startswith((".", "/", "~"))
-        or first == (DOWNLOADS,)
-        or Path(*first).exists()
-    ):
-        return None  # a path, not a hub name: who loads the model says that it is not there
+def find_file(path: str, name: str) -> Path | None:
+    """Return the path of a model's file, downloaded for a hub name; None when the model has no such file."""
+    if not is_hub_name(path):
+        local = Path(path) / name
+        return local if local.exists() else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(path, name))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
-        return None  # no such file there, or no network: who loads the weights says so
+        return None  # no such file, or no network: loading the weights reports the error

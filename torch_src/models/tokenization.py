@@ -1,65 +1,65 @@
-"""Texts to token ids: prefixes, spaces, truncation; padding of a batch."""
+"""Texts and pairs to token ids (prefix, spaces, truncation), and token ids to batches of similar length."""
 
 import os
 import re
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBase
+import torch
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from torch_src.data.formats import read_lines
-from torch_src.runtime.errors import UserError
+from torch_src.runtime.errors import UserError, is_out_of_memory
+from torch_src.runtime.log import warn
 from torch_src.runtime.stamps import fingerprint_text
 
-# A text is first cut at so many characters a token: one of 60,975 would be tokenised for nothing.
-CHARACTERS_A_TOKEN = 16
+TokenIds = Sequence[int] | np.ndarray
+
+# Texts are cut to this many characters per token before tokenization, so that a long one costs no extra time.
+CHARACTERS_PER_TOKEN = 16
 TOKENIZER_FILES = ("tokenizer.json", "vocab", "spiece", "sentencepiece", "tokenizer.model")
-ROOM_FOR_PASSAGE = 16  # tokens, special ones included, that are left to the passage of a pair
+MIN_PASSAGE_TOKENS = 16  # of a pair, special tokens included: a longer query is cut to leave this room
 HAN = re.compile("[\u4e00-\u9fff]")
+MIN_TOKENS_PER_BATCH = 512  # the token budget is not halved below this
+TEXTS_PER_CALL = 512  # the tokenizer keeps the truncated tokens in memory until a call returns
 
-
-# The length limit is a state of the fast tokenizer, and texts are tokenised ahead in a thread: one call at a
-# time.
+# The length limit is a state of the fast tokenizer, and a thread tokenizes ahead: one call at a time.
 LOCK = threading.Lock()
-AT_ONCE = 512  # texts in one call: what truncation cuts off is held until it returns
 
 
 @dataclass(frozen=True)
 class TextRules:
-    """How one side's texts (queries or passages) become token ids."""
+    """How the texts of one side (queries or passages) become token ids."""
 
-    max_seq_len: int  # tokens, special ones included
+    max_seq_len: int  # tokens, including special ones
     prefix: str = ""
     remove_spaces: bool = False
 
     def clean(self, text: str) -> str:
-        """Return the text as it is tokenised: ASCII spaces removed (when asked), then the prefix put before
-        it.
-        """
+        """Return the text to tokenize: ASCII spaces removed (with `remove_spaces`), then prefixed."""
         return self.prefix + (text.replace(" ", "") if self.remove_spaces else text)
 
 
 def load_tokenizer(pretrained_model_path: str, vocab_path: str = "") -> PreTrainedTokenizerBase:
-    """Return the model's own tokenizer, or a WordPiece one from vocab.txt; UserError when it cannot be
-    loaded.
-    """
+    """Return the model's tokenizer, or a WordPiece one from vocab.txt; UserError when loading fails."""
     try:
         if vocab_path:
             if not os.path.isfile(vocab_path):
                 raise UserError(f"{vocab_path}: no such file (vocab_path: a WordPiece vocab.txt)")
             _check_vocabulary(vocab_path)
-            tokenizer = BertTokenizerFast(vocab=vocab_path)
+            tokenizer: PreTrainedTokenizerBase = BertTokenizer(vocab=vocab_path)
         else:
             _check_folder(pretrained_model_path)
             tokenizer = AutoTokenizer.from_pretrained(pretrained_model_path, trust_remote_code=False)
     except UserError:
         raise
-    except Exception as error:  # a broken folder fails in as many ways as there are tokenizer kinds
+    except Exception as error:  # each kind of tokenizer raises its own errors for a broken folder
         reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{vocab_path or pretrained_model_path}: no tokenizer could be loaded ({reason})"
-        ) from error
+        path = vocab_path or pretrained_model_path
+        raise UserError(f"{path}: the tokenizer cannot be loaded ({reason})") from error
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise UserError(
             f"{pretrained_model_path}: needs a fast tokenizer with a pad token (tokenizer.json or vocab.txt)"
@@ -68,19 +68,17 @@ def load_tokenizer(pretrained_model_path: str, vocab_path: str = "") -> PreTrain
 
 
 def _check_folder(path: str) -> None:
-    # Without these files transformers makes up a tokenizer that knows no word.
+    # Without these files transformers builds a tokenizer with an empty vocabulary.
     if os.path.isdir(path) and not any(name.startswith(TOKENIZER_FILES) for name in os.listdir(path)):
-        raise UserError(
-            f"{path}: no tokenizer in it (tokenizer.json or vocab.txt); is the download complete?"
-        )
+        raise UserError(f"{path}: no tokenizer in it (tokenizer.json or vocab.txt); download the model again")
 
 
 def _check_vocabulary(vocab_path: str) -> None:
-    # transformers would add the missing ones behind the vocabulary, where the model has no embedding.
+    # transformers appends missing special tokens to the vocabulary, where the model has no embedding.
     tokens = {text for _, text in read_lines(vocab_path)}
     missing = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in tokens]
     if missing:
-        raise UserError(f"{vocab_path}: not a WordPiece vocabulary, {', '.join(missing)} missing")
+        raise UserError(f"{vocab_path}: not a WordPiece vocabulary ({', '.join(missing)} missing)")
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -90,8 +88,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         return fingerprint_text(tokenizer.backend_tokenizer.to_str())
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder) -> None:
-    """Write the tokenizer's files, without the length limit of whichever call came last."""
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write the tokenizer's files, without the length limit of the latest call."""
     with LOCK:
         _clear_limits(tokenizer)
         tokenizer.save_pretrained(folder)
@@ -105,26 +103,27 @@ def _clear_limits(tokenizer: PreTrainedTokenizerBase) -> None:
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], rules: TextRules
 ) -> tuple[list[list[int]], int]:
-    """Return (token ids of each text, how many texts were cut). An empty text gives the special
-    tokens alone.
+    """Return (token ids of each text, number of texts truncated).
+
+    An empty text gives only the special tokens.
     """
-    limit = rules.max_seq_len * CHARACTERS_A_TOKEN
+    limit = rules.max_seq_len * CHARACTERS_PER_TOKEN
     cleaned = [rules.clean(text) for text in texts]
-    ids, cut = _encode(tokenizer, [cut_early(text, limit) for text in cleaned], rules.max_seq_len)
-    # Few tokens from many characters (long runs of spaces, say): the early cut took something away, so do
+    ids, cut = _tokenize_texts(tokenizer, [cut_early(text, limit) for text in cleaned], rules.max_seq_len)
+    # Few tokens from many characters (e.g. long runs of spaces): the early cut removed tokens, so repeat
     # without it.
-    again = [at for at, text in enumerate(cleaned) if len(text) > limit and not cut[at]]
-    if again:
-        whole, whole_cut = _encode(tokenizer, [cleaned[at] for at in again], rules.max_seq_len)
-        for at, tokens, was_cut in zip(again, whole, whole_cut, strict=True):
+    redo = [at for at, text in enumerate(cleaned) if len(text) > limit and not cut[at]]
+    if redo:
+        redone = _tokenize_texts(tokenizer, [cleaned[at] for at in redo], rules.max_seq_len)
+        for at, tokens, was_cut in zip(redo, *redone, strict=True):
             ids[at], cut[at] = tokens, was_cut
     return ids, sum(cut)
 
 
 def cut_early(text: str, limit: int) -> str:
-    """Return the first `limit` characters, less the word that the cut falls into, so that no token changes.
+    """Return the first `limit` characters, up to the last word boundary, so that no token changes.
 
-    A word that goes on for longer than that is kept whole: its one token is decided by all of it.
+    A word longer than `limit` is kept whole, because all its characters decide its token.
     """
     if len(text) <= limit:
         return text
@@ -133,38 +132,37 @@ def cut_early(text: str, limit: int) -> str:
 
 
 def _between_words(text: str, at: int) -> bool:
-    # Tokenizers split at spaces; around a Han character BERT's do too. Nothing else is a boundary for all.
+    # All tokenizers split at spaces, and BERT's around Han characters too. Nothing else is safe for all.
     return text[at - 1].isspace() or text[at].isspace() or HAN.match(text[at - 1]) is not None
 
 
-def _encode(tokenizer, texts: list[str], max_seq_len: int) -> tuple[list[list[int]], list[bool]]:
-    ids, cut = [], []
-    for start in range(0, len(texts), AT_ONCE):
-        found, was_cut = _encode_some(tokenizer, texts[start : start + AT_ONCE], max_seq_len)
-        ids += found
-        cut += was_cut
+def _tokenize_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_seq_len: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Return (token ids of each text, whether it was truncated)."""
+    ids: list[list[int]] = []
+    cut: list[bool] = []
+    for start in range(0, len(texts), TEXTS_PER_CALL):
+        with LOCK:
+            batch = tokenizer(
+                texts[start : start + TEXTS_PER_CALL],
+                truncation=True,
+                max_length=max_seq_len,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )
+        ids += batch["input_ids"]
+        cut += [bool(encoding.overflowing) for encoding in batch.encodings]
     return ids, cut
-
-
-def _encode_some(tokenizer, texts: list[str], max_seq_len: int) -> tuple[list[list[int]], list[bool]]:
-    with LOCK:
-        batch = tokenizer(
-            texts,
-            truncation=True,
-            max_length=max_seq_len,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-    return list(batch["input_ids"]), [bool(encoding.overflowing) for encoding in batch.encodings]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Token ids and segment ids (0 query, 1 passage) of (query, passage) pairs, and how many were cut."""
+    """Token ids and segment ids (0 query, 1 passage) of (query, passage) pairs."""
 
     ids: list[list[int]]
     types: list[list[int]]
-    cut: int
+    cut: int  # number of truncated pairs
 
     @property
     def lengths(self) -> list[int]:
@@ -174,45 +172,48 @@ class Pairs:
 def tokenize_pairs(
     tokenizer: PreTrainedTokenizerBase, queries: list[str], passages: list[str], rules: TextRules
 ) -> Pairs:
-    """Return the pairs' ids: only passages are cut, so that the query is whole.
-
-    A query that alone leaves less than ROOM_FOR_PASSAGE tokens is cut to that: a pair needs a passage.
-    """
-    limit = rules.max_seq_len * CHARACTERS_A_TOKEN
+    """Return the token ids of the pairs; only passages are truncated, unless the query leaves no room."""
+    limit = rules.max_seq_len * CHARACTERS_PER_TOKEN
     passages = [rules.clean(text) for text in passages]
-    queries = _shorten(tokenizer, [rules.clean(text) for text in queries], rules.max_seq_len)
-    pairs, cut = _encode_pairs(
-        tokenizer, queries, [cut_early(text, limit) for text in passages], rules.max_seq_len
-    )
-    again = [at for at, text in enumerate(passages) if len(text) > limit and not cut[at]]  # as in tokenize
-    if again:
-        whole = ([queries[at] for at in again], [passages[at] for at in again])
-        redone, redone_cut = _encode_pairs(tokenizer, *whole, rules.max_seq_len)
-        for at, pair, was_cut in zip(again, redone, redone_cut, strict=True):
-            pairs[at], cut[at] = pair, was_cut
-    return Pairs([ids for ids, _ in pairs], [types for _, types in pairs], sum(cut))
+    queries = _shorten_queries(tokenizer, [rules.clean(text) for text in queries], rules.max_seq_len)
+    early = [cut_early(text, limit) for text in passages]
+    ids, types, cut = _tokenize_pairs(tokenizer, queries, early, rules.max_seq_len)
+    redo = [at for at, text in enumerate(passages) if len(text) > limit and not cut[at]]  # as in tokenize
+    if redo:
+        whole = [queries[at] for at in redo], [passages[at] for at in redo]
+        redone = _tokenize_pairs(tokenizer, *whole, rules.max_seq_len)
+        for at, tokens, segments, was_cut in zip(redo, *redone, strict=True):
+            ids[at], types[at], cut[at] = tokens, segments, was_cut
+    return Pairs(ids, types, sum(cut))
 
 
-def _encode_pairs(
-    tokenizer, queries: list[str], passages: list[str], max_seq_len: int
-) -> tuple[list, list[bool]]:
-    """Return ([(ids, segment ids)], was the passage cut)."""
-    pairs, cut = [], []
-    for start in range(0, len(passages), AT_ONCE):
-        some = slice(start, start + AT_ONCE)
+def _tokenize_pairs(
+    tokenizer: PreTrainedTokenizerBase, queries: list[str], passages: list[str], max_seq_len: int
+) -> tuple[list[list[int]], list[list[int]], list[bool]]:
+    """Return (token ids, segment ids, whether the passage was truncated) of each pair."""
+    ids: list[list[int]] = []
+    types: list[list[int]] = []
+    cut: list[bool] = []
+    for start in range(0, len(passages), TEXTS_PER_CALL):
         with LOCK:
             batch = tokenizer(
-                queries[some], passages[some], truncation="only_second", max_length=max_seq_len,
-                return_attention_mask=False, return_token_type_ids=True,
-            )  # fmt: skip
-        pairs += zip(batch["input_ids"], batch["token_type_ids"], strict=True)
+                queries[start : start + TEXTS_PER_CALL],
+                passages[start : start + TEXTS_PER_CALL],
+                truncation="only_second",
+                max_length=max_seq_len,
+                return_attention_mask=False,
+                return_token_type_ids=True,
+            )
+        ids += batch["input_ids"]
+        types += batch["token_type_ids"]
         cut += [bool(encoding.overflowing) for encoding in batch.encodings]
-    return pairs, cut
+    return ids, types, cut
 
 
-def _shorten(tokenizer, queries: list[str], max_seq_len: int) -> list[str]:
-    room = max_seq_len - min(ROOM_FOR_PASSAGE, max_seq_len // 2)
-    # A character gives four tokens at most (the bytes of UTF-8, in byte-level vocabularies).
+def _shorten_queries(tokenizer: PreTrainedTokenizerBase, queries: list[str], max_seq_len: int) -> list[str]:
+    """Return the queries, those that leave less than MIN_PASSAGE_TOKENS cut to leave that many."""
+    room = max_seq_len - min(MIN_PASSAGE_TOKENS, max_seq_len // 2)
+    # A character gives at most four tokens (its UTF-8 bytes, in byte-level vocabularies).
     for query in {query for query in queries if 4 * len(query) > room}:
         with LOCK:
             offsets = tokenizer(
@@ -223,7 +224,40 @@ def _shorten(tokenizer, queries: list[str], max_seq_len: int) -> list[str]:
     return queries
 
 
-def pad(sequences: list[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+class TokenTable:
+    """Token ids of many texts in two flat arrays: 4 bytes per token, where Python lists take 40.
+
+    `ids` (tokens,) uint32, text after text; `lengths` (N,) int64; `cut`: number of truncated texts.
+    """
+
+    def __init__(self, ids: np.ndarray, lengths: np.ndarray, cut: int = 0):
+        self.ids, self.lengths, self.cut = ids, lengths, cut
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+
+    @classmethod
+    def of_texts(cls, tokenizer: PreTrainedTokenizerBase, texts: list[str], rules: TextRules) -> "TokenTable":
+        """Tokenize the texts."""
+        ids, cut = tokenize(tokenizer, texts, rules)
+        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+        flat = (token for text in ids for token in text)
+        return cls(np.fromiter(flat, dtype=np.uint32, count=int(lengths.sum())), lengths, cut)
+
+    @classmethod
+    def concatenate(cls, tables: list["TokenTable"]) -> "TokenTable":
+        """Return one table with the texts of all `tables`."""
+        ids = np.concatenate([table.ids for table in tables])
+        lengths = np.concatenate([table.lengths for table in tables])
+        return cls(ids, lengths, sum(table.cut for table in tables))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def padded(self, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (input ids, attention mask) of these texts, both (len(rows), L) int64."""
+        return pad([self.ids[self.starts[row] : self.starts[row + 1]] for row in rows.tolist()], pad_id)
+
+
+def pad(sequences: Sequence[TokenIds], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (input ids, attention mask), both (B, L) int64, L the longest of the batch."""
     lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
     mask = np.arange(lengths.max())[None, :] < lengths[:, None]
@@ -232,13 +266,13 @@ def pad(sequences: list[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray
     return input_ids, mask.astype(np.int64)
 
 
-def length_sorted_batches(lengths, max_rows: int, max_tokens: int) -> list[np.ndarray]:
-    """Return index arrays that cover all texts, longest first, each at most `max_rows` texts and `max_tokens`
-    padded.
+def length_sorted_batches(
+    lengths: Sequence[int] | np.ndarray, max_rows: int, max_tokens: int
+) -> list[np.ndarray]:
+    """Return index arrays of at most `max_rows` texts and `max_tokens` padded tokens that cover all texts.
 
-    Texts of like length stand together, so that hardly a padded token is computed. Longest first: a batch
-    that does not fit into memory fails in the first minute, not in the last. Ties keep their order (stable
-    sort).
+    Texts are sorted by length (stable), which avoids padding, and the longest come first, so that a batch
+    too large for the memory fails in the first minute.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable")
@@ -248,3 +282,48 @@ def length_sorted_batches(lengths, max_rows: int, max_tokens: int) -> list[np.nd
         batches.append(order[start : start + rows])
         start += rows
     return batches
+
+
+class BatchedInference:
+    """Forward passes over length-sorted batches, for an encoder of texts or a scorer of pairs."""
+
+    device: torch.device
+    batch_size: int  # maximum rows per forward pass
+    tokens_per_batch: int  # maximum padded tokens per forward pass; halved when memory runs out
+
+    def run_batches(self, lengths: np.ndarray, forward: Callable[[np.ndarray], None]) -> None:
+        """Call forward(rows) on batches that cover all rows; `lengths`: token counts (N,).
+
+        When memory runs out, the batch is repeated with half the token budget. UserError when the budget is
+        already too small to halve.
+        """
+        order, done = np.argsort(-lengths, kind="stable"), 0
+        while done < len(order):
+            for batch in length_sorted_batches(lengths[order[done:]], self.batch_size, self.tokens_per_batch):
+                rows = order[done : done + len(batch)]  # `order` is sorted already: batches are slices of it
+                if not _fits_in_memory(forward, rows):
+                    self._halve_tokens(longest=int(lengths[rows[0]]))
+                    break
+                done += len(batch)
+
+    def _halve_tokens(self, longest: int) -> None:
+        if self.tokens_per_batch // 2 < max(MIN_TOKENS_PER_BATCH, longest):
+            raise UserError(
+                f"{self.device}: out of memory at {self.tokens_per_batch} tokens per forward pass, the "
+                "minimum here; use a smaller model or a shorter length, or free memory on the device"
+            )
+        self.tokens_per_batch //= 2
+        warn(f"{self.device}: out of memory; tokens_per_batch halved to {self.tokens_per_batch}")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _fits_in_memory(forward: Callable[[np.ndarray], None], rows: np.ndarray) -> bool:
+    """Call forward(rows); return False when memory ran out (freed on return: the error holds it)."""
+    try:
+        forward(rows)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True

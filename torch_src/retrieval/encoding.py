@@ -13,10 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_src.data.collection import PassageCollection
-from torch_src.models.batches import InBatches
 from torch_src.models.dual_encoder import embed, shorten
-from torch_src.models.token_table import TokenTable
-from torch_src.models.tokenization import TextRules, tokenize
+from torch_src.models.tokenization import BatchedInference, TextRules, TokenTable
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.claims import Claims
 from torch_src.runtime.devices import autocast, tensors_to
@@ -30,7 +28,7 @@ POLL_SECONDS = 1.0  # between looks whether the other processes are done with th
 
 
 @dataclass
-class Encoder(InBatches):
+class Encoder(BatchedInference):
     """One tower with all that turns a text into its vector."""
 
     tower: PreTrainedModel
@@ -51,7 +49,7 @@ class Encoder(InBatches):
 
     def tokenize(self, texts: list[str]) -> TokenTable:
         """Return the texts' token ids."""
-        return TokenTable.of_lists(*tokenize(self.tokenizer, texts, self.rules))
+        return TokenTable.of_texts(self.tokenizer, texts, self.rules)
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Return the vectors (len(texts), H) float32 of texts that fit into memory."""
@@ -80,7 +78,7 @@ class Encoder(InBatches):
                 done(len(rows), int(table.lengths[rows].sum()))
 
         with autocast(self.device, self.precision):  # one context: the cast weights are kept for all batches
-            self.for_each_batch(table.lengths, forward)
+            self.run_batches(table.lengths, forward)
         self.tower.train(was_training)
         return vectors.cpu().numpy()
 
@@ -148,7 +146,7 @@ class _Pieces(Dataset):
         """Return (block, last row, ids, lengths, texts cut)."""
         block, first, last = piece
         try:
-            table = TokenTable.of_lists(*tokenize(self.tokenizer, self.collection[first:last], self.rules))
+            table = TokenTable.of_texts(self.tokenizer, self.collection[first:last], self.rules)
         except (UserError, OSError) as error:
             # raised where it is read: a loader would wrap it in a traceback
             named = getattr(error, "filename", None)
@@ -180,7 +178,7 @@ def _tokenized_blocks(
         block, last, ids, lengths, cut = piece
         parts.append(TokenTable(ids, lengths, cut))
         if last == store.block_range(block)[1]:
-            yield block, TokenTable.joined(parts)
+            yield block, TokenTable.concatenate(parts)
             parts = []
 
 

@@ -8,9 +8,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from torch_src.data.candidates import Candidates
-from torch_src.models.batches import InBatches
 from torch_src.models.cross_encoder import CrossEncoder
-from torch_src.models.tokenization import Pairs, TextRules, pad, tokenize_pairs
+from torch_src.models.tokenization import BatchedInference, Pairs, TextRules, pad, tokenize_pairs
 from torch_src.runtime.devices import autocast
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.prefetch import one_ahead
@@ -19,7 +18,7 @@ TOKENIZE_AHEAD = 4096  # pairs tokenised in one piece
 
 
 @dataclass
-class PairScorer(InBatches):
+class PairScorer(BatchedInference):
     """A cross-encoder with all that turns a pair of texts into its logit."""
 
     model: CrossEncoder
@@ -46,7 +45,7 @@ class PairScorer(InBatches):
                 batch = self.model(*pair_tensors(pairs, rows, self.tokenizer.pad_token_id, self.device))
             logits[rows] = batch.cpu().numpy()
 
-        self.for_each_batch(np.asarray(pairs.lengths), forward)
+        self.run_batches(np.asarray(pairs.lengths), forward)
         self.model.train(was_training)
         if not np.isfinite(logits).all():
             raise UserError(
