@@ -1,7 +1,6 @@
-"""Not a test: ten updates of a training stage in fp64, by however many processes run this; rank 0 writes
-them.
+"""Not a test: ten updates of a training stage in fp64, in one or several processes; rank 0 writes them.
 
-    python -m torch.distributed.run --nproc_per_node 2 tests/distributed_run.py KIND WORLD RESULT JSON_KNOBS
+python -m torch.distributed.run --nproc_per_node 2 tests/distributed_run.py KIND WORLD RESULT JSON_KNOBS
 """
 
 import json

@@ -1,8 +1,7 @@
-"""Programs started from a process that has imported torch already: a start takes a tenth of a second, not
-four.
+"""Start programs from a server process that has already imported torch: 0.1 s a start instead of 4 s.
 
-The server imports what the programs need, runs nothing, and forks itself for each start, so that the child is
-what a fresh process would be. A context manager: `with Preloaded() as programs: programs.start(...)`.
+The server only imports what the programs need and forks for each start, so that each program still gets a
+fresh process. Usage: `with Preloaded() as programs: programs.start(...)`.
 """
 
 import json
@@ -18,13 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Running:
-    """One started program; its two outputs go to the file `log`."""
+    """A started program; stdout and stderr go to the file `log`."""
 
     def __init__(self, server: "Preloaded", pid: int, log: Path):
         self.server, self.pid, self.log, self.returncode = server, pid, log, None
 
     def poll(self) -> int | None:
-        """Return the exit status as subprocess has it; None while the program runs."""
+        """Return the exit status as subprocess does; None while the program runs."""
         if self.returncode is None:
             self.returncode = self.server.ask({"poll": self.pid})
         return self.returncode
@@ -43,7 +42,7 @@ class Running:
 
 
 class Preloaded:
-    """The server process; programs still running when it ends are killed. `root`: where they are."""
+    """The server process; kills programs that still run when it ends. `root` is their folder."""
 
     def __init__(self, root: Path = ROOT):
         self.root = root
@@ -67,21 +66,21 @@ class Preloaded:
     def start(self, program: str, words: list[str], log: Path, file_limit: int = 0, **env: str) -> Running:
         """Start `program` (such as do_dual_train.py) with these options.
 
-        `file_limit`: the bytes that a file may have before writing to it fails, as on a full disk.
+        `file_limit`: maximum file size in bytes; writing beyond it fails, as on a full disk.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         request = {"program": program, "words": words, "log": str(log), "limit": file_limit, "env": env}
         return Running(self, self.ask(request), log)
 
     def run(self, program: str, words: list[str], log: Path, **more) -> Running:
-        """Start a program and wait for its end."""
+        """Start a program and wait until it ends."""
         running = self.start(program, words, log, **more)
         running.wait()
         return running
 
 
 def serve() -> None:
-    """Answer one JSON request a line until the input ends."""
+    """Answer one JSON request per line until the input ends."""
     sys.path[0] = str(ROOT)
     import torch_src.cross_infer
     import torch_src.cross_train
@@ -109,7 +108,7 @@ def serve() -> None:
 
 
 def child(request: dict) -> None:
-    """Become the program; it ends by SystemExit."""
+    """Run the program in this forked process; ends with SystemExit."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):

@@ -1,6 +1,4 @@
-"""A tiny data set of the official layout and a tiny model, cut from the sample; for tests of whole
-programs.
-"""
+"""A tiny data set in the official layout and a tiny model, cut from the sample for tests of programs."""
 
 import json
 import shutil
@@ -20,7 +18,7 @@ def write(path: Path, rows: list[str]) -> None:
 
 
 def make_world(folder: Path, dev_queries: int = 6, train_queries: int = 24, passages: int = 60) -> Path:
-    """Write the data set into `folder`/data and the model into `folder`/model; return `folder`."""
+    """Write the data set to `folder`/data and the model to `folder`/model; return `folder`."""
     data = folder / "data"
     dev = [json.loads(line) for line in lines(SAMPLE / "dev/dev.json")][:dev_queries]
     write(data / "dev/dev.json", [json.dumps(entry, ensure_ascii=False) for entry in dev])
@@ -41,7 +39,7 @@ def first_queries(path: Path, count: int) -> list[str]:
 
 
 def make_collection(folder: Path, dev: list[dict], passages: int) -> None:
-    """Two parts: the positives of the dev queries among the first passages of the sample."""
+    """Write two parts with the first passages of the sample, positives of the dev queries included."""
     answers = {a["paragraph_text"]: a["paragraph_id"] for entry in dev for a in entry["answer_paragraphs"]}
     ids = json.loads((SAMPLE / "passage-collection/passage2id.map.json").read_text(encoding="utf-8"))
     texts = [row.split("\t")[2] for row in lines(SAMPLE / "passage-collection/part-00")]
@@ -54,7 +52,7 @@ def make_collection(folder: Path, dev: list[dict], passages: int) -> None:
 
 
 def make_model(folder: Path, hidden: int = 32) -> None:
-    """The sample's vocabulary and a one-layer BERT without weights (they are drawn from the seed)."""
+    """Write the vocabulary and configuration of a one-layer BERT without weights; a seed draws them."""
     tiny = SAMPLE / "tiny_bert"
     config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
     small = {"hidden_size": hidden, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -64,17 +62,9 @@ def make_model(folder: Path, hidden: int = 32) -> None:
 
 
 def options(world: Path, output: Path | str) -> list[str]:
-    """The options that both dual programs share in this world."""
-    return [
-        "--data_dir",
-        str(world / "data"),
-        "--output_dir",
-        str(output),
-        "--threads",
-        "1",
-        "--precision",
-        "fp32",
-    ]
+    """Return the options that all programs share in this world."""
+    paths = ["--data_dir", str(world / "data"), "--output_dir", str(output)]
+    return [*paths, "--threads", "1", "--precision", "fp32"]
 
 
 def train_options(world: Path, output: Path | str) -> list[str]:

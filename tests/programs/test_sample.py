@@ -1,4 +1,4 @@
-"""The sample collection is what its README says: sizes, lengths, balance, and ids that fit together."""
+"""The sample collection has the properties its README lists: sizes, lengths, balance and matching ids."""
 
 from collections import Counter
 
@@ -27,7 +27,7 @@ def test_sizes_and_lengths():
     assert not train & {query.query for query in dev}
 
 
-def test_ids_fit_together():
+def test_ids_match():
     ids = [pid.decode() for pid in read_passage_ids(SAMPLE / "passage-collection/passage2id.map.json")]
     texts = dict(zip(ids, PASSAGES, strict=True))
     dev = read_dev(SAMPLE / "dev/dev.json")
@@ -39,15 +39,15 @@ def test_ids_fit_together():
     assert len(candidates) == 180 * 50 and all(texts[pid] == text for _, pid, _, text in candidates)
 
 
-def test_training_passages_are_of_the_collection():
+def test_training_passages_are_in_the_collection():
     known = set(PASSAGES)
     for at, text in enumerate(lines(SAMPLE / "train/dual.train.tsv"), start=1):
         row = parse_dual_row(text, "dual.train.tsv", at)
         assert row.positive in known and row.negative in known and row.positive != row.negative
 
 
-def test_random_negatives_give_no_passage_away():
-    """A model that learns which passages are often relevant must gain nothing by it."""
+def test_negatives_reveal_no_positive():
+    """A model that only learns which passages are often relevant gains nothing."""
     rows = [parse_cross_row(text, "c", at) for at, text in enumerate(lines(SAMPLE / "train/cross.train.tsv"))]
     starts = [at for at, row in enumerate(rows) if row.label == 1]
     positives = Counter(rows[at].passage for at in starts)
