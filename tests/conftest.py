@@ -1,6 +1,8 @@
 """Shared fixtures, and the rule that a marked test is skipped where what it needs is not installed."""
 
+import gc
 import os
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +31,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("no NVIDIA GPU")
+
+
+def pytest_collection_finish() -> None:
+    """Exempt the imported libraries from garbage collection: the programs call gc.collect()."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measure_products_once():
+    """Let all searches of the session share one measurement of the fastest product."""
+    from torch_src.retrieval import search
+
+    search.fastest = cache(search.fastest)
 
 
 @pytest.fixture(scope="session")
