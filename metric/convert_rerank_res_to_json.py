@@ -4,107 +4,72 @@
 
 SCORE_FILE has one number a line, aligned with the lines `qid \\t pid` of ID_MAP. Writes {qid: [pid, ...]}, a
 query's passages by score from high to low, at most 50, to `cross_res.json` beside SCORE_FILE or to OUTPUT.
-Equal scores keep the order of ID_MAP, that is the first stage's rank. The official tool orders them by the
-pid as a string, which says nothing of relevance: where scores tie, the two can differ. Give logits, not
-probabilities: saturated ones tie. Standard library alone.
+Equal scores keep the order of ID_MAP, which is the first stage's rank. The official tool orders them by the
+pid as a string, which says nothing about relevance: with equal scores the two can differ. Pass logits, not
+probabilities: saturated probabilities are equal. Needs numpy and xxhash, but no torch.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
 import sys
+from pathlib import Path
 
-if __package__:  # imported from the repository root
-    from . import common
-else:  # run by its path
-    import common
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
 
-InputError, shown = common.InputError, common.shown
+from torch_src.data.formats import read_id_map, read_scores
+from torch_src.data.lines import FormatError, read_together, shown, warn_if_cut
+from torch_src.data.results import require_own_path, stamp_result, write_result
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.log import warn
+from torch_src.runtime.program import exit_status
 
-KEPT = 50  # passages a query; the metric looks no further
-
-
-def check_alignment(score_file, id_map):
-    """Refuse files of different lengths: line numbers are all that ties a score to its passage."""
-    counts = []
-    for path in (score_file, id_map):
-        with open(path, "rb") as file:
-            counts.append(sum(1 for _ in file))
-        common.warn_if_cut(path)
-    if counts[0] != counts[1]:
-        raise InputError(
-            f"{score_file}:{min(counts) + 1}: expected as many lines as {id_map}, "
-            f"found {counts[0]} scores for {counts[1]} passages"
-        )
-    if not counts[0]:
-        raise InputError(f"{score_file}:1: expected scores, found an empty file")
+DEPTH = 50  # passages per query; the metrics use no more
 
 
-def parse_ids(path, line, text):
-    """(qid, pid) of one line of the id map."""
-    columns = text.split("\t")
-    if len(columns) != 2 or not all(columns):
-        raise InputError(f"{path}:{line}: expected 2 columns (qid, pid) between tabs, found {shown(text)}")
-    if text.endswith("\r"):
-        raise InputError(
-            f"{path}:{line}: expected lines that end in \\n alone, found \\r\\n; "
-            "the \\r would become part of the pid"
-        )
-    return columns
-
-
-def read_scores(score_file, id_map):
-    """{qid: {pid: score}}, passages in the order of the id map."""
-    scores_of = {}
-    scores = common.text_lines(score_file)
-    for line, ids in common.text_lines(id_map):
-        qid, pid = parse_ids(id_map, line, ids)
-        text = next(scores)[1]
-        score = common.finite_number(text)
-        if score is None:
-            raise InputError(f"{score_file}:{line}: expected one finite number, found {shown(text)}")
+def read_scored(score_file: str, id_map: str) -> dict[str, dict[str, float]]:
+    """Return {qid: {pid: score}}, passages in the order of the id map; the files must be equally long."""
+    scores_of: dict[str, dict[str, float]] = {}
+    rows = read_together(read_scores(score_file), score_file, read_id_map(id_map), id_map)
+    for line, score, (qid, pid) in rows:
         passages = scores_of.setdefault(qid, {})
         if pid in passages:
-            raise InputError(
-                f"{id_map}:{line}: expected each passage once a query, "
-                f"found {shown(pid)} again for {shown(qid)}"
-            )
+            raise FormatError(id_map, line, f"duplicate passage {shown(pid)} of the query {shown(qid)}")
         passages[pid] = score
+    if not scores_of:
+        raise UserError(f"{score_file}: no scores in it")
     return scores_of
 
 
-def rank(scores):
-    """The pids of {pid: score} from the highest score down; sorted() is stable, so ties keep their order."""
-    return sorted(scores, key=scores.__getitem__, reverse=True)[:KEPT]
+def rank(scores: dict[str, float]) -> list[str]:
+    """Return the pids from the highest score down; sorted() is stable, so ties keep their order."""
+    return sorted(scores, key=scores.__getitem__, reverse=True)[:DEPTH]
 
 
-def convert(score_file, id_map, output=None):
-    """Check both files, write the JSON and say so. On any error nothing is written."""
+def convert(score_file: str, id_map: str, output: str | None = None) -> None:
+    """Check both files and write the JSON. On any error nothing is written."""
     output = output or os.path.join(os.path.dirname(score_file), "cross_res.json")
-    common.check_output(output, (score_file, id_map))
-    check_alignment(score_file, id_map)
-    scores_of = read_scores(score_file, id_map)
-    alike = sum(len(scores) > 1 == len(set(scores.values())) for scores in scores_of.values())
-    if alike:
-        common.warn(
-            f"{score_file}: {alike} of {len(scores_of)} queries have one score for all passages "
-            "and keep the order of the id map"
-        )
-    common.write_lists(output, ((qid, rank(scores)) for qid, scores in scores_of.items()))
-    common.write_stamp(output, "convert_rerank_res_to_json", (score_file, id_map))
-    results = sum(min(len(scores), KEPT) for scores in scores_of.values())
+    require_own_path(output, (score_file, id_map))
+    scores_of = read_scored(score_file, id_map)
+    for path in (score_file, id_map):
+        warn_if_cut(path)
+    equal = sum(len(scores) > 1 == len(set(scores.values())) for scores in scores_of.values())
+    if equal:
+        counted = f"{equal} of {len(scores_of)} queries"
+        warn(f"{score_file}: {counted} have one score for all passages and keep the order of the id map")
+    write_result(output, ((qid, rank(scores)) for qid, scores in scores_of.items()))
+    stamp_result(output, "convert_rerank_res_to_json", (score_file, id_map))
+    results = sum(min(len(scores), DEPTH) for scores in scores_of.values())
     print(f"{len(scores_of)} queries, {results} results -> {output}")
 
 
-def main(argv=None):
-    """Exit status: 0, or 2 where an input is wrong."""
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit status: 0, or 2 when an input is wrong."""
     parser = argparse.ArgumentParser(description="Convert a re-ranker's scores to {qid: [pid, ...]}.")
     parser.add_argument("score_file", metavar="SCORE_FILE", help="one number a line")
     parser.add_argument("id_map", metavar="ID_MAP", help="lines: qid, pid; aligned with SCORE_FILE")
     parser.add_argument("output", metavar="OUTPUT", nargs="?", help="default: beside SCORE_FILE")
     given = parser.parse_args(argv)
-    return common.exit_status(convert, given.score_file, given.id_map, given.output)
+    return exit_status(lambda: convert(given.score_file, given.id_map, given.output))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
@@ -145,7 +144,7 @@ def fuse(given) -> None:
     scores: dict[str, dict[int, float]] = {}
     runs_of: Counter[str] = Counter()
     for path, weight in zip(given.runs, weights, strict=True):
-        for query, rows in by_query(path):
+        for query, rows in run_by_query(path):
             runs_of[query] += 1
             if given.weights:
                 values = weight * standardised(np.array([row.score for row in rows]))
@@ -168,16 +167,6 @@ def fuse(given) -> None:
                 file.write(format_run_row(RunRow(query, row, rank, score)))
     seal(given.run, {"stage": "fuse", "runs": fingerprint_files(given.runs), "weights": given.weights})
     log(f"wrote {given.run} ({len(scores):,} queries of {len(given.runs)} runs)")
-
-
-def by_query(path) -> Iterator[tuple[str, list[RunRow]]]:
-    """Yield (query, its rows) of a run whose queries' lines stand together."""
-    seen = set()
-    for query, rows in run_by_query(path):
-        if query in seen:
-            raise UserError(f"{path}: the lines of the query {query[:40]!r} do not stand together")
-        seen.add(query)
-        yield query, rows
 
 
 def standardised(values: np.ndarray) -> np.ndarray:

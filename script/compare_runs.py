@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 
 import numpy as np
 
-from metric.common import InputError
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result, per_query
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
@@ -58,7 +57,7 @@ def unique(pids: Iterable[str]) -> list[str]:
 
 def all_values(reference: dict, result: dict) -> dict[str, np.ndarray]:
     """Return {measure: (queries,) values} under each tool's own names."""
-    compute_metrics(reference, result)  # InputError where no query is in common
+    compute_metrics(reference, result)  # UserError where no query is in common
     own = per_query(reference, result).values()
     dureader = {name: np.array([values[name] for values in own]) for name in MEASURES}
     return {**dureader, **trec_values(reference, result)}
@@ -101,11 +100,8 @@ def table(first: dict[str, np.ndarray], second: dict[str, np.ndarray], seed: int
 
 
 def run(given) -> None:
-    try:
-        reference = load_reference(given.reference)
-        first, second = (all_values(reference, load_result(path)) for path in (given.a, given.b))
-    except InputError as error:
-        raise UserError(str(error)) from None
+    reference = load_reference(given.reference)
+    first, second = (all_values(reference, load_result(path)) for path in (given.a, given.b))
     print(f"A {given.a}\nB {given.b}\n{len(reference):,} queries of {given.reference}\nDuReader:")
     print("\n".join(table(first, second, given.seed)))
     if given.per_query:

@@ -22,7 +22,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
-from metric.common import InputError
 from metric.evaluation import load_reference, load_result
 from script.lib.foreign_datasets import (
     beir_queries,
@@ -34,7 +33,8 @@ from script.lib.foreign_datasets import (
 )
 from script.lib.official_layout import TITLES, OfficialLayoutWriter, Query
 from torch_src.data.collection import PassageCollection
-from torch_src.data.formats import parse_cross_row, read_dev, read_lines, split_columns
+from torch_src.data.formats import parse_cross_row, read_dev
+from torch_src.data.lines import read_lines, split_columns
 from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.data.row_file import text_hash
 from torch_src.runtime.files import atomic_write
@@ -166,7 +166,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--reference", default="", help="dev.json, for to_trec")
     parser.add_argument("--seed", type=int, default=42, help="for random negatives")
     args = parser.parse_args(argv)
-    return exit_status(lambda: kinds[args.kind](args), InputError)
+    return exit_status(lambda: kinds[args.kind](args))
 
 
 if __name__ == "__main__":

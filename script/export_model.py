@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 import torch
 import transformers
 
-from metric.common import InputError
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result
 from torch_src import cross_infer, retriever
 from torch_src.cross_hparams import FIXED_BY_WEIGHTS as CROSS_FIXED
@@ -174,7 +173,7 @@ def main(argv: list[str]) -> int:
     options.add_argument("--results", default="", help="dual_res.json or cross_res.json, for the model card")
     options.add_argument("--reference", default="", help="dev.json, to score --results")
     given = options.parse_args(argv)
-    return exit_status(lambda: run(given), InputError)
+    return exit_status(lambda: run(given))
 
 
 if __name__ == "__main__":

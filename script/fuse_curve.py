@@ -15,9 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 
 import numpy as np
 
-from metric.common import InputError
 from metric.evaluation import compute_metrics, load_reference
-from torch_src.data.formats import FormatError, read_lines, read_run, split_columns
+from torch_src.data.formats import read_id_map, read_run, read_scores
 from torch_src.retrieval.reranking import fused_scores
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.program import exit_status
@@ -32,18 +31,11 @@ def read_pairs(run: str, scores: str, id_map: str) -> tuple[list[str], np.ndarra
     if stamp.get("candidates") not in (None, fingerprint_files([run])):
         raise UserError(f"{scores}: the scores of other candidates than {run}; run do_cross_infer.py again")
     retriever = np.array([row.score for row in read_run(run)])
-    logits = np.array([parse_score(text, scores, line) for line, text in read_lines(scores)])
-    ids = [split_columns(text, 2, id_map, line, "qid, pid") for line, text in read_lines(id_map)]
+    logits = np.array(list(read_scores(scores)))
+    ids = list(read_id_map(id_map))
     if not len(retriever) == len(logits) == len(ids):
         raise UserError(f"{len(retriever)} lines in {run}, {len(logits)} in {scores}, {len(ids)} in {id_map}")
     return [qid for qid, _ in ids], retriever, logits, [pid for _, pid in ids]
-
-
-def parse_score(text: str, path: str, line: int) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise FormatError(path, line, "expected one number") from None
 
 
 def curve(qids: list[str], retriever, logits, pids: list[str], reference: dict) -> list[tuple[float, float]]:
@@ -80,7 +72,7 @@ def main(argv: list[str]) -> int:
     for name in ("run", "scores", "id_map", "reference"):
         parser.add_argument(f"--{name}", required=True)
     given = parser.parse_args(argv)
-    return exit_status(lambda: run(given), InputError)
+    return exit_status(lambda: run(given))
 
 
 if __name__ == "__main__":

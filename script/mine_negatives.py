@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 
 from torch_src import cross_infer, dual_infer, hparams
 from torch_src.data.collection import PassageCollection
+from torch_src.data.formats import read_scores
 from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
@@ -111,7 +112,7 @@ def _run(hp: MiningHparams) -> None:
     ids = read_passage_ids(hp.passage_ids_path, str(folder / "cache"))
     check_length(hp.passage_ids_path, len(ids), len(collection))
     miner = mining.Miner(data, collection, located or mining.locate_positives(data, collection), rules)
-    logits = mining.read_scores(scores) if scores else None
+    logits = read_scores(scores) if scores else None
     mining.write_mined(miner.mine(found, logits), folder, lambda row: ids[row].decode())
     write_json(folder / "mining.json", {**dataclasses.asdict(hp), "counts": dataclasses.asdict(miner.counts)})
     for output in outputs:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
-from metric.common import InputError
 from script.lib.report import data, page, plots
 from script.lib.report.hparams import DEBUG, ReportHparams
 from torch_src import hparams
@@ -39,7 +38,7 @@ def run(hp: ReportHparams) -> None:
 
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    return exit_status(lambda: run(hparams.parse(ReportHparams, argv, DEBUG)), InputError)
+    return exit_status(lambda: run(hparams.parse(ReportHparams, argv, DEBUG)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
 
-from metric.common import InputError
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result
 from torch_src import cross_hparams, dual_hparams, hparams, inference_cross_hparams, inference_de_hparams
 from torch_src.data.collection import PassageCollection
@@ -171,7 +170,7 @@ def start(program: Callable[[list[str]], None], doc: str, argv: list[str]) -> in
     if "--help" in argv or "-h" in argv:
         print(doc)
         return 0
-    return exit_status(lambda: program(argv), InputError)
+    return exit_status(lambda: program(argv))
 
 
 def main(argv: list[str]) -> int:

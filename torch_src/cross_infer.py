@@ -12,7 +12,7 @@ from metric.evaluation import compute_metrics
 from torch_src import hparams
 from torch_src.cross_hparams import DEBUG as TRAIN_DEBUG
 from torch_src.cross_hparams import FIXED_BY_WEIGHTS, CrossHparams
-from torch_src.data.candidates import OFFICIAL, OFFICIAL_IDS, Candidates, ListedCandidates, open_candidates
+from torch_src.data.candidates import OFFICIAL, OFFICIAL_IDS, Candidates, open_candidates
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import RunRow, format_run_row, read_dev
 from torch_src.data.passage_ids import check_length, read_passage_ids, rows_of
@@ -272,7 +272,7 @@ def imagined_candidates(queries: list[str], collection: PassageCollection) -> Ca
     few = queries[: len(rows)]
     query_of = np.arange(len(rows), dtype=np.int32) % len(few)
     texts = [collection[row] for row in rows.tolist()]
-    return ListedCandidates(few, query_of, rows, np.zeros(len(rows), np.float32), None, None, texts)
+    return Candidates(few, query_of, rows, np.zeros(len(rows), np.float32), None, None, texts)
 
 
 def run(hp: InferenceCrossHparams) -> None:

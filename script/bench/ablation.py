@@ -30,7 +30,8 @@ from metric.evaluation import compute_metrics, load_reference, load_result
 from script.lib.official_layout import OfficialLayoutWriter, Query
 from script.run_all import call, convert
 from torch_src.data.collection import PassageCollection
-from torch_src.data.formats import parse_dual_row, read_lines
+from torch_src.data.formats import parse_dual_row
+from torch_src.data.lines import read_lines
 from torch_src.hparams import parse
 from torch_src.inference_de_hparams import DEBUG, InferenceDeHparams
 from torch_src.runtime.errors import UserError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from script.lib.official_layout import Query
-from torch_src.data.formats import FormatError, decode, parse_json, raw_lines, split_columns
+from torch_src.data.lines import FormatError, decode, parse_json, raw_lines, split_columns
 from torch_src.runtime.errors import UserError
 
 ID_NAMES = ("_id", "id", "docid", "pid", "paragraph_id")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from torch_src.data import collection
 from torch_src.data.collection import PassageCollection, collection_files
-from torch_src.data.formats import FormatError
+from torch_src.data.lines import FormatError
 from torch_src.runtime.errors import UserError
 
 STEADY = settings(derandomize=True, deadline=None)  # the same examples each time, on a slow machine too

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from torch_src.data import formats
-from torch_src.data.formats import CrossRow, DevQuery, DualRow, FormatError, RunRow
+from torch_src.data import formats, lines
+from torch_src.data.formats import CrossRow, DevQuery, DualRow, RunRow
+from torch_src.data.lines import FormatError
 from torch_src.runtime.errors import UserError
 
 STEADY = settings(derandomize=True, deadline=None)  # the same examples each time, on a slow machine too
@@ -43,26 +44,26 @@ def refused(read, place, *words):
 
 def test_lines_end_at_newline_alone_and_only_the_final_one_is_dropped(file):
     path = file(f"{ODD}\n\n {ODD}\t\r\nlast ")
-    assert list(formats.read_lines(path)) == [(1, ODD), (2, ""), (3, f" {ODD}\t\r"), (4, "last ")]
-    assert list(formats.read_lines(file(""))) == []
-    assert list(formats.read_lines(file("a\n"))) == [(1, "a")]
+    assert list(lines.read_lines(path)) == [(1, ODD), (2, ""), (3, f" {ODD}\t\r"), (4, "last ")]
+    assert list(lines.read_lines(file(""))) == []
+    assert list(lines.read_lines(file("a\n"))) == [(1, "a")]
 
 
 def test_byte_order_mark_is_refused_in_line_one_and_kept_elsewhere(file):
     path = file("\ufeffa\n")
-    refused(lambda: list(formats.read_lines(path)), f"{path}:1", "byte order mark")
-    assert list(formats.read_lines(file("a\ufeff\n\ufeffb\n"))) == [(1, "a\ufeff"), (2, "\ufeffb")]
+    refused(lambda: list(lines.read_lines(path)), f"{path}:1", "byte order mark")
+    assert list(lines.read_lines(file("a\ufeff\n\ufeffb\n"))) == [(1, "a\ufeff"), (2, "\ufeffb")]
 
 
 def test_line_that_is_not_utf8_is_named_with_its_byte(file):
     path = file("好\n".encode() + b"ab\xffc\n")
-    refused(lambda: list(formats.read_lines(path)), f"{path}:2", "not UTF-8", "byte 3")
+    refused(lambda: list(lines.read_lines(path)), f"{path}:2", "not UTF-8", "byte 3")
 
 
 def test_missing_file_and_folder_are_user_errors(tmp_path):
     for path, words in ((tmp_path / "none", "no such file"), (tmp_path, "is a folder")):
         with pytest.raises(UserError, match=f"^{path}: {words}"):
-            list(formats.read_lines(path))
+            list(lines.read_lines(path))
 
 
 @pytest.mark.parametrize("empty", ["", "null", "-"])
@@ -88,7 +89,7 @@ def test_training_lines_give_their_texts_back(query, title, passage, other, nega
 @example("")
 def test_passage_line_survives_the_way_through_its_bytes(passage):
     raw = f"-\t\t{passage}\t0\n".encode()
-    assert formats.parse_passage(formats.decode(raw, "f", 2), "f", 2) == passage
+    assert formats.parse_passage(lines.decode(raw, "f", 2), "f", 2) == passage
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_cross_label_other_than_0_and_1_is_refused(label):
 @pytest.mark.parametrize(
     "line, word",
     [
-        *((f"{empty}\t\tp{rest}", "query (column 1) is empty") for empty in EMPTY for rest in REST),
+        *((f"{empty}\t\tp{rest}", "query is empty") for empty in EMPTY for rest in REST),
         *((f"q\tT\tp{rest}", "column 2 (title)") for rest in REST),
         ("q\t \tp\t0", "column 2 (title)"),
         ("q\t\tp\tT\tn\t0", "column 4 (title)"),
@@ -145,20 +146,20 @@ def test_q2qid_keeps_texts_whole_and_a_torn_one_is_named_with_its_line(file):
     mapping = {ODD: "q1", "甲": "q2"}
     assert formats.read_q2qid(file(json.dumps(mapping, ensure_ascii=False))) == mapping
     path = file('{"a": "1",\n"b": "2"')
-    refused(lambda: formats.read_q2qid(path), f"{path}:2", "not JSON")
+    refused(lambda: formats.read_q2qid(path), f"{path}:2", "not one JSON object")
 
 
 @pytest.mark.parametrize(
     "content, words",
     [
-        ('{"a": "1", "b": "2", "b": "3"}', ["'b'", "twice", "merge"]),
-        *(('{"a": "1", "b": "1"}', ["same qid"]), (b'{"\xff": "1"}', ["not UTF-8"])),
-        *(('{"a": 1}', ["expected one JSON object"]), ("[]", ["expected one JSON object"])),
+        ('{"a": "1", "b": "2", "b": "3"}', ["'b'", "merge"]),
+        *(('{"a": "1", "b": "1"}', ["qid '1'"]), (b'{"\xff": "1"}', ["not UTF-8"])),
+        *(('{"a": 1}', ["not one JSON object"]), ("[]", ["not one JSON object"])),
     ],
 )
 def test_bad_q2qid_is_a_user_error_naming_the_file(file, content, words):
     path = file(content)
-    with pytest.raises(UserError, match=f"^{path}: .*" + ".*".join(words)):
+    with pytest.raises(UserError, match=f"^{path}:1: .*" + ".*".join(words)):
         formats.read_q2qid(path)
 
 
@@ -183,7 +184,7 @@ def test_dev_json_gives_queries_and_all_answers(file):
         (dev_line(answer_paragraphs=["p"]), "malformed"),
         (dev_line(question=" "), "empty"),
         (dev_line(answer_paragraphs=[]), "no answer_paragraphs"),
-        (dev_line(), "question_id q1 stands there twice"),
+        (dev_line(), "duplicate question_id"),
     ],
 )
 def test_broken_dev_line_is_named(file, broken, word):
@@ -197,7 +198,7 @@ def test_candidates_come_with_their_ids_and_different_lengths_are_refused(file):
     texts, ids = file("q\t\ta\t0\nq\t\tb\t0\n"), file("1\tx\n", "ids")
     refused(lambda: list(formats.read_candidates(texts, ids)), f"{ids}:2", "ends here", str(texts))
     ids = file("1\tx\n1\ty\n1\tz\n", "ids")
-    with pytest.raises(UserError, match=f"^{ids}:.* more lines than {texts}"):
+    with pytest.raises(UserError, match=f"^{texts}:3: .*{ids} has more lines"):
         list(formats.read_candidates(texts, ids))
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run by path: the root is not on it
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from metric import common, convert_recall_res_to_json, convert_rerank_res_to_json, evaluation
+from metric import convert_recall_res_to_json, convert_rerank_res_to_json, evaluation
 from torch_src.data.collection import PassageCollection
 from torch_src.data.cross_training_set import CrossTrainingSet
 from torch_src.data.dual_training_set import DualTrainingSet
@@ -34,6 +34,7 @@ from torch_src.data.formats import (
     read_queries,
     read_question_ids,
     read_run,
+    read_scores,
 )
 from torch_src.data.mined_files import COLUMNS, SIDECAR, read_teacher
 from torch_src.data.passage_ids import read_passage_ids
@@ -41,7 +42,6 @@ from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json
 from torch_src.runtime.stamps import read_stamp
 from torch_src.tools.data_check import DataCheck
-from torch_src.tools.mining import read_scores
 
 QUERY, OTHER, TEXT = "蒸鱼去腥小妙招", "how to 拍 照", "清蒸鱼的腥味主要来自血水，“先焯水”。"
 DEV = {
@@ -56,7 +56,7 @@ PIECES = [
     b"1e999", b"nan", b"-1", b"9" * 5000, b"99999999999999999999", b"0x1F", b"1_0",
     "１".encode(), b"\x1a" * 9,
 ]  # fmt: skip
-REFUSED = (UserError, common.InputError)
+REFUSED = UserError
 
 
 def text(*lines: str) -> bytes:

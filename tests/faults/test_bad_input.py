@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings, strategies
 from toy_world import write
 
 from torch_src.data.collection import PassageCollection
-from torch_src.data.formats import LONGEST_LINE, FormatError, read_queries
+from torch_src.data.formats import read_queries
+from torch_src.data.lines import LONGEST_LINE, FormatError
 from torch_src.data.row_file import RowFile
 
 

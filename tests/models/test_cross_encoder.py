@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, DistilBertConfig
 
 from torch_src.cross_train import perturbed
-from torch_src.data.candidates import ListedCandidates
+from torch_src.data.candidates import Candidates
 from torch_src.models import tokenization
 from torch_src.models.cross_encoder import (
     Float32Linear,
@@ -400,14 +400,14 @@ def scorer(
     return PairScorer(model, tokenizer, TextRules(48), CPU, precision, batch_size, tokens)
 
 
-def listed(tokenizer, queries: int, depth: int, seed: int = 0) -> ListedCandidates:
+def listed(tokenizer, queries: int, depth: int, seed: int = 0) -> Candidates:
     """Candidates of random texts of many lengths."""
     draw = random.Random(seed)
     texts = [characters(tokenizer, draw.randrange(2, 60), 1000 + at) for at in range(queries * depth)]
     names = [characters(tokenizer, draw.randrange(2, 20), at) + str(at) for at in range(queries)]
     query_of = np.repeat(np.arange(queries, dtype=np.int32), depth)
     scores = -np.tile(np.arange(1, depth + 1), queries).astype(np.float32)
-    return ListedCandidates(names, query_of, np.arange(len(texts)), scores, None, None, texts)
+    return Candidates(names, query_of, np.arange(len(texts)), scores, None, None, texts)
 
 
 def orders(candidates, scores) -> list[list[int]]:
@@ -502,10 +502,10 @@ def test_pair_tensors_are_padded_alike(tokenizer):
 # ---- ranking and fusion
 
 
-def three_queries(scores) -> ListedCandidates:
+def three_queries(scores) -> Candidates:
     query_of = np.array([0, 0, 0, 0, 1, 2, 2], dtype=np.int32)
     scores = np.array(scores, dtype=np.float32)
-    return ListedCandidates(["甲", "乙", "丙"], query_of, np.arange(7), scores, None, None, [])
+    return Candidates(["甲", "乙", "丙"], query_of, np.arange(7), scores, None, None, [])
 
 
 def test_pairs_are_ranked_by_score_and_ties_by_the_retrievers_rank():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_src.data.formats import FormatError
+from torch_src.data.lines import FormatError
 from torch_src.runtime import files, program
 from torch_src.runtime import log as log_module
 from torch_src.runtime.devices import choose_device, make_deterministic

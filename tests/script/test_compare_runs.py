@@ -65,4 +65,4 @@ def test_the_program(tmp_path, capsys):
     assert "MRR@10        0.5000   0.8333  +0.3333" in out and "1/0/2" in out and "trec_eval:" in out
     assert json.loads((tmp_path / "out").read_text().split("\n")[2])["MRR@10"] == [0.0, 1.0]
     (tmp_path / "a").write_text("[")
-    assert compare_runs.main(words) == 2 and "a:1: expected one JSON object" in capsys.readouterr().err
+    assert compare_runs.main(words) == 2 and "a:1: not JSON" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def test_a_sound_folder(data):
 
 FAULTS = {
     "train/dual.train.tsv": (2, "问\t\t答", "3 TAB-separated columns"),
-    "train/cross.train.tsv": (5, "问\t\t答\t2", "neither 0 nor 1"),
+    "train/cross.train.tsv": (5, "问\t\t答\t2", "label '2'"),
     "passage-collection/part-01": (7, "-\t\t段", "expected 4"),
     "dev/dev.q.format": (3, " \t-\t-\t0", "is empty"),
     "auxiliary/dev.retrieval.top50.res.id_map.tsv": (1, "q\tnobody", "nobody is not in passage2id"),

@@ -1,13 +1,15 @@
-"""Candidates to re-rank: a run with the collection, or auxiliary/*.res.tsv with its *.id_map.tsv."""
+"""Candidates to re-rank: a run with the collection, or auxiliary/*.res.tsv with its *.res.id_map.tsv."""
 
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from torch_src.data.collection import PassageCollection
-from torch_src.data.formats import FormatError, read_candidates, read_run
+from torch_src.data.formats import candidates_by_query, run_by_query
+from torch_src.data.lines import FilePath, FormatError
 from torch_src.runtime.errors import UserError
 
 OFFICIAL, OFFICIAL_IDS = ".res.tsv", ".res.id_map.tsv"
@@ -15,125 +17,106 @@ OFFICIAL, OFFICIAL_IDS = ".res.tsv", ".res.id_map.tsv"
 
 @dataclass
 class Candidates:
-    """N (query, passage) pairs in file order; the pairs of a query stand together.
+    """N (query, passage) pairs in file order; the pairs of a query are adjacent.
 
-    Texts stay on disk: memory is about 50 bytes a pair, and the longest pid more for the official files.
+    Texts stay on disk: memory is about 50 bytes per pair, plus the longest pid for the official files.
     """
 
     queries: list[str]  # distinct, in file order
     query_of: np.ndarray  # (N,) int32: index into queries
     rows: np.ndarray  # (N,) int64: global rows; -1 in the official files
-    scores: np.ndarray  # (N,) float32: the retriever's; minus the rank in the official files, which have none
-    pids: np.ndarray | None  # (N,) bytes; None for a run (its rows name the passages)
+    scores: np.ndarray  # (N,) float32: the retriever's; -rank in the official files, which have no scores
+    pids: np.ndarray | None  # (N,) bytes; None for a run (its rows identify the passages)
     qids: list[str] | None  # of queries; None for a run
-    texts: PassageCollection  # text of a row, or of a pair's own line in the official files
+    texts: PassageCollection | list[str]  # by row for a run; by pair for the official files and for a list
 
     def __len__(self) -> int:
         return len(self.query_of)
 
     def passages(self, first: int, last: int) -> list[str]:
         """Return the texts of pairs first..last-1."""
-        if self.pids is not None:
+        if self.pids is not None or isinstance(self.texts, list):
             return self.texts[first:last]
         return [self.texts[row] for row in self.rows[first:last].tolist()]
 
     def spans(self) -> Iterator[tuple[str, slice]]:
         """Yield (query, slice of its pairs)."""
         starts = np.flatnonzero(np.diff(self.query_of, prepend=-1)).tolist() + [len(self)]
-        for at, query in enumerate(self.queries):
-            yield query, slice(starts[at], starts[at + 1])
+        for query, (start, stop) in zip(self.queries, pairwise(starts), strict=True):
+            yield query, slice(start, stop)
 
     def head(self, queries: int, depth: int) -> "Candidates":
-        """Return the first `depth` candidates of the first `queries` queries."""
-        spans = list(self.spans())[:queries]
-        keep = np.concatenate(
-            [np.arange(span.start, min(span.stop, span.start + depth)) for _, span in spans]
+        """Return the first `depth` candidates of the first `queries` queries, with their texts in memory."""
+        spans = [span for _, span in self.spans()][:queries]
+        pairs = [pair for span in spans for pair in range(span.start, min(span.stop, span.start + depth))]
+        return Candidates(
+            queries=self.queries[: len(spans)],
+            query_of=self.query_of[pairs],
+            rows=self.rows[pairs],
+            scores=self.scores[pairs],
+            pids=None if self.pids is None else self.pids[pairs],
+            qids=None if self.qids is None else self.qids[: len(spans)],
+            texts=[self.passages(pair, pair + 1)[0] for pair in pairs],
         )
-        texts = [self.passages(pair, pair + 1)[0] for pair in keep.tolist()]
-        return ListedCandidates(
-            self.queries[: len(spans)], self.query_of[keep], self.rows[keep], self.scores[keep],
-            None if self.pids is None else self.pids[keep],
-            None if self.qids is None else self.qids[: len(spans)], texts,
-        )  # fmt: skip
 
 
-class ListedCandidates(Candidates):
-    """A few candidates with their texts in a list, one a pair."""
+def open_candidates(
+    path: FilePath, collection: PassageCollection | None, cache_dir: FilePath | None
+) -> Candidates:
+    """Return the candidates of a run (over `collection`) or of an official file, which has its own texts.
 
-    def passages(self, first: int, last: int) -> list[str]:
-        return self.texts[first:last]
-
-
-def open_candidates(path: str, collection: PassageCollection | None, cache_dir: str | None) -> Candidates:
-    """Return the candidates of a run (over `collection`) or of an official file, which carries its own texts.
-
-    FormatError for a malformed line, a row outside the collection, a query whose lines are scattered, a
-    passage that a query has twice; UserError when the id map has another length.
+    FormatError for a malformed line, a row outside the collection, scattered lines of a query, a duplicate
+    passage of a query, or an id map of another length.
     """
     if str(path).endswith(OFFICIAL):
-        ids_path = str(path)[: -len(OFFICIAL)] + OFFICIAL_IDS
-        gatherer = _Gatherer(path)
-        for line, (qid, pid, query, _) in enumerate(read_candidates(path, ids_path), start=1):
-            gatherer.add(line, query, pid, -1, -gatherer.rank(query), qid)
-        gatherer.require_some()
-        return gatherer.candidates(PassageCollection.of_file(path, cache_dir))
+        return _open_official(str(path), cache_dir)
     if collection is None:
-        raise UserError(f"{path}: a run names passages by row; give the collection (--passage_dir)")
-    gatherer = _Gatherer(path)
-    for line, row in enumerate(read_run(path), start=1):
-        if row.row >= len(collection):
-            raise FormatError(
-                path, line, f"row {row.row} is outside the collection of {len(collection):,} passages"
-            )
-        if row.rank != gatherer.rank(row.query):
-            raise FormatError(path, line, f"rank {row.rank}, expected {gatherer.rank(row.query)}")
-        gatherer.add(line, row.query, row.row, row.row, row.score, None)
-    gatherer.require_some()
-    return gatherer.candidates(collection)
+        raise UserError(f"{path}: a run identifies passages by row; name the collection (--passage_dir)")
+    pairs = _Pairs()
+    for query, ranking in run_by_query(path):
+        for row in ranking:
+            if row.row >= len(collection):
+                message = f"row {row.row} is outside the collection of {len(collection):,} passages"
+                raise FormatError(path, len(pairs.rows) + 1, message)
+            pairs.add(row.row, row.score)
+        pairs.queries.append(query)
+    pairs.require_some(path)
+    return pairs.candidates(None, None, collection)
 
 
-class _Gatherer:
-    """Collects pairs line by line and checks that each query's lines stand together."""
+def _open_official(path: str, cache_dir: FilePath | None) -> Candidates:
+    pairs, pids, qids = _Pairs(), [], []
+    for query, ranking in candidates_by_query(path, path.removesuffix(OFFICIAL) + OFFICIAL_IDS):
+        for rank, row in enumerate(ranking, start=1):
+            pairs.add(-1, -rank)
+            pids.append(row.pid.encode())
+        pairs.queries.append(query)
+        qids.append(ranking[0].qid)
+    pairs.require_some(path)
+    return pairs.candidates(np.array(pids), qids, PassageCollection.of_file(path, cache_dir))
 
-    def __init__(self, path):
-        self.path, self.index = path, {}
-        self.query_of, self.rows, self.scores = array("i"), array("q"), array("f")  # 16 bytes a pair
-        self.pids: list[str] = []  # of the official files
-        self.qids: list[str | None] = []
-        self.last, self.seen = "", set()
 
-    def rank(self, query: str) -> int:
-        """Return the rank from 1 of the next pair of `query`."""
-        return len(self.seen) + 1 if self.index and self.last == query else 1
+class _Pairs:
+    """Columns that grow pair by pair, 16 bytes each."""
 
-    def add(self, line: int, query: str, key, row: int, score: float, qid: str | None) -> None:
-        if query not in self.index:
-            self.index[query] = len(self.index)
-            self.last = query
-            self.qids.append(qid)
-            self.seen = set()
-        elif self.index[query] != len(self.index) - 1:
-            raise FormatError(
-                self.path, line, f"the query {query[:40]!r} appeared before; its lines must be together"
-            )
-        if key in self.seen:
-            raise FormatError(self.path, line, f"the query {query[:40]!r} has the passage {key} twice")
-        self.seen.add(key)
-        self.query_of.append(self.index[query])
+    def __init__(self) -> None:
+        self.queries: list[str] = []
+        self.query_of, self.rows, self.scores = array("i"), array("q"), array("f")
+
+    def add(self, row: int, score: float) -> None:
+        """Add a pair of the query that is appended to `queries` next."""
+        self.query_of.append(len(self.queries))
         self.rows.append(row)
         self.scores.append(score)
-        if row < 0:
-            self.pids.append(key)
 
-    def require_some(self) -> None:
-        if not self.rows:
-            raise UserError(f"{self.path}: no candidates in it")
+    def require_some(self, path: FilePath) -> None:
+        if not self.queries:
+            raise UserError(f"{path}: no candidates in it")
 
-    def candidates(self, texts: PassageCollection) -> Candidates:
-        official = self.rows[0] < 0
-        return Candidates(
-            list(self.index), np.frombuffer(self.query_of, dtype=np.int32),
-            np.frombuffer(self.rows, dtype=np.int64), np.frombuffer(self.scores, dtype=np.float32),
-            np.array([pid.encode() for pid in self.pids]) if official else None,
-            self.qids if official else None, texts,
-        )  # fmt: skip
+    def candidates(
+        self, pids: np.ndarray | None, qids: list[str] | None, texts: PassageCollection
+    ) -> Candidates:
+        columns = (
+            np.frombuffer(column, column.typecode) for column in (self.query_of, self.rows, self.scores)
+        )
+        return Candidates(self.queries, *columns, pids, qids, texts)

@@ -9,7 +9,8 @@ import numpy as np
 import xxhash
 
 from torch_src.data.array_cache import cached_array
-from torch_src.data.formats import LONGEST_LINE, FormatError, decode, parse_passage
+from torch_src.data.formats import parse_passage
+from torch_src.data.lines import LONGEST_LINE, FormatError, decode
 from torch_src.runtime.errors import UserError
 
 PART = re.compile(r"part-(\d+)$")

@@ -1,38 +1,35 @@
-"""Readers and writers of every file of the official layout: one of each a format, a bad line named as
-file:line.
+"""Reader and writer of every file of the official layout and of runs: one of each per format.
 
-Lines end in `\\n` alone. Texts hold characters that Python's splitlines() would cut at (\\x0b, \\x0c,
-\\x1c-\\x1e, \\x85, U+2028), and quotes that csv would eat, so lines are cut by hand and nothing is stripped.
+docs/formats.md describes the files. A malformed line is a FormatError that names file and line.
 """
 
-import json
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
+from typing import NamedTuple, Protocol, TypeVar
 
+from torch_src.data.json_pairs import read_json_pairs
+from torch_src.data.lines import (
+    FilePath,
+    FormatError,
+    finite_number,
+    parse_json,
+    read_lines,
+    read_together,
+    shown,
+    split_columns,
+    whole_number,
+)
 from torch_src.runtime.errors import UserError
 
-CUTS = {"\t", "\n"}  # what would cut a column or a line of a run
-ABSENT = (
-    "",
-    "null",
-    "-",
-)  # how an empty column is written: real files, the readme, the query and passage files
+SEPARATORS = {"\t", "\n"}  # of columns and lines: a query or qid with one would break a run
+EMPTY_TITLES = ("", "null", "-")  # an empty column in the published files, the readme, the query files
+MERGE_QUERIES = (
+    "a run identifies a query by its text; merge the two: one line in dev.q.format, one qid in "
+    "q2qid.dev.json, one entry with the answers of both in dev.json"
+)
 
 
-LONGEST_LINE = 1 << 24  # bytes; a longer one is no line of these files, and would be held in memory whole
-
-
-class FormatError(UserError):
-    """A malformed line: `file:line: what is wrong (what was expected)`."""
-
-    def __init__(self, path, line: int, message: str):
-        super().__init__(f"{path}:{line}: {message}")
-
-
-@dataclass(frozen=True)
-class DualRow:
+class DualRow(NamedTuple):
     """One row of dual.train.tsv."""
 
     query: str
@@ -40,8 +37,7 @@ class DualRow:
     negative: str
 
 
-@dataclass(frozen=True)
-class CrossRow:
+class CrossRow(NamedTuple):
     """One row of cross.train.tsv."""
 
     query: str
@@ -49,8 +45,15 @@ class CrossRow:
     label: int  # 1 relevant, 0 not
 
 
-@dataclass(frozen=True)
-class RunRow:
+class DevQuery(NamedTuple):
+    """One line of dev.json."""
+
+    qid: str
+    query: str
+    answers: dict[str, str]  # pid -> text of every positive
+
+
+class RunRow(NamedTuple):
     """One row of a run (a ranked result file)."""
 
     query: str
@@ -59,126 +62,97 @@ class RunRow:
     score: float
 
 
-def decode(raw: bytes, path, line: int) -> str:
-    """Return the line's text without its final newline; FormatError when it is not UTF-8."""
-    try:
-        text = raw.removesuffix(b"\n").decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(path, line, f"not UTF-8 (byte {error.start + 1} of the line)") from None
-    if line == 1 and text.startswith("\ufeff"):
-        raise FormatError(path, line, "starts with a byte order mark; save the file as plain UTF-8")
-    return text
+class CandidateRow(NamedTuple):
+    """One line of auxiliary/*.res.tsv with its line of *.res.id_map.tsv."""
+
+    qid: str
+    pid: str
+    query: str
+    passage: str
 
 
-def raw_lines(file, path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, bytes) of a binary file; FormatError for a line above LONGEST_LINE."""
-    number = 0
-    while raw := file.readline(LONGEST_LINE + 1):
-        number += 1
-        if len(raw) > LONGEST_LINE:
-            raise FormatError(path, number, f"a line of more than {LONGEST_LINE >> 20} MiB")
-        yield number, raw
+# ---- training rows and passages
 
 
-def read_lines(path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of a UTF-8 file, cutting at `\\n` and nowhere else."""
-    try:
-        file = open(path, "rb")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, expected a file") from None
-    with file:
-        for number, raw in raw_lines(file, path):
-            yield number, decode(raw, path, number)
-
-
-def split_columns(text: str, count: int, path, line: int, names: str) -> list[str]:
-    """Return the TAB-separated columns; FormatError unless there are exactly `count`."""
-    columns = text.split("\t")
-    if len(columns) != count:
-        raise FormatError(path, line, f"{len(columns)} TAB-separated columns, expected {count}: {names}")
-    return columns
-
-
-def _query(text: str, path, line: int) -> str:
-    if not text.strip():
-        raise FormatError(path, line, "the query (column 1) is empty")
-    return text
-
-
-def _no_title(text: str, column: int, path, line: int) -> None:
-    # A title that is silently left out would change what is trained on.
-    if text not in ABSENT:
-        raise FormatError(
-            path, line, f"column {column} (title) must be empty or null; put titles into the passage text"
-        )
-
-
-def parse_dual_row(text: str, path, line: int) -> DualRow:
-    """Return the row of one line of dual.train.tsv; FormatError when it is malformed."""
+def parse_dual_row(text: str, path: FilePath, line: int) -> DualRow:
+    """Return the row of one line of dual.train.tsv."""
     names = "query, null, positive, null, negative, 0"
     query, title, positive, other_title, negative, _ = split_columns(text, 6, path, line, names)
-    _no_title(title, 2, path, line)
-    _no_title(other_title, 4, path, line)
+    _require_no_title(title, 2, path, line)
+    _require_no_title(other_title, 4, path, line)
     if not positive.strip() or positive == "null":
         raise FormatError(path, line, "the positive (column 3) is empty")
-    return DualRow(_query(query, path, line), positive, negative)
+    return DualRow(_require_query(query, path, line), positive, negative)
 
 
-def parse_cross_row(text: str, path, line: int) -> CrossRow:
-    """Return the row of one line of cross.train.tsv; FormatError when it is malformed."""
+def parse_cross_row(text: str, path: FilePath, line: int) -> CrossRow:
+    """Return the row of one line of cross.train.tsv."""
     query, title, passage, label = split_columns(text, 4, path, line, "query, null, passage, label")
-    _no_title(title, 2, path, line)
+    _require_no_title(title, 2, path, line)
     if label not in ("0", "1"):
-        raise FormatError(path, line, f"label {label[:20]!r} is neither 0 nor 1")
-    return CrossRow(_query(query, path, line), passage, int(label))
+        raise FormatError(path, line, f"label {shown(label)} (expected 0 or 1)")
+    return CrossRow(_require_query(query, path, line), passage, int(label))
 
 
-def parse_passage(text: str, path, line: int) -> str:
-    """Return the passage text (third of four columns) of one line of part-0X or all_doc."""
+def format_dual_row(row: DualRow) -> str:
+    """Return one line of dual.train.tsv."""
+    return f"{row.query}\t\t{row.positive}\t\t{row.negative}\t0\n"
+
+
+def format_cross_row(row: CrossRow) -> str:
+    """Return one line of cross.train.tsv."""
+    return f"{row.query}\t\t{row.passage}\t{row.label}\n"
+
+
+def parse_passage(text: str, path: FilePath, line: int) -> str:
+    """Return the passage (third of four columns) of one line of part-0X, all_doc or auxiliary/*.res.tsv."""
     return split_columns(text, 4, path, line, "-, null, passage, 0")[2]
 
 
-def parse_json(text: str, path, line: int, **options):
-    """Return the JSON value of a text; FormatError when it is malformed, too deep or holds half a surrogate
-    pair, which no file could take.
-    """
-    try:
-        value = json.loads(text, **options)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-        return value
-    except UserError:
-        raise  # of a hook among the options
-    except json.JSONDecodeError as error:
-        raise FormatError(path, line + error.lineno - 1, f"not JSON ({error.msg})") from None
-    except UnicodeEncodeError:
-        raise FormatError(
-            path, line, "an escape that stands for half a character (a lone surrogate)"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise FormatError(path, line, f"not JSON that can be read ({error})") from None
+def format_passage(passage: str) -> str:
+    """Return one line of part-0X."""
+    return f"-\t\t{passage}\t0\n"
 
 
-def read_queries(path) -> list[str]:
-    """Return the query texts of dev.q.format in file order.
+def _require_query(query: str, path: FilePath, line: int) -> str:
+    if not query.strip():
+        raise FormatError(path, line, "the query is empty")
+    return query
 
-    Two lines of the same text are an error: results and q2qid.dev.json know a query by its text alone.
-    """
+
+def _require_no_title(text: str, column: int, path: FilePath, line: int) -> None:
+    # To ignore a title would change the training data without notice.
+    if text not in EMPTY_TITLES:
+        message = f"column {column} (title) is not empty or null; move titles into the passage text"
+        raise FormatError(path, line, message)
+
+
+# ---- queries
+
+
+def parse_query(text: str, path: FilePath, line: int) -> str:
+    """Return the query of one line of dev.q.format."""
+    return _require_query(split_columns(text, 4, path, line, "query, -, -, 0")[0], path, line)
+
+
+def format_query(query: str) -> str:
+    """Return one line of dev.q.format."""
+    return f"{query}\t-\t-\t0\n"
+
+
+def read_queries(path: FilePath) -> list[str]:
+    """Return the distinct query texts of dev.q.format in file order; a repeated text is a FormatError."""
     seen: dict[str, int] = {}
     for line, text in read_lines(path):
-        query = _query(split_columns(text, 4, path, line, "query, -, -, 0")[0], path, line)
+        query = parse_query(text, path, line)
         if query in seen:
-            raise FormatError(
-                path, line, f"the same query as line {seen[query]}: {query[:40]!r}; {MERGE_QUERIES}"
-            )
+            message = f"the same query as line {seen[query]}: {shown(query)}; {MERGE_QUERIES}"
+            raise FormatError(path, line, message)
         seen[query] = line
-    if not seen:
-        raise UserError(f"{path}: no queries in it")
-    return list(seen)
+    return list(_require_some(seen, path))
 
 
-def read_question_ids(path) -> dict[str, list[str]]:
+def read_question_ids(path: FilePath) -> dict[str, list[str]]:
     """Return {query text: its qids} of JSON lines with question_id and question (test1.json, dev.json)."""
     found: dict[str, list[str]] = {}
     for line, text in read_lines(path):
@@ -187,121 +161,183 @@ def read_question_ids(path) -> dict[str, list[str]]:
             qid, query = entry["question_id"], entry["question"]
         except (KeyError, TypeError):
             raise FormatError(path, line, "expected {question_id, question}") from None
-        if not isinstance(qid, str) or not isinstance(query, str) or CUTS & {*query, *qid}:
-            raise FormatError(path, line, "question_id and question must be texts without TAB or line end")
-        found.setdefault(_query(query, path, line), []).append(qid)
-    if not found:
-        raise UserError(f"{path}: no queries in it")
-    return found
+        if not _are_texts(qid, query) or SEPARATORS & {*query, *qid}:
+            message = "question_id and question must be strings without TAB or line end"
+            raise FormatError(path, line, message)
+        found.setdefault(_require_query(query, path, line), []).append(qid)
+    return _require_some(found, path)
 
 
-MERGE_QUERIES = (
-    "results know a query by its text, so merge the two: one line here, one qid in q2qid.dev.json, "
-    "and in dev.json one entry with the answers of both"
-)
+def read_q2qid(path: FilePath) -> dict[str, str]:
+    """Return {query text: qid} of q2qid.dev.json; a repeated text or qid is a FormatError."""
+    qid_of: dict[str, str] = {}
+    qids: set[str] = set()
+    for chunk in read_json_pairs(path):
+        for at, (query, qid) in enumerate(chunk.pairs):
+            message = ""
+            if query in qid_of:
+                message = f"duplicate query {shown(query)}; {MERGE_QUERIES}"
+            elif qid in qids:
+                message = f"the qid {shown(qid)} belongs to an earlier query (expected each qid once)"
+            elif SEPARATORS & {*query, *qid}:
+                message = f"TAB or line end in the query {shown(query)} or its qid {shown(qid)}"
+            if message:
+                raise FormatError(path, chunk.line_of(at), message)
+            qid_of[query] = qid
+            qids.add(qid)
+    return qid_of
 
 
-def read_q2qid(path) -> dict[str, str]:
-    """Return {query text: qid} of q2qid.dev.json; a repeated text or qid is an error."""
+def parse_dev_query(text: str, path: FilePath, line: int, texts: bool = True) -> DevQuery:
+    """Return the query of one line of dev.json with its positives.
 
-    def unique(pairs: list) -> dict:
-        mapping = dict(pairs)
-        if len(mapping) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in mapping if keys.count(key) > 1)
-            raise UserError(f"{path}: the query {twice[:40]!r} stands there twice; {MERGE_QUERIES}")
-        return mapping
-
-    mapping = _load_json(path, object_pairs_hook=unique)
-    if not isinstance(mapping, dict) or not all(isinstance(qid, str) for qid in mapping.values()):
-        raise UserError(f"{path}: expected one JSON object {{query text: qid}}")
-    if any(CUTS & {*text} for pair in mapping.items() for text in pair):
-        raise UserError(f"{path}: a query or qid with a TAB or a line end in it")
-    if len(set(mapping.values())) < len(mapping):
-        raise UserError(f"{path}: two queries have the same qid")
-    return mapping
-
-
-def _load_json(path, **options):
-    try:
-        with open(path, encoding="utf-8") as file:
-            return parse_json(file.read(), path, 1, **options)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8") from None
-
-
-@dataclass(frozen=True)
-class DevQuery:
-    """One line of dev.json."""
-
-    qid: str
-    query: str
-    answers: dict[str, str]  # pid -> text of every positive
-
-
-def parse_dev_query(text: str, path, line: int) -> DevQuery:
-    """Return the query of one line of dev.json with its positives."""
+    Without `texts` only question_id and paragraph_id are required, which suffices to score a result.
+    """
     entry = parse_json(text, path, line)
     try:
-        answers = {str(a["paragraph_id"]): str(a["paragraph_text"]) for a in entry["answer_paragraphs"]}
-        query = DevQuery(str(entry["question_id"]), str(entry["question"]), answers)
+        qid, query = entry["question_id"], entry["question"] if texts else ""
+        answers = {
+            a["paragraph_id"]: a["paragraph_text"] if texts else "" for a in entry["answer_paragraphs"]
+        }
+        if not _are_texts(qid, query, *answers, *answers.values()):
+            raise TypeError("a value is not a string")
     except (KeyError, TypeError) as error:
         fields = "question_id, question, answer_paragraphs: [{paragraph_id, paragraph_text}]"
         raise FormatError(path, line, f"expected {{{fields}}}; missing or malformed: {error}") from None
-    _query(query.query, path, line)
+    if texts:
+        _require_query(query, path, line)
     if not answers:
-        raise FormatError(path, line, "no answer_paragraphs: such a query can only count 0")
-    return query
+        raise FormatError(path, line, "no answer_paragraphs (expected one at least: others always score 0)")
+    return DevQuery(qid, query, answers)
 
 
-def read_dev(path) -> list[DevQuery]:
-    """Return the queries of dev.json with their positives."""
-    found, seen = [], set()
+def read_dev(path: FilePath, texts: bool = True) -> list[DevQuery]:
+    """Return the queries of dev.json with their positives; `texts` as in parse_dev_query."""
+    found: dict[str, DevQuery] = {}
     for line, text in read_lines(path):
-        found.append(parse_dev_query(text, path, line))
-        if found[-1].qid in seen:
-            raise FormatError(path, line, f"question_id {found[-1].qid} stands there twice")
-        seen.add(found[-1].qid)
+        query = parse_dev_query(text, path, line, texts)
+        if query.qid in found:
+            raise FormatError(path, line, f"duplicate question_id {shown(query.qid)}")
+        found[query.qid] = query
+    return list(_require_some(found, path).values())
+
+
+Found = TypeVar("Found", bound=dict)
+
+
+def _require_some(found: Found, path: FilePath) -> Found:
     if not found:
         raise UserError(f"{path}: no queries in it")
     return found
 
 
-def read_candidates(texts_path, ids_path) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (qid, pid, query, passage) of auxiliary/*.res.tsv read beside its *.id_map.tsv."""
-    texts, ids = read_lines(texts_path), read_lines(ids_path)
-    for line, text in texts:
-        query, _, passage, _ = split_columns(text, 4, texts_path, line, "query, null, passage, 0")
-        pair = next(ids, None)
-        if pair is None:
-            raise FormatError(ids_path, line, f"the file ends here, but {texts_path} has more lines")
-        qid, pid = split_columns(pair[1], 2, ids_path, line, "qid, pid")
-        yield qid, pid, query, passage
-    if next(ids, None) is not None:
-        raise UserError(f"{ids_path}: more lines than {texts_path}")
+def _are_texts(*values: object) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+# ---- runs, candidates, scores
 
 
 def format_run_row(row: RunRow) -> str:
-    """Return one line of a run; 9 significant digits give every float32 back exactly."""
+    """Return one line of a run; 9 significant digits restore every float32 exactly."""
     return f"{row.query}\t{row.row}\t{row.rank}\t{row.score:.9g}\n"
 
 
-def read_run(path) -> Iterator[RunRow]:
+def read_run(path: FilePath) -> Iterator[RunRow]:
     """Yield the rows of a run: query text, global row, rank, score."""
     for line, text in read_lines(path):
-        query, row, rank, score = split_columns(text, 4, path, line, "query, row, rank, score")
-        try:
-            parsed = RunRow(query, int(row), int(rank), float(score))
-        except ValueError:
-            raise FormatError(path, line, "row and rank must be integers, score a number") from None
-        if parsed.row < 0 or parsed.rank < 1 or not math.isfinite(parsed.score):
-            raise FormatError(path, line, "expected row >= 0, rank >= 1 and a finite score")
-        yield parsed
+        query, *columns = split_columns(text, 4, path, line, "query, row, rank, score")
+        row, rank, score = whole_number(columns[0]), whole_number(columns[1], 9), finite_number(columns[2])
+        if row is None:
+            raise FormatError(path, line, f"row {shown(columns[0])} (expected an integer from 0)")
+        if not rank:
+            raise FormatError(path, line, f"rank {shown(columns[1])} (expected an integer from 1)")
+        if score is None:
+            raise FormatError(path, line, f"score {shown(columns[2])} (expected a finite number)")
+        yield RunRow(query, row, rank, score)
 
 
-def run_by_query(path) -> Iterator[tuple[str, list[RunRow]]]:
-    """Yield (query, its rows best first) of a run."""
-    for query, rows in groupby(read_run(path), key=lambda row: row.query):
-        yield query, list(rows)
+def run_by_query(path: FilePath) -> Iterator[tuple[str, list[RunRow]]]:
+    """Yield (query, its rows best first) of a run.
+
+    FormatError when a query's lines are scattered, its ranks are not 1, 2, 3, ..., or a row is a duplicate.
+    """
+    for line, query, rows in _by_query(path, read_run(path), lambda row: row.row):
+        for at, row in enumerate(rows):
+            if row.rank != at + 1:
+                raise FormatError(path, line + at, f"rank {row.rank} (expected {at + 1})")
+        yield query, rows
+
+
+def read_candidates(texts_path: FilePath, ids_path: FilePath) -> Iterator[CandidateRow]:
+    """Yield the lines of auxiliary/*.res.tsv together with those of its *.id_map.tsv."""
+    texts = (parse_candidate(text, texts_path, line) for line, text in read_lines(texts_path))
+    pairs = read_together(texts, texts_path, read_id_map(ids_path), ids_path)
+    for _, (query, passage), (qid, pid) in pairs:
+        yield CandidateRow(qid, pid, query, passage)
+
+
+def parse_candidate(text: str, path: FilePath, line: int) -> tuple[str, str]:
+    """Return (query, passage) of one line of auxiliary/*.res.tsv."""
+    query, _, passage, _ = split_columns(text, 4, path, line, "query, null, passage, 0")
+    return query, passage
+
+
+def candidates_by_query(texts_path: FilePath, ids_path: FilePath) -> Iterator[tuple[str, list[CandidateRow]]]:
+    """Yield (query, its candidates); FormatError when its lines are scattered or a pid is a duplicate."""
+    for _, query, rows in _by_query(texts_path, read_candidates(texts_path, ids_path), lambda row: row.pid):
+        yield query, rows
+
+
+class _HasQuery(Protocol):
+    @property
+    def query(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=_HasQuery)
+
+
+def _by_query(
+    path: FilePath, rows: Iterable[Row], key: Callable[[Row], object]
+) -> Iterator[tuple[int, str, list[Row]]]:
+    """Yield (number of its first line, query, its rows), `rows` being the lines of the file at `path`."""
+    seen, line = set(), 1
+    for query, group in groupby(rows, key=lambda row: row.query):
+        found, keys = list(group), set()
+        if query in seen:
+            message = f"the query {shown(query)} appeared before (expected its lines to be adjacent)"
+            raise FormatError(path, line, message)
+        seen.add(query)
+        for at, row in enumerate(found):
+            if key(row) in keys:
+                raise FormatError(
+                    path, line + at, f"duplicate passage {key(row)} of the query {shown(query)}"
+                )
+            keys.add(key(row))
+        yield line, query, found
+        line += len(found)
+
+
+def parse_id_pair(text: str, path: FilePath, line: int) -> tuple[str, str]:
+    """Return (qid, pid) of one line of *.id_map.tsv."""
+    qid, pid = split_columns(text, 2, path, line, "qid, pid")
+    if not qid or not pid:
+        raise FormatError(path, line, "an empty column (expected qid, pid)")
+    if pid.endswith("\r"):
+        raise FormatError(path, line, r"ends in \r\n (expected \n); the \r would become part of the pid")
+    return qid, pid
+
+
+def read_id_map(path: FilePath) -> Iterator[tuple[str, str]]:
+    """Yield (qid, pid) of *.id_map.tsv."""
+    for line, text in read_lines(path):
+        yield parse_id_pair(text, path, line)
+
+
+def read_scores(path: FilePath) -> Iterator[float]:
+    """Yield the numbers of a file with one per line (cross_scores.txt)."""
+    for line, text in read_lines(path):
+        score = finite_number(text)
+        if score is None:
+            raise FormatError(path, line, f"{shown(text)} (expected one finite number)")
+        yield score

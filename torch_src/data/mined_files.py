@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from torch_src.data.formats import FormatError, read_lines, split_columns
+from torch_src.data.lines import FormatError, read_lines, split_columns
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.stamps import CONTENT, is_sealed, read_stamp, stamp_path
 

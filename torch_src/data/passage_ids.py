@@ -1,151 +1,90 @@
-"""passage2id.map.json: {"0": pid, "1": pid, ...} of 8.1 M entries, streamed, never loaded whole."""
+"""passage2id.map.json: {"0": pid, "1": pid, ...} of 8.1 M entries, read as a stream."""
 
-import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from torch_src.data.array_cache import cached_array
+from torch_src.data.json_pairs import PairChunk, read_json_pairs
+from torch_src.data.lines import FilePath, FormatError, shown, whole_number
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import require
 
-CHUNK = 1 << 20  # characters read at a time
-LONGEST_PID = 1000  # characters: pids are kept side by side, each as wide as the longest
-LONGEST_PAIR = 1 << 22  # characters in which at least one row -> pid must stand
-CUT = re.compile(r"[\t\n\0]")  # a pid with one could not stand in a column; numpy drops NULs
-PLAIN = re.compile(r'"([^"\\]*)"\s*:\s*"([^"\\]*)"\s*,')  # no escapes, and not the last one
-PLAIN_RUN = re.compile(r'(?:\s*"[^"\\]*"\s*:\s*"[^"\\]*"\s*,)+')
-PAIR = re.compile(r'\s*"((?:[^"\\]|\\.)*)"\s*:\s*"((?:[^"\\]|\\.)*)"\s*([,}])')
+LONGEST_PID = 1000  # characters: all pids are stored at the width of the longest
+FORBIDDEN = re.compile(r"[\t\n\0]")  # TAB and line end would break a column; numpy drops NULs
 
 
-def iter_json_pairs(path, chunk: int = CHUNK) -> Iterator[tuple[str, str]]:
-    """Yield (key, value) of one flat JSON object of strings, reading `chunk` characters at a time."""
-    for pairs in iter_json_lists(path, chunk):
-        yield from pairs
+def read_passage_ids(path: FilePath, cache_dir: FilePath | None = None) -> np.ndarray:
+    """Return the pids as bytes, (N,) of dtype S: entry i is the pid of global row i. Memory: N x longest pid.
 
-
-def iter_json_lists(path, chunk: int) -> Iterator[list[tuple[str, str]]]:
-    """Yield the (key, value) pairs of one flat JSON object of strings in lists, a chunk at a time."""
-    try:
-        file = open(path, encoding="utf-8", newline="")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    with file:
-        text, at, ended = "", 1, False
-        while not text and (piece := _read_more(file, "", chunk, path)):
-            text = piece.lstrip()
-        if not text.startswith("{"):
-            raise UserError(f'{path}: expected one JSON object {{"0": pid, "1": pid, ...}}')
-        while not ended:
-            if plain := PLAIN_RUN.match(
-                text, at
-            ):  # nearly all of a real file: ten times as fast as one by one
-                yield PLAIN.findall(text, at, plain.end())
-                at = plain.end()
-            match = PAIR.match(text, at)
-            if match is None:
-                rest = text[at:]
-                if len(rest) > LONGEST_PAIR:
-                    raise UserError(
-                        f"{path}: malformed near {rest[:40]!r} (no row -> pid in {len(rest):,} characters)"
-                    )
-                text, at = _read_more(file, rest, max(chunk, len(rest)), path), 0
-                if len(text) == len(rest):
-                    if rest.strip() == "}":
-                        return
-                    raise UserError(f"{path}: broken off or malformed near {rest[:40]!r}")
-                continue
-            key, value, mark = match.groups()
-            yield [(unescape(key, path), unescape(value, path))]
-            at, ended = match.end(), mark == "}"
-        _nothing_more(file, text[at:], chunk, path)
-
-
-def _nothing_more(file, rest: str, chunk: int, path) -> None:
-    while rest or (rest := _read_more(file, "", chunk, path)):
-        if rest.strip():
-            raise UserError(f"{path}: text after the closing brace, near {rest.strip()[:40]!r}")
-        rest = ""
-
-
-def unescape(text: str, path) -> str:
-    """Return a JSON string's content; UserError for a meaningless escape or half a surrogate pair."""
-    if "\\" not in text:
-        return text
-    try:
-        value = json.loads(f'"{text}"')
-        value.encode()
-    except ValueError:
-        raise UserError(f"{path}: a malformed escape in {text[:40]!r}") from None
-    return value
-
-
-def _read_more(file, rest: str, size: int, path) -> str:
-    try:
-        return rest + file.read(size)
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8") from None
-
-
-def read_passage_ids(path, cache_dir=None) -> np.ndarray:
-    """Return pids as bytes, (N,) of dtype S: entry i is the pid of global row i. Memory: N x the longest pid.
-
-    Kept in `cache_dir` for the next time. UserError unless the keys are exactly 0..N-1.
+    Cached in `cache_dir`. UserError unless the keys are exactly 0..N-1.
     """
     source = Path(require(path, "row -> pid (JSON)"))
     return cached_array(source, cache_dir, "ids", lambda: (_parse_passage_ids(path), ""))[0]
 
 
-def _parse_passage_ids(path) -> np.ndarray:
+def _parse_passage_ids(path: FilePath) -> np.ndarray:
     rows, pids = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype="S1")]
-    for pairs in iter_json_lists(path, CHUNK):
-        for key, pid in pairs:
-            row_number(key, path)
-            if len(pid) > LONGEST_PID:
-                raise UserError(
-                    f"{path}: a pid of {len(pid):,} characters; at most {LONGEST_PID} can be held"
-                )
-            if CUT.search(pid):
-                raise UserError(f"{path}: the pid {pid[:40]!r} has a TAB, a line end or a NUL in it")
-        rows.append(np.array([int(key) for key, _ in pairs]))
-        pids.append(np.array([pid.encode() for _, pid in pairs]))
+    for chunk in read_json_pairs(path):
+        rows.append(_rows(path, chunk))
+        for at, (_, pid) in enumerate(chunk.pairs):
+            if len(pid) > LONGEST_PID or FORBIDDEN.search(pid):
+                expected = f"expected at most {LONGEST_PID} characters, no TAB, line end or NUL"
+                raise FormatError(path, chunk.line_of(at), f"pid {shown(pid)} ({expected})")
+        pids.append(np.array([pid.encode() for _, pid in chunk.pairs]))
     return _in_row_order(np.concatenate(rows), pids, path)
 
 
-def row_number(key: str, path) -> int:
-    """Return the row that a key of the map names; UserError when it names none."""
-    if not key.isascii() or not key.isdecimal() or len(key) > 18:
-        raise UserError(f"{path}: the key {key[:20]!r} is not a row number")
-    return int(key)
+def _rows(path: FilePath, chunk: PairChunk) -> np.ndarray:
+    """Return the keys of a chunk as rows (n,) int64; FormatError for a key that is not a row number."""
+    rows = [whole_number(key) for key, _ in chunk.pairs]
+    for at, ((key, _), row) in enumerate(zip(chunk.pairs, rows, strict=True)):
+        if row is None or (key[0] == "0" and len(key) > 1):
+            raise FormatError(path, chunk.line_of(at), f"the key {shown(key)} is not a row number")
+    return np.array(rows, dtype=np.int64)
 
 
-def _in_row_order(rows: np.ndarray, pids: list[np.ndarray], path) -> np.ndarray:
+def _in_row_order(rows: np.ndarray, pids: list[np.ndarray], path: FilePath) -> np.ndarray:
     count = len(rows)
     ordered = np.zeros(count, dtype=f"S{max(chunk.dtype.itemsize for chunk in pids)}")
-    there = np.bincount(rows[rows < count], minlength=count)
-    if not (there == 1).all():
-        twice, missing = np.flatnonzero(there > 1), np.flatnonzero(there == 0)
-        what = f"row {twice[0]} stands there twice" if len(twice) else f"row {missing[0]} is missing"
-        raise UserError(f"{path}: row numbers are not exactly 0..{count - 1}: {what}")
-    at = 0
+    counts = np.bincount(rows[rows < count], minlength=count)
+    if not (counts == 1).all():
+        repeated, missing = np.flatnonzero(counts > 1), np.flatnonzero(counts == 0)
+        what = f"row {repeated[0]} is a duplicate" if len(repeated) else f"row {missing[0]} is missing"
+        raise UserError(f"{path}: {what} (expected the rows 0..{count - 1}, each once)")
+    start = 0
     for chunk in pids:
-        ordered[rows[at : at + len(chunk)]] = chunk
-        at += len(chunk)
+        ordered[rows[start : start + len(chunk)]] = chunk
+        start += len(chunk)
     return ordered
 
 
-def check_length(path, ids: int, passages: int) -> None:
-    """UserError unless the map is as long as the collection: else every pid after the gap is wrong."""
+def check_length(path: FilePath, ids: int, passages: int) -> None:
+    """UserError unless the map is as long as the collection: otherwise every pid after the gap is wrong."""
     if ids != passages:
         raise UserError(f"{path}: {ids:,} ids, but the collection has {passages:,} passages")
 
 
-def rows_of(path, pids: np.ndarray) -> np.ndarray:
-    """Return the rows (N,) int64 of pids (N,) bytes, -1 where the map has none; streamed."""
-    rows = dict.fromkeys(pids.tolist(), -1)
-    for key, pid in iter_json_pairs(path):
-        if (name := pid.encode()) in rows:
-            rows[name] = row_number(key, path)
-    return np.array([rows[pid] for pid in pids.tolist()], dtype=np.int64)
+def rows_of(path: FilePath, pids: np.ndarray) -> np.ndarray:
+    """Return the rows (N,) int64 of pids (N,) bytes, -1 for one that the map lacks; streamed."""
+    found = dict.fromkeys(pids.tolist(), -1)
+    for chunk in read_json_pairs(path):
+        for row, (_, pid) in zip(_rows(path, chunk).tolist(), chunk.pairs, strict=True):
+            if (name := pid.encode()) in found:
+                found[name] = row
+    return np.array([found[pid] for pid in pids.tolist()], dtype=np.int64)
+
+
+def pids_of(path: FilePath, rows: np.ndarray) -> list[str | None]:
+    """Return the pid of each of the ascending distinct `rows`, None for one that the map lacks; streamed."""
+    pids: list[str | None] = [None] * len(rows)
+    padded = np.append(rows, -1)
+    for chunk in read_json_pairs(path):
+        keys = _rows(path, chunk)
+        slots = np.searchsorted(rows, keys)
+        for at in np.flatnonzero(padded[slots] == keys).tolist():
+            if pids[slots[at]] is not None:
+                raise FormatError(path, chunk.line_of(at), f"row {keys[at]} is a duplicate")
+            pids[slots[at]] = chunk.pairs[at][1]
+    return pids

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from torch_src.data.formats import decode, raw_lines
+from torch_src.data.lines import decode, raw_lines
 from torch_src.runtime.errors import UserError
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
-from torch_src.data.formats import read_lines
+from torch_src.data.lines import read_lines
 from torch_src.runtime.errors import UserError, is_out_of_memory
 from torch_src.runtime.log import warn
 from torch_src.runtime.stamps import fingerprint_text

@@ -9,16 +9,16 @@ import numpy as np
 
 from torch_src.data.collection import collection_files
 from torch_src.data.formats import (
-    FormatError,
-    decode,
+    parse_candidate,
     parse_cross_row,
     parse_dev_query,
     parse_dual_row,
+    parse_id_pair,
     parse_passage,
-    raw_lines,
+    parse_query,
     read_q2qid,
-    split_columns,
 )
+from torch_src.data.lines import FormatError, decode, raw_lines
 from torch_src.data.passage_ids import read_passage_ids
 from torch_src.data.row_file import text_hash
 from torch_src.runtime.errors import UserError
@@ -281,22 +281,3 @@ class DataCheck:
                 self.found.fault(ids, line, f"the candidate {pid} is not in passage2id.map.json")
         if rows != pairs:
             self.found.fault(ids, pairs, f"{pairs:,} lines, but {texts.name} has {rows:,}")
-
-
-def parse_query(text: str, path, line: int) -> str:
-    """Return the query of one line of dev.q.format."""
-    query = split_columns(text, 4, path, line, "query, -, -, 0")[0]
-    if not query.strip():
-        raise FormatError(path, line, "the query (column 1) is empty")
-    return query
-
-
-def parse_candidate(text: str, path, line: int) -> str:
-    """Return the passage of one line of auxiliary/*.res.tsv."""
-    return split_columns(text, 4, path, line, "query, null, passage, 0")[2]
-
-
-def parse_id_pair(text: str, path, line: int) -> tuple[str, str]:
-    """Return (qid, pid) of one line of *.id_map.tsv."""
-    qid, pid = split_columns(text, 2, path, line, "qid, pid")
-    return qid, pid

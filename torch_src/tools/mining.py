@@ -15,7 +15,7 @@ import numpy as np
 
 from torch_src.data.collection import PassageCollection
 from torch_src.data.dual_training_set import DualTrainingSet
-from torch_src.data.formats import FormatError, RunRow, format_run_row, read_lines, run_by_query
+from torch_src.data.formats import RunRow, format_run_row, run_by_query
 from torch_src.data.mined_files import COLUMNS, SIDECAR
 from torch_src.data.row_file import text_hash
 from torch_src.runtime.errors import UserError
@@ -312,15 +312,6 @@ def _next(scores: Iterator[float], run) -> float:
     if value is None:
         raise UserError(f"{run}: more rows than there are re-ranker scores; delete both")
     return value
-
-
-def read_scores(path) -> Iterator[float]:
-    """Yield the numbers of a file with one a line."""
-    for line, text in read_lines(path):
-        try:
-            yield float(text)
-        except ValueError:
-            raise FormatError(path, line, "expected one number") from None
 
 
 def write_mined(mined: Iterable[tuple[str, list, list]], folder: Path, pid_of) -> None:

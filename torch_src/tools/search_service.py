@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from torch_src import cross_infer, dual_infer
-from torch_src.data.candidates import ListedCandidates
+from torch_src.data.candidates import Candidates
 from torch_src.dual_hparams import FIXED_BY_WEIGHTS
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import PRETRAINED, InferenceDeHparams
@@ -173,7 +173,7 @@ def reranked(scorer: PairScorer, question: str, hits: list[Hit]) -> list[Hit]:
     """Return the hits by the re-ranker's logits, best first, ties in their order before."""
     rows, scores = np.array([hit.row for hit in hits]), np.array([hit.score for hit in hits], np.float32)
     query_of, texts = np.zeros(len(hits), np.int32), [hit.text for hit in hits]
-    candidates = ListedCandidates([question], query_of, rows, scores, None, None, texts)
+    candidates = Candidates([question], query_of, rows, scores, None, None, texts)
     logits = scorer.score_all(candidates)
     ((_, order),) = rank_pairs(candidates, logits)
     ranked = enumerate(order.tolist(), start=1)

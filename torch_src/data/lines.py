@@ -1,0 +1,132 @@
+"""UTF-8 files line by line, and what a line holds: columns, numbers, JSON.
+
+Only `\\n` ends a line and nothing is stripped: texts hold characters at which str.splitlines() would cut
+(\\x0b, \\x0c, \\x1c-\\x1e, \\x85, U+2028) and quotes that csv would remove.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.log import warn
+
+FilePath = str | Path
+First = TypeVar("First")
+Second = TypeVar("Second")
+LONGEST_LINE = 1 << 24  # bytes; a longer line is refused instead of being held in memory
+NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+
+
+class FormatError(UserError):
+    """A malformed line: `path:line: what is wrong (what was expected)`."""
+
+    def __init__(self, path: FilePath, line: int, message: str):
+        super().__init__(f"{path}:{line}: {message}")
+        self.line, self.message = line, message
+
+
+def shown(text: str) -> str:
+    """Return the text quoted for an error message: on one line, at most 60 characters of it."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def open_file(path: FilePath) -> BinaryIO:
+    """Return the open binary file; UserError when it is missing or a folder."""
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder (expected a file)") from None
+
+
+def raw_lines(file: BinaryIO, path: FilePath) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, bytes) of a binary file; FormatError for a line above LONGEST_LINE."""
+    number = 0
+    while raw := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(raw) > LONGEST_LINE:
+            raise FormatError(path, number, f"a line of more than {LONGEST_LINE >> 20} MiB")
+        yield number, raw
+
+
+def decode(raw: bytes, path: FilePath, line: int) -> str:
+    """Return the line's text without its final newline; FormatError when it is not UTF-8."""
+    try:
+        text = raw.removesuffix(b"\n").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(path, line, f"not UTF-8 (byte {error.start + 1} of the line)") from None
+    if line == 1 and text.startswith("\ufeff"):
+        raise FormatError(path, line, "starts with a byte order mark; save the file as plain UTF-8")
+    return text
+
+
+def read_lines(path: FilePath) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text) of a UTF-8 file."""
+    with open_file(path) as file:
+        for number, raw in raw_lines(file, path):
+            yield number, decode(raw, path, number)
+
+
+def read_together(
+    first: Iterator[First], first_path: FilePath, second: Iterator[Second], second_path: FilePath
+) -> Iterator[tuple[int, First, Second]]:
+    """Yield (line, row of the first file, row of the second); FormatError where one of them ends early."""
+    for line, (one, other) in enumerate(zip_longest(first, second), start=1):
+        if one is None or other is None:
+            short, long = (first_path, second_path) if one is None else (second_path, first_path)
+            raise FormatError(short, line, f"the file ends here, but {long} has more lines")
+        yield line, one, other
+
+
+def warn_if_cut(path: FilePath) -> None:
+    """Warn when the last line has no newline: a number or an id that is cut there still looks valid."""
+    with open_file(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if file.read() not in (b"", b"\n"):
+            warn(f"{path}: the last line has no line end; is the file cut short?")
+
+
+def split_columns(text: str, count: int, path: FilePath, line: int, names: str) -> list[str]:
+    """Return the TAB-separated columns; FormatError unless there are exactly `count`."""
+    columns = text.split("\t")
+    if len(columns) != count:
+        raise FormatError(path, line, f"{len(columns)} TAB-separated columns (expected {count}: {names})")
+    return columns
+
+
+def whole_number(text: str, digits: int = 18) -> int | None:
+    """Return the integer >= 0 written in at most `digits` ASCII digits (18 fit in an int64), or None."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= digits else None
+
+
+def finite_number(text: str) -> float | None:
+    """Return the number, or None; float() alone accepts nan, inf, 1_000 and surrounding spaces."""
+    number = float(text) if NUMBER.fullmatch(text) else math.inf
+    return number if math.isfinite(number) else None
+
+
+def parse_json(text: str, path: FilePath, line: int, pairs_hook: Callable | None = None) -> Any:
+    """Return the JSON value of a text that starts at `line`.
+
+    FormatError when it is malformed, nested too deeply, or has a lone surrogate, which no file can hold.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=pairs_hook)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except UserError:
+        raise  # of the hook
+    except json.JSONDecodeError as error:
+        raise FormatError(path, line + error.lineno - 1, f"not JSON ({error.msg})") from None
+    except UnicodeEncodeError:
+        raise FormatError(path, line, "an escape for half a character (a lone surrogate)") from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(path, line, f"JSON that cannot be read ({error})") from None
