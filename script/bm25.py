@@ -1,15 +1,15 @@
-"""BM25 over the whole collection: a lexical baseline, a cold start for mining, half of a hybrid.
+"""BM25 over the whole collection: a lexical baseline, a source of mined negatives, half of a hybrid.
 
     python -m pip install -r requirements-tools.txt
     python script/bm25.py index  --data_dir D --index output/bm25
     python script/bm25.py search --data_dir D --index output/bm25 --run output/bm25/res.top50
     python script/bm25.py fuse   --runs output/res.top50 output/bm25/res.top50 --run output/hybrid/res.top50
 
-Terms: bigrams of Chinese characters (a lone one as it is), Latin words and numbers whole, lower case. The
-engine is tantivy, on disk, in bounded memory (--memory_mb); k1 1.2, b 0.75. A run has the same four columns
-as that of do_dual_infer.py: it can be converted, scored, re-ranked and mined from. `fuse` joins runs by
-reciprocal rank (Cormack et al. 2009), or with --weights by weighted scores, each brought to mean 0 and
-variance 1 within a query.
+Terms are bigrams of Chinese characters (a single one as it is), and Latin words and numbers in lower case.
+The engine is tantivy: an index on disk, bounded memory (--memory_mb), k1 1.2, b 0.75. A run has the same four
+columns as the one of do_dual_infer.py: it can be converted, scored, re-ranked and mined. `fuse` combines runs
+by reciprocal rank (Cormack et al. 2009), or with --weights by a weighted sum of scores, each normalized to
+mean 0 and variance 1 within its query.
 """
 
 import argparse
@@ -18,8 +18,9 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 import numpy as np
 
@@ -41,162 +42,163 @@ from torch_src.runtime.stamps import (
     write_stamp,
 )
 
-PIECE_ROWS = 4096  # passages read at a time
-RRF = 60  # of reciprocal rank fusion: 1 / (60 + rank)
-MARK = "tokens.txt"  # a file of the index folder that its stamp hangs on
+READ_ROWS = 4096  # passages in memory at a time
+RRF_OFFSET = 60  # reciprocal rank fusion scores a rank by 1 / (60 + rank)
+MARK = "tokens.txt"  # the file of the index folder that carries the stamp
 
 
-def engine():
-    """Return tantivy; UserError when it is not installed."""
+def import_tantivy() -> Any:
+    """Return the module; UserError if it is not installed."""
     try:
         import tantivy
     except ImportError:
-        raise UserError("tantivy is not installed: python -m pip install -r requirements-tools.txt") from None
+        fix = "python -m pip install -r requirements-tools.txt"
+        raise UserError(f"tantivy is not installed; run {fix}") from None
     return tantivy
 
 
-def schema():
-    """Return the schema: terms between blanks, and the row."""
-    builder = engine().SchemaBuilder()
+def make_schema(tantivy: Any) -> Any:
+    """Return the schema of the index: terms separated by spaces, and the row."""
+    builder = tantivy.SchemaBuilder()
     builder.add_text_field("terms", stored=False, tokenizer_name="whitespace", index_option="freq")
     builder.add_integer_field("row", stored=True)
     return builder.build()
 
 
-def index(given) -> None:
+def index(args: argparse.Namespace) -> None:
     """Write the index of the collection unless it is up to date."""
-    with output_lock(given.index):
-        _index(given)
+    with output_lock(args.index):
+        write_index(args)
 
 
-def _index(given) -> None:
-    collection = PassageCollection(given.passage_dir, given.index / "cache")
+def write_index(args: argparse.Namespace) -> None:
+    collection = PassageCollection(args.passage_dir, args.index / "cache")
     stamp = {"stage": "bm25", "collection": collection.fingerprint, "terms": PIECES.pattern}
-    mark, folder = given.index / MARK, given.index / "tantivy"
+    mark, folder = args.index / MARK, args.index / "tantivy"
     if up_to_date(mark, stamp, log):
-        return log(f"{given.index}: up to date")
-    clear_stamp(mark)  # first: an index that is half there must not look whole
+        return log(f"{args.index}: up to date")
+    clear_stamp(mark)  # first: an incomplete index must not have a stamp
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    tantivy, begun = engine(), time.monotonic()
-    writer = tantivy.Index(schema(), path=str(folder)).writer(given.memory_mb << 20, 1)
-    for start in range(0, len(collection), PIECE_ROWS):
-        for row, text in enumerate(collection[start : start + PIECE_ROWS], start):
+    tantivy, start_time = import_tantivy(), time.monotonic()
+    writer = tantivy.Index(make_schema(tantivy), path=str(folder)).writer(args.memory_mb << 20, 1)
+    for start in range(0, len(collection), READ_ROWS):
+        for row, text in enumerate(collection[start : start + READ_ROWS], start):
             writer.add_document(tantivy.Document(terms=" ".join(terms(text)), row=row))
-        if start and start % (64 * PIECE_ROWS) == 0:
-            done = start / (time.monotonic() - begun)
-            log(f"{start:,}/{len(collection):,} passages  {done:,.0f} passages/s")
+        if start and start % (64 * READ_ROWS) == 0:
+            speed = start / (time.monotonic() - start_time)
+            log(f"indexed {start:,}/{len(collection):,} passages  {speed:,.0f} passages/s")
     writer.commit()
     writer.wait_merging_threads()
     with atomic_write(mark) as file:
         file.write(f"{len(collection)} passages\n")
     write_stamp(mark, stamp)
-    log(f"wrote {given.index} ({len(collection):,} passages) in {duration(time.monotonic() - begun)}")
+    log(f"wrote {args.index} ({len(collection):,} passages) in {duration(time.monotonic() - start_time)}")
 
 
-def search(given) -> None:
+def search(args: argparse.Namespace) -> None:
     """Write the run of the queries."""
-    collection, stamp = (
-        PassageCollection(given.passage_dir, given.index / "cache"),
-        read_stamp(given.index / MARK),
-    )
+    collection = PassageCollection(args.passage_dir, args.index / "cache")
+    stamp = read_stamp(args.index / MARK)
     if stamp is None or stamp.get("collection") != collection.fingerprint:
-        raise UserError(f"{given.index}: no finished index of this collection; run `bm25.py index` first")
-    path = given.dev_q
+        raise UserError(f"{args.index}: no finished index of this collection; run `bm25.py index` first")
+    path = args.dev_q
     queries = list(read_question_ids(path)) if path.endswith(".json") else read_queries(path)
-    tantivy, made = engine(), schema()
-    searcher = tantivy.Index.open(str(given.index / "tantivy")).searcher()
-    begun, empty = time.monotonic(), 0
-    clear_stamp(given.run)
-    with atomic_write(given.run) as file:
+    tantivy = import_tantivy()
+    schema = make_schema(tantivy)
+    searcher = tantivy.Index.open(str(args.index / "tantivy")).searcher()
+    start, empty = time.monotonic(), 0
+    clear_stamp(args.run)
+    with atomic_write(args.run) as file:
         for query in queries:
-            hits = best_rows(tantivy, made, searcher, query, given.topk)
+            hits = best_rows(tantivy, schema, searcher, query, args.topk)
             empty += not hits
             for rank, (score, row) in enumerate(hits, start=1):
                 file.write(format_run_row(RunRow(query, row, rank, score)))
-    seal(given.run, {**stamp, "queries": fingerprint_text("\n".join(queries)), "topk": given.topk})
+    seal(args.run, {**stamp, "queries": fingerprint_text("\n".join(queries)), "topk": args.topk})
     if empty:
-        log(f"{empty} queries have no term that the collection has: they are not in the run")
-    log(f"wrote {given.run} ({len(queries):,} queries) in {duration(time.monotonic() - begun)}")
+        log(f"{empty} queries share no term with the collection: they are not in the run")
+    log(f"wrote {args.run} ({len(queries):,} queries) in {duration(time.monotonic() - start)}")
 
 
-def best_rows(tantivy, made, searcher, query: str, topk: int) -> list[tuple[float, int]]:
-    """Return (score, row) of a query, best first, ties by row. A term asked for twice counts twice."""
-    parts = [
-        (tantivy.Occur.Should, tantivy.Query.term_query(made, "terms", term, index_option="freq"))
+def best_rows(tantivy: Any, schema: Any, searcher: Any, query: str, topk: int) -> list[tuple[float, int]]:
+    """Return (score, row), best first, ties by row. A term that the query repeats counts each time."""
+    clauses = [
+        (tantivy.Occur.Should, tantivy.Query.term_query(schema, "terms", term, index_option="freq"))
         for term in terms(query)
     ]
-    if not parts:
+    if not clauses:
         return []
-    hits = searcher.search(tantivy.Query.boolean_query(parts), topk).hits
+    hits = searcher.search(tantivy.Query.boolean_query(clauses), topk).hits
     return sorted(((score, searcher.doc(at)["row"][0]) for score, at in hits), key=lambda h: (-h[0], h[1]))
 
 
-def fuse(given) -> None:
-    """Write the run that joins several."""
-    weights = given.weights or [1.0] * len(given.runs)
-    if len(given.runs) < 2 or given.fused is None:
+def fuse(args: argparse.Namespace) -> None:
+    """Write a run that combines several."""
+    weights = args.weights or [1.0] * len(args.runs)
+    if len(args.runs) < 2 or args.fused is None:
         raise UserError("fuse needs --runs A B ... and --run for the result")
-    if given.fused.resolve() in [Path(path).resolve() for path in given.runs]:
-        raise UserError(f"--run {given.fused}: one of the runs to fuse")
-    if len(weights) != len(given.runs):
-        raise UserError(f"--weights: {len(weights)} for {len(given.runs)} runs")
+    if args.fused.resolve() in [Path(path).resolve() for path in args.runs]:
+        raise UserError(f"--run {args.fused}: is one of --runs; name another file")
+    if len(weights) != len(args.runs):
+        raise UserError(f"--weights: {len(weights)} values for {len(args.runs)} runs")
     scores: dict[str, dict[int, float]] = {}
-    runs_of: Counter[str] = Counter()
-    for path, weight in zip(given.runs, weights, strict=True):
+    runs_with: Counter[str] = Counter()  # query -> number of runs that contain it
+    for path, weight in zip(args.runs, weights, strict=True):
         for query, rows in run_by_query(path):
-            runs_of[query] += 1
-            if given.weights:
-                values = weight * standardised(np.array([row.score for row in rows]))
+            runs_with[query] += 1
+            if args.weights:
+                values = weight * standardized(np.array([row.score for row in rows]))
             else:
-                values = np.array([1 / (RRF + row.rank) for row in rows])
-            joined = scores.setdefault(query, {})
-            floor = float(values.min()) if given.weights else 0.0
-            for row, value in zip(rows, values.tolist(), strict=True):
-                joined[row.row] = joined.get(row.row, 0.0) + value - floor
-    alone = sum(count < len(given.runs) for count in runs_of.values())
-    if alone == len(runs_of):
-        raise UserError(f"{' '.join(given.runs)}: no query in all of them; are they of one data set?")
-    if alone:
-        warn(f"{alone:,} of {len(runs_of):,} queries are not in all of the runs")
-    clear_stamp(given.run)
-    with atomic_write(given.run) as file:
-        for query, joined in scores.items():
-            best = sorted(joined.items(), key=lambda pair: (-pair[1], pair[0]))[: given.topk]
+                values = np.array([1 / (RRF_OFFSET + row.rank) for row in rows])
+            fused = scores.setdefault(query, {})
+            floor = float(values.min()) if args.weights else 0.0  # the score of passages not in this run
+            for line, value in zip(rows, values.tolist(), strict=True):
+                fused[line.row] = fused.get(line.row, 0.0) + value - floor
+    partial = sum(count < len(args.runs) for count in runs_with.values())
+    if partial == len(runs_with):
+        raise UserError(f"{' '.join(args.runs)}: no query is in all runs (expected runs of one data set)")
+    if partial:
+        warn(f"{partial:,} of {len(runs_with):,} queries are not in all runs")
+    clear_stamp(args.run)
+    with atomic_write(args.run) as file:
+        for query, fused in scores.items():
+            best = sorted(fused.items(), key=lambda pair: (-pair[1], pair[0]))[: args.topk]
             for rank, (row, score) in enumerate(best, start=1):
                 file.write(format_run_row(RunRow(query, row, rank, score)))
-    seal(given.run, {"stage": "fuse", "runs": fingerprint_files(given.runs), "weights": given.weights})
-    log(f"wrote {given.run} ({len(scores):,} queries of {len(given.runs)} runs)")
+    seal(args.run, {"stage": "fuse", "runs": fingerprint_files(args.runs), "weights": args.weights})
+    log(f"wrote {args.run} ({len(scores):,} queries of {len(args.runs)} runs)")
 
 
-def standardised(values: np.ndarray) -> np.ndarray:
-    """Return the values at mean 0 and variance 1; zeros where they are all alike."""
+def standardized(values: np.ndarray) -> np.ndarray:
+    """Return the values at mean 0 and variance 1; zeros if they are all equal."""
     spread = values.std()
     return (values - values.mean()) / spread if spread > 1e-12 else np.zeros_like(values)
 
 
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    plain = argparse.RawDescriptionHelpFormatter
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    options.add_argument("what", choices=["index", "search", "fuse"])
-    options.add_argument("--data_dir", default="dureader-retrieval-baseline-dataset", help="official layout")
-    options.add_argument("--passage_dir", default="", help="default: data_dir/passage-collection")
-    options.add_argument("--dev_q", default="", help="queries; default: data_dir/dev/dev.q.format")
-    options.add_argument("--index", type=Path, default=Path("output/bm25"), help="folder of the index")
-    options.add_argument("--run", type=Path, default=None, help="the run to write; default: index/res.topK")
-    options.add_argument("--topk", type=int, default=50)
-    options.add_argument("--memory_mb", type=int, default=256, help="that indexing may take")
-    options.add_argument("--runs", nargs="+", default=[], help="runs to fuse")
-    options.add_argument(
-        "--weights", nargs="+", type=float, default=[], help="of their scores; default: by rank"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    given = options.parse_args(argv)
-    given.passage_dir = given.passage_dir or f"{given.data_dir}/passage-collection"
-    given.dev_q = given.dev_q or f"{given.data_dir}/dev/dev.q.format"
-    given.fused = given.run
-    given.run = given.run or given.index / f"res.top{given.topk}"
-    return exit_status(lambda: {"index": index, "search": search, "fuse": fuse}[given.what](given))
+    parser.add_argument("command", choices=["index", "search", "fuse"])
+    parser.add_argument("--data_dir", default="dureader-retrieval-baseline-dataset", help="official layout")
+    parser.add_argument("--passage_dir", default="", help="default: data_dir/passage-collection")
+    parser.add_argument("--dev_q", default="", help="queries; default: data_dir/dev/dev.q.format")
+    parser.add_argument("--index", type=Path, default=Path("output/bm25"), help="folder of the index")
+    parser.add_argument("--run", type=Path, default=None, help="run to write; default: index/res.topK")
+    parser.add_argument("--topk", type=int, default=50, help="passages per query")
+    parser.add_argument("--memory_mb", type=int, default=256, help="memory for indexing")
+    parser.add_argument("--runs", nargs="+", default=[], help="runs to fuse")
+    parser.add_argument(
+        "--weights", nargs="+", type=float, default=[], help="of scores; default: fuse by rank"
+    )
+    args = parser.parse_args(argv)
+    args.passage_dir = args.passage_dir or f"{args.data_dir}/passage-collection"
+    args.dev_q = args.dev_q or f"{args.data_dir}/dev/dev.q.format"
+    args.fused = args.run
+    args.run = args.run or args.index / f"res.top{args.topk}"
+    return exit_status(lambda: {"index": index, "search": search, "fuse": fuse}[args.command](args))
 
 
 if __name__ == "__main__":

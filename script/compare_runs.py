@@ -1,12 +1,12 @@
-"""Two results side by side: DuReader's measures and trec_eval's, wins and losses, a paired test.
+"""Compare two results: metrics of DuReader and of trec_eval, wins and losses, a paired test.
 
     python -m pip install -r requirements-tools.txt
     python script/compare_runs.py output/dual_res.json output/cross_res.json --reference D/dev/dev.json
 
-A and B are results ({qid: [pid, ...]}, best first). MRR@10, recall@1 and recall@50 are DuReader's (recall is
-a hit rate there); RR@10, nDCG@10, AP@50, R@50 and Success@50 are trec_eval's, by ir-measures. p: paired
-randomisation test, two-sided (Smucker et al. 2007). Interval: 95 %, bootstrap over queries. --per_query
-writes one line a query.
+A and B are results ({qid: [pid, ...]}, best first). MRR@10, recall@1 and recall@50 are DuReader's (its recall
+is a hit rate); RR@10, nDCG@10, AP@50, R@50 and Success@50 are trec_eval's, computed by ir-measures. p: paired
+randomization test, two-sided (Smucker et al. 2007). Interval: 95 %, bootstrap over queries. --per_query
+writes one line per query.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 import numpy as np
 
@@ -25,19 +25,19 @@ from torch_src.runtime.files import atomic_write
 from torch_src.runtime.program import exit_status
 
 TREC = ("RR@10", "nDCG@10", "AP@50", "R@50", "Success@50")
-DRAWS = 10_000  # of the randomisation test and of the bootstrap
+DRAWS = 10_000  # of the randomization test
+BOOTSTRAPS = 2000
 
 
 def trec_values(reference: dict[str, set[str]], result: dict[str, list[str]]) -> dict[str, np.ndarray]:
-    """Return {measure: (queries,) values} of trec_eval's measures, in the order of the reference."""
+    """Return {metric: (queries,) values} of trec_eval's metrics, in the order of the reference."""
     try:
         import ir_measures
     except ImportError:
-        raise UserError(
-            "ir-measures is not installed: python -m pip install -r requirements-tools.txt"
-        ) from None
+        fix = "python -m pip install -r requirements-tools.txt"
+        raise UserError(f"ir-measures is not installed; run {fix}") from None
     qrels = [ir_measures.Qrel(qid, pid, 1) for qid, pids in reference.items() for pid in pids]
-    # A score that falls with the rank: trec_eval orders by score, not by rank.
+    # trec_eval sorts by score: a score that decreases with the rank keeps the order.
     run = [
         ir_measures.ScoredDoc(qid, pid, -float(rank))
         for qid in reference
@@ -51,39 +51,39 @@ def trec_values(reference: dict[str, set[str]], result: dict[str, list[str]]) ->
 
 
 def unique(pids: Iterable[str]) -> list[str]:
-    """Return the pids once each, the first place counts; trec_eval refuses a repeated one."""
+    """Return the pids without duplicates, which trec_eval rejects; the first one counts."""
     return list(dict.fromkeys(pids))
 
 
-def all_values(reference: dict, result: dict) -> dict[str, np.ndarray]:
-    """Return {measure: (queries,) values} under each tool's own names."""
-    compute_metrics(reference, result)  # UserError where no query is in common
+def all_values(reference: dict[str, set[str]], result: dict[str, list[str]]) -> dict[str, np.ndarray]:
+    """Return {metric: (queries,) values} under the names of each tool."""
+    compute_metrics(reference, result)  # UserError without a common query
     own = per_query(reference, result).values()
     dureader = {name: np.array([values[name] for values in own]) for name in MEASURES}
     return {**dureader, **trec_values(reference, result)}
 
 
-def randomisation_p(differences: np.ndarray, seed: int) -> float:
-    """Return the two-sided p of the mean difference: signs are drawn at random, query by query."""
-    draw = np.random.default_rng([seed, 1])
-    seen, observed = 0, abs(differences.sum())
+def randomization_p(differences: np.ndarray, seed: int) -> float:
+    """Return the two-sided p of the mean difference, with random signs per query."""
+    generator = np.random.default_rng([seed, 1])
+    extreme, observed = 0, abs(differences.sum())
     for start in range(0, DRAWS, 500):
-        signs = draw.integers(0, 2, (min(500, DRAWS - start), len(differences))) * 2 - 1
-        seen += int((np.abs(signs @ differences) >= observed - 1e-12).sum())
-    return (seen + 1) / (DRAWS + 1)
+        signs = generator.integers(0, 2, (min(500, DRAWS - start), len(differences))) * 2 - 1
+        extreme += int((np.abs(signs @ differences) >= observed - 1e-12).sum())
+    return (extreme + 1) / (DRAWS + 1)
 
 
 def interval(differences: np.ndarray, seed: int) -> tuple[float, float]:
     """Return the 95 % interval of the mean difference, by bootstrap over queries."""
-    draw = np.random.default_rng([seed, 2])
+    generator = np.random.default_rng([seed, 2])
     count = len(differences)
-    means = [differences[draw.integers(0, count, count)].mean() for _ in range(2000)]
+    means = [differences[generator.integers(0, count, count)].mean() for _ in range(BOOTSTRAPS)]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
 def table(first: dict[str, np.ndarray], second: dict[str, np.ndarray], seed: int) -> list[str]:
-    """Return the lines that are printed."""
+    """Return the lines of the table."""
     lines = [f"{'':11} {'A':>8} {'B':>8} {'B - A':>8} {'95 % interval':>19} {'p':>7}  better/worse/same"]
     for name in first:
         if name == TREC[0]:
@@ -93,36 +93,38 @@ def table(first: dict[str, np.ndarray], second: dict[str, np.ndarray], seed: int
         won, lost = int((differences > 0).sum()), int((differences < 0).sum())
         lines.append(
             f"{name:11} {first[name].mean():8.4f} {second[name].mean():8.4f} {differences.mean():+8.4f} "
-            f"[{low:+.4f}, {high:+.4f}] {randomisation_p(differences, seed):8.4f}  "
+            f"[{low:+.4f}, {high:+.4f}] {randomization_p(differences, seed):8.4f}  "
             f"{won}/{lost}/{len(differences) - won - lost}"
         )
     return lines
 
 
-def run(given) -> None:
-    reference = load_reference(given.reference)
-    first, second = (all_values(reference, load_result(path)) for path in (given.a, given.b))
-    print(f"A {given.a}\nB {given.b}\n{len(reference):,} queries of {given.reference}\nDuReader:")
-    print("\n".join(table(first, second, given.seed)))
-    if given.per_query:
-        with atomic_write(given.per_query) as file:
+def run(args: argparse.Namespace) -> None:
+    """Compare and print."""
+    reference = load_reference(args.reference)
+    first, second = (all_values(reference, load_result(path)) for path in (args.a, args.b))
+    print(f"A {args.a}\nB {args.b}\n{len(reference):,} queries of {args.reference}\nDuReader:")
+    print("\n".join(table(first, second, args.seed)))
+    if args.per_query:
+        with atomic_write(args.per_query) as file:
             for at, qid in enumerate(reference):
                 pair = {name: [float(first[name][at]), float(second[name][at])] for name in first}
                 file.write(json.dumps({"qid": qid, **pair}, ensure_ascii=False) + "\n")
-        print(f"wrote {given.per_query}")
+        print(f"wrote {args.per_query}")
 
 
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    plain = argparse.RawDescriptionHelpFormatter
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    options.add_argument("a", metavar="A")
-    options.add_argument("b", metavar="B")
-    options.add_argument("--reference", required=True, help="dev.json")
-    options.add_argument("--per_query", default="", help="a file of one JSON line a query")
-    options.add_argument("--seed", type=int, default=42)
-    given = options.parse_args(argv)
-    return exit_status(lambda: run(given))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("a", metavar="A", help="result")
+    parser.add_argument("b", metavar="B", help="result")
+    parser.add_argument("--reference", required=True, help="dev.json")
+    parser.add_argument("--per_query", default="", help="file to write, one JSON line per query")
+    parser.add_argument("--seed", type=int, default=42, help="of the test and the interval")
+    args = parser.parse_args(argv)
+    return exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

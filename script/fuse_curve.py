@@ -1,17 +1,17 @@
-"""Find the best weight of the retriever's score beside the re-ranker's: prints MRR@10 against the weight.
+"""Print MRR@10 against the weight of the retriever's score beside the re-ranker's, and the best weight.
 
     python script/fuse_curve.py --run output/res.top50 --scores output/cross_scores.txt \\
         --id_map output/cross_id_map.tsv --reference dureader-retrieval-baseline-dataset/dev/dev.json
 
-The best weight is for `do_cross_infer.py --fuse_retriever_weight`. It is chosen on these queries: the figure
-beside it is an optimistic one.
+Pass the best weight to `do_cross_infer.py --fuse_retriever_weight`. The weight is chosen on these same
+queries: its MRR@10 is optimistic.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 import numpy as np
 
@@ -26,10 +26,10 @@ WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 
 
 def read_pairs(run: str, scores: str, id_map: str) -> tuple[list[str], np.ndarray, np.ndarray, list[str]]:
-    """Return (qids, retriever's scores, logits, pids), aligned; UserError when the files differ in length."""
+    """Return (qids, retriever's scores, logits, pids), aligned; UserError if the files do not match."""
     stamp = read_stamp(scores) or {}
     if stamp.get("candidates") not in (None, fingerprint_files([run])):
-        raise UserError(f"{scores}: the scores of other candidates than {run}; run do_cross_infer.py again")
+        raise UserError(f"{scores}: not the scores of {run}; run do_cross_infer.py again")
     retriever = np.array([row.score for row in read_run(run)])
     logits = np.array(list(read_scores(scores)))
     ids = list(read_id_map(id_map))
@@ -38,8 +38,14 @@ def read_pairs(run: str, scores: str, id_map: str) -> tuple[list[str], np.ndarra
     return [qid for qid, _ in ids], retriever, logits, [pid for _, pid in ids]
 
 
-def curve(qids: list[str], retriever, logits, pids: list[str], reference: dict) -> list[tuple[float, float]]:
-    """Return (weight, MRR@10) for each weight; the pairs of a query stand together."""
+def mrr_by_weight(
+    qids: list[str],
+    retriever: np.ndarray,
+    logits: np.ndarray,
+    pids: list[str],
+    reference: dict[str, set[str]],
+) -> list[tuple[float, float]]:
+    """Return (weight, MRR@10) for each weight. The pairs of a query are adjacent."""
     starts = [at for at in range(len(qids)) if not at or qids[at] != qids[at - 1]]
     spans = [slice(a, b) for a, b in zip(starts, [*starts[1:], len(qids)], strict=True)]
     points = []
@@ -53,15 +59,16 @@ def curve(qids: list[str], retriever, logits, pids: list[str], reference: dict) 
     return points
 
 
-def run(given: argparse.Namespace) -> None:
-    points = curve(*read_pairs(given.run, given.scores, given.id_map), load_reference(given.reference))
-    best = max(points, key=lambda point: point[1])
+def run(args: argparse.Namespace) -> None:
+    """Print the table."""
+    pairs = read_pairs(args.run, args.scores, args.id_map)
+    points = mrr_by_weight(*pairs, load_reference(args.reference))
+    best, _ = max(points, key=lambda point: point[1])
     print("weight  MRR@10")
     for weight, value in points:
-        print(
-            f"{weight:6.2f}  {value:.4f}  {'#' * round(60 * value)}" + ("  best" if weight == best[0] else "")
-        )
-    print(f"use: do_cross_infer.py --fuse_retriever_weight {best[0]}")
+        mark = "  best" if weight == best else ""
+        print(f"{weight:6.2f}  {value:.4f}  {'#' * round(60 * value)}{mark}")
+    print(f"use: do_cross_infer.py --fuse_retriever_weight {best}")
 
 
 def main(argv: list[str]) -> int:
@@ -71,8 +78,8 @@ def main(argv: list[str]) -> int:
     )
     for name in ("run", "scores", "id_map", "reference"):
         parser.add_argument(f"--{name}", required=True)
-    given = parser.parse_args(argv)
-    return exit_status(lambda: run(given))
+    args = parser.parse_args(argv)
+    return exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -5,19 +5,20 @@
     python script/milvus_load.py --output_dir output --milvus_uri http://HOST:19530 --milvus_index HNSW \\
         --milvus_params M=32,efConstruction=200
 
-A uri that ends in .db is a file of Milvus Lite; a server's credentials (user:password, or a key) are read
-from the environment variable MILVUS_TOKEN. A row of the collection holds row, pid and vector; inner product.
-A load that was killed goes on at its block when the command is run again, another index replaces the old one
-without a new load, and vectors of other weights are never mixed: in a file they are replaced, on a server
-only with --force.
+A uri that ends in .db is a file of Milvus Lite. Credentials for a server (user:password, or a key) are read
+from the environment variable MILVUS_TOKEN. A row of the Milvus collection holds row, pid and vector; the
+similarity is the inner product. The same command resumes a killed load at its block. A changed index is
+rebuilt without a new load. Vectors of different weights are never mixed: in a file the old ones are replaced,
+on a server only with --force.
 """
 
 import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 import numpy as np
 
@@ -33,95 +34,96 @@ from torch_src.runtime.stamps import changes, fingerprint_text
 
 
 def open_vectors(folder: str) -> VectorStore:
-    """Return the vectors of a folder; UserError unless they are all there."""
+    """Return the vectors of a folder; UserError if they are incomplete."""
     path = Path(folder) / "manifest.json"
     if not path.exists():
-        raise UserError(f"{path}: no vectors there; run do_dual_infer.py first, which makes them")
+        raise UserError(f"{path}: no such file (passage vectors); run do_dual_infer.py first")
     manifest = read_json(path)
     if missing := {"rows", "hidden", "block_rows"} - manifest.keys():
-        raise UserError(f"{path}: not a manifest of vectors ({', '.join(sorted(missing))} missing)")
+        raise UserError(f"{path}: not a manifest of vectors (missing: {', '.join(sorted(missing))})")
     store = VectorStore(folder, manifest)
     if blocks := store.missing_blocks():
-        raise UserError(
-            f"{folder}: {len(blocks)} of {store.block_count} blocks are missing; let do_dual_infer.py end"
-        )
+        missing_blocks = f"{len(blocks)} of {store.block_count} blocks are missing"
+        raise UserError(f"{folder}: {missing_blocks}; run do_dual_infer.py again")
     return store
 
 
-def read_pids(given, rows: int) -> np.ndarray | None:
-    """Return the pids (N,) bytes; None with --passage_ids none."""
-    if given.passage_ids == "none":
+def read_pids(args: argparse.Namespace, rows: int) -> np.ndarray | None:
+    """Return the pids, (N,) bytes; None with --passage_ids none."""
+    if args.passage_ids == "none":
         return None
-    pids = read_passage_ids(given.passage_ids, str(Path(given.output_dir) / "cache"))
-    check_length(given.passage_ids, len(pids), rows)
+    pids = read_passage_ids(args.passage_ids, str(Path(args.output_dir) / "cache"))
+    check_length(args.passage_ids, len(pids), rows)
     return pids
 
 
-def prepare(collection: Collection, record: dict, longest_pid: int, force: bool) -> None:
-    """Make the collection for this record, or keep the one that is there for it."""
+def prepare(collection: Collection, record: dict[str, Any], pid_bytes: int, force: bool) -> None:
+    """Create the Milvus collection for this record, unless it exists."""
     if collection.exists():
         old = collection.record()
         if old is None:
-            raise UserError(f"{collection}: not made by this program; give another --milvus_collection")
+            raise UserError(f"{collection}: not created by this program; pass another --milvus_collection")
         different = changes(old["manifest"], record["manifest"])
         if old.get("pids") != record["pids"]:
             different.append(f"pids: {old.get('pids')} -> {record['pids']}")
         if not different and not force:
             return
         if different and not force and not is_milvus_file(collection.uri):
-            raise UserError(
-                f"{collection}: holds other vectors ({'; '.join(different)}); "
-                "--force replaces them, another --milvus_collection keeps them"
-            )
-        log(f"{collection}: loaded again ({'; '.join(different) or '--force'})")
+            fix = "pass --force to replace them, or another --milvus_collection to keep them"
+            raise UserError(f"{collection}: contains other vectors ({'; '.join(different)}); {fix}")
+        log(f"{collection}: reloading ({'; '.join(different) or '--force'})")
         collection.drop()
-    collection.create(record, record["manifest"]["hidden"], longest_pid)
+    collection.create(record, record["manifest"]["hidden"], pid_bytes)
 
 
-def run(given) -> None:
-    check_milvus_uri(given.milvus_uri)
-    parse_params("milvus_params", given.milvus_params)
-    store = open_vectors(given.para_emb)
-    pids = read_pids(given, store.rows)
+def run(args: argparse.Namespace) -> None:
+    """Create the collection and its index, and load the missing vectors."""
+    check_milvus_uri(args.milvus_uri)
+    parse_params("milvus_params", args.milvus_params)
+    store = open_vectors(args.para_emb)
+    pids = read_pids(args, store.rows)
     known = "none" if pids is None else fingerprint_text(b"\n".join(pids.tolist()).decode())
-    collection = Collection(given.milvus_uri, given.milvus_collection)
+    collection = Collection(args.milvus_uri, args.milvus_collection)
     record = {"manifest": store.manifest, "pids": known}
-    prepare(collection, record, 0 if pids is None else pids.dtype.itemsize, given.force)
-    collection.make_index(given.milvus_index, given.milvus_params)
+    prepare(collection, record, 0 if pids is None else pids.dtype.itemsize, args.force)
+    collection.make_index(args.milvus_index, args.milvus_params)
     collection.load()
-    begun, loaded = time.monotonic(), 0
+    start, loaded = time.monotonic(), 0
     for first, last in fill(collection, store, pids):
         loaded += last - first
-        speed = loaded / (time.monotonic() - begun)
+        speed = loaded / (time.monotonic() - start)
         left = duration((store.rows - last) / speed)
         log(f"loaded {last:,}/{store.rows:,} passages  {speed:,.0f} passages/s  eta {left}")
-    collection.call("flush")  # what is in memory there goes to disk, and into the index
-    took = f" in {duration(time.monotonic() - begun)}" if loaded else ", up to date"
+    collection.call("flush")  # write what is in memory to disk and to the index
+    took = f" in {duration(time.monotonic() - start)}" if loaded else ", up to date"
     log(f"{collection}: {store.rows:,} passages, index {collection.index()}{took}")
 
 
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    plain = argparse.RawDescriptionHelpFormatter
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    options.add_argument("--output_dir", default="output", help="where do_dual_infer.py wrote para_emb")
-    options.add_argument("--para_emb", default="", help="folder of vectors; default: output_dir/para_emb")
-    options.add_argument("--data_dir", default="dureader-retrieval-baseline-dataset", help="official layout")
-    options.add_argument(
-        "--passage_ids", default="", help="row -> pid; default: data_dir/passage-collection's; none: no pids"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument(
-        "--milvus_uri", default="", help="NAME.db or http://host:19530; default: output_dir's"
+    parser.add_argument("--output_dir", default="output", help="output folder of do_dual_infer.py")
+    parser.add_argument("--para_emb", default="", help="folder of vectors; default: output_dir/para_emb")
+    parser.add_argument("--data_dir", default="dureader-retrieval-baseline-dataset", help="official layout")
+    parser.add_argument(
+        "--passage_ids",
+        default="",
+        help="row -> pid (JSON), or none; default: that of data_dir",
     )
-    options.add_argument("--milvus_collection", default="passages", help="its name there")
-    options.add_argument("--milvus_index", default="FLAT", help="FLAT (exact), HNSW, IVF_FLAT, ...")
-    options.add_argument("--milvus_params", default="", help="of the index: M=32,efConstruction=200")
-    options.add_argument("--force", action="store_true", help="load again, replacing what is there")
-    given = options.parse_args(argv)
-    given.para_emb = given.para_emb or f"{given.output_dir}/para_emb"
-    given.passage_ids = given.passage_ids or f"{given.data_dir}/passage-collection/passage2id.map.json"
-    given.milvus_uri = given.milvus_uri or f"{given.output_dir}/milvus.db"
-    return exit_status(lambda: run(given))
+    parser.add_argument(
+        "--milvus_uri", default="", help="NAME.db or http://host:19530; default: output_dir/milvus.db"
+    )
+    parser.add_argument("--milvus_collection", default="passages", help="name of the Milvus collection")
+    parser.add_argument("--milvus_index", default="FLAT", help="FLAT (exact), HNSW, IVF_FLAT, ...")
+    parser.add_argument("--milvus_params", default="", help="index parameters: M=32,efConstruction=200")
+    parser.add_argument("--force", action="store_true", help="replace the vectors that are there")
+    args = parser.parse_args(argv)
+    args.para_emb = args.para_emb or f"{args.output_dir}/para_emb"
+    args.passage_ids = args.passage_ids or f"{args.data_dir}/passage-collection/passage2id.map.json"
+    args.milvus_uri = args.milvus_uri or f"{args.output_dir}/milvus.db"
+    return exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

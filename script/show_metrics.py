@@ -1,15 +1,17 @@
 """Print one table of metrics: python script/show_metrics.py DEV_JSON NAME=RESULT_JSON ..."""
 
+import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the repository root is not on it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result
+from torch_src.runtime.program import exit_status
 
 
-def table(reference: dict, results: dict[str, dict]) -> list[str]:
-    """Return the lines of the table: one result a line, DuReader's measures as columns."""
+def table(reference: dict[str, set[str]], results: dict[str, dict[str, list[str]]]) -> list[str]:
+    """Return the lines of the table: one result per line, DuReader's metrics as columns."""
     width = max(len(name) for name in results)
     lines = [f"{'':{width}}  " + "  ".join(f"{name:>9}" for name in (*MEASURES, "queries"))]
     for name, result in results.items():
@@ -19,19 +21,29 @@ def table(reference: dict, results: dict[str, dict]) -> list[str]:
     return lines
 
 
+def run(args: argparse.Namespace) -> None:
+    """Print the table."""
+    results = {name: load_result(path) for name, path in args.results}
+    print("\n".join(table(load_reference(args.reference), results)))
+
+
 def main(argv: list[str]) -> int:
-    """Return the exit status: 0, or 2 for wrong arguments or files."""
-    if len(argv) < 2 or not all("=" in word for word in argv[1:]):
-        print("usage: python script/show_metrics.py DEV_JSON NAME=RESULT_JSON ...", file=sys.stderr)
-        return 2
-    try:
-        results = dict(word.split("=", 1) for word in argv[1:])
-        loaded = {name: load_result(path) for name, path in results.items()}
-        print("\n".join(table(load_reference(argv[0]), loaded)))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("reference", metavar="DEV_JSON", help="queries with answers")
+    parser.add_argument(
+        "results", nargs="+", metavar="NAME=RESULT_JSON", type=named_path, help="a name and a result"
+    )
+    args = parser.parse_args(argv)
+    return exit_status(lambda: run(args))
+
+
+def named_path(word: str) -> tuple[str, str]:
+    """Return (name, path) of NAME=PATH."""
+    name, equals, path = word.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{word}: expected NAME=RESULT_JSON")
+    return name, path
 
 
 if __name__ == "__main__":

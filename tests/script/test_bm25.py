@@ -1,4 +1,4 @@
-"""BM25: terms by hand, scores against the formula, fusion by hand, a run like any other."""
+"""BM25: terms by hand, scores by the formula, fusion by hand, the run format."""
 
 import math
 
@@ -54,7 +54,7 @@ def test_scores_are_bm25s(tmp_path):
 
 
 @pytest.mark.tools
-def test_the_run_goes_through_the_converter_and_the_index_is_kept(tmp_path, capsys):
+def test_the_converter_reads_the_run_and_the_index_is_kept(tmp_path, capsys):
     world = make_world(tmp_path)
     words = ["--data_dir", str(world / "data"), "--index", str(world / "bm25")]
     assert bm25.main(["index", *words]) == 0 and bm25.main(["index", *words]) == 0
@@ -66,16 +66,16 @@ def test_the_run_goes_through_the_converter_and_the_index_is_kept(tmp_path, caps
 
 
 @pytest.mark.tools
-def test_equal_scores_are_in_the_order_of_rows_and_nothing_found_is_said(tmp_path, capsys):
+def test_ties_rank_by_row_and_queries_without_hits_are_reported(tmp_path, capsys):
     rows = search(tmp_path, collection(tmp_path, ["清蒸鱼"] * 5 + ["别的"]), ["蒸鱼", "xyz"])
     assert [int(row) for _, row, _, _ in rows] == [0, 1, 2, 3, 4]
-    assert "1 queries have no term" in capsys.readouterr().out
+    assert "1 queries share no term" in capsys.readouterr().out
 
 
 def test_search_before_index(tmp_path, capsys):
     words = ["--data_dir", str(collection(tmp_path, ["鱼"])), "--index", str(tmp_path / "i")]
     assert bm25.main(["search", *words]) == 2
-    assert "run `bm25.py index` first" in capsys.readouterr().err
+    assert "bm25.py index" in capsys.readouterr().err
 
 
 def test_fusion_by_hand(tmp_path):
@@ -103,6 +103,6 @@ def test_fusing_runs_of_other_queries(tmp_path, capsys):
             ["fuse", "--runs", *(str(tmp_path / name) for name in names), "--run", str(tmp_path / "o")]
         )
 
-    assert fuse("a", "c") == 2 and "no query in all of them" in capsys.readouterr().err
+    assert fuse("a", "c") == 2 and "no query is in all runs" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
-    assert fuse("a", "b") == 0 and "1 of 2 queries are not in all of the runs" in capsys.readouterr().err
+    assert fuse("a", "b") == 0 and "1 of 2 queries" in capsys.readouterr().err

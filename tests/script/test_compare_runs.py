@@ -1,4 +1,4 @@
-"""Two results side by side: DuReader's and trec_eval's measures by hand, the test of their difference."""
+"""Two results compared: metrics by hand, the test of their difference."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from script import compare_runs
-from script.compare_runs import all_values, interval, randomisation_p
+from script.compare_runs import all_values, interval, randomization_p
 
 REFERENCE = {"q1": {"a", "b"}, "q2": {"c"}, "q3": {"d"}}
 RESULT = {"q1": ["x", "a", "b"], "q2": ["c"]}
@@ -34,14 +34,14 @@ def test_a_repeated_pid_counts_once():
 
 def test_p_values():
     draw = np.random.default_rng(0)
-    assert randomisation_p(np.zeros(50), 1) == 1.0
+    assert randomization_p(np.zeros(50), 1) == 1.0
     assert (
-        randomisation_p(np.full(20, 0.1), 1) < 0.001
+        randomization_p(np.full(20, 0.1), 1) < 0.001
     )  # all signs agree: 2 / 2^20, below what draws can show
     # five differences of one sign: exactly 2 of 32 sign patterns are as extreme
-    assert randomisation_p(np.full(5, 0.1), 1) == pytest.approx(2 / 32, abs=0.01)
+    assert randomization_p(np.full(5, 0.1), 1) == pytest.approx(2 / 32, abs=0.01)
     noise = draw.normal(size=200)
-    assert 0.001 < randomisation_p(noise - noise.mean() + 0.02, 1) <= 1
+    assert 0.001 < randomization_p(noise - noise.mean() + 0.02, 1) <= 1
 
 
 def test_the_interval_holds_the_mean():
