@@ -1,23 +1,24 @@
-"""Search page on this machine: ask a question, see what the retriever finds and how the re-ranker orders it.
+"""Search page on this machine: ask a question, see the results of the retriever and of the re-ranker.
 
     python -m pip install -r requirements-demo.txt
     python script/demo.py               # the models and vectors in output/
     python script/demo.py --debug       # the sample, after sh script/quickstart.sh
 
-Settings: torch_src/tools/demo_hparams.py, or `--name value`; `--help` lists them. Nothing leaves this
-machine: the page listens on 127.0.0.1 and asks no other host for anything. The output folder is only read,
-but for its cache/: what the programs have not kept there of the collection and its pids is written, and
-then that folder must be writable.
+Settings: torch_src/tools/demo_hparams.py, or `--name value`; `--help` lists them. The page listens on
+127.0.0.1 and contacts no other host. Nothing is written to the output folder except cache/, when the offsets
+of the collection or the passage ids are not cached yet.
 """
 
 import html
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 from script.lib.terms import PIECES, terms
 from torch_src import hparams
@@ -28,13 +29,13 @@ from torch_src.runtime.program import exit_status, leave
 from torch_src.tools.demo_hparams import DEBUG, DemoHparams
 from torch_src.tools.search_service import LONGEST_QUESTION, Answer, Hit, SearchService
 
-SHOWN = 2000  # characters of a passage, at most
-EXAMPLES, LONGEST_EXAMPLE = 4, 24  # questions offered; characters of one
-TRIED = 4  # passages of the question that is asked before the page opens
+MAX_SHOWN = 2000  # characters of a passage
+EXAMPLES, MAX_EXAMPLE = 4, 24  # example questions; characters of one
+TRIAL_TOPK = 4  # passages for the trial question before the page opens
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-EVERY_ADDRESS = ("0.0.0.0", "::")  # of --host: the page has whatever names the machine has
-FONTS = ("system-ui", "PingFang SC", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif")  # of the machine
-# The browser is told to ask this server alone, whatever the page's own scripts would like.
+ALL_ADDRESSES = ("0.0.0.0", "::")  # with these --host values the page answers to any host name
+FONTS = ("system-ui", "PingFang SC", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif")  # installed fonts
+# The browser may contact this server only, whatever the scripts of the page try.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:"
@@ -63,27 +64,27 @@ CSS = """
 """
 
 
-def load_gradio():
-    """Return the gradio module; UserError when it is missing, or too old or new."""
+def load_gradio() -> ModuleType:
+    """Return the gradio module; UserError if it is missing or has another major version."""
+    fix = "run python -m pip install -r requirements-demo.txt"
     try:
         import gradio
     except ImportError:
-        raise UserError("gradio is not installed: python -m pip install -r requirements-demo.txt") from None
+        raise UserError(f"gradio is not installed; {fix}") from None
     if gradio.__version__.split(".")[0] != "6":
-        mend = "python -m pip install -r requirements-demo.txt"
-        raise UserError(f"gradio {gradio.__version__} is installed, this page needs 6: {mend}")
+        raise UserError(f"gradio {gradio.__version__} is installed (expected 6); {fix}")
     return gradio
 
 
 def marked(text: str, wanted: set[str]) -> str:
-    """Return the text as HTML, what it shares with the terms `wanted` (those of bm25.terms) in <mark>."""
-    lower = "".join(low if len(low := c.lower()) == 1 else c for c in text)  # as long as the text
+    """Return the text as HTML, with the terms in `wanted` in <mark>."""
+    lower = "".join(low if len(low := c.lower()) == 1 else c for c in text)  # same length as the text
     hit = bytearray(len(text))
     for piece in PIECES.finditer(lower):
         first, last = piece.span()
         if piece[0][0].isascii():
             spans = [(first, last)]
-        else:  # bigrams, and characters that are a term by themselves
+        else:  # bigrams, and single characters
             spans = [(at, min(at + size, last)) for at in range(first, last) for size in (1, 2)]
         for begin, end in spans:
             if lower[begin:end] in wanted:
@@ -107,42 +108,40 @@ def passage(hit: Hit, wanted: set[str], reranked: bool) -> str:
         by = f' <span class="search-{way}">{arrow} {abs(change)}</span>' if change else ""
         moved = f"<span>was {hit.recall_rank}{by}</span>"
     name = html.escape(hit.pid) or f"row {hit.row}"
-    more = len(hit.text) - SHOWN
+    more = len(hit.text) - MAX_SHOWN
     rest = f" … ({more:,} more characters)" if more > 0 else ""
     return (
         f'<li><div class="search-head"><span class="search-rank">{hit.rank}</span>'
         f'<span>{hit.score:.4f}</span>{moved}<code title="{name}, row {hit.row}">{name}</code></div>'
-        f"<details><summary>{marked(hit.text[:SHOWN], wanted)}{rest}</summary></details></li>"
+        f"<details><summary>{marked(hit.text[:MAX_SHOWN], wanted)}{rest}</summary></details></li>"
     )
 
 
 def column(title: str, hits: list[Hit], wanted: set[str], reranked: bool) -> str:
-    """Return one ranking."""
+    """Return one ranking as a column."""
     items = "".join(passage(hit, wanted, reranked) for hit in hits)
     return f"<section><h3>{title}</h3><ol>{items}</ol></section>"
 
 
 def answer_html(answer: Answer, waiting: bool = False) -> str:
-    """Return the times and both rankings; `waiting`: the second is still being made."""
+    """Return the times and both rankings; `waiting`: the re-ranker is still running."""
     wanted = set(terms(answer.question))
     times = [f"<span>{step} <b>{1000 * took:,.1f} ms</b></span>" for step, took in answer.seconds.items()]
     if answer.cut:
-        times.append("<span>the retriever reads only the beginning of this question</span>")
+        times.append("<span>the question is truncated for the retriever</span>")
     if answer.warning:
         times.append(f'<div class="search-error">{html.escape(answer.warning)}</div>')
     columns = [column("Recall: dual encoder", answer.recall, wanted, False)]
     if answer.reranked is not None:
         columns.append(column("Re-ranked: cross-encoder", answer.reranked, wanted, True))
     elif waiting:
-        columns.append("<section><h3>Re-ranked: cross-encoder</h3>being scored …</section>")
+        columns.append("<section><h3>Re-ranked: cross-encoder</h3>scoring …</section>")
     head, body = " ".join(times), "".join(columns)
     return f'<div class="search-times">{head}</div><div class="search-columns">{body}</div>'
 
 
 def respond(service: SearchService, question: str) -> Iterator[str]:
-    """Yield the answer as HTML, first without the re-ranker, which may take its time; a question that cannot
-    be answered gets a line that says why.
-    """
+    """Yield the answer as HTML, first without the slow re-ranker; an error becomes one line."""
     try:
         answer = service.retrieve(question or "")
         if service.scorer:
@@ -153,22 +152,22 @@ def respond(service: SearchService, question: str) -> Iterator[str]:
 
 
 def example_questions(hp: DemoHparams) -> list[str]:
-    """Return the first short dev queries; none when there is no such file."""
+    """Return the first short dev queries; empty without such a file."""
     if hp.dev_q == "none" or not Path(hp.dev_q_path).exists() or hp.dev_q_path.endswith(".json"):
         return []
     try:
-        short = [query for query in read_queries(hp.dev_q_path) if len(query) <= LONGEST_EXAMPLE]
+        short = [query for query in read_queries(hp.dev_q_path) if len(query) <= MAX_EXAMPLE]
     except UserError as error:
-        warn(f"no examples: {error}")
+        warn(f"no example questions: {error}")
         return []
     return short[:EXAMPLES]
 
 
-def build_page(service: SearchService, examples: list[str]):
+def build_page(service: SearchService, examples: list[str]) -> Any:
     """Return the gradio page."""
     gradio = load_gradio()
     rows = len(service.retriever.collection)
-    reranker = "" if service.scorer else " · no re-ranker: recall alone"
+    reranker = "" if service.scorer else " · no re-ranker"
     with gradio.Blocks(title="Passage search", analytics_enabled=False) as page:
         gradio.Markdown(f"## Passage search\n{rows:,} passages · {service.how}{reranker}")
         with gradio.Row(equal_height=True):
@@ -184,7 +183,7 @@ def build_page(service: SearchService, examples: list[str]):
 
         if examples:
             gradio.Examples(
-                examples, question, shown, ask, run_on_click=True, cache_examples=False, label="For example",
+                examples, question, shown, ask, run_on_click=True, cache_examples=False, label="Examples",
                 api_visibility="private",
             )  # fmt: skip
         shown.render()
@@ -196,28 +195,28 @@ def build_page(service: SearchService, examples: list[str]):
     return page
 
 
-def names_of(host: str) -> list[str]:
-    """Return the names by which a page on --host may be asked for, as a Host header writes them."""
-    if host in EVERY_ADDRESS:
+def allowed_hosts(host: str) -> list[str]:
+    """Return the accepted values of the Host header for a page on --host, without ports."""
+    if host in ALL_ADDRESSES:
         return ["*"]
     return [f"[{name}]" if ":" in name else name for name in dict.fromkeys((host, *LOOPBACK))]
 
 
-def build_app(page, host: str):
-    """Return the page as an ASGI application that keeps the browser to this server.
+def build_app(page: Any, host: str) -> Any:
+    """Return the page as an ASGI application that restricts the browser to this server.
 
-    Other names than those of `host` are refused: a foreign page whose name has come to mean 127.0.0.1 would
-    be allowed to read the answers.
+    Requests with other Host headers are refused: otherwise a foreign page whose name resolves to 127.0.0.1
+    (DNS rebinding) could read the answers.
     """
     gradio = load_gradio()
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    outer.add_middleware(TrustedHostMiddleware, allowed_hosts=names_of(host), www_redirect=False)
+    outer.add_middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts(host), www_redirect=False)
 
     @outer.middleware("http")
-    async def keep_to_this_server(request, call_next):
+    async def add_policy(request: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
         reply = await call_next(request)
         reply.headers["Content-Security-Policy"] = POLICY
         return reply
@@ -230,21 +229,21 @@ def build_app(page, host: str):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a listening socket; UserError when the address is taken or not of this machine."""
+    """Return a listening socket; UserError if the address is in use or not of this machine."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    taken = socket.socket(family, socket.SOCK_STREAM)
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        taken.bind((host, port))
-        taken.listen()  # now: whoever comes while the models load waits, and a second page is refused
+        listening.bind((host, port))
+        listening.listen()  # now: clients wait while the models load, and a second page fails at once
     except OSError as error:
-        taken.close()
+        listening.close()
         raise UserError(f"--host {host} --port {port}: {error.strerror}; pass another --port") from None
-    return taken
+    return listening
 
 
-def serve(app, listening: socket.socket) -> None:
-    """Serve until Ctrl-C; questions in hand get two seconds to end."""
+def serve(app: Any, listening: socket.socket) -> None:
+    """Serve until Ctrl-C; open requests get two seconds to finish."""
     import uvicorn
 
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
@@ -259,21 +258,21 @@ def serve(app, listening: socket.socket) -> None:
 
 
 def run(hp: DemoHparams) -> None:
-    """Load everything, answer one question to see that it works, and serve the page."""
+    """Load everything, answer a trial question, and serve the page."""
     load_gradio()
-    listening = bind(hp.host, hp.port)  # first: a port that is taken is said before a minute of loading
+    listening = bind(hp.host, hp.port)  # first: a port in use is reported before a minute of loading
     service = SearchService(hp)
     if not service.scorer:
-        log(f"no re-ranker ({hp.cross_params_path}): recall alone")
+        log(f"no re-ranker: {hp.cross_params_path} does not exist")
     examples = example_questions(hp)
-    tried = service.answer(examples[0] if examples else "问题", TRIED)
-    times = ", ".join(f"{step} {1000 * took:,.0f} ms" for step, took in tried.seconds.items())
-    log(f"{service.how}; one question, {TRIED} passages: {times}")
+    trial = service.answer(examples[0] if examples else "问题", TRIAL_TOPK)
+    times = ", ".join(f"{step} {1000 * took:,.0f} ms" for step, took in trial.seconds.items())
+    log(f"{service.how}; trial question with {TRIAL_TOPK} passages: {times}")
     if hp.host not in LOOPBACK:
-        warn(f"--host {hp.host}: whoever reaches this machine can ask, and read the passages")
+        warn(f"--host {hp.host}: everyone who can reach this machine can read the passages")
     host, port = listening.getsockname()[:2]
     app = build_app(build_page(service, examples), hp.host)
-    log(f"open http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends it)")
+    log(f"open http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C to stop)")
     serve(app, listening)
 
 

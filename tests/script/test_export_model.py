@@ -36,7 +36,7 @@ def texts(world) -> tuple[list[str], list[str]]:
     return queries, [line.split("\t")[2] for part in parts for line in lines(part)]
 
 
-def test_vectors_are_ours(exported):
+def test_vectors_are_the_same(exported):
     from sentence_transformers import SentenceTransformer
 
     world, way = exported
@@ -50,7 +50,7 @@ def test_vectors_are_ours(exported):
     assert model.similarity_fn_name == ("cosine" if way == "tied" else "dot")
 
 
-def test_the_ranking_is_ours(exported):
+def test_the_ranking_is_the_same(exported):
     from sentence_transformers import SentenceTransformer
 
     world, _ = exported
@@ -76,13 +76,13 @@ def test_transformers_loads_the_tower(exported):
         assert AutoTokenizer.from_pretrained(world / "st" / place).tokenize("清蒸鱼") == ["清", "蒸", "鱼"]
 
 
-def test_the_card_says_what_made_it(exported, capsys):
+def test_the_model_card_has_usage_and_settings(exported):
     world, _ = exported
     card = (world / "st/README.md").read_text(encoding="utf-8")
     assert "encode_query" in card and '"q_max_seq_len": 12' in card and '"weights": ' in card
 
 
-def test_the_way_back(exported):
+def test_an_exported_folder_is_a_pretrained_model(exported):
     """An exported tied folder is a pretrained model that brings its pooling and prefixes along."""
     world, way = exported
     if way == "untied":
@@ -96,7 +96,7 @@ def test_the_way_back(exported):
     assert np.abs(ours - back).max() < 1e-6
 
 
-def test_cross_encoder_scores_are_ours(tmp_path):
+def test_cross_encoder_scores_are_the_same(tmp_path):
     from sentence_transformers import CrossEncoder
 
     world = make_world(tmp_path)
