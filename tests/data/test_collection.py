@@ -68,7 +68,7 @@ def test_all_doc_beside_parts_must_have_as_many_rows(make):
 
 
 def test_missing_part_is_named(make):
-    with pytest.raises(UserError, match="part-01 is missing, but part-03 is there"):
+    with pytest.raises(UserError, match="part-01 is missing"):
         collection_files(make(part_00=lines("a"), part_03=lines("b")))
     with pytest.raises(UserError, match="part-00 is missing"):
         collection_files(make(part_01=lines("a")))
@@ -80,7 +80,7 @@ def test_two_files_of_the_same_part_number_are_refused(make):
 
 
 def test_folder_that_is_absent_empty_or_without_rows_is_a_user_error(make, tmp_path):
-    for folder, words in ((tmp_path / "none", "no such folder"), (make(), "holds neither")):
+    for folder, words in ((tmp_path / "none", "no such folder"), (make(), "no passages")):
         with pytest.raises(UserError, match=f"^{folder}: {words}"):
             PassageCollection(folder)
     with pytest.raises(UserError, match="collection is empty"):

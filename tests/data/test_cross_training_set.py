@@ -162,7 +162,7 @@ def test_a_positive_without_negatives_makes_no_group(tmp_path):
 
 @pytest.mark.parametrize("label", [0, 1])
 def test_all_labels_equal(tmp_path, label):
-    with pytest.raises(UserError, match=f"t.tsv: every label is {label};"):
+    with pytest.raises(UserError, match=f"t.tsv: every label is {label} "):
         opened(tmp_path / "t.tsv", [row(f"问{at}", "文", label) for at in range(4)])
 
 

@@ -331,7 +331,7 @@ def test_a_teacher_of_other_rows_is_refused(tmp_path):
         seal(path, {"stage": "mine_negatives", "topk": 5})
     assert len(read_teacher(str(train))) == 2
     seal(sidecar, {"stage": "mine_negatives", "topk": 9})
-    with pytest.raises(UserError, match="of another mining"):
+    with pytest.raises(UserError, match="another mining"):
         read_teacher(str(train))
     seal(sidecar, {"stage": "mine_negatives", "topk": 5})
     write(train, ["q\t\tp\t\tm\t0", "q\t\tp\t\tn\t0"])  # the same number of rows in another order

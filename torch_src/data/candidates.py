@@ -116,7 +116,12 @@ class _Pairs:
     def candidates(
         self, pids: np.ndarray | None, qids: list[str] | None, texts: PassageCollection
     ) -> Candidates:
-        columns = (
-            np.frombuffer(column, column.typecode) for column in (self.query_of, self.rows, self.scores)
+        return Candidates(
+            self.queries,
+            np.frombuffer(self.query_of, dtype=np.int32),
+            np.frombuffer(self.rows, dtype=np.int64),
+            np.frombuffer(self.scores, dtype=np.float32),
+            pids,
+            qids,
+            texts,
         )
-        return Candidates(self.queries, *columns, pids, qids, texts)

@@ -1,18 +1,19 @@
-"""Training data of the cross-encoder: pairs, or groups of one query; a function of (seed, epoch, step)."""
+"""Training data of the cross-encoder, pairs or groups: a batch is a pure function of (seed, epoch, step)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from torch_src.data.formats import parse_cross_row
+from torch_src.data.formats import CrossRow, parse_cross_row
+from torch_src.data.lines import FilePath
 from torch_src.data.row_file import RowFile, group_rows, text_hash
 from torch_src.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
 class CrossBatch:
-    """Pairs of one micro-batch. Listwise: groups one after the other, the positive first in each."""
+    """B pairs. Listwise: one group after the other, the positive first in each."""
 
     queries: list[str]
     passages: list[str]
@@ -21,54 +22,48 @@ class CrossBatch:
 
 
 class CrossTrainingSet:
-    """cross.train.tsv by row. Holds hashes, labels and offsets (about 32 bytes a row), never the texts."""
+    """cross.train.tsv by row. Holds hashes, labels and offsets (about 32 bytes per row), never the texts."""
 
-    def __init__(self, path, clean: Callable[[str], str] = lambda text: text):
-        """Read the file once. UserError when all labels are equal: there would be nothing to learn."""
+    def __init__(self, path: FilePath, clean: Callable[[str], str] = lambda text: text):
+        """Read the file once; texts with the same `clean` text are equal for the model.
+
+        UserError when all labels are equal: there is nothing to learn.
+        """
         self.path = path
 
-        def numbers(row) -> tuple[int, int, int]:
+        def numbers(row: CrossRow) -> tuple[int, int, int]:
             return text_hash(clean(row.query)), text_hash(clean(row.passage)), row.label
 
         self.file = RowFile(path, parse_cross_row, numbers)
         query_hash, self.passage_hash, self.labels = self.file.numbers.T
         if self.labels.min() == self.labels.max():
-            raise UserError(
-                f"{path}: every label is {self.labels[0]}; relevant and other passages are both needed"
-            )
-        self.groups = [self._split(rows) for rows in group_rows(query_hash)]
-        self.lists = [(positive, others) for positives, others in self.groups for positive in positives]
-        self.lists = [(positive, others) for positive, others in self.lists if len(others)]
+            raise UserError(f"{path}: every label is {self.labels[0]} (expected both 0 and 1)")
+        groups = [self._split(rows) for rows in group_rows(query_hash)]
+        self.rows = len(self.file)
+        self.queries = len(groups)  # distinct
+        # One (row of the positive, rows of its negatives) for each positive that has negatives.
+        self.lists = [(positive, rows) for positives, rows in groups if len(rows) for positive in positives]
 
     def _split(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return one query's (positive, negative) rows, each text once, no positive among the latter."""
-        positives = rows[self.labels[rows] == 1]
-        positives = positives[np.unique(self.passage_hash[positives], return_index=True)[1]]
-        negatives = rows[self.labels[rows] == 0]
-        negatives = negatives[np.unique(self.passage_hash[negatives], return_index=True)[1]]
-        return positives, negatives[~np.isin(self.passage_hash[negatives], self.passage_hash[positives])]
+        """Return one query's (positive, negative) rows, each text once; a positive is never a negative."""
+        positives, negatives = (self._distinct(rows[self.labels[rows] == label]) for label in (1, 0))
+        is_positive = np.isin(self.passage_hash[negatives], self.passage_hash[positives])
+        return positives, negatives[~is_positive]
 
-    @property
-    def rows(self) -> int:
-        return len(self.file)
-
-    @property
-    def queries(self) -> int:
-        """The number of distinct queries."""
-        return len(self.groups)
+    def _distinct(self, rows: np.ndarray) -> np.ndarray:
+        return rows[np.unique(self.passage_hash[rows], return_index=True)[1]]
 
     def short_lists(self, group_size: int) -> int:
         """Return how many positives have fewer than group_size - 1 distinct negatives."""
         return sum(len(negatives) < group_size - 1 for _, negatives in self.lists)
 
     def steps_per_epoch(self, units: int, listwise: bool) -> int:
-        """Return the whole batches in one pass over the pairs, or over the positives when listwise."""
-        there, what = (len(self.lists), "positives with negatives") if listwise else (self.rows, "rows")
-        if units > there:
-            raise UserError(
-                f"{self.path}: only {there} {what}, fewer than one batch of {units}; lower the batch"
-            )
-        return there // units
+        """Return the number of whole batches of `units` pairs, or of `units` positives when listwise."""
+        count, name = (len(self.lists), "positives with negatives") if listwise else (self.rows, "rows")
+        if units > count:
+            message = f"only {count} {name}, fewer than one batch of {units}; lower the batch size"
+            raise UserError(f"{self.path}: {message}")
+        return count // units
 
     def pairs(self, seed: int, epoch: int, step: int, batch_size: int) -> CrossBatch:
         """Return the pairs of (epoch, step), both from 0."""
@@ -76,16 +71,16 @@ class CrossTrainingSet:
         return self._batch(order[step * batch_size : (step + 1) * batch_size].tolist())
 
     def lists_of(self, seed: int, epoch: int, step: int, count: int, group_size: int) -> CrossBatch:
-        """Return `count` groups of (epoch, step): a positive and group_size - 1 negatives drawn afresh.
+        """Return `count` groups of (epoch, step): a positive and group_size - 1 random negatives.
 
-        A query with too few negatives gives some of them more than once.
+        A query with too few negatives repeats some of them.
         """
         order = np.random.default_rng([seed, epoch, 0]).permutation(len(self.lists))
-        draw = np.random.default_rng([seed, epoch, 1, step])
+        random = np.random.default_rng([seed, epoch, 1, step])
         rows = []
-        for at in order[step * count : (step + 1) * count]:
-            positive, negatives = self.lists[at]
-            rows += [int(positive), *draw_negatives(negatives, group_size - 1, draw)]
+        for index in order[step * count : (step + 1) * count]:
+            positive, negatives = self.lists[index]
+            rows += [int(positive), *draw_negatives(negatives, group_size - 1, random)]
         return self._batch(rows)
 
     def _batch(self, rows: list[int]) -> CrossBatch:
@@ -95,7 +90,7 @@ class CrossTrainingSet:
         return CrossBatch(queries, passages, labels, [row + 1 for row in rows])
 
 
-def draw_negatives(negatives: np.ndarray, count: int, draw: np.random.Generator) -> list[int]:
-    """Return `count` of the rows: each at most once while there are enough, then all again."""
-    chosen = [draw.permutation(negatives) for _ in range(-(-count // len(negatives)))]
-    return np.concatenate(chosen)[:count].tolist()
+def draw_negatives(negatives: np.ndarray, count: int, random: np.random.Generator) -> list[int]:
+    """Return `count` of the rows in random order; a row repeats only after all have been drawn."""
+    rounds = [random.permutation(negatives) for _ in range(-(-count // len(negatives)))]
+    return np.concatenate(rounds)[:count].tolist()

@@ -1,22 +1,30 @@
-"""A training file by row number: offsets and a few 64-bit numbers a row in memory, never the texts."""
+"""A training file by row number: offsets and a few 64-bit numbers per row in memory, never the texts."""
 
 import hashlib
 import os
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from torch_src.data.lines import decode, raw_lines
+from torch_src.data.lines import FilePath, decode, raw_lines
 from torch_src.runtime.errors import UserError
 
+Row = TypeVar("Row")
 
-class RowFile:
-    """Rows 0..N-1 of a TSV file. `numbers` (N, n) uint64 holds what `numbers_of` gave for each row.
+
+class RowFile(Generic[Row]):
+    """Rows 0..N-1 of a TSV file; `numbers` (N, n) uint64 holds the result of `numbers_of` for each row.
 
     `parse(text, path, line)` checks and splits a line; every line is parsed once when the file is opened.
     """
 
-    def __init__(self, path, parse: Callable, numbers_of: Callable[[object], tuple[int, ...]]):
+    def __init__(
+        self,
+        path: FilePath,
+        parse: Callable[[str, FilePath, int], Row],
+        numbers_of: Callable[[Row], tuple[int, ...]],
+    ):
         if not os.path.isfile(path):
             raise UserError(f"{path}: no such file (training rows); get it with `sh script/download.sh`")
         self.path, self.parse = path, parse
@@ -25,20 +33,19 @@ class RowFile:
         if not rows:
             raise UserError(f"{path}: no training rows in it")
         self.offsets = np.zeros(rows + 1, dtype=np.int64)
-        numbers = None
+        self.numbers = np.empty((rows, 0), dtype=np.uint64)
         with open(path, "rb") as file:
             for line, raw in raw_lines(file, path):
-                found = numbers_of(parse(decode(raw, path, line), path, line))
-                if numbers is None:
-                    numbers = np.empty((rows, len(found)), dtype=np.uint64)
-                numbers[line - 1] = found
+                numbers = numbers_of(parse(decode(raw, path, line), path, line))
+                if line == 1:
+                    self.numbers = np.empty((rows, len(numbers)), dtype=np.uint64)
+                self.numbers[line - 1] = numbers
                 self.offsets[line] = self.offsets[line - 1] + len(raw)
-        self.numbers = numbers
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def read(self, rows: list[int]) -> list:
+    def read(self, rows: list[int]) -> list[Row]:
         """Return the parsed rows with these numbers."""
         found = []
         with open(self.path, "rb") as file:
@@ -58,5 +65,5 @@ def group_rows(keys: np.ndarray) -> list[np.ndarray]:
 
 
 def text_hash(text: str) -> int:
-    """Return 64 bits that stand for a text: two of 10^6 texts collide with probability 3 x 10^-8."""
+    """Return a 64-bit hash of a text: two of 10^6 texts collide with probability 3 x 10^-8."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
