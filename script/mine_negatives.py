@@ -1,19 +1,20 @@
-"""Mine negatives from the retriever's own results: new dual.train.tsv and cross.train.tsv for the next round.
+"""Mine hard negatives from a retriever's results: new dual.train.tsv and cross.train.tsv for the next round.
 
-    python script/mine_negatives.py                                            # by the retriever alone
+    python script/mine_negatives.py                                            # with the retriever alone
     python script/mine_negatives.py --cross_params output/cross_params.bin     # denoised by the re-ranker
-    python script/mine_negatives.py --retrieval_result output/bm25/train.top50 # from any run, BM25's say
+    python script/mine_negatives.py --retrieval_result output/bm25/train.top50 # from any run, such as BM25's
 
-Settings: torch_src/tools/mining_hparams.py, or `--name value`; `--help` lists them. Writes into output/mined:
-dual.train.tsv, cross.train.tsv, dual.train.ids.tsv (rows, pids, ranks and scores, line by line with
-dual.train.tsv), and what they were made from (train.q.format, the run, the re-ranker's scores).
+Settings: torch_src/tools/mining_hparams.py, or `--name value`; `--help` lists them. Writes to output/mined:
+dual.train.tsv, cross.train.tsv, dual.train.ids.tsv (rows, pids, ranks and scores, aligned with
+dual.train.tsv), and their inputs (train.q.format, the run, the re-ranker's scores).
 """
 
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 from torch_src import cross_infer, dual_infer, hparams
 from torch_src.data.collection import PassageCollection
@@ -26,34 +27,33 @@ from torch_src.runtime.log import log, warn
 from torch_src.runtime.output_lock import output_lock
 from torch_src.runtime.program import exit_status, leave
 from torch_src.runtime.stamps import clear_stamp, fingerprint_files, seal, up_to_date
-from torch_src.tools import mining
+from torch_src.tools import mining, mining_inputs
 from torch_src.tools.mining_hparams import DEBUG, NO_CROSS, MiningHparams
 
 OUTPUTS = ("dual.train.tsv", "cross.train.tsv", mining.SIDECAR)
 
 
 def retrieve(hp: MiningHparams, queries: Path) -> Path:
-    """Return the run over the training queries: the one that is given, or do_dual_infer.py's."""
+    """Return the run of the training queries: --retrieval_result, or that of do_dual_infer.py."""
     if hp.retrieval_result:
-        mend = f"search for the queries of {queries} first (script/bm25.py search --dev_q)"
-        return Path(require(hp.retrieval_result, "a run over the training queries", mend))
-    there = Path(hp.para_emb_path) / "manifest.json"  # vectors that are there are used as they are
-    manifest = read_json(there) if there.exists() else {}
-    made = {
-        name: manifest[name] for name in ("block_rows", "vector_dims", "encoder_engine") if name in manifest
-    }
+        fix = f"search the queries of {queries} first (script/bm25.py search --dev_q)"
+        return Path(require(hp.retrieval_result, "a run of the training queries", fix))
+    path = Path(hp.para_emb_path) / "manifest.json"
+    manifest = read_json(path) if path.exists() else {}
+    names = ("block_rows", "vector_dims", "encoder_engine")
+    existing = {name: manifest[name] for name in names if name in manifest}  # existing vectors stay valid
     settings = InferenceDeHparams(
         dual_params=hp.dual_params_path, topk=hp.topk, bs=hp.bs, data_dir=hp.data_dir, dev_q=str(queries),
         dev_q2qid="none", passage_dir=hp.passage_dir_path, passage_ids=hp.passage_ids_path,
         para_emb=hp.para_emb_path, output_dir=str(queries.parent), precision=hp.precision, device=hp.device,
-        threads=hp.threads, force=hp.force, debug=hp.debug, **made,
+        threads=hp.threads, force=hp.force, debug=hp.debug, **existing,
     )  # fmt: skip
     dual_infer.run(settings, hp.topk, hp.bs)
     return queries.parent / f"res.top{hp.topk}"
 
 
 def rerank(hp: MiningHparams, queries: Path, run: Path) -> Path:
-    """Run do_cross_infer.py on the candidates; return the file of their logits."""
+    """Score the candidates with do_cross_infer.py; return the file of their logits."""
     settings = InferenceCrossHparams(
         retrieval_result=str(run), cross_params=hp.cross_params, topk=hp.topk, data_dir=hp.data_dir,
         dev_q=str(queries), dev_q2qid="none", dev_set="none", passage_dir=hp.passage_dir_path,
@@ -65,39 +65,39 @@ def rerank(hp: MiningHparams, queries: Path, run: Path) -> Path:
 
 
 def against_positive(hp: MiningHparams) -> bool:
-    """Return whether scores are held against the positive's: `auto` asks how the re-ranker was trained."""
+    """Return whether logits are compared with the best positive's; `auto`: if the re-ranker is listwise."""
     if hp.score_against != "auto" or hp.cross_params == NO_CROSS:
         return hp.score_against == "positive"
     path = Path(hp.cross_params).with_name("cross_hparams.json")
-    record = read_json(path) if path.exists() else {}
-    if record.get("weights") != fingerprint_files([hp.cross_params]):
-        warn(f"{path}: not there, or of other weights: --score_against zero, as for a pointwise re-ranker")
+    trained = read_json(path) if path.exists() else {}
+    if trained.get("weights") != fingerprint_files([hp.cross_params]):
+        warn(f"{path}: missing, or of other weights; --score_against zero is used (a pointwise re-ranker)")
         return False
-    listwise = record["loss"] == "listwise"
+    listwise = trained["loss"] == "listwise"
     base = "the best positive" if listwise else "zero"
-    log(f"the re-ranker was trained {record['loss']}: its scores are held against {base}")
+    log(f"the re-ranker was trained {trained['loss']}: logits are compared with {base}")
     return listwise
 
 
 def run(hp: MiningHparams) -> None:
-    """Retrieve, score, choose and write, each unless it is up to date."""
+    """Retrieve, score, choose and write; each step is skipped if it is up to date."""
     hparams.announce("mine negatives", hp)
     with output_lock(hp.mined_dir_path, name="mining.lock"):
-        _run(hp)
+        mine(hp)
 
 
-def _run(hp: MiningHparams) -> None:
+def mine(hp: MiningHparams) -> None:
     folder = Path(hp.mined_dir_path)
-    data = mining.open_training_set(require(hp.train_set_path, "training rows"))
+    data = mining_inputs.open_training_set(require(hp.train_set_path, "training rows"))
     log(f"{data.rows:,} training rows, {data.queries:,} distinct queries")
     collection = PassageCollection(hp.passage_dir_path, str(folder / "cache"))
     queries = folder / "train.q.format"
-    mining.write_train_queries(data, queries)
+    mining_inputs.write_train_queries(data, queries)
     found, scores, located = retrieve(hp, queries), None, None
     if hp.cross_params != NO_CROSS:
-        located = mining.locate_positives(data, collection)
+        located = mining_inputs.locate_positives(data, collection)
         pairs = folder / "res.pairs"
-        mining.with_positives(data, located, found, pairs)
+        mining_inputs.write_with_positives(data, located, found, pairs)
         found, scores = pairs, rerank(hp, queries, pairs)
     rules = mining.Rules(
         hp.topk, hp.negatives, hp.max_score, against_positive(hp), hp.select, hp.rank_from, hp.rank_to,
@@ -111,24 +111,26 @@ def _run(hp: MiningHparams) -> None:
         clear_stamp(output)
     ids = read_passage_ids(hp.passage_ids_path, str(folder / "cache"))
     check_length(hp.passage_ids_path, len(ids), len(collection))
-    miner = mining.Miner(data, collection, located or mining.locate_positives(data, collection), rules)
+    miner = mining.Miner(data, collection, located or mining_inputs.locate_positives(data, collection), rules)
     logits = read_scores(scores) if scores else None
     mining.write_mined(miner.mine(found, logits), folder, lambda row: ids[row].decode())
     write_json(folder / "mining.json", {**dataclasses.asdict(hp), "counts": dataclasses.asdict(miner.counts)})
     for output in outputs:
         seal(output, stamp)
-    for line in miner.counts.lines():
+    for line in miner.counts.table():
         log(line)
     if warning := miner.counts.warning():
         warn(warning)
     log(f"wrote {outputs[0]} and {outputs[1]}")
 
 
-def mined_stamp(hp: MiningHparams, rules: mining.Rules, collection, inputs: list[Path]) -> dict:
-    """Return what decides the mined files."""
+def mined_stamp(
+    hp: MiningHparams, rules: mining.Rules, collection: PassageCollection, inputs: list[Path]
+) -> dict[str, Any]:
+    """Return the stamp of the mined files."""
     files = fingerprint_files([hp.train_set_path, hp.passage_ids_path, *inputs])
-    made_of = {"inputs": files, "collection": collection.fingerprint}
-    return {"stage": "mine_negatives", **dataclasses.asdict(rules), **made_of}
+    made_from = {"inputs": files, "collection": collection.fingerprint}
+    return {"stage": "mine_negatives", **dataclasses.asdict(rules), **made_from}
 
 
 def main(argv: list[str]) -> int:

@@ -17,6 +17,14 @@ from typing import TextIO
 import numpy as np
 
 from torch_src.data.collection import PassageCollection
+from torch_src.data.formats import (
+    CrossRow,
+    DualRow,
+    format_cross_row,
+    format_dual_row,
+    format_passage,
+    format_query,
+)
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.log import log
@@ -69,7 +77,7 @@ class OfficialLayoutWriter:
                     raise UserError(f"passage id {pid}: duplicate (ids must be unique)")
                 self.rows[pid] = row
                 title, text = self._one_line(title), self._one_line(text)
-                part.write(f"-\t\t{title} {text}\t0\n" if title else f"-\t\t{text}\t0\n")
+                part.write(format_passage(f"{title} {text}" if title else text))
                 comma = "," if row else ""
                 ids.write(f"{comma}\n{json.dumps(str(row))}: {json.dumps(pid, ensure_ascii=False)}")
                 if title:
@@ -131,9 +139,10 @@ class OfficialLayoutWriter:
         negatives = [self.rows[pid] for pid in query.negatives] or self._random_rows(number, positives)
         for positive in positives:
             for negative in negatives:
-                dual.write(f"{text}\t\t{collection[positive]}\t\t{collection[negative]}\t0\n")
-            cross.write(f"{text}\t\t{collection[positive]}\t1\n")
-        cross.writelines(f"{text}\t\t{collection[negative]}\t0\n" for negative in negatives)
+                dual.write(format_dual_row(DualRow(text, collection[positive], collection[negative])))
+            cross.write(format_cross_row(CrossRow(text, collection[positive], 1)))
+        for negative in negatives:
+            cross.write(format_cross_row(CrossRow(text, collection[negative], 0)))
 
     def _random_rows(self, number: int, positives: list[int]) -> list[int]:
         generator = np.random.default_rng([self.seed, number])
@@ -160,6 +169,6 @@ class OfficialLayoutWriter:
                 entry = {"question_id": query.qid, "question": text, "answer_paragraphs": answers}
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         with atomic_write(folder / "dev.q.format") as file:
-            file.writelines(f"{text}\t-\t-\t0\n" for text in dev)
+            file.writelines(map(format_query, dev))
         with atomic_write(folder / "q2qid.dev.json") as file:
             json.dump({text: query.qid for text, query in dev.items()}, file, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Mining: what is dropped, what is chosen, what is written; cases small enough to work out by hand."""
+"""Mining: dropped, chosen and written passages in hand-worked cases."""
 
 import json
 
@@ -10,7 +10,7 @@ from torch_src.data.collection import PassageCollection
 from torch_src.data.mined_files import COLUMNS, read_teacher
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.stamps import fingerprint_files, seal
-from torch_src.tools import mining
+from torch_src.tools import mining, mining_inputs
 from torch_src.tools.mining import Miner, Rules
 from torch_src.tools.mining_hparams import MiningHparams
 
@@ -31,9 +31,9 @@ def world(tmp_path):
     rows = [("甲", "文3", "旧1"), ("甲", "文3", "旧2"), ("甲", "无", "旧3"), ("乙", "文 0", "旧4")]
     write(tmp_path / "train.tsv", [f"{q}\t\t{p}\t\t{n}\t0" for q, p, n in rows])
     write(tmp_path / "c/part-00", [f"-\t\t{text}\t0" for text in PASSAGES])
-    data = mining.open_training_set(str(tmp_path / "train.tsv"))
+    data = mining_inputs.open_training_set(str(tmp_path / "train.tsv"))
     collection = PassageCollection(tmp_path / "c")
-    return data, collection, mining.locate_positives(data, collection)
+    return data, collection, mining_inputs.locate_positives(data, collection)
 
 
 def run_file(path, first: list[int], second: list[int]):
@@ -50,11 +50,11 @@ def mined(world, tmp_path, logits=None, first=(5, 3, 6, 7, 8), second=(1, 0, 2, 
     return found, miner.counts
 
 
-def test_positives_are_found_by_text_whatever_the_spaces(world):
+def test_positives_are_found_by_text_without_spaces(world):
     data, _, located = world
     assert sorted(located.values()) == [[0], [3]]
-    assert mining.known_rows(data, data.groups[0], located) == [3]
-    assert mining.known_rows(data, data.groups[1], located) == [0]
+    assert mining_inputs.positive_rows(data, data.groups[0], located) == [3]
+    assert mining_inputs.positive_rows(data, data.groups[1], located) == [0]
 
 
 def test_highest_ranked_first_without_known_positives(world, tmp_path):
@@ -64,7 +64,7 @@ def test_highest_ranked_first_without_known_positives(world, tmp_path):
     assert counts.ranks[1] == 6 and sum(counts.ranks.values()) == 6
 
 
-def test_scores_held_against_the_best_positive(world, tmp_path):
+def test_logits_compared_with_the_best_positive(world, tmp_path):
     # 甲: its positive 文3 has logit 9; the others -3, 7, 6, 9.1: sigmoid(-12, -2, -3, 0.1) = 0, .12, .05, .52
     logits = [-3, 9, 7, 6, 9.1, 2, 4, 1, 2, 3]  # 乙: 文0 has 4; sigmoid(-2, -3, -2, -1)
     found, counts = mined(world, tmp_path, logits, against_positive=True, too_few="fewer")
@@ -76,9 +76,9 @@ def test_scores_held_against_the_best_positive(world, tmp_path):
     assert found == {"甲": (["文3", "无"], ["文5"])}
 
 
-def test_a_re_ranker_that_takes_everything_for_an_answer_is_told_of(world, tmp_path):
+def test_a_re_ranker_that_considers_everything_relevant_is_reported(world, tmp_path):
     _, counts = mined(world, tmp_path, [0.0] * 10)
-    assert counts.false_negatives == 8 and "takes 100% of the candidates for answers" in counts.warning()
+    assert counts.false_negatives == 8 and "100% of the candidates" in counts.warning()
     _, counts = mined(world, tmp_path, [5, 5, 5, 0, -5, -5, 5, 5, -5, -5])
     assert counts.false_negatives == 4 and counts.warning() is None  # half of eight: not most
 
@@ -99,14 +99,14 @@ def test_without_a_positive_nothing_is_denoised(world, tmp_path):
     assert (counts.unjudged_queries, counts.promoted, counts.false_negatives) == (1, 1, 4)
 
 
-def test_a_run_that_has_a_query_twice_but_for_spaces(world, tmp_path):
+def test_a_run_with_two_queries_that_differ_in_spaces_only(world, tmp_path):
     rows = [("甲", 5), (" 甲", 6), ("乙", 1)]
     write(tmp_path / "run", [f"{query}\t{row}\t1\t1" for query, row in rows])
-    found = mining.matched(world[0], tmp_path / "run")
+    found = mining_inputs.candidates_by_group(world[0], tmp_path / "run")
     assert [(query, [row.row for row in rows]) for _, (query, rows) in found] == [("甲", [5]), ("乙", [1])]
 
 
-def test_how_the_re_ranker_was_trained_decides_what_scores_are_held_against(tmp_path, capsys):
+def test_the_training_loss_of_the_re_ranker_decides_the_comparison(tmp_path, capsys):
     def against(**changed) -> bool:
         return against_positive(MiningHparams(cross_params=str(tmp_path / "cross_params.bin"), **changed))
 
@@ -166,7 +166,7 @@ def test_queries_with_too_few_negatives(world, tmp_path, too_few, expected):
     assert counts.short_queries == 2 and counts.dropped_queries == (2 if too_few == "drop" else 0)
 
 
-def test_a_text_that_stands_in_two_rows_is_taken_once(world, tmp_path):
+def test_a_duplicate_text_is_chosen_once(world, tmp_path):
     data, _, located = world
     write(tmp_path / "d/part-00", [f"-\t\t{text}\t0" for text in ["文0", "同", "同 ", "文3", *PASSAGES[4:]]])
     collection = PassageCollection(tmp_path / "d")
@@ -187,15 +187,15 @@ def test_sampling_is_by_seed_and_within_the_window(world, tmp_path):
 
 def test_a_run_of_other_queries_is_refused(world, tmp_path):
     write(tmp_path / "run", ["乙\t1\t1\t0.5", "甲\t1\t1\t0.5"])
-    with pytest.raises(UserError, match="not those of"):
+    with pytest.raises(UserError, match="expected the queries of"):
         list(Miner(*world, rules()).mine(tmp_path / "run", None))
 
 
-def test_a_query_that_the_run_has_not_keeps_its_own_negatives(world, tmp_path):
+def test_a_query_missing_from_the_run_keeps_its_negatives(world, tmp_path):
     write(tmp_path / "run", ["乙\t1\t1\t0.5", "乙\t2\t2\t0.4"])  # BM25 found nothing for 甲
     found = {q: [x.text for x in n] for q, _, n in Miner(*world, rules()).mine(tmp_path / "run", None)}
     assert found == {"甲": ["旧1", "旧2", "旧3"], "乙": ["文1", "文2"]}
-    mining.with_positives(world[0], world[2], tmp_path / "run", tmp_path / "pairs")
+    mining_inputs.write_with_positives(world[0], world[2], tmp_path / "run", tmp_path / "pairs")
     assert lines(tmp_path / "pairs")[0] == "甲\t3\t1\t0"
 
 
@@ -214,10 +214,10 @@ def test_scores_of_another_length_are_refused(world, tmp_path, count):
         mined(world, tmp_path, [-5.0] * count)
 
 
-def test_known_positives_are_put_behind_the_run_for_the_teacher(world, tmp_path):
+def test_positives_are_added_to_the_run_for_the_teacher(world, tmp_path):
     data, _, located = world
     run = run_file(tmp_path / "run", [5, 6], [0, 2])
-    mining.with_positives(data, located, run, tmp_path / "pairs")
+    mining_inputs.write_with_positives(data, located, run, tmp_path / "pairs")
     assert lines(tmp_path / "pairs") == [
         "甲\t5\t1\t8",
         "甲\t6\t2\t7",
@@ -227,7 +227,7 @@ def test_known_positives_are_put_behind_the_run_for_the_teacher(world, tmp_path)
     ]
 
 
-def test_what_is_written(world, tmp_path):
+def test_the_written_files(world, tmp_path):
     logits = [-5, 4, -5, -5, -5, -5, 3, -5, -5, -5]
     miner = Miner(*world, rules(negatives=2))
     run = run_file(tmp_path / "run", [5, 3, 6, 7, 8], [1, 0, 2, 4, 9])
@@ -246,7 +246,7 @@ def test_what_is_written(world, tmp_path):
 
 @pytest.fixture
 def program(programs, tmp_path):
-    """Return program(name, *options), which runs one to its good end and returns what it said."""
+    """Return program(name, *options), which runs a program and returns its output."""
 
     def run(name: str, *words, status: int = 0) -> str:
         done = programs.run(name, list(map(str, words)), tmp_path / "log")
@@ -258,7 +258,7 @@ def program(programs, tmp_path):
 
 @pytest.mark.slow
 def test_from_trained_models_to_the_next_training_files(tmp_path, program):
-    """The program itself, with and without a re-ranker; its files train the next round; nothing is redone."""
+    """With and without a re-ranker; the files train the next round; a second run changes nothing."""
     world = make_world(tmp_path)
     shared = options(world, tmp_path / "out")
     program("do_dual_train.py", *train_options(world, tmp_path / "out"))
@@ -272,7 +272,7 @@ def test_from_trained_models_to_the_next_training_files(tmp_path, program):
     cross = ("--cross_params", tmp_path / "out/cross_params.bin", "--max_score", 1)
     assert "cross_params" in program(*mine, *cross)
     assert (tmp_path / "out/mined/dual.train.tsv").read_bytes() == first  # max_score 1 keeps all
-    assert (tmp_path / "out/para_emb/block-00000.npy").stat().st_mtime_ns == encoded  # used, not made again
+    assert (tmp_path / "out/para_emb/block-00000.npy").stat().st_mtime_ns == encoded  # not recomputed
     _, *ids = lines(tmp_path / "out/mined" / mining.SIDECAR)
     assert len(ids) == len(first.splitlines()) and all(line.split("\t")[-1] for line in ids)
     counts = json.loads((tmp_path / "out/mined/mining.json").read_text())["counts"]
@@ -280,14 +280,14 @@ def test_from_trained_models_to_the_next_training_files(tmp_path, program):
     own = ("--retrieval_result", tmp_path / "out/mined/res.top15", "--mined_dir", tmp_path / "own")
     program(*mine, *own, "--dual_params", tmp_path / "not_needed")
     assert (tmp_path / "own/dual.train.tsv").read_bytes() == first
-    assert "search for the queries of" in program(*mine, *own[:1], tmp_path / "nowhere", status=2)
+    assert "bm25.py search" in program(*mine, *own[:1], tmp_path / "nowhere", status=2)
     again = train_options(world, tmp_path / "next")
     program("do_dual_train.py", *again, "--train_set", tmp_path / "out/mined/dual.train.tsv")
 
 
 @pytest.mark.slow
-def test_vectors_of_another_model_are_not_thrown_away(tmp_path, program):
-    """`--para_emb` names vectors of another run: they are refused, not made again over it."""
+def test_vectors_of_another_run_are_not_deleted(tmp_path, program):
+    """With `--para_emb` of another run, its vectors are refused and kept."""
     world = make_world(tmp_path)
     untrained = (
         *options(world, tmp_path / "a"),
@@ -299,19 +299,19 @@ def test_vectors_of_another_model_are_not_thrown_away(tmp_path, program):
     program("do_dual_infer.py", *untrained)
     words = [*options(world, tmp_path / "b"), *untrained[-4:], "--para_emb", tmp_path / "a/para_emb"]
     program("do_dual_infer.py", *words)
-    said = program("do_dual_infer.py", *words, "--p_max_seq_len", "20", status=2)
-    assert "vectors of another run" in said
+    output = program("do_dual_infer.py", *words, "--p_max_seq_len", "20", status=2)
+    assert "vectors of another run" in output
     program("do_dual_infer.py", *words)  # still there
 
 
-def test_what_denoising_dropped_does_not_come_back_from_the_training_file(tmp_path):
+def test_dropped_texts_are_not_added_back_from_the_training_file(tmp_path):
     rows = [("甲", "文3", "文5"), ("甲", "文3", "文 6"), ("甲", "文3", "旧1")]
     write(tmp_path / "train.tsv", [f"{q}\t\t{p}\t\t{n}\t0" for q, p, n in rows])
     write(tmp_path / "c/part-00", [f"-\t\t{text}\t0" for text in [*PASSAGES, "文5 "]])
     write(tmp_path / "run", [f"甲\t{row}\t{rank}\t0" for rank, row in enumerate((5, 6, 12, 7), start=1)])
-    data = mining.open_training_set(str(tmp_path / "train.tsv"))
+    data = mining_inputs.open_training_set(str(tmp_path / "train.tsv"))
     collection = PassageCollection(tmp_path / "c")
-    located, logits = mining.locate_positives(data, collection), [5.0, 0.0, 5.0, -5.0]
+    located, logits = mining_inputs.locate_positives(data, collection), [5.0, 0.0, 5.0, -5.0]
     miner = Miner(data, collection, located, rules(negatives=3))
     [(_, positives, negatives)] = miner.mine(tmp_path / "run", logits)
     assert [x.text for x in positives] == ["文3"] and [x.text for x in negatives] == ["文7", "旧1"]
