@@ -29,15 +29,14 @@ from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import RunRow, format_run_row, read_queries, read_question_ids, run_by_query
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
+from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import duration, log, warn
-from torch_src.runtime.output_lock import output_lock
 from torch_src.runtime.program import exit_status
 from torch_src.runtime.stamps import (
+    checksum_files,
+    checksum_text,
     clear_stamp,
-    fingerprint_files,
-    fingerprint_text,
     read_stamp,
-    seal,
     up_to_date,
     write_stamp,
 )
@@ -67,13 +66,13 @@ def make_schema(tantivy: Any) -> Any:
 
 def index(args: argparse.Namespace) -> None:
     """Write the index of the collection unless it is up to date."""
-    with output_lock(args.index):
+    with folder_lock(args.index):
         write_index(args)
 
 
 def write_index(args: argparse.Namespace) -> None:
     collection = PassageCollection(args.passage_dir, args.index / "cache")
-    stamp = {"stage": "bm25", "collection": collection.fingerprint, "terms": PIECES.pattern}
+    stamp = {"stage": "bm25", "collection": collection.checksum, "terms": PIECES.pattern}
     mark, folder = args.index / MARK, args.index / "tantivy"
     if up_to_date(mark, stamp, log):
         return log(f"{args.index}: up to date")
@@ -100,7 +99,7 @@ def search(args: argparse.Namespace) -> None:
     """Write the run of the queries."""
     collection = PassageCollection(args.passage_dir, args.index / "cache")
     stamp = read_stamp(args.index / MARK)
-    if stamp is None or stamp.get("collection") != collection.fingerprint:
+    if stamp is None or stamp.get("collection") != collection.checksum:
         raise UserError(f"{args.index}: no finished index of this collection; run `bm25.py index` first")
     path = args.dev_q
     queries = list(read_question_ids(path)) if path.endswith(".json") else read_queries(path)
@@ -115,7 +114,7 @@ def search(args: argparse.Namespace) -> None:
             empty += not hits
             for rank, (score, row) in enumerate(hits, start=1):
                 file.write(format_run_row(RunRow(query, row, rank, score)))
-    seal(args.run, {**stamp, "queries": fingerprint_text("\n".join(queries)), "topk": args.topk})
+    write_stamp(args.run, {**stamp, "queries": checksum_text("\n".join(queries)), "topk": args.topk})
     if empty:
         log(f"{empty} queries share no term with the collection: they are not in the run")
     log(f"wrote {args.run} ({len(queries):,} queries) in {duration(time.monotonic() - start)}")
@@ -166,7 +165,7 @@ def fuse(args: argparse.Namespace) -> None:
             best = sorted(fused.items(), key=lambda pair: (-pair[1], pair[0]))[: args.topk]
             for rank, (row, score) in enumerate(best, start=1):
                 file.write(format_run_row(RunRow(query, row, rank, score)))
-    seal(args.run, {"stage": "fuse", "runs": fingerprint_files(args.runs), "weights": args.weights})
+    write_stamp(args.run, {"stage": "fuse", "runs": checksum_files(args.runs), "weights": args.weights})
     log(f"wrote {args.run} ({len(scores):,} queries of {len(args.runs)} runs)")
 
 

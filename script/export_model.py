@@ -81,7 +81,7 @@ def export_dual(args: argparse.Namespace) -> dict[str, Any]:
         similarity_fn_name="cosine" if fixed["normalize"] else "dot",
     )  # fmt: skip
     model.save_pretrained(str(args.to), create_model_card=False)
-    return {**fixed, "weights": found.fingerprint}
+    return {**fixed, "weights": found.checksum}
 
 
 def export_cross(args: argparse.Namespace) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def export_cross(args: argparse.Namespace) -> dict[str, Any]:
             model_kwargs={"dtype": torch.float32},
         )  # fmt: skip
         model.save_pretrained(str(args.to), create_model_card=False)
-    return {**found.fixed, "weights": found.fingerprint}
+    return {**found.fixed, "weights": found.checksum}
 
 
 def save_backbone(model: PreTrainedModel, found: FoundModel, folder: str) -> None:

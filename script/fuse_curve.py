@@ -20,7 +20,7 @@ from torch_src.data.formats import read_id_map, read_run, read_scores
 from torch_src.retrieval.reranking import fused_scores
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.program import exit_status
-from torch_src.runtime.stamps import fingerprint_files, read_stamp
+from torch_src.runtime.stamps import checksum_files, read_stamp
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 
@@ -28,7 +28,7 @@ WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 def read_pairs(run: str, scores: str, id_map: str) -> tuple[list[str], np.ndarray, np.ndarray, list[str]]:
     """Return (qids, retriever's scores, logits, pids), aligned; UserError if the files do not match."""
     stamp = read_stamp(scores) or {}
-    if stamp.get("candidates") not in (None, fingerprint_files([run])):
+    if stamp.get("candidates") not in (None, checksum_files([run])):
         raise UserError(f"{scores}: not the scores of {run}; run do_cross_infer.py again")
     retriever = np.array([row.score for row in read_run(run)])
     logits = np.array(list(read_scores(scores)))

@@ -30,7 +30,7 @@ from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json
 from torch_src.runtime.log import duration, log
 from torch_src.runtime.program import exit_status, leave
-from torch_src.runtime.stamps import changes, fingerprint_text
+from torch_src.runtime.stamps import changes, checksum_text
 
 
 def open_vectors(folder: str) -> VectorStore:
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     parse_params("milvus_params", args.milvus_params)
     store = open_vectors(args.para_emb)
     pids = read_pids(args, store.rows)
-    known = "none" if pids is None else fingerprint_text(b"\n".join(pids.tolist()).decode())
+    known = "none" if pids is None else checksum_text(b"\n".join(pids.tolist()).decode())
     collection = Collection(args.milvus_uri, args.milvus_collection)
     record = {"manifest": store.manifest, "pids": known}
     prepare(collection, record, 0 if pids is None else pids.dtype.itemsize, args.force)

@@ -23,10 +23,10 @@ from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.runtime.files import read_json, require, write_json
+from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import log, warn
-from torch_src.runtime.output_lock import output_lock
 from torch_src.runtime.program import exit_status, leave
-from torch_src.runtime.stamps import clear_stamp, fingerprint_files, seal, up_to_date
+from torch_src.runtime.stamps import checksum_files, clear_stamp, up_to_date, write_stamp
 from torch_src.tools import mining, mining_inputs
 from torch_src.tools.mining_hparams import DEBUG, NO_CROSS, MiningHparams
 
@@ -70,7 +70,7 @@ def against_positive(hp: MiningHparams) -> bool:
         return hp.score_against == "positive"
     path = Path(hp.cross_params).with_name("cross_hparams.json")
     trained = read_json(path) if path.exists() else {}
-    if trained.get("weights") != fingerprint_files([hp.cross_params]):
+    if trained.get("weights") != checksum_files([hp.cross_params]):
         warn(f"{path}: missing, or of other weights; --score_against zero is used (a pointwise re-ranker)")
         return False
     listwise = trained["loss"] == "listwise"
@@ -82,7 +82,7 @@ def against_positive(hp: MiningHparams) -> bool:
 def run(hp: MiningHparams) -> None:
     """Retrieve, score, choose and write; each step is skipped if it is up to date."""
     hparams.announce("mine negatives", hp)
-    with output_lock(hp.mined_dir_path, name="mining.lock"):
+    with folder_lock(hp.mined_dir_path, name="mining.lock"):
         mine(hp)
 
 
@@ -116,7 +116,7 @@ def mine(hp: MiningHparams) -> None:
     mining.write_mined(miner.mine(found, logits), folder, lambda row: ids[row].decode())
     write_json(folder / "mining.json", {**dataclasses.asdict(hp), "counts": dataclasses.asdict(miner.counts)})
     for output in outputs:
-        seal(output, stamp)
+        write_stamp(output, stamp)
     for line in miner.counts.table():
         log(line)
     if warning := miner.counts.warning():
@@ -128,8 +128,8 @@ def mined_stamp(
     hp: MiningHparams, rules: mining.Rules, collection: PassageCollection, inputs: list[Path]
 ) -> dict[str, Any]:
     """Return the stamp of the mined files."""
-    files = fingerprint_files([hp.train_set_path, hp.passage_ids_path, *inputs])
-    made_from = {"inputs": files, "collection": collection.fingerprint}
+    files = checksum_files([hp.train_set_path, hp.passage_ids_path, *inputs])
+    made_from = {"inputs": files, "collection": collection.checksum}
     return {"stage": "mine_negatives", **dataclasses.asdict(rules), **made_from}
 
 

@@ -15,6 +15,7 @@ from torch_src.cross_hparams import FIXED_BY_WEIGHTS, CrossHparams
 from torch_src.data.candidates import OFFICIAL, OFFICIAL_IDS, Candidates, open_candidates
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import RunRow, format_run_row, read_dev
+from torch_src.data.negative_scores import read_negative_scores
 from torch_src.data.passage_ids import check_length, read_passage_ids, rows_of
 from torch_src.inference_cross_hparams import DEBUG, PRETRAINED, InferenceCrossHparams
 from torch_src.inference_stage import (
@@ -39,12 +40,12 @@ from torch_src.runtime.devices import (
 )
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write, require
+from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import log, warn
-from torch_src.runtime.output_lock import output_lock
 from torch_src.runtime.planning import KEPT_GB, Plan, evenly, memory_gb, seconds_a_text
 from torch_src.runtime.program import exit_status
 from torch_src.runtime.progress import Progress
-from torch_src.runtime.stamps import clear_stamp, fingerprint_files, fingerprint_text, seal, up_to_date
+from torch_src.runtime.stamps import checksum_files, checksum_text, clear_stamp, up_to_date, write_stamp
 
 RESULT = "cross_res.json"
 SCORES, ID_MAP = "cross_scores.txt", "cross_id_map.tsv"  # what the official converter reads
@@ -127,7 +128,7 @@ class CrossInference:
         texts = self.collection or self.candidates.texts
         return {
             "stage": "cross_infer", **self.model.decides, **self.model.fixed,
-            "candidates": fingerprint_files([self.hp.retrieval_result_path]), "passages": texts.fingerprint,
+            "candidates": checksum_files([self.hp.retrieval_result_path]), "passages": texts.checksum,
             "precision": self.precision, "device": self.device.type,
         }  # fmt: skip
 
@@ -135,8 +136,8 @@ class CrossInference:
         """Return what decides the re-ranked run."""
         ids = [path for path in (self.hp.passage_ids_path, self.id_map) if os.path.exists(path)]
         more = {"topk": self.hp.topk, "fuse_retriever_weight": self.hp.fuse_retriever_weight}
-        qids = fingerprint_text(json.dumps(self.qids, ensure_ascii=False))
-        return {**self.score_stamp(), **more, "qids": qids, "ids": fingerprint_files(ids)}
+        qids = checksum_text(json.dumps(self.qids, ensure_ascii=False))
+        return {**self.score_stamp(), **more, "qids": qids, "ids": checksum_files(ids)}
 
     def scores(self) -> np.ndarray:
         """Return the logits (N,) float32 of all pairs; finished blocks of them are kept on disk."""
@@ -156,7 +157,7 @@ class CrossInference:
             try:
                 return np.concatenate([np.array(block[:, 0]) for _, block in store.blocks()])
             except DamagedBlock as damage:
-                store.drop_once(damage, dropped)
+                store.delete_damaged(damage, dropped)
 
     def scorer(self, model: CrossEncoder) -> PairScorer:
         return pair_scorer(self.model, model, self.hp, self.device, self.precision)
@@ -256,7 +257,7 @@ class CrossInference:
         """Return a warning when the training negatives, as scored after training, were easier than these."""
         if self.model.params is None:
             return None
-        negatives = guards.read_negatives(self.hp.cross_params_path, self.model.fingerprint)
+        negatives = read_negative_scores(self.hp.cross_params_path, self.model.checksum)
         if negatives is None:
             return None
         wrong = []
@@ -281,7 +282,7 @@ def run(hp: InferenceCrossHparams) -> None:
     if hp.plan:
         inference = CrossInference(hp)
         return inference.plan().say(hp.output_dir, inference.device)
-    with output_lock(hp.output_dir):
+    with folder_lock(hp.output_dir):
         _run(hp)
 
 
@@ -299,7 +300,7 @@ def _run(hp: InferenceCrossHparams) -> None:
     result = inference.write(path, logits)
     hparams.save(hp, inference.output / "cross_infer_hparams.json", fixed_by_weights=inference.model.fixed)
     for output in outputs:
-        seal(output, stamp)
+        write_stamp(output, stamp)
     log(f"wrote {path} ({len(inference.candidates.queries):,} queries)  "
         f"peak memory {peak_memory_gb(inference.device):.2f} GB")  # fmt: skip
     inference.look(logits, result)

@@ -16,6 +16,7 @@ from torch_src.data.candidates import OFFICIAL, Candidates, open_candidates
 from torch_src.data.collection import PassageCollection
 from torch_src.data.cross_training_set import CrossBatch, CrossTrainingSet
 from torch_src.data.formats import read_dev
+from torch_src.data.negative_scores import negative_scores_path, read_negative_scores, write_negative_scores
 from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.models.cross_encoder import load_cross_encoder, start_from_retriever
 from torch_src.models.losses import listwise_loss, pointwise_loss, r_drop_loss
@@ -27,7 +28,7 @@ from torch_src.runtime.files import require
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.planning import evenly, seconds_a_text
 from torch_src.runtime.program import exit_status
-from torch_src.runtime.stamps import fingerprint_files
+from torch_src.runtime.stamps import checksum_files
 from torch_src.training.grad_cache import ChunkedForward
 from torch_src.training.stage import TrainingStage, rows_named
 from torch_src.training.trainer import Progress, Task
@@ -103,7 +104,7 @@ class CrossTraining(TrainingStage):
         self.model.to(self.device)
 
     def forget(self) -> None:
-        guards.negatives_path(self.hp.params_path).unlink(missing_ok=True)
+        negative_scores_path(self.hp.params_path).unlink(missing_ok=True)
 
     def stamp(self) -> dict:
         start, stamp = self.hp.dual_params, super().stamp()
@@ -111,7 +112,7 @@ class CrossTraining(TrainingStage):
             stamp |= self.collection_stamp()  # a run names its texts and pids by rows
         if start != FROM_PRETRAINED:
             retriever = require(start, "trained retriever", "run do_dual_train.py first")
-            stamp["start_weights"] = fingerprint_files([retriever])
+            stamp["start_weights"] = checksum_files([retriever])
         return stamp
 
     def state(self) -> dict:
@@ -225,12 +226,12 @@ class CrossTraining(TrainingStage):
         self.model.model.load_state_dict(state)
 
     def mend(self, weights: str) -> None:
-        if self.hp.eval_every < 0 or guards.read_negatives(self.hp.params_path, weights) is not None:
+        if self.hp.eval_every < 0 or read_negative_scores(self.hp.params_path, weights) is not None:
             return
-        log(f"{guards.negatives_path(self.hp.params_path)}: damaged or not there; written again")
+        log(f"{negative_scores_path(self.hp.params_path)}: missing or damaged; rewriting it")
         self.load()
         self._load_best()
-        guards.write_negatives(self.hp.params_path, weights, self.scorer().score(self._negatives()))
+        write_negative_scores(self.hp.params_path, weights, self.scorer().score(self._negatives()))
 
     def summary(self, progress: Progress) -> None:
         """Warn of collapsed scores, a better retriever, too easy negatives."""
@@ -243,7 +244,7 @@ class CrossTraining(TrainingStage):
         log(f"MRR@10 of the dev candidates: {order}")
         spans = [span for _, span in self.dev.candidates.spans()]
         negatives = self.scorer().score(self._negatives())
-        guards.write_negatives(self.hp.params_path, progress.best_weights, negatives)
+        write_negative_scores(self.hp.params_path, progress.best_weights, negatives)
         warnings = (
             guards.collapsed(scores, spans),
             guards.below_retriever(reranked["MRR@10"], retriever["MRR@10"]),

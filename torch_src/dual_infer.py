@@ -29,20 +29,18 @@ from torch_src.retrieval.faiss_index import (
     set_parameters,
 )
 from torch_src.retrieval.search import RESIDENT_SHARE, Resident, choose_kind, chunk_rows, search
-from torch_src.retrieval.vectors import NO_MATTER, DamagedBlock, VectorStore, new_manifest, save_vectors
+from torch_src.retrieval.vectors import NOT_COMPARED, DamagedBlock, VectorStore, new_manifest, save_vectors
 from torch_src.retriever import Retriever, load_model
 from torch_src.runtime.devices import free_gpu_memory, peak_memory_gb, search_devices, worker_count
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
+from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import duration, log, rank, warn
-from torch_src.runtime.output_lock import TOGETHER, output_lock
 from torch_src.runtime.planning import KEPT_GB, Plan, evenly, memory_gb, seconds_a_text, seconds_of
 from torch_src.runtime.program import exit_status
-from torch_src.runtime.stamps import clear_stamp, fingerprint_text, seal, up_to_date, write_stamp
+from torch_src.runtime.stamps import checksum_text, clear_stamp, up_to_date, write_stamp
 
 INDEX = "para.index"
-CLOCK_SKEW = 2.0  # seconds by which the clock of a shared folder may be behind
-PATIENCE = 60.0  # seconds between two lines that say what is waited for
 
 
 class DualInference(Retriever):
@@ -57,7 +55,7 @@ class DualInference(Retriever):
     @property
     def passage_manifest(self) -> dict:
         """Return the manifest that vectors of this model and collection have, when made here."""
-        stamp = {**self.vector_stamp("passage"), "collection": self.collection.fingerprint}
+        stamp = {**self.vector_stamp("passage"), "collection": self.collection.checksum}
         return new_manifest(stamp, len(self.collection), self.width, self.hp.block_rows)
 
     def open_milvus(self) -> MilvusSearch:
@@ -83,8 +81,8 @@ class DualInference(Retriever):
             f"{side} {k}": v for side in ("query", "passage") for k, v in self.vector_stamp(side).items()
         }
         texts = {
-            "queries": fingerprint_text("\n".join(self.queries)),
-            "collection": self.collection.fingerprint,
+            "queries": checksum_text("\n".join(self.queries)),
+            "collection": self.collection.checksum,
         }
         names = ("index", "search_params", "seed", "search_memory_gb")  # all of which decide an index
         index = {name: getattr(self.hp, name) for name in names} if self.hp.index else {}
@@ -95,7 +93,7 @@ class DualInference(Retriever):
             engine["milvus_uri"] = self.hp.milvus_uri_path
             engine |= {"milvus_index": self.milvus.index, "scores": self.milvus.scores}
             made = self.milvus.manifest  # perhaps on another machine
-            engine |= {f"passage {name}": made[name] for name in NO_MATTER}
+            engine |= {f"passage {name}": made[name] for name in NOT_COMPARED}
             engine["block_rows"] = made["block_rows"]
         return {
             "stage": "dual_infer",
@@ -121,24 +119,12 @@ class DualInference(Retriever):
             check_memory(hp.index, estimate_bytes(hp.index, self.width, len(self.collection)))
 
     def open_store(self, force: bool) -> VectorStore:
-        """Return the vectors that are on disk; with `force` the first process empties the folder before."""
-        stamp = {**self.vector_stamp("passage"), "collection": self.collection.fingerprint}
-        folder, own = self.hp.para_emb_path, started_by()
-        if force and rank():  # what is there now is about to be thrown away
-            waited = time.monotonic()
-            while not is_forced(Path(folder) / "forced", own):
-                if time.monotonic() - waited > PATIENCE:
-                    waited = time.monotonic()
-                    log(f"{folder}: waiting for the first process to empty it (--force)")
-                time.sleep(0.2)
-        store = VectorStore.create_or_continue(
-            folder, stamp, len(self.collection), self.width, self.hp.block_rows, log,
-            force and rank() == 0, shared=bool(self.hp.para_emb),
+        """Return the vectors on disk; with `force` they are deleted first."""
+        stamp = {**self.vector_stamp("passage"), "collection": self.collection.checksum}
+        return VectorStore.create_or_continue(
+            self.hp.para_emb_path, stamp, len(self.collection), self.width, self.hp.block_rows, log,
+            force, shared=bool(self.hp.para_emb),
         )  # fmt: skip
-        if force and rank() == 0:
-            with atomic_write(Path(folder) / "forced") as file:
-                file.write(own)
-        return store
 
     def encode_queries(self, model: DualEncoder) -> np.ndarray:
         """Return the query vectors (B, H) float32, and write them."""
@@ -274,39 +260,12 @@ class DualInference(Retriever):
                 log(f"{done} in {duration(time.monotonic() - begun)}  {note}".rstrip())
         settings = {"topk": self.topk, "bs": self.bs, "fixed_by_weights": self.model.fixed}
         hparams.save(self.hp, self.output / "dual_infer_hparams.json", **settings)
-        seal(path, self.run_stamp())  # last: it says that all is done
+        write_stamp(path, self.run_stamp())  # last: it says that all is done
 
 
-def started_by() -> str:
-    """Return what the processes of one start by torchrun have in common."""
-    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
-    return " ".join(os.getenv(name, "-") for name in names)
-
-
-def is_forced(path: Path, own: str) -> bool:
-    """Return whether the first process of this start has emptied the folder.
-
-    An earlier start may have had the same address, but its mark is older than this process.
-    """
-    if not path.exists() or path.read_text(encoding="utf-8") != own:
-        return False
-    return path.stat().st_mtime >= process_start() - CLOCK_SKEW
-
-
-def process_start() -> float:
-    """Return when this process was started, in seconds since 1970; 0 where that cannot be known."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
-        lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
-        boot = next(int(line.split()[1]) for line in lines if line.startswith("btime "))
-    except (OSError, StopIteration):
-        return 0.0
-    return boot + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def search_soundly(inference: DualInference, path: Path, dropped: set[int]) -> bool:
-    """Encode what is missing and write the run; False when a damaged block of vectors had to be `dropped`."""
-    queries, store = inference.encode(inference.hp.force and not dropped)
+def search_soundly(inference: DualInference, path: Path, deleted: set[int]) -> bool:
+    """Encode what is missing and write the run; False when a damaged block of vectors had to be `deleted`."""
+    queries, store = inference.encode(inference.hp.force and not deleted)
     if queries is None:
         return True  # not the first process
     gc.collect()
@@ -317,7 +276,7 @@ def search_soundly(inference: DualInference, path: Path, dropped: set[int]) -> b
     except DamagedBlock as damage:
         if inference.milvus:
             raise  # no passage is encoded in this run: nothing would make the block again
-        store.drop_once(damage, dropped)
+        store.delete_damaged(damage, deleted)
         return False
     return True
 
@@ -328,11 +287,16 @@ def run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
     topk, bs = hp.topk or topk, hp.bs or bs
     hparams.check_range("topk", topk, 1)
     hparams.check_range("bs", bs, 1)
+    if hp.force and int(os.getenv("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "--force with several processes: each would delete the vectors of the others; run once with "
+            f"--force in one process, or delete {hp.para_emb_path} and omit --force"
+        )
     log(f"topk {topk}  bs {bs}")
     if hp.plan:
         inference = DualInference(hp, topk, bs)
         return inference.plan().say(hp.output_dir, inference.device)
-    with output_lock(hp.output_dir, TOGETHER):
+    with folder_lock(hp.output_dir, shared=True):
         _run(hp, topk, bs)
 
 
@@ -349,9 +313,9 @@ def _run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
             "all of them are kept"
         )
     inference.check_search()
-    dropped: set[int] = set()
-    while not search_soundly(inference, path, dropped):
-        continue  # a damaged block was dropped: it is encoded again
+    deleted: set[int] = set()
+    while not search_soundly(inference, path, deleted):
+        continue  # a damaged block was deleted: encode it again
     if rank():
         return  # the first process has searched
     log(f"wrote {path} ({len(inference.queries):,} queries x {min(topk, len(inference.collection))})  "

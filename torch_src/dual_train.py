@@ -18,7 +18,7 @@ from torch_src.runtime.devices import autocast, tensors_to, token_budget
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.planning import evenly, seconds_a_text
 from torch_src.runtime.program import exit_status
-from torch_src.runtime.stamps import fingerprint_files
+from torch_src.runtime.stamps import checksum_files
 from torch_src.training.dev_evaluation import build_dev_retrieval
 from torch_src.training.grad_cache import ChunkedForward
 from torch_src.training.stage import TrainingStage, rows_named
@@ -70,7 +70,7 @@ class DualTraining(TrainingStage):
         if hp.eval_every >= 0:
             stamp |= self.collection_stamp()  # the pool of dev decides which weights are kept
         if hp.distill_loss != "none":
-            stamp["teacher"] = fingerprint_files([sidecar_path(hp.train_set_path)])
+            stamp["teacher"] = checksum_files([sidecar_path(hp.train_set_path)])
         return stamp
 
     def task(self) -> Task:

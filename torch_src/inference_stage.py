@@ -7,38 +7,39 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from torch_src.data.formats import read_q2qid, read_queries, read_question_ids
-from torch_src.models.backbones import architecture, load_config, model_fingerprint
-from torch_src.models.tokenization import load_tokenizer, tokenizer_fingerprint
+from torch_src.models.backbones import architecture, load_config, model_checksum
+from torch_src.models.tokenization import load_tokenizer, tokenizer_checksum
+from torch_src.models.trained_settings import MODEL_FIELDS, model_fields_intact
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json, require
 from torch_src.runtime.log import warn
-from torch_src.runtime.stamps import changed_files, fingerprint_files, fingerprint_text, record_seal
+from torch_src.runtime.stamps import changed_files, checksum_files, checksum_text
 
 
 @dataclass
 class FoundModel:
-    """Settings fixed by the weights, where the model lies, its tokenizer, its fingerprint."""
+    """Settings fixed by the weights, where the model lies, its tokenizer, its checksum."""
 
     fixed: dict
     path: str  # folder or hub name of configuration and tokenizer (and of the weights, when not fine-tuned)
     params: str | None  # NAME_params.bin; None for the pretrained model as it is
     tokenizer: PreTrainedTokenizerBase
-    fingerprint: str
+    checksum: str
     config: object = field(repr=False, default=None)
     architecture: str = ""  # as it was read: loading weights may add to the configuration
-    look_again: Callable[[], str] | None = field(repr=False, default=None)  # the fingerprint now
+    look_again: Callable[[], str] | None = field(repr=False, default=None)  # the checksum now
 
     @property
     def decides(self) -> dict:
         """Return what of the model decides its results, for a stamp."""
         return {
-            "weights": self.fingerprint, "architecture": self.architecture,
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "weights": self.checksum, "architecture": self.architecture,
+            "tokenizer": tokenizer_checksum(self.tokenizer),
         }  # fmt: skip
 
     def require_unchanged(self) -> None:
-        """UserError when the weights were replaced while they were loaded: the stamp would be of others."""
-        if self.look_again is not None and self.look_again() != self.fingerprint:
+        """UserError when the weights were replaced while they were loaded: the stamp would be wrong."""
+        if self.look_again is not None and self.look_again() != self.checksum:
             raise UserError(f"{self.params or self.path}: changed while it was being read; run again")
 
 
@@ -58,10 +59,10 @@ def find_trained_model(hp, name: str, params_path: str, fixed_names: tuple[str, 
     )
     if "fixed_by_weights" not in record or "tokenizer" not in record:
         raise UserError(f"{record_path}: not written by {program}")
-    if record.get("seal", seal := record_seal(record)) != seal:
+    if "checksum" in record and not model_fields_intact(record):
         raise UserError(
-            f"{record_path}: changed since {program} wrote it, but what the weights fix cannot be changed; "
-            "train again, or take its line `seal` out if you know what you do"
+            f"{record_path}: checksum mismatch: {', '.join(MODEL_FIELDS)} belong to the weights and must "
+            "not be edited; restore the file, or train again"
         )
     fixed = record["fixed_by_weights"]
     for knob in fixed_names:
@@ -71,8 +72,8 @@ def find_trained_model(hp, name: str, params_path: str, fixed_names: tuple[str, 
                 f"--{knob} {asked!r}: {params} was trained with {fixed[knob]!r}, "
                 "and results made otherwise would be wrong; leave the option out, or train again"
             )
-    fingerprint = fingerprint_files([params])
-    if record.get("weights", fingerprint) != fingerprint:
+    checksum = checksum_files([params])
+    if record.get("weights", checksum) != checksum:
         warn(f"{params} is not the file that {record_path} was written for; its settings are used")
     beside = folder / f"{name}_model"
     for changed in changed_files(beside, record.get("model_files", {})) if beside.exists() else ():
@@ -80,7 +81,7 @@ def find_trained_model(hp, name: str, params_path: str, fixed_names: tuple[str, 
     path = hp.pretrained_model_path or (str(beside) if beside.exists() else record["pretrained_model_path"])
     vocab_path = hp.vocab_path or ("" if path == str(beside) else fixed["vocab_path"])
     tokenizer = load_tokenizer(path, vocab_path)
-    if tokenizer_fingerprint(tokenizer) != record["tokenizer"]:
+    if tokenizer_checksum(tokenizer) != record["tokenizer"]:
         raise UserError(
             f"{vocab_path or path}: its tokenizer is not the one that {params} was trained with; "
             "leave the option out"
@@ -93,7 +94,7 @@ def find_trained_model(hp, name: str, params_path: str, fixed_names: tuple[str, 
             "leave --pretrained_model_path out"
         )
     return FoundModel(
-        fixed, path, params, tokenizer, fingerprint, config, shape, lambda: fingerprint_files([params])
+        fixed, path, params, tokenizer, checksum, config, shape, lambda: checksum_files([params])
     )
 
 
@@ -104,11 +105,11 @@ def find_pretrained_model(hp, trained, fixed_names: tuple[str, ...]) -> FoundMod
     config = load_config(path)  # first: when the model is not there at all, its message is the right one
     tokenizer = load_tokenizer(path, fixed["vocab_path"])
 
-    def fingerprint() -> str:
-        return fingerprint_text(f"{model_fingerprint(path)} seed {hp.seed}")
+    def checksum() -> str:
+        return checksum_text(f"{model_checksum(path)} seed {hp.seed}")
 
     shape = architecture(config)
-    return FoundModel(fixed, path, None, tokenizer, fingerprint(), config, shape, fingerprint)
+    return FoundModel(fixed, path, None, tokenizer, checksum(), config, shape, checksum)
 
 
 def read_query_ids(hp) -> dict[str, list[str] | None]:

@@ -3,7 +3,7 @@
     python script/bench/collection.py --data_dir D --rows 8096668
 
 The passages of D are repeated to --rows in one part (about 6 GB), with a map of made-up ids. First opening
-(offsets found, fingerprint taken), later openings, random rows; then the same for passage2id.map.json. Each
+(offsets found, checksum taken), later openings, random rows; then the same for passage2id.map.json. Each
 step runs in a process of its own; memory is the most unshared memory of that process. `ratio` is the first
 opening against reading the file once in pieces of 4 MB, which ran just before it.
 """

@@ -80,7 +80,7 @@ def fill_vectors(folder: Path) -> None:
 
     hp = InferenceDeHparams(**settings(folder))
     inference = DualInference(hp, TOPK, 1000)
-    stamp = {**inference.vector_stamp("passage"), "collection": inference.collection.fingerprint}
+    stamp = {**inference.vector_stamp("passage"), "collection": inference.collection.checksum}
     rows = len(inference.collection)
     store = VectorStore.create_or_continue(hp.para_emb_path, stamp, rows, HIDDEN, hp.block_rows, print)
     for block in store.missing_blocks():

@@ -167,24 +167,24 @@ def test_offset_cache_is_reused_for_parts_and_all_doc(make, tmp_path, monkeypatc
     seen = scans(monkeypatch)
     again = PassageCollection(folder, cache)
     assert seen == []
-    assert (list(again), again.fingerprint) == (list(first), first.fingerprint)
+    assert (list(again), again.checksum) == (list(first), first.checksum)
 
 
 def test_offset_cache_is_renewed_for_the_changed_file_alone(make, tmp_path, monkeypatch):
     folder, cache = make(part_00=lines("a"), part_01=lines("b")), tmp_path / "cache"
-    before = PassageCollection(folder, cache).fingerprint
+    before = PassageCollection(folder, cache).checksum
     (folder / "part-01").write_text(lines("b", "c"))
     seen = scans(monkeypatch)
     changed = PassageCollection(folder, cache)
-    assert seen == ["part-01"] and list(changed) == ["a", "b", "c"] and changed.fingerprint != before
+    assert seen == ["part-01"] and list(changed) == ["a", "b", "c"] and changed.checksum != before
 
 
-def test_change_of_time_alone_is_seen_and_keeps_the_fingerprint(make, tmp_path, monkeypatch):
+def test_change_of_time_alone_is_seen_and_keeps_the_checksum(make, tmp_path, monkeypatch):
     folder, cache = make(part_00=lines("a")), tmp_path / "cache"
-    before = PassageCollection(folder, cache).fingerprint
+    before = PassageCollection(folder, cache).checksum
     os.utime(folder / "part-00", ns=(1, 1))
     seen = scans(monkeypatch)
-    assert PassageCollection(folder, cache).fingerprint == before
+    assert PassageCollection(folder, cache).checksum == before
     assert seen == ["part-00"]
 
 
@@ -198,7 +198,7 @@ def test_change_of_time_alone_is_seen_and_keeps_the_fingerprint(make, tmp_path, 
         ("json", lambda data: data[:20]),
         ("json", lambda data: b"[]"),
         ("json", lambda data: data.replace(b'"array"', b'"other"')),
-        ("json", lambda data: data.replace(b'"fingerprint": "', b'"fingerprint": 1, "x": "')),
+        ("json", lambda data: data.replace(b'"checksum": "', b'"checksum": 1, "x": "')),
     ],
 )
 def test_damaged_offset_cache_is_made_again(make, tmp_path, monkeypatch, suffix, damage):
@@ -207,15 +207,15 @@ def test_damaged_offset_cache_is_made_again(make, tmp_path, monkeypatch, suffix,
     (path,) = cache.glob(f"*.{suffix}")
     path.write_bytes(damage(path.read_bytes()))
     again = PassageCollection(folder, cache)
-    assert (list(again), again.fingerprint) == (["a", "b"], fresh.fingerprint)
+    assert (list(again), again.checksum) == (["a", "b"], fresh.checksum)
     seen = scans(monkeypatch)
     assert list(PassageCollection(folder, cache)) == ["a", "b"] and seen == []
 
 
-def test_fingerprint_follows_content_not_place(make, tmp_path):
+def test_checksum_follows_content_not_place(make, tmp_path):
     folder = make(part_00=lines("a", "b"))
-    first = PassageCollection(folder).fingerprint
+    first = PassageCollection(folder).checksum
     copy = shutil.copytree(folder, tmp_path / "copy")
-    assert PassageCollection(copy, tmp_path / "cache").fingerprint == first
+    assert PassageCollection(copy, tmp_path / "cache").checksum == first
     (copy / "part-00").write_text(lines("a", "c"))
-    assert PassageCollection(copy, tmp_path / "cache").fingerprint != first
+    assert PassageCollection(copy, tmp_path / "cache").checksum != first

@@ -99,7 +99,7 @@ class Chain:
         """
         found = {path.relative_to(self.out): path for path in self.out.rglob("*") if path.is_file()}
         kept = {name: path for name, path in found.items() if not CURVES & set(name.parts)}
-        kept = {n: p for n, p in kept.items() if "checkpoint" not in n.name and n.name != "lock"}
+        kept = {n: p for n, p in kept.items() if "checkpoint" not in n.name and not n.name.endswith("lock")}
         contents = {str(name): path.read_bytes() for name, path in sorted(kept.items())}
         notes = [name for name in contents if Path(name).match("block-*.json")]
         return {**contents, **{name: contents[name].rstrip(b"\n") for name in notes}}
@@ -121,7 +121,7 @@ def files(folder: Path) -> set[tuple[str, int]]:
     found = set()
     for path in folder.rglob("*"):
         try:
-            if path.is_file() and path.name != "lock":
+            if path.is_file() and not path.name.endswith("lock"):
                 found.add((str(path), path.stat().st_mtime_ns))
         except OSError:
             continue  # it went away meanwhile
@@ -130,7 +130,7 @@ def files(folder: Path) -> set[tuple[str, int]]:
 
 def steps(log: str) -> list[int]:
     """Return the numbers of the updates that a training's log tells of."""
-    return [int(step) for step in re.findall(r"^epoch .* step (\d+)/", log, re.MULTILINE)]
+    return [int(step) for step in re.findall(r"epoch .* step (\d+)/", log, re.MULTILINE)]
 
 
 class SmallDisk:

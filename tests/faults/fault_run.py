@@ -30,7 +30,7 @@ MADE_LAST = (
     "cross_scores.txt",
     "cross_id_map",
 )  # results that would hide a damage
-WORDS = ("ERROR", "WARNING", "made again", "damaged", "out of date", "not the file", "changed")
+WORDS = ("ERROR", "WARNING", "rebuilding", "damaged", "checksum", "out of date", "not the file", "changed")
 # -SIGTERM, -SIGINT: before or after the work itself, where there is nothing to save
 ENDS = {0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT, 2}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from torch_src.models.backbones import check_fits, load_config, load_weights, model_fingerprint
+from torch_src.models.backbones import check_fits, load_config, load_weights, model_checksum
 from torch_src.models.dual_encoder import DualEncoder, embed, load_backbone, pool
 from torch_src.runtime.errors import UserError
 
@@ -229,13 +229,13 @@ def test_torn_or_missing_weights_file(tmp_path, tiny_bert):
     data = path.read_bytes()
     for keep in (0, 1, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:keep])
-        with pytest.raises(UserError, match="dual_params.bin: cannot be read as weights"):
+        with pytest.raises(UserError, match="dual_params.bin: damaged"):
             load_weights(str(path), model, "do_dual_train.py")
 
 
 def test_weights_that_would_run_code_are_refused(tmp_path, tiny_bert):
     torch.save({"a": Exploding(tmp_path / "ran")}, tmp_path / "dual_params.bin")
-    with pytest.raises(UserError, match="dual_params.bin: cannot be read as weights"):
+    with pytest.raises(UserError, match="dual_params.bin: damaged"):
         tied = DualEncoder(tiny_bert(), True, "cls", False)
         load_weights(str(tmp_path / "dual_params.bin"), tied, "do_dual_train.py")
     assert not (tmp_path / "ran").exists()
@@ -269,10 +269,10 @@ def test_roberta_has_two_positions_less():
         check_fits(config, 10, {"q_max_seq_len": 65}, "m")
 
 
-def test_fingerprint_follows_the_content(folder, tiny_bert):
-    first = model_fingerprint(str(folder))
+def test_checksum_follows_the_content(folder, tiny_bert):
+    first = model_checksum(str(folder))
     tiny_bert(1).save_pretrained(folder)
-    assert model_fingerprint(str(folder)) == first
+    assert model_checksum(str(folder)) == first
     tiny_bert(2).save_pretrained(folder)
-    assert model_fingerprint(str(folder)) != first
-    assert model_fingerprint("owner/name") == "owner/name"
+    assert model_checksum(str(folder)) != first
+    assert model_checksum("owner/name") == "owner/name"

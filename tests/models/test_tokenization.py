@@ -14,7 +14,7 @@ from torch_src.models.tokenization import (
     load_tokenizer,
     pad,
     tokenize,
-    tokenizer_fingerprint,
+    tokenizer_checksum,
 )
 from torch_src.runtime.errors import UserError
 
@@ -139,13 +139,13 @@ def test_ids_do_not_depend_on_the_company_or_on_the_call(tokenizer, texts, max_s
     assert all(2 <= len(one) <= max_seq_len for one in ids)
 
 
-def test_fingerprint_is_that_of_the_vocabulary_not_of_the_last_call(tokenizer, tmp_path):
-    first = tokenizer_fingerprint(tokenizer)
+def test_checksum_is_that_of_the_vocabulary_not_of_the_last_call(tokenizer, tmp_path):
+    first = tokenizer_checksum(tokenizer)
     tokenize(tokenizer, ["水" * 99], TextRules(7))
-    assert tokenizer_fingerprint(tokenizer) == first
+    assert tokenizer_checksum(tokenizer) == first
     vocab = (MODEL / "vocab.txt").read_text(encoding="utf-8").replace("\n水\n", "\n氵\n")
     (tmp_path / "vocab.txt").write_text(vocab, encoding="utf-8")
-    assert tokenizer_fingerprint(load_tokenizer("", str(tmp_path / "vocab.txt"))) != first
+    assert tokenizer_checksum(load_tokenizer("", str(tmp_path / "vocab.txt"))) != first
 
 
 def test_missing_vocab_or_folder_is_a_user_error_naming_it(tmp_path):
@@ -199,7 +199,7 @@ def test_batches_are_filled_up_to_the_limits():
     assert [batch.tolist() for batch in length_sorted_batches([9, 9], 8, 4)] == [[0], [1]]
 
 
-def test_fingerprint_and_saving_wait_for_the_thread_that_tokenises(tokenizer, tmp_path, monkeypatch):
+def test_checksum_and_saving_wait_for_the_thread_that_tokenises(tokenizer, tmp_path, monkeypatch):
     """Both reset the length limit of the shared tokenizer, so both must hold its lock."""
     held = []
 
@@ -211,6 +211,6 @@ def test_fingerprint_and_saving_wait_for_the_thread_that_tokenises(tokenizer, tm
             pass
 
     monkeypatch.setattr(tokenization, "LOCK", Lock())
-    tokenization.tokenizer_fingerprint(tokenizer)
+    tokenization.tokenizer_checksum(tokenizer)
     tokenization.save_tokenizer(tokenizer, tmp_path)
     assert held == [True, True]

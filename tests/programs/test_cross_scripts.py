@@ -18,7 +18,7 @@ from torch_src import cross_infer, cross_train, dual_infer
 from torch_src.models.backbones import load_config
 from torch_src.models.cross_encoder import build_cross_encoder
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.stamps import record_seal
+from torch_src.runtime.stamps import write_checked_json
 
 OFFICIAL = "auxiliary/dev.retrieval.top50.res.tsv"
 QUERIES, DEPTH = 6, 50
@@ -219,10 +219,10 @@ def test_negatives_that_were_too_easy_are_noticed_at_inference_too(world, capsys
     assert infer(world, "--force") == 0
     assert "do not look like the candidates" not in capsys.readouterr().err
     lower = {"weights": load(path)["weights"], "scores": [-50.0] * 100}
-    path.write_text(json.dumps(lower))  # without its seal: damaged, and not believed
+    path.write_text(json.dumps(lower))  # no checksum: ignored as damaged
     assert infer(world, "--force") == 0
     assert "do not look like the candidates" not in capsys.readouterr().err
-    path.write_text(json.dumps({**lower, "seal": record_seal(lower)}))
+    write_checked_json(path, lower)
     assert infer(world, "--force") == 0
     assert "do not look like the candidates" in capsys.readouterr().err
 
@@ -235,7 +235,7 @@ def test_lost_or_damaged_scores_of_training_negatives_are_written_again(world, c
     for damage in (path.unlink, lambda: path.write_bytes(before[:-9]), lambda: path.write_bytes(changed)):
         damage()
         assert train(world) == 0
-        assert "cross_negatives.json: damaged or not there; written again" in capsys.readouterr().out
+        assert "cross_negatives.json: missing or damaged" in capsys.readouterr().out
         assert path.read_bytes() == before
 
 
@@ -254,7 +254,7 @@ def test_a_lost_or_damaged_record_is_written_again(world, capsys):
         damage()
         assert infer(world) == 2
         assert train(world) == 0
-        assert "damaged or not there; written again" in capsys.readouterr().out
+        assert "missing or damaged" in capsys.readouterr().out
         assert content(world / "output") == before
         assert infer(world) == 0
 
@@ -415,7 +415,7 @@ def test_weights_replaced_are_noticed(world, capsys):
     assert "seed: 42 -> 7" in capsys.readouterr().out
     assert infer(world) == 0
     log = capsys.readouterr().out
-    assert "res.rerank50: out of date, made again (weights: " in log and "are made again (weights: " in log
+    assert "res.rerank50: out of date (weights: " in log and "of another run (weights: " in log
     assert (world / "output/cross_scores.txt").read_bytes() != old
 
 
@@ -423,7 +423,7 @@ def test_candidates_replaced_are_noticed(world, capsys):
     path = world / "output/res.top50"
     write(path, [line for line in lines(path) if int(line.split("\t")[2]) <= 20])
     assert infer(world) == 0
-    assert "made again (candidates: " in capsys.readouterr().out
+    assert "(candidates: " in capsys.readouterr().out
     assert len(lines(world / "output/res.rerank50")) == QUERIES * 20
 
 
@@ -465,7 +465,7 @@ def test_weights_of_another_backbone_by_option(world, capsys):
 def test_torn_weights(world, capsys):
     path = world / "output/cross_params.bin"
     path.write_bytes(path.read_bytes()[:1000])
-    untouched(capsys, world, lambda: infer(world), "cross_params.bin: cannot be read as weights")
+    untouched(capsys, world, lambda: infer(world), "cross_params.bin: damaged")
 
 
 def test_no_run_and_no_weights(world, capsys):

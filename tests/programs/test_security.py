@@ -52,7 +52,7 @@ def test_code_in_weights_does_not_run(trained_copy, tmp_path, capsys, write, kin
         text = (out / "cross_hparams.json").read_text(encoding="utf-8")
         record = text.replace('"fixed_by_weights": {', '"fixed_by_weights": {"max_seq_len": 64,')
         (out / "cross_hparams.json").write_text(
-            "\n".join(line for line in record.split("\n") if '"seal"' not in line).replace(",\n}", "\n}")
+            "\n".join(line for line in record.split("\n") if '"checksum"' not in line).replace(",\n}", "\n}")
         )
         write(out / "cross_params.bin", mark)
         words = [*options(world, out), "--retrieval_result", str(out / "res.top10")]

@@ -136,7 +136,7 @@ def test_finished_blocks_are_kept_and_the_others_are_the_same_bytes(
     assert store.missing_blocks() == [1, 3]
     encode_collection(make_encoder(), collection, store, 1e9)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
-    kept = times.keys() - {"block-00001.json", "block-00003.npy", "claims"}
+    kept = times.keys() - {"block-00001.json", "block-00003.npy", "blocks.lock"}
     assert {name: (folder / name).stat().st_mtime_ns for name in kept} == {name: times[name] for name in kept}
     out = capsys.readouterr().out
     assert "2 of 4 blocks" in out and "encoded 15 passages in " in out

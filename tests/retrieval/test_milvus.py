@@ -294,7 +294,10 @@ def test_what_is_missing_incomplete_or_other_is_refused(world, use, tmp_path):
     refused = [
         (FakeMilvus(None, index=""), "not there; load the vectors first"),
         (FakeMilvus(None, index="FLAT"), "not made by python script/milvus_load.py"),
-        (FakeMilvus({**manifest, "weights": "other"}), "other vectors .weights: other -> gone.; load these"),
+        (
+            FakeMilvus({**manifest, "weights": "other"}),
+            "weights: other -> missing.; load these",
+        ),
         (FakeMilvus(manifest, index=""), "0 of 300 rows can be searched; load the rest"),
         (FakeMilvus(manifest), "0 of 300 rows can be searched; load the rest"),
     ]

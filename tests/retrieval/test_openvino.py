@@ -55,7 +55,7 @@ def test_the_program_by_openvino(world, tmp_path, capsys):
     assert infer(world, tmp_path / "one", *openvino) == 0
     assert "up to date" in capsys.readouterr().out
     assert infer(world, tmp_path / "one") == 0
-    assert "encoder_engine: openvino -> gone" in capsys.readouterr().out
+    assert "encoder_engine: openvino -> missing" in capsys.readouterr().out
 
 
 @pytest.mark.tools

@@ -7,13 +7,13 @@ import pytest
 
 from torch_src.runtime import stamps
 from torch_src.runtime.stamps import (
-    fingerprint_files,
-    fingerprint_text,
-    is_sealed,
-    record_seal,
-    seal,
+    checksum_files,
+    checksum_text,
+    is_intact,
+    read_checked_json,
     stamp_path,
     up_to_date,
+    write_checked_json,
     write_stamp,
 )
 
@@ -44,7 +44,8 @@ def test_stamp_lies_beside_its_artifact_as_readable_json(artifact):
     assert stamp_path(artifact) == artifact.with_name("vectors.npy.stamp.json")
     text = stamp_path(artifact).read_text(encoding="utf-8")
     assert "问" in text
-    assert json.loads(text) == {**STAMP, "lengths": [32, 384], "code": stamps.CODE_VERSION}
+    more = {"code": stamps.CODE_VERSION, "checksum": checksum_files([artifact])}
+    assert json.loads(text) == {**STAMP, "lengths": [32, 384], **more}
 
 
 def test_each_change_is_named_from_to_and_nothing_else(artifact):
@@ -59,8 +60,8 @@ def test_each_change_is_named_from_to_and_nothing_else(artifact):
 @pytest.mark.parametrize(
     "old, new, named",
     [
-        ({"a": 1}, {"a": 1, "b": 2}, ["b: unknown -> 2"]),
-        ({"a": 1, "b": 2}, {"a": 1}, ["b: 2 -> gone"]),
+        ({"a": 1}, {"a": 1, "b": 2}, ["b: missing -> 2"]),
+        ({"a": 1, "b": 2}, {"a": 1}, ["b: 2 -> missing"]),
         ({"a": None}, {"a": 0}, ["a: None -> 0"]),
         ({"a": "1"}, {"a": 1}, ["a: 1 -> 1"]),
         ({"a": 1, "b": 1}, {"a": 2, "b": 0}, ["a: 1 -> 2", "b: 1 -> 0"]),
@@ -84,10 +85,10 @@ def test_missing_artifact_is_not_up_to_date_even_with_a_stamp(artifact, tmp_path
     assert told(tmp_path / "never made", STAMP) == (False, [])
 
 
-def test_artifact_without_stamp_is_made_again_and_said_so(artifact):
+def test_an_artifact_without_a_stamp_is_rebuilt(artifact):
     stamps.clear_stamp(artifact)
     fresh, (line,) = told(artifact, STAMP)
-    assert not fresh and line.startswith(f"{artifact}: ") and "without a stamp" in line
+    assert not fresh and line.startswith(f"{artifact}: ") and "stamp" in line
     stamps.clear_stamp(artifact)
     assert artifact.exists()
 
@@ -97,53 +98,55 @@ def test_torn_stamp_counts_as_none(artifact, torn):
     stamp_path(artifact).write_bytes(torn)
     assert stamps.read_stamp(artifact) is None
     fresh, (line,) = told(artifact, STAMP)
-    assert not fresh and "made again" in line
+    assert not fresh and "rebuilding" in line
 
 
-def test_files_have_the_fingerprint_of_their_content_not_of_name_or_time(tmp_path):
+def test_files_have_the_checksum_of_their_content_not_of_name_or_time(tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
     first.write_bytes(b"same")
     second.write_bytes(b"same")
     os.utime(second, ns=(1, 1))
-    assert fingerprint_files([first]) == fingerprint_files([second])
+    assert checksum_files([first]) == checksum_files([second])
     second.write_bytes(b"sane")
-    assert fingerprint_files([first]) != fingerprint_files([second])
+    assert checksum_files([first]) != checksum_files([second])
 
 
-def test_fingerprint_knows_order_and_borders_of_the_files(tmp_path):
+def test_checksum_knows_order_and_borders_of_the_files(tmp_path):
     paths = {}
     for content in ("", "a", "b", "ab"):
         paths[content] = tmp_path / f"file {content}"
         paths[content].write_text(content)
     groups = [["a", "b"], ["b", "a"], ["ab"], ["ab", ""], ["", "ab"], ["a"], [""], []]
-    found = {fingerprint_files([paths[content] for content in group]) for group in groups}
+    found = {checksum_files([paths[content] for content in group]) for group in groups}
     assert len(found) == len(groups)
     assert all(len(digits) == 16 and int(digits, 16) >= 0 for digits in found)
 
 
-def test_fingerprint_does_not_depend_on_the_size_of_a_read(tmp_path, monkeypatch):
+def test_checksum_does_not_depend_on_the_size_of_a_read(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(bytes(range(256)) * 3)
-    whole = fingerprint_files([path])
+    whole = checksum_files([path])
     monkeypatch.setattr(stamps, "READ_SIZE", 7)
-    assert fingerprint_files([path]) == whole
+    assert checksum_files([path]) == whole
 
 
-def test_text_fingerprint_follows_the_text():
-    assert fingerprint_text("水") == fingerprint_text("水") != fingerprint_text("水 ")
-    assert len(fingerprint_text("")) == 16
+def test_text_checksum_follows_the_text():
+    assert checksum_text("水") == checksum_text("水") != checksum_text("水 ")
+    assert len(checksum_text("")) == 16
 
 
-def test_a_sealed_artifact_that_changed_is_made_again(artifact):
-    seal(artifact, STAMP)
-    assert is_sealed(artifact) and told(artifact, STAMP) == (True, [])
+def test_an_artifact_with_another_checksum_is_rebuilt(artifact):
+    assert is_intact(artifact) and told(artifact, STAMP) == (True, [])
     artifact.write_bytes(b"y")
     fresh, (line,) = told(artifact, STAMP)
-    assert not fresh and not is_sealed(artifact) and "its bytes are not those that were written" in line
+    assert not fresh and not is_intact(artifact) and "checksum" in line
 
 
-def test_the_seal_of_a_record_covers_all_but_itself():
-    record = {"a": 1, "b": [1.5, "问"], "c": {"d": None}}
-    sealed = {**record, "seal": record_seal(record)}
-    assert record_seal(json.loads(json.dumps(sealed))) == sealed["seal"]
-    assert record_seal({**sealed, "a": 2}) != sealed["seal"]
+def test_json_with_a_checksum_over_all_entries(tmp_path):
+    path, entries = tmp_path / "entries.json", {"a": 1, "b": [1.5, "问"], "c": {"d": None}}
+    assert read_checked_json(path) is None
+    write_checked_json(path, entries)
+    read = read_checked_json(path)
+    assert read == {**entries, "checksum": read["checksum"]}
+    path.write_text(path.read_text(encoding="utf-8").replace("1.5", "2.5"), encoding="utf-8")
+    assert read_checked_json(path) is None

@@ -249,11 +249,11 @@ def test_unfinished_and_damaged_vectors(world):
     block = world / "output/para_emb/block-00000.npy"
     whole = block.read_bytes()
     block.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    refused(world, "its bytes are not those that were written")
+    refused(world, "checksum mismatch")
     block.unlink()
     refused(world, "1 of 1 blocks are not there, or not whole; run python do_dual_infer.py")
     write(world / "output/para_emb/manifest.json", ["{}"])
-    refused(world, "vectors of other weights, settings or passages", "rows: unknown -> 60")
+    refused(world, "vectors of other weights, settings or passages", "rows: missing -> 60")
 
 
 def test_vectors_of_other_weights_or_passages(world):

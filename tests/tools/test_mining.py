@@ -9,7 +9,7 @@ from script.mine_negatives import against_positive
 from torch_src.data.collection import PassageCollection
 from torch_src.data.mined_files import COLUMNS, read_teacher
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.stamps import fingerprint_files, seal
+from torch_src.runtime.stamps import checksum_files, write_stamp
 from torch_src.tools import mining, mining_inputs
 from torch_src.tools.mining import Miner, Rules
 from torch_src.tools.mining_hparams import MiningHparams
@@ -112,7 +112,7 @@ def test_the_training_loss_of_the_re_ranker_decides_the_comparison(tmp_path, cap
 
     (tmp_path / "cross_params.bin").write_bytes(b"weights")
     assert not against()  # a re-ranker without a record
-    weights = fingerprint_files([tmp_path / "cross_params.bin"])
+    weights = checksum_files([tmp_path / "cross_params.bin"])
     for loss, listwise in (("pointwise", False), ("listwise", True)):
         (tmp_path / "cross_hparams.json").write_text(json.dumps({"loss": loss, "weights": weights}))
         assert against() == listwise
@@ -328,12 +328,12 @@ def test_a_teacher_of_other_rows_is_refused(tmp_path):
     write(sidecar, ["\t".join(COLUMNS), row, row])
     assert read_teacher(str(train)).tolist() == [[1.5, -2], [1.5, -2]]  # without stamps: taken as they are
     for path in (train, sidecar):
-        seal(path, {"stage": "mine_negatives", "topk": 5})
+        write_stamp(path, {"stage": "mine_negatives", "topk": 5})
     assert len(read_teacher(str(train))) == 2
-    seal(sidecar, {"stage": "mine_negatives", "topk": 9})
+    write_stamp(sidecar, {"stage": "mine_negatives", "topk": 9})
     with pytest.raises(UserError, match="another mining"):
         read_teacher(str(train))
-    seal(sidecar, {"stage": "mine_negatives", "topk": 5})
+    write_stamp(sidecar, {"stage": "mine_negatives", "topk": 5})
     write(train, ["q\t\tp\t\tm\t0", "q\t\tp\t\tn\t0"])  # the same number of rows in another order
     with pytest.raises(UserError, match="changed since it was mined.*mine again, or.*delete"):
         read_teacher(str(train))

@@ -51,7 +51,7 @@ class PassageCollection:
         ]  # of each file: start of each line, end of the last
         rows = [len(offsets) - 1 for offsets in self.offsets]
         self.starts: list[int] = np.cumsum([0, *rows]).tolist()  # first row of each file, and the row count
-        self.fingerprint = xxhash.xxh3_64_hexdigest("".join(digest for _, digest in indexes).encode())
+        self.checksum = xxhash.xxh3_64_hexdigest("".join(digest for _, digest in indexes).encode())
         if not len(self):
             raise UserError(f"{files[0].parent}: the collection is empty")
 
@@ -123,12 +123,12 @@ def collection_files(folder: FilePath) -> list[Path]:
 
 
 def _index(path: Path, cache_dir: FilePath | None) -> tuple[np.ndarray, str]:
-    """Return (line offsets, (rows + 1,) int64; fingerprint of the content)."""
+    """Return (line offsets, (rows + 1,) int64; checksum of the content)."""
     return cached_array(path, cache_dir, "offsets", lambda: _scan(path))
 
 
 def _scan(path: Path) -> tuple[np.ndarray, str]:
-    """Return line offsets and fingerprint, read in one pass; only `\\n` ends a line."""
+    """Return line offsets and checksum, read in one pass; only `\\n` ends a line."""
     ends: list[np.ndarray] = []
     position, digest = 0, xxhash.xxh3_128()
     buffer, last = bytearray(READ_SIZE), b"\n"

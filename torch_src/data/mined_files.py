@@ -8,7 +8,7 @@ import numpy as np
 
 from torch_src.data.lines import FilePath, FormatError, finite_number, read_lines, split_columns
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.stamps import CONTENT, is_sealed, read_stamp, stamp_path
+from torch_src.runtime.stamps import CHECKSUM, is_intact, read_stamp, stamp_path
 
 SIDECAR = "dual.train.ids.tsv"
 COLUMNS = [
@@ -71,8 +71,8 @@ def read_teacher(train_set: FilePath) -> np.ndarray:
 def _require_same_mining(*files: FilePath) -> None:
     """UserError unless the files are unchanged and from one mining, as far as they have stamps."""
     stamped = [file for file in files if stamp_path(file).exists()]
-    changed = [file for file in stamped if not is_sealed(file)]
-    stamps = [{**(read_stamp(file) or {}), CONTENT: ""} for file in stamped]
+    changed = [file for file in stamped if not is_intact(file)]
+    stamps = [{**(read_stamp(file) or {}), CHECKSUM: ""} for file in stamped]
     if changed or len(stamped) == 1 or any(stamp != stamps[0] for stamp in stamps):
         what = "changed since it was mined" if changed else "from another mining than the file beside it"
         paths = " and ".join(str(stamp_path(file)) for file in stamped)

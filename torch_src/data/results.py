@@ -9,7 +9,7 @@ from torch_src.data.lines import FilePath, FormatError, open_file, parse_json, s
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.log import warn
-from torch_src.runtime.stamps import CONTENT, fingerprint_files, read_stamp, seal
+from torch_src.runtime.stamps import CHECKSUM, checksum_files, read_stamp, write_stamp
 
 
 def write_result(path: FilePath, lists: Iterable[tuple[str, list[str]]]) -> None:
@@ -54,10 +54,8 @@ def load_result(path: FilePath) -> dict[str, list[str]]:
 def stamp_result(path: FilePath, stage: str, inputs: Iterable[FilePath], **settings: object) -> None:
     """Write the stamp of a result: what made it, and the checksum of each input by its relative path."""
     folder = os.path.dirname(os.path.realpath(path))
-    checksums = {
-        os.path.relpath(os.path.realpath(name), folder): fingerprint_files([name]) for name in inputs
-    }
-    seal(path, {"stage": stage, **settings, "inputs": checksums})
+    checksums = {os.path.relpath(os.path.realpath(name), folder): checksum_files([name]) for name in inputs}
+    write_stamp(path, {"stage": stage, **settings, "inputs": checksums})
 
 
 def warn_if_stale(path: FilePath) -> None:
@@ -65,11 +63,11 @@ def warn_if_stale(path: FilePath) -> None:
     stamp = read_stamp(path)
     if stamp is None or not isinstance(inputs := stamp.get("inputs", {}), dict):
         return
-    if stamp.get(CONTENT) != fingerprint_files([path]):
+    if stamp.get(CHECKSUM) != checksum_files([path]):
         warn(f"{path}: changed since {stamp.get('stage')} wrote it")
     for name, checksum in inputs.items():
         source = os.path.join(os.path.dirname(os.path.realpath(path)), name)
-        if os.path.isfile(source) and fingerprint_files([source]) != checksum:
+        if os.path.isfile(source) and checksum_files([source]) != checksum:
             warn(f"{path}: {source} has changed since this result was made; convert it again")
 
 

@@ -12,9 +12,11 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from torch_src.models.model_folder import is_hub_name
-from torch_src.runtime.errors import DAMAGE, UserError
+from torch_src.runtime import tensor_files
+from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.log import log
-from torch_src.runtime.stamps import fingerprint_files, fingerprint_text
+from torch_src.runtime.stamps import checksum_files, checksum_text
+from torch_src.runtime.tensor_files import load_tensors
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -36,7 +38,7 @@ OTHER_FIELDS = set(
     "use_cache output_attentions output_hidden_states return_dict bos_token_id eos_token_id sep_token_id "
     "cls_token_id".split()
 )
-LOAD_ERRORS = (*DAMAGE, OSError, SafetensorError)
+LOAD_ERRORS = (*tensor_files.LOAD_ERRORS, AttributeError, SafetensorError)
 
 
 def load_config(path: str, dropout: float | None = None) -> PretrainedConfig:
@@ -54,7 +56,7 @@ def load_config(path: str, dropout: float | None = None) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except LOAD_ERRORS as error:
-        raise UserError(f"{path}: the model configuration cannot be read ({_first_line(error)})") from error
+        raise UserError(f"{path}: the model configuration cannot be read ({first_line(error)})") from error
     for name in DROPOUT_FIELDS if dropout is not None else ():
         if hasattr(config, name):
             setattr(config, name, dropout)
@@ -95,7 +97,7 @@ def load_pretrained(
         )
     except LOAD_ERRORS as error:
         raise UserError(
-            f"{path}: the weights cannot be read ({_first_line(error)}); download the model again"
+            f"{path}: the weights cannot be read ({first_line(error)}); download the model again"
         ) from error
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
     return model, sorted({*info["missing_keys"], *mismatched})
@@ -115,20 +117,20 @@ def attend_to_equal_tokens(model: PreTrainedModel) -> None:
             key.weight.copy_(query.weight)
 
 
-def model_fingerprint(path: str) -> str:
-    """Return a fingerprint of a model folder's configuration and weights; for a hub name, the name."""
+def model_checksum(path: str) -> str:
+    """Return a checksum of a model folder's configuration and weights; for a hub name, the name."""
     folder = Path(path)
     if not folder.is_dir():
         return path
     weights = [p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")]
-    return fingerprint_files([folder / "config.json", *sorted(weights)])
+    return checksum_files([folder / "config.json", *sorted(weights)])
 
 
 def architecture(config: PretrainedConfig) -> str:
-    """Return a fingerprint of the fields of a configuration that decide its output (without dropout)."""
+    """Return a checksum of the fields of a configuration that decide its output (without dropout)."""
     ignored = {*OTHER_FIELDS, *DROPOUT_FIELDS}
     fields = {name: value for name, value in config.to_dict().items() if name not in ignored}
-    return fingerprint_text(json.dumps(fields, sort_keys=True, default=str))
+    return checksum_text(json.dumps(fields, sort_keys=True, default=str))
 
 
 def check_fits(config: PretrainedConfig, vocabulary: int, lengths: dict[str, int], path: str) -> None:
@@ -149,11 +151,9 @@ def check_fits(config: PretrainedConfig, vocabulary: int, lengths: dict[str, int
 def read_weights(path: str, made_by: str) -> dict[str, Any]:
     """Return the state dict of a file; UserError when it is missing, incomplete or not a state dict."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file (trained weights); run {made_by} first") from None
-    except LOAD_ERRORS as error:
-        raise UserError(f"{path}: cannot be read as weights ({_first_line(error)})") from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: weights of another model (a {type(state).__name__}, not a state dict)")
     return state
@@ -165,11 +165,7 @@ def load_weights(path: str, model: nn.Module, made_by: str) -> None:
     try:
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:
-        detail = [line.strip() for line in str(error).split("\n")[1:2]] or [_first_line(error)]
+        detail = [line.strip() for line in str(error).split("\n")[1:2]] or [first_line(error)]
         raise UserError(
             f"{path}: weights of another model, or with other settings ({detail[0][:200]})"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 from torch_src.data.lines import read_lines
 from torch_src.runtime.errors import UserError, is_out_of_memory
 from torch_src.runtime.log import warn
-from torch_src.runtime.stamps import fingerprint_text
+from torch_src.runtime.stamps import checksum_text
 
 TokenIds = Sequence[int] | np.ndarray
 
@@ -81,11 +81,11 @@ def _check_vocabulary(vocab_path: str) -> None:
         raise UserError(f"{vocab_path}: not a WordPiece vocabulary ({', '.join(missing)} missing)")
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return 16 hex digits over everything that decides the token ids."""
     with LOCK:
         _clear_limits(tokenizer)
-        return fingerprint_text(tokenizer.backend_tokenizer.to_str())
+        return checksum_text(tokenizer.backend_tokenizer.to_str())
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

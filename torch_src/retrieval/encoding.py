@@ -16,7 +16,6 @@ from torch_src.data.collection import PassageCollection
 from torch_src.models.dual_encoder import embed, shorten
 from torch_src.models.tokenization import BatchedInference, TextRules, TokenTable
 from torch_src.retrieval.vectors import VectorStore
-from torch_src.runtime.claims import Claims
 from torch_src.runtime.devices import autocast, tensors_to
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import log
@@ -103,16 +102,16 @@ def encode_collection(
         done = store.block_count - len(missing)
         log(f"{store.folder}: {done} of {store.block_count} blocks of these settings are there and are kept")
     progress = Progress(sum(last - first for first, last in map(store.block_range, missing)), log_every)
-    claims, waiting = Claims(store.folder), False
+    waiting = False
     try:
         while store.missing_blocks():
-            blocks = claims.takeable(store)
+            blocks = store.locks.acquire_missing(store.missing_blocks(), store.is_missing)
             first = next(blocks, None)  # worker processes are started when there is work for them
             if first is not None:
                 mine = chain([first], blocks)
                 for block, table in _tokenized_blocks(encoder, collection, store, mine, workers):
                     _encode_block(encoder, store, block, table, progress)
-                    claims.give_back(block)
+                    store.locks.release(block)
             else:
                 if not waiting:
                     log(
@@ -121,7 +120,7 @@ def encode_collection(
                 waiting = True
                 time.sleep(POLL_SECONDS)
     finally:
-        claims.close()
+        store.locks.release_all()
     progress.close()
 
 

@@ -17,7 +17,7 @@ from torch_src.runtime.devices import free_memory
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.log import duration, log
-from torch_src.runtime.stamps import changes, clear_stamp, is_sealed, read_stamp, seal
+from torch_src.runtime.stamps import changes, clear_stamp, is_intact, read_stamp, write_stamp
 
 FILL_ROWS = 16384  # vectors added at once
 LEAST_TRAINING = 10240  # vectors that a quantiser of 256 centroids wants (39 a centroid, by faiss's own rule)
@@ -57,7 +57,7 @@ class ApproximateSearch:
         }  # fmt: skip
         old = None if force else read_stamp(path)
         different = [] if old is None else changes(old, stamp)
-        if old is not None and not different and not is_sealed(path):
+        if old is not None and not different and not is_intact(path):
             different = ["its bytes are not those that were written"]
         if old is not None and not different:
             self.index = self._read(path)
@@ -106,7 +106,7 @@ class ApproximateSearch:
                 self.faiss.write_index(index, file.name)
             except RuntimeError as error:
                 raise UserError(f"{path}: could not be written; is the disk full?") from error
-        seal(path, stamp)
+        write_stamp(path, stamp)
         size = os.path.getsize(path) / 1e9
         log(f"wrote {path} ({size:.2f} GB) in {duration(time.monotonic() - begun)}")
         return index

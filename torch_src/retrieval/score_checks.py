@@ -1,12 +1,6 @@
 """What goes wrong silently with re-rankers, as warnings that name cause and mend."""
 
-from pathlib import Path
-
 import numpy as np
-
-from torch_src.runtime.errors import UserError
-from torch_src.runtime.files import read_json, write_json
-from torch_src.runtime.stamps import seal_holds, sealed
 
 FLAT = 1e-3  # a spread of logits within a query below this decides nothing
 TIED = 0.5  # share of a run's candidates with the same score as another of their query
@@ -43,28 +37,6 @@ def below_retriever(reranked: float, retriever: float) -> str | None:
         "train longer, on negatives from the retriever's own results (script/mine_negatives.py), from its "
         "encoder (--dual_params), with --loss listwise; or fuse the two (--fuse_retriever_weight)"
     )
-
-
-def negatives_path(params) -> Path:
-    """Return where the scores of some training negatives are kept, beside the re-ranker's weights."""
-    return Path(params).with_name("cross_negatives.json")
-
-
-def write_negatives(params, weights: str, scores: np.ndarray) -> None:
-    """Keep the scores (N,) that weights with this fingerprint give some training negatives."""
-    record = {"weights": weights, "scores": [round(x, 6) for x in scores.tolist()]}
-    write_json(negatives_path(params), sealed(record))
-
-
-def read_negatives(params, weights: str) -> np.ndarray | None:
-    """Return the scores (N,) float32 that were kept; None when damaged, missing or of other weights."""
-    try:
-        record = read_json(negatives_path(params))
-    except UserError:
-        return None
-    if not seal_holds(record) or record.get("weights") != weights:
-        return None
-    return np.array(record["scores"], dtype=np.float32)
 
 
 def negatives_too_easy(negatives: np.ndarray, candidates: np.ndarray) -> str | None:

@@ -1,136 +1,102 @@
 """Arrays on disk in blocks of rows with a manifest: passage vectors (fp16) and re-ranking scores (fp32)."""
 
 import errno
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import xxhash
 
-from torch_src.runtime.claims import Claims, Hold
-from torch_src.runtime.errors import DAMAGE, UserError
+from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write, read_json, write_json
+from torch_src.runtime.locks import BlockLocks
 from torch_src.runtime.log import warn
-from torch_src.runtime.stamps import CODE_VERSION, changes, record_seal, seal_holds, sealed
+from torch_src.runtime.stamps import (
+    CODE_VERSION,
+    JsonDict,
+    changes,
+    checksum_json,
+    read_checked_json,
+    write_checked_json,
+)
 
-NO_MATTER = ("precision", "device")  # to a search: another machine may encode the query
+# Manifest fields that may differ when vectors are searched: another machine may encode the query.
+NOT_COMPARED = ("precision", "device")
 
 
 class DamagedBlock(UserError):
-    """A block whose bytes are not those that were written; `block` is its number."""
+    """A block that cannot be read as it was written; `block` is its number."""
 
-    def __init__(self, path: Path, block: int, what: str):
-        super().__init__(f"{path}: {what}; delete it and run again")
-        self.block, self.what = block, f"{path}: {what}"
+    def __init__(self, path: Path, block: int, reason: str):
+        super().__init__(f"{path}: {reason}; delete it and run again")
+        self.block, self.reason = block, f"{path}: {reason}"
 
 
 class VectorStore:
     """A folder of block-00000.npy, block-00001.npy, ... and manifest.json.
 
     Block b holds the vectors of rows b * block_rows up to (not including) (b + 1) * block_rows, (rows, H)
-    float16. Whoever encodes a block, its bytes are the same.
+    float16. Its stamp block-00000.json is written last: without one the block is missing.
     """
 
     dtype = np.dtype(np.float16)
 
-    def __init__(self, folder, manifest: dict):
+    def __init__(self, folder: str | Path, manifest: JsonDict):
         self.folder = Path(folder)
         self.manifest = manifest
         self.rows: int = manifest["rows"]
         self.hidden: int = manifest["hidden"]
         self.block_rows: int = manifest["block_rows"]
-        self.identity = record_seal(manifest)  # stands in every block's note: no other run's block is taken
-        self.reading: tuple = (-1, 0, None)  # block, rows of it read in order so far, their checksum
-        self.hold: Hold | None = None  # against a run that would make other vectors here
-        self.begins: dict[int, int] = {}  # {block that is being read: where its vectors begin}
+        self.manifest_checksum = checksum_json(manifest)  # in every block's stamp
+        # of the last read: its block, the row after it, the checksum of the block so far
+        self.last_read: tuple[int, int, xxhash.xxh3_64] = (-1, 0, xxhash.xxh3_64())
 
     @classmethod
     def create_or_continue(
-        cls, folder, stamp: dict, rows: int, hidden: int, block_rows: int, log, force=False, shared=False
-    ):
-        """Return the store for these settings: its finished blocks are kept when the manifest agrees.
+        cls,
+        folder: str | Path,
+        stamp: JsonDict,
+        rows: int,
+        hidden: int,
+        block_rows: int,
+        log: Callable[[str], None],
+        force: bool = False,
+        shared: bool = False,
+    ) -> "VectorStore":
+        """Return the store for these settings; its finished blocks are kept when the manifest agrees.
 
-        A manifest that disagrees means other vectors: every block is deleted and `say` is told which field
-        changed. Blocks that are `shared` with other runs are refused instead (UserError).
+        Vectors of other settings are deleted and the changed fields are logged. Vectors that are `shared` by
+        several runs, or that another process reads, are not deleted (UserError).
         """
-        manifest = new_manifest(stamp, rows, hidden, block_rows)
-        store = cls(folder, manifest)
+        store = cls(folder, new_manifest(stamp, rows, hidden, block_rows))
         try:
-            claims = Claims(folder)
-            store.hold = Hold.of(folder)
+            locks = store.locks
         except OSError as error:
-            readable = error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and not force
-            if (
-                readable
-                and not changes(_old_manifest(store.manifest_path), manifest)
-                and not store.missing_blocks()
-            ):
-                return store  # of others, complete, and not ours to write to
+            read_only = error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and not force
+            if read_only and store.is_complete():
+                return store
             raise
-        try:
-            with claims.whole_folder():
-                store._keep_or_empty(manifest, log, force, shared)
-                store.hold.together()
-        finally:
-            claims.close()
+        with locks.folder():
+            _Ownership(store, log).keep_or_empty(force, shared)
+            locks.read()
         return store
 
     @classmethod
-    def where_complete(cls, folder, manifest: dict):
-        """Return the store in the folder when it is whole and of this manifest, else None."""
+    def where_complete(cls, folder: str | Path, manifest: JsonDict) -> "VectorStore | None":
+        """Return the store in the folder when it has this manifest and all blocks, else None."""
         store = cls(folder, manifest)
-        same = not changes(_old_manifest(store.manifest_path), manifest)
-        return store if same and not store.missing_blocks() else None
+        return store if store.is_complete() else None
 
-    def _keep_or_empty(self, manifest: dict, log, force: bool, shared: bool) -> None:
-        path, folder = self.manifest_path, self.folder
-        blocks = sorted(folder.glob("block-*"))
-        different = changes(_old_manifest(path), manifest)
-        if not different and not force:
-            return
-        if not force and self._notes_are_of_this_run():
-            # who makes other vectors here takes these away first: it is the manifest that is damaged
-            log(f"{path}: not what was written; written again, the blocks of this run are kept")
-            write_json(path, manifest)
-            return
-        if path.exists() and not force:
-            if shared:
-                raise UserError(
-                    f"{folder}: vectors of another run ({'; '.join(different)}); "
-                    "leave --para_emb out, name another folder, or pass --force to make them again there"
-                )
-            self._require_unused(f"this one would make others ({'; '.join(different)})")
-            log(f"{folder}: the vectors there are of another run and are made again ({'; '.join(different)})")
-        elif blocks and shared and not force:
-            raise UserError(f"{folder}: blocks without a manifest; name another folder, or pass --force")
-        elif blocks:
-            self._require_unused("this one would make them again")
-            log(f"{folder}: {'--force' if force else 'no manifest beside the vectors'}; they are made again")
-        path.unlink(missing_ok=True)  # first: blocks without a manifest are never trusted
-        for block in blocks:
-            block.unlink(missing_ok=True)
-        write_json(path, manifest)
+    # ---- layout
 
-    def _notes_are_of_this_run(self) -> bool:
-        """Return whether there are notes of blocks here, none of them of another run."""
-        own = 0
-        for path in self.folder.glob("block-*.json"):
-            try:
-                note = read_json(path)
-            except UserError:
-                continue
-            if seal_holds(note) and note.get("manifest") != self.identity:
-                return False
-            own += seal_holds(note)
-        return own > 0
-
-    def _require_unused(self, what: str) -> None:
-        if not self.hold.alone():
-            raise UserError(
-                f"{self.folder}: another run is using the vectors there, and {what}; "
-                "wait for its end, or give this one another --output_dir"
-            )
+    @cached_property
+    def locks(self) -> BlockLocks:
+        """Return this process's locks on the folder; OSError where it cannot be written to."""
+        return BlockLocks.of(self.folder)
 
     @property
     def manifest_path(self) -> Path:
@@ -143,93 +109,96 @@ class VectorStore:
     def block_path(self, block: int) -> Path:
         return self.folder / f"block-{block:05d}.npy"
 
+    def stamp_path(self, block: int) -> Path:
+        return self.folder / f"block-{block:05d}.json"
+
     def block_range(self, block: int) -> tuple[int, int]:
         """Return the first row of a block and the row after its last."""
         return block * self.block_rows, min(self.rows, (block + 1) * self.block_rows)
 
-    def note_path(self, block: int) -> Path:
-        """Return the path of a block's note: how it was made. Written last: without it the block is not
-        there.
-        """
-        return self.folder / f"block-{block:05d}.json"
+    def _shape(self, block: int) -> tuple[int, int]:
+        first, end = self.block_range(block)
+        return end - first, self.hidden
 
-    def note(self, block: int) -> dict:
-        """Return a block's note; empty when there is none, or it is of a run with another manifest."""
-        try:
-            note = read_json(self.note_path(block))
-        except UserError:
-            return {}
-        return note if seal_holds(note) and note.get("manifest") == self.identity else {}
-
-    def missing_blocks(self) -> list[int]:
-        """Return the blocks that are not there yet, whole."""
-        return [block for block in range(self.block_count) if self.is_missing(block)]
+    def block_stamp(self, block: int) -> JsonDict:
+        """Return the stamp of a block; empty when there is none for this manifest."""
+        stamp = read_checked_json(self.stamp_path(block)) or {}
+        return stamp if stamp.get("manifest") == self.manifest_checksum else {}
 
     def is_missing(self, block: int) -> bool:
-        """Return whether a block is not there yet, or not whole."""
-        return not (self.note(block) and self.block_path(block).exists())
+        return not (self.block_stamp(block) and self.block_path(block).exists())
 
-    def write_block(self, block: int, vectors: np.ndarray, made_with: dict | None = None) -> None:
-        """Write one block, (rows of the block, H) of the store's dtype, atomically, then its note."""
-        first, last = self.block_range(block)
-        assert vectors.shape == (last - first, self.hidden) and vectors.dtype == self.dtype
-        if changes(_old_manifest(self.manifest_path), self.manifest):
+    def missing_blocks(self) -> list[int]:
+        return [block for block in range(self.block_count) if self.is_missing(block)]
+
+    def changed_fields(self) -> list[str]:
+        """Return `field: from -> to` of every field in which manifest.json differs from this manifest."""
+        try:
+            return changes(read_json(self.manifest_path), self.manifest)
+        except UserError:
+            return [f"{self.manifest_path.name}: missing or unreadable"]
+
+    def is_complete(self) -> bool:
+        """Return whether manifest.json is this manifest and no block is missing."""
+        return not self.changed_fields() and not self.missing_blocks()
+
+    # ---- writing
+
+    def write_block(self, block: int, vectors: np.ndarray, made_with: JsonDict | None = None) -> None:
+        """Write one block, (rows of the block, H) of the store's dtype, then its stamp, each atomically."""
+        assert vectors.shape == self._shape(block) and vectors.dtype == self.dtype
+        if self.changed_fields():
             raise UserError(
-                f"{self.folder}: another run with other settings makes its vectors there now; "
+                f"{self.folder}: another run with other settings writes its vectors here; "
                 "give one of the two another --output_dir"
             )
-        for left in self.folder.glob(f"block-{block:05d}.*.tmp"):
-            left.unlink(missing_ok=True)  # of a killed process: nobody else writes a block that is claimed
+        for path in self.folder.glob(f"block-{block:05d}.*.tmp"):
+            path.unlink(missing_ok=True)  # of a killed process: this one has locked the block
         with atomic_write(self.block_path(block), "wb") as file:
             np.save(file, vectors, allow_pickle=False)
-        note = {**(made_with or {}), "manifest": self.identity, "xxh3": _checksum(vectors)}
-        write_json(self.note_path(block), sealed(note))
+        stamp = {**(made_with or {}), "manifest": self.manifest_checksum, "vectors": _checksum(vectors)}
+        write_checked_json(self.stamp_path(block), stamp)
 
-    def drop_once(self, damage: DamagedBlock, dropped: set[int]) -> None:
-        """Forget the block, to be made again, and note it in `dropped`; a second time it is raised."""
-        if damage.block in dropped:
-            raise damage  # made again, and damaged again: not for us to mend
-        warn(f"{damage.what}; it is made again")
-        self.drop(damage.block)
-        dropped.add(damage.block)
+    def delete_damaged(self, damage: DamagedBlock, deleted: set[int]) -> None:
+        """Delete a damaged block and add it to `deleted`; raise `damage` when it is there already."""
+        if damage.block in deleted:
+            raise damage  # rebuilt and damaged again: the disk or the memory is faulty
+        warn(f"{damage.reason}; rebuilding it")
+        deleted.add(damage.block)
+        with self.locks.folder():
+            try:
+                self.read_block(damage.block)  # another process may have rebuilt it
+            except DamagedBlock:
+                self.stamp_path(damage.block).unlink(missing_ok=True)
+                self.block_path(damage.block).unlink(missing_ok=True)
 
-    def drop(self, block: int) -> None:
-        """Forget a damaged block, so that it is made again; one that another process has mended stays."""
-        claims = Claims(self.folder)
-        try:
-            with claims.whole_folder():
-                try:
-                    self._compare(block, _checksum(self._open(block)))
-                except DamagedBlock:
-                    self.note_path(block).unlink(missing_ok=True)
-                    self.block_path(block).unlink(missing_ok=True)
-        finally:
-            claims.close()
+    # ---- reading
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, vectors (rows, H), memory-mapped) of every block in order, its bytes checked."""
+        """Yield (first row, vectors (rows, H), memory-mapped) of every block in order (DamagedBlock)."""
         for block in range(self.block_count):
             yield self.block_range(block)[0], self.read_block(block)
 
     def read_block(self, block: int) -> np.ndarray:
-        """Return the vectors (rows, H) of one block, memory-mapped, its bytes checked (DamagedBlock)."""
-        vectors = self._open(block)
+        """Return the vectors (rows, H) of one block, memory-mapped; DamagedBlock on a checksum mismatch."""
+        with self._open(block) as file:
+            vectors = np.memmap(file, self.dtype, "r", file.tell(), self._shape(block))
         self._compare(block, _checksum(vectors))
         return vectors
 
     def read_into(self, first: int, out: np.ndarray) -> None:
         """Fill `out` (rows, H) with the vectors from row `first` on, by plain reads.
 
-        A memory map would leave the pages that were read in this process's resident memory. Where a block is
-        read from its first row to its last, call by call, its bytes are checked at the end (DamagedBlock).
+        A memory map would keep the pages in this process's resident memory. The checksum of a block is
+        compared when it has been read from its first row to its last, call by call (DamagedBlock).
         """
-        at = 0
-        while at < len(out):
-            block = (first + at) // self.block_rows
+        done = 0
+        while done < len(out):
+            block = (first + done) // self.block_rows
             begin, end = self.block_range(block)
-            count = min(len(out) - at, end - (first + at))
-            self._read_block(block, first + at - begin, out[at : at + count])
-            at += count
+            count = min(len(out) - done, end - (first + done))
+            self._read_rows(block, first + done - begin, out[done : done + count])
+            done += count
 
     def vectors_at(self, rows: np.ndarray) -> np.ndarray:
         """Return the vectors (n, H) of these rows, read one by one; `rows` need not be sorted."""
@@ -241,62 +210,49 @@ class VectorStore:
             here = range(*np.searchsorted(sorted_rows, [begin, end]).tolist())
             if not here:
                 continue
-            start = self._open(block).offset
-            with open(self.block_path(block), "rb", buffering=0) as file:
+            with self._open(block) as file:
+                start = file.tell()
                 for at in here:
                     data = os.pread(file.fileno(), size, start + int(sorted_rows[at] - begin) * size)
                     out[order[at]] = np.frombuffer(data, dtype=self.dtype)
         return out
 
-    def _read_block(self, block: int, first: int, out: np.ndarray) -> None:
-        path, start = self.block_path(block), self.begins.get(block)
-        if first == 0 or start is None:
-            start = self._open(block).offset  # checks the header
-            self.begins = {block: start}
+    def _open(self, block: int) -> IO[bytes]:
+        """Return a block's file, positioned at its first vector; DamagedBlock unless header and size fit."""
+        path, shape = self.block_path(block), self._shape(block)
+        header = _npy_header(shape, self.dtype)
         try:
             file = open(path, "rb", buffering=0)
-        except FileNotFoundError:  # another run has dropped it
-            raise DamagedBlock(path, block, "is not there any more") from None
-        with file:
+        except FileNotFoundError:
+            raise DamagedBlock(path, block, "missing") from None
+        size = len(header) + shape[0] * shape[1] * self.dtype.itemsize
+        if file.read(len(header)) != header or os.fstat(file.fileno()).st_size != size:
+            file.close()
+            raise DamagedBlock(path, block, f"damaged (expected an array {shape} {self.dtype})")
+        return file
+
+    def _read_rows(self, block: int, first: int, out: np.ndarray) -> None:
+        with self._open(block) as file:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            file.seek(start + first * self.hidden * self.dtype.itemsize)
-            into, filled = memoryview(out).cast("B"), 0
-            while filled < len(into):
-                count = file.readinto(into[filled:])
+            file.seek(first * self.hidden * self.dtype.itemsize, os.SEEK_CUR)
+            buffer, filled = memoryview(out).cast("B"), 0
+            while filled < len(buffer):
+                count = file.readinto(buffer[filled:])  # type: ignore[attr-defined]  # an unbuffered FileIO
                 if not count:
-                    raise DamagedBlock(path, block, "ends before its last vector")
+                    raise DamagedBlock(self.block_path(block), block, "truncated")
                 filled += count
-        self._check(block, first, out)
-
-    def _check(self, block: int, first: int, out: np.ndarray) -> None:
-        if first == 0:
-            self.reading = (block, 0, xxhash.xxh3_64())
-        at, row, digest = self.reading
-        if (at, row) != (block, first):
-            return  # not in order: nothing to compare with
+        last_block, next_row, digest = self.last_read if first else (block, 0, xxhash.xxh3_64())
+        if (last_block, next_row) != (block, first):
+            return  # not read in order: there is no checksum to compare
         digest.update(out)
-        self.reading = (block, first + len(out), digest)
-        begin, end = self.block_range(block)
-        if first + len(out) == end - begin:
+        self.last_read = (block, first + len(out), digest)
+        if first + len(out) == self._shape(block)[0]:
             self._compare(block, digest.hexdigest())
 
-    def _compare(self, block: int, found: str) -> None:
-        if self.note(block).get("xxh3") != found:
-            raise DamagedBlock(self.block_path(block), block, "its bytes are not those that were written")
-
-    def _open(self, block: int) -> np.ndarray:
-        path = self.block_path(block)
-        try:
-            vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (*DAMAGE, FileNotFoundError) as error:
-            raise DamagedBlock(path, block, f"cannot be read as vectors ({error})") from None
-        first, last = self.block_range(block)
-        if vectors.shape != (last - first, self.hidden) or vectors.dtype != self.dtype:
-            expected = (last - first, self.hidden)
-            what = f"holds {vectors.shape} {vectors.dtype}, expected {expected} {self.dtype}"
-            raise DamagedBlock(path, block, what)
-        return vectors
+    def _compare(self, block: int, checksum: str) -> None:
+        if self.block_stamp(block).get("vectors") != checksum:
+            raise DamagedBlock(self.block_path(block), block, "checksum mismatch")
 
 
 class ScoreStore(VectorStore):
@@ -305,23 +261,67 @@ class ScoreStore(VectorStore):
     dtype = np.dtype(np.float32)
 
 
-def new_manifest(stamp: dict, rows: int, hidden: int, block_rows: int) -> dict:
-    """Return the manifest of vectors that `stamp` decides."""
+class _Ownership:
+    """Decides whether the blocks in a store's folder belong to this run, and deletes those that do not."""
+
+    def __init__(self, store: VectorStore, log: Callable[[str], None]):
+        self.store, self.folder, self.log = store, store.folder, log
+
+    def keep_or_empty(self, force: bool, shared: bool) -> None:
+        """Keep the blocks of this run; delete the others, unless they are shared or in use (UserError)."""
+        path, blocks = self.store.manifest_path, sorted(self.folder.glob("block-*"))
+        changed = self.store.changed_fields()
+        if not changed and not force:
+            return
+        if not force and self._all_stamps_agree():
+            self.log(f"{path}: damaged; rewriting it, the blocks of this run are kept")
+            write_json(path, self.store.manifest)
+            return
+        reason = "--force" if force else "; ".join(changed)
+        if blocks or (path.exists() and not force):
+            self._require_unused(reason, shared and not force)
+            self.log(f"{self.folder}: deleting the vectors of another run ({reason})")
+        path.unlink(missing_ok=True)  # first: blocks without a manifest are never used
+        for block in blocks:
+            block.unlink(missing_ok=True)
+        write_json(path, self.store.manifest)
+
+    def _all_stamps_agree(self) -> bool:
+        """Return whether there are stamps of blocks, all of them of this manifest."""
+        stamps = filter(None, map(read_checked_json, self.folder.glob("block-*.json")))
+        return {stamp.get("manifest") for stamp in stamps} == {self.store.manifest_checksum}
+
+    def _require_unused(self, reason: str, shared: bool) -> None:
+        if shared:
+            raise UserError(
+                f"{self.folder}: the vectors belong to another run ({reason}); "
+                "omit --para_emb, name another folder, or pass --force to replace them"
+            )
+        if not self.store.locks.only_reader():
+            raise UserError(
+                f"{self.folder}: another run reads the vectors, and this one would replace them ({reason}); "
+                "wait until it ends, or use another --output_dir"
+            )
+
+
+def new_manifest(stamp: JsonDict, rows: int, hidden: int, block_rows: int) -> JsonDict:
+    """Return the manifest of vectors that were made from `stamp`."""
     return {**stamp, "rows": rows, "hidden": hidden, "block_rows": block_rows, "code": CODE_VERSION}
+
+
+def save_vectors(path: str | Path, vectors: np.ndarray) -> None:
+    """Write one array of vectors (query.emb.npy) atomically."""
+    with atomic_write(path, "wb") as file:
+        np.save(file, vectors, allow_pickle=False)
 
 
 def _checksum(vectors: np.ndarray) -> str:
     return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(vectors))
 
 
-def _old_manifest(path: Path) -> dict:
-    try:
-        return read_json(path)
-    except UserError:
-        return {"manifest": "unreadable"}
-
-
-def save_vectors(path, vectors: np.ndarray) -> None:
-    """Write one array of vectors (query.emb.npy) atomically."""
-    with atomic_write(path, "wb") as file:
-        np.save(file, vectors, allow_pickle=False)
+def _npy_header(shape: tuple[int, int], dtype: np.dtype) -> bytes:
+    """Return the header that np.save writes: compared as a whole, since numpy parses it as Python."""
+    header = io.BytesIO()
+    entries = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, entries)  # type: ignore[arg-type]  # numpy's stub
+    return header.getvalue()

@@ -1,121 +1,120 @@
-"""Stamps: every artifact NAME carries NAME.stamp.json, which says what made it.
+"""Stamps and checksums.
 
-A stamp is a flat dictionary of the settings that matter and fingerprints of the inputs (their content, not
-their time). A result whose stamp still agrees is up to date; one that disagrees is made again and the log
-says which field changed. A sealed stamp also holds the fingerprint of the artifact itself.
+A stamp NAME.stamp.json says what an artifact was made from: a flat dictionary of the settings that matter and
+checksums of the inputs (their content, not their time), and the checksum of the artifact itself. An artifact
+is up to date while both agree.
 """
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from torch_src.runtime.files import write_json
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import read_json, write_json
 
 CODE_VERSION = 1  # raised when the same settings and inputs would give other results
 READ_SIZE = 1 << 22
-CONTENT = "content"  # field of a sealed stamp
+CHECKSUM = "checksum"
+JsonDict = dict[str, Any]
 
 
-def fingerprint_files(paths) -> str:
+def checksum_files(paths: Iterable[str | Path]) -> str:
     """Return 16 hex digits over the contents of the files, in the order given."""
     digest = xxhash.xxh3_64()
     for path in paths:
         with open(path, "rb") as file:
-            while piece := file.read(READ_SIZE):
-                digest.update(piece)
+            while data := file.read(READ_SIZE):
+                digest.update(data)
         digest.update(b"\0end of file\0")
     return digest.hexdigest()
 
 
-def fingerprint_text(text: str) -> str:
+def checksum_text(text: str) -> str:
     """Return 16 hex digits over a text."""
     return xxhash.xxh3_64_hexdigest(text.encode("utf-8"))
 
 
-def stamp_path(artifact) -> Path:
+def checksum_json(entries: JsonDict) -> str:
+    """Return 16 hex digits over a dictionary, except its own checksum."""
+    rest = {key: value for key, value in entries.items() if key != CHECKSUM}
+    return checksum_text(json.dumps(rest, sort_keys=True))
+
+
+def changed_files(folder: Path, checksums: dict[str, str]) -> list[Path]:
+    """Return the files of {name: checksum} that are missing or have another checksum."""
+    paths = {folder / name: checksum for name, checksum in checksums.items()}
+    return [path for path, known in paths.items() if not path.exists() or checksum_files([path]) != known]
+
+
+def write_checked_json(path: str | Path, entries: JsonDict) -> None:
+    """Write the entries as JSON, with a checksum over them."""
+    write_json(path, {**entries, CHECKSUM: checksum_json(entries)})
+
+
+def read_checked_json(path: str | Path) -> JsonDict | None:
+    """Return what write_checked_json wrote; None when the file is missing, damaged or edited."""
+    try:
+        entries = read_json(path)
+    except UserError:
+        return None
+    return entries if entries.get(CHECKSUM) == checksum_json(entries) else None
+
+
+def stamp_path(artifact: str | Path) -> Path:
     """Return the path of an artifact's stamp."""
     return Path(f"{artifact}.stamp.json")
 
 
-def write_stamp(artifact, stamp: dict) -> None:
-    """Write the stamp; the artifact must be complete by then, since a stamp means that it is."""
-    write_json(stamp_path(artifact), {**stamp, "code": CODE_VERSION})
+def write_stamp(artifact: str | Path, stamp: JsonDict) -> None:
+    """Write the stamp of a complete artifact: the last step of making it."""
+    write_json(stamp_path(artifact), {**stamp, "code": CODE_VERSION, CHECKSUM: checksum_files([artifact])})
 
 
-def seal(artifact, stamp: dict) -> None:
-    """Write the stamp with the fingerprint of the artifact: a later change to a byte of it is noticed."""
-    write_stamp(artifact, {**stamp, CONTENT: fingerprint_files([artifact])})
-
-
-def is_sealed(artifact) -> bool:
-    """Return whether the artifact is, byte for byte, what its sealed stamp was written for."""
-    stamp = read_stamp(artifact)
-    return stamp is not None and stamp.get(CONTENT) == fingerprint_files([artifact])
-
-
-def clear_stamp(artifact) -> None:
-    """Remove the stamp: the artifact is about to change."""
+def clear_stamp(artifact: str | Path) -> None:
+    """Delete the stamp: the first step of replacing the artifact."""
     stamp_path(artifact).unlink(missing_ok=True)
 
 
-def changed_files(folder: Path, written: dict[str, str]) -> list[Path]:
-    """Return the files of {name: fingerprint} that are no longer there, or other than they were."""
-    paths = {folder / name: known for name, known in written.items()}
-    return [path for path, known in paths.items() if not path.exists() or fingerprint_files([path]) != known]
-
-
-def record_seal(record: dict) -> str:
-    """Return 16 hex digits over a JSON record, its own `seal` left out."""
-    rest = {key: value for key, value in record.items() if key != "seal"}
-    return fingerprint_text(json.dumps(rest, sort_keys=True))
-
-
-def sealed(record: dict) -> dict:
-    """Return the record with its seal."""
-    return {**record, "seal": record_seal(record)}
-
-
-def seal_holds(record: dict) -> bool:
-    """Return whether the record is, entry by entry, the one that was sealed."""
-    return record.get("seal") == record_seal(record)
-
-
-def changes(old: dict, new: dict) -> list[str]:
-    """Return `field: from -> to` of every field in which the two stamps differ."""
-    new = json.loads(
-        json.dumps({**new, "code": CODE_VERSION})
-    )  # as it reads back from disk: tuples become lists
-    return differences({k: v for k, v in old.items() if k != CONTENT}, new)
-
-
-def differences(old: dict, new: dict) -> list[str]:
-    """Return `field: from -> to` of every field in which two records differ."""
-    fields = [field for field in {**old, **new} if old.get(field) != new.get(field)]
-    return [f"{field}: {old.get(field, 'unknown')} -> {new.get(field, 'gone')}" for field in fields]
-
-
-def read_stamp(artifact) -> dict | None:
+def read_stamp(artifact: str | Path) -> JsonDict | None:
     """Return the artifact's stamp; None when the artifact or its stamp is missing or unreadable."""
-    path = stamp_path(artifact)
     try:
-        stamp = json.loads(path.read_text(encoding="utf-8")) if Path(artifact).exists() else None
-    except (OSError, ValueError, RecursionError):
+        return read_json(stamp_path(artifact)) if Path(artifact).exists() else None
+    except (UserError, OSError):
         return None
-    return stamp if isinstance(stamp, dict) else None
 
 
-def up_to_date(artifact, stamp: dict, log) -> bool:
-    """Return whether the artifact exists and its stamp agrees with `stamp`; `say` is told why not."""
+def is_intact(artifact: str | Path) -> bool:
+    """Return whether the artifact has a stamp with its checksum."""
+    stamp = read_stamp(artifact)
+    return stamp is not None and stamp.get(CHECKSUM) == checksum_files([artifact])
+
+
+def changes(old: JsonDict, new: JsonDict) -> list[str]:
+    """Return `field: from -> to` of every field in which a stamp that was read differs from a new one."""
+    as_read = json.loads(json.dumps({**new, "code": CODE_VERSION}))  # tuples become lists
+    return differences({k: v for k, v in old.items() if k != CHECKSUM}, as_read)
+
+
+def differences(old: JsonDict, new: JsonDict) -> list[str]:
+    """Return `field: from -> to` of every field in which two dictionaries differ."""
+    fields = [field for field in {**old, **new} if old.get(field) != new.get(field)]
+    return [f"{field}: {old.get(field, 'missing')} -> {new.get(field, 'missing')}" for field in fields]
+
+
+def up_to_date(artifact: str | Path, stamp: JsonDict, log: Callable[[str], None]) -> bool:
+    """Return whether the artifact is intact and its stamp agrees with `stamp`; log why not."""
+    if not Path(artifact).exists():
+        return False
     old = read_stamp(artifact)
     if old is None:
-        if Path(artifact).exists():
-            log(f"{artifact}: unfinished, or without a stamp that says what made it; it is made again")
-        return False
-    different = changes(old, stamp)
-    if different:
-        log(f"{artifact}: out of date, made again ({'; '.join(different)})")
-    elif CONTENT in old and old[CONTENT] != fingerprint_files([artifact]):
-        log(f"{artifact}: its bytes are not those that were written; it is made again")
-        return False
-    return not different
+        log(f"{artifact}: incomplete, or without a readable stamp; rebuilding it")
+    elif different := changes(old, stamp):
+        log(f"{artifact}: out of date ({'; '.join(different)}); rebuilding it")
+    elif not is_intact(artifact):
+        log(f"{artifact}: checksum mismatch; rebuilding it")
+    else:
+        return True
+    return False

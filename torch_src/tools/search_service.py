@@ -24,7 +24,7 @@ from torch_src.retrieval.reranking import PairScorer, rank_pairs
 from torch_src.retrieval.score_bounds import Float32
 from torch_src.retrieval.score_checks import collapsed
 from torch_src.retrieval.search import Resident, search
-from torch_src.retrieval.vectors import NO_MATTER, VectorStore
+from torch_src.retrieval.vectors import NOT_COMPARED, VectorStore
 from torch_src.retriever import Retriever, load_model
 from torch_src.runtime.devices import choose_device, search_devices
 from torch_src.runtime.errors import UserError
@@ -201,10 +201,10 @@ def open_vectors(hp: DemoHparams, retriever: Retriever) -> VectorStore:
     """
     folder, make = Path(hp.para_emb_path), f"run {command(hp)} (with --force should it say `up to date`)"
     manifest = read_json(require(folder / "manifest.json", "passage vectors", make))
-    stamp = {k: v for k, v in retriever.vector_stamp("passage").items() if k not in NO_MATTER}
+    stamp = {k: v for k, v in retriever.vector_stamp("passage").items() if k not in NOT_COMPARED}
     shape = {"rows": len(retriever.collection), "hidden": retriever.width}
     shape["block_rows"] = manifest.get("block_rows", 0)
-    expected = {**manifest, **stamp, "collection": retriever.collection.fingerprint, **shape}
+    expected = {**manifest, **stamp, "collection": retriever.collection.checksum, **shape}
     different = changes(manifest, expected)
     if different:
         raise UserError(

@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 import xxhash
 
-from torch_src.runtime.errors import DAMAGE, UserError
+from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.log import log, warn
+from torch_src.runtime.tensor_files import DamagedFile, load_tensors
 
 
 def previous(path) -> Path:
@@ -62,14 +63,11 @@ def load_checkpoint(path) -> dict | None:
         if not candidate.exists():
             continue
         try:
-            state = torch.load(candidate, map_location="cpu", weights_only=True)
-            written = state.pop("xxh3")
-            if written != checksum(state):
-                raise ValueError("its contents are not those that were written")
-        except PermissionError:
-            raise  # not damage: the older one must not be taken up for it
-        except (*DAMAGE, OSError) as error:
-            warn(f"{candidate}: damaged ({str(error).strip().split(chr(10))[0][:100]})")
+            state = load_tensors(candidate)
+            if not isinstance(state, dict) or state.pop("xxh3", None) != checksum(state):
+                raise DamagedFile(f"{candidate}: checksum mismatch")
+        except DamagedFile as damage:
+            warn(str(damage))
             damaged.append(candidate)
             continue
         if damaged:

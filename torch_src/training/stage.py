@@ -3,19 +3,21 @@
 import dataclasses
 import os
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from torch_src.data.collection import PassageCollection
-from torch_src.models.backbones import check_fits, load_config, model_fingerprint
+from torch_src.models.backbones import check_fits, load_config, model_checksum
 from torch_src.models.tokenization import (
     length_sorted_batches,
     load_tokenizer,
     save_tokenizer,
-    tokenizer_fingerprint,
+    tokenizer_checksum,
 )
+from torch_src.models.trained_settings import model_fields_intact, write_trained_settings
 from torch_src.runtime.devices import (
     choose_device,
     choose_precision,
@@ -25,16 +27,14 @@ from torch_src.runtime.devices import (
     set_threads,
 )
 from torch_src.runtime.errors import UserError, is_out_of_memory
-from torch_src.runtime.files import read_json, require, write_json
+from torch_src.runtime.files import read_json, require
+from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import duration, log
-from torch_src.runtime.output_lock import output_lock
 from torch_src.runtime.planning import Plan, checkpoint_gb, memory_gb, smaller_chunk
 from torch_src.runtime.stamps import (
     changed_files,
+    checksum_files,
     clear_stamp,
-    fingerprint_files,
-    seal_holds,
-    sealed,
     up_to_date,
     write_stamp,
 )
@@ -105,7 +105,7 @@ class TrainingStage:
     def parts(self) -> tuple:
         """Return what both tasks give the loop, in Task's order after the model and its steps."""
         return (
-            self.prepare, self.backward, self.describe, self.evaluate, self.save_best, self.best_fingerprint,
+            self.prepare, self.backward, self.describe, self.evaluate, self.save_best, self.best_checksum,
         )  # fmt: skip
 
     def summary(self, progress: Progress) -> None:
@@ -126,19 +126,19 @@ class TrainingStage:
         rows = require(self.hp.train_set_path, "training rows", "get it with `sh script/download.sh`")
         return {
             "stage": f"{self.name}_train", **settings, "precision": self.precision,
-            "start": model_fingerprint(self.hp.pretrained_model_path),
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "train_rows": fingerprint_files([rows]), "dev": fingerprint_files(dev),
+            "start": model_checksum(self.hp.pretrained_model_path),
+            "tokenizer": tokenizer_checksum(self.tokenizer),
+            "train_rows": checksum_files([rows]), "dev": checksum_files(dev),
         }  # fmt: skip
 
     def collection_stamp(self) -> dict:
-        """Return the fingerprints of the collection and its map, as far as they are there."""
+        """Return the checksums of the collection and its map, as far as they are there."""
         hp = self.hp
         if not os.path.exists(hp.passage_dir_path) or not os.path.exists(hp.passage_ids_path):
             return {}
         collection = PassageCollection(hp.passage_dir_path, str(Path(hp.output_dir) / "cache"))
         return {
-            "collection": collection.fingerprint, "passage_ids_map": fingerprint_files([hp.passage_ids_path]),
+            "collection": collection.checksum, "passage_ids_map": checksum_files([hp.passage_ids_path]),
         }  # fmt: skip
 
     def in_chunks(self, lengths: list[int], forward, at: tuple[int, ...]) -> ChunkedForward:
@@ -166,9 +166,9 @@ class TrainingStage:
         """Return the state dict that is saved."""
         return self.model.state_dict()
 
-    def best_fingerprint(self) -> str | None:
-        """Return the fingerprint of NAME_params.bin, None when it is not there."""
-        return fingerprint_files([self.hp.params_path]) if os.path.exists(self.hp.params_path) else None
+    def best_checksum(self) -> str | None:
+        """Return the checksum of NAME_params.bin, None when it is not there."""
+        return checksum_files([self.hp.params_path]) if os.path.exists(self.hp.params_path) else None
 
     @property
     def record_path(self) -> Path:
@@ -180,28 +180,29 @@ class TrainingStage:
         return Path(self.hp.params_path).with_name(f"{self.name}_model")
 
     def save_best(self) -> str:
-        """Write NAME_params.bin and what inference must know of it; return its fingerprint.
+        """Write NAME_params.bin and what inference must know of it; return its checksum.
 
         The record goes first and comes last: weights never stand beside the settings of others.
         """
         self.record_path.unlink(missing_ok=True)
         save_tensors(self.hp.params_path, self.state())
-        weights = fingerprint_files([self.hp.params_path])
+        weights = checksum_files([self.hp.params_path])
         self.write_record(weights)
         return weights
 
     def write_record(self, weights: str) -> None:
-        """Write NAME_model/ and NAME_hparams.json of weights with this fingerprint."""
+        """Write NAME_model/ and NAME_hparams.json of weights with this checksum."""
         self.config.save_pretrained(self.model_folder)
         save_tokenizer(self.tokenizer, self.model_folder)
         fixed = {name: getattr(self.hp, name) for name in self.fixed_by_weights}
         files = sorted(self.model_folder.iterdir())
-        record = {
-            **dataclasses.asdict(self.hp), "fixed_by_weights": fixed,
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "model_files": {path.name: fingerprint_files([path]) for path in files}, "weights": weights,
-        }  # fmt: skip
-        write_json(self.record_path, sealed(record))
+        model = {
+            "fixed_by_weights": fixed,
+            "tokenizer": tokenizer_checksum(self.tokenizer),
+            "model_files": {path.name: checksum_files([path]) for path in files},
+            "weights": weights,
+        }
+        write_trained_settings(self.record_path, dataclasses.asdict(self.hp), model)
 
     def record_is_sound(self) -> bool:
         """Return whether record and model folder are, byte for byte, what was written beside the weights."""
@@ -209,17 +210,14 @@ class TrainingStage:
             record = read_json(self.record_path)
         except UserError:
             return False
-        files = record.get("model_files")
-        if not seal_holds(record) or not isinstance(files, dict):
-            return False
-        return not changed_files(self.model_folder, files)
+        return model_fields_intact(record) and not changed_files(self.model_folder, record["model_files"])
 
     def _is_done(self, params: str, stamp: dict) -> bool:
-        weights = self.best_fingerprint()
+        weights = self.best_checksum()
         if not up_to_date(params, {**stamp, "weights": weights}, log):
             return False
         if self.group.rank == 0 and not self.record_is_sound():
-            log(f"{self.record_path}, {self.model_folder}: damaged or not there; written again")
+            log(f"{self.record_path}, {self.model_folder}: missing or damaged; rewriting them")
             self.load()  # the configuration is complete once there is a model of it
             self.write_record(weights)
         if self.group.rank == 0:
@@ -291,7 +289,7 @@ class TrainingStage:
         if self.hp.plan:
             self.plan().say(self.hp.output_dir, self.device)
         else:
-            with output_lock(self.hp.output_dir, first=self.group.rank == 0):
+            with folder_lock(self.hp.output_dir) if self.group.rank == 0 else nullcontext():
                 self._run()
         self.group.close()
 
@@ -319,7 +317,7 @@ class TrainingStage:
             self.hp, task, self.device, self.precision, str(checkpoint), stamp, self.group
         ).run()
         if first:
-            if self.best_fingerprint() != progress.best_weights:
+            if self.best_checksum() != progress.best_weights:
                 raise UserError(
                     f"{params}: no longer the best weights of this run (replaced or damaged); train again "
                     "with --force"

@@ -36,8 +36,8 @@ class Task:
                                              process's parts, whose sums over all processes are the batch's
     describe(batch) -> str                   names the batch's rows in an error
     evaluate() -> {metric: value}            on the dev set; empty when there is none
-    save_best() -> fingerprint               writes the weights
-    best_fingerprint() -> fingerprint        of the weights that lie there, None without any
+    save_best() -> checksum               writes the weights
+    best_checksum() -> checksum        of the weights that lie there, None without any
     """
 
     model: nn.Module
@@ -47,7 +47,7 @@ class Task:
     describe: Callable[[object], str]
     evaluate: Callable[[], dict[str, float]]
     save_best: Callable[[], str]
-    best_fingerprint: Callable[[], str | None] = lambda: None
+    best_checksum: Callable[[], str | None] = lambda: None
     main_metric: str = "MRR@10"
     queries_per_step: int = 1  # of one micro-batch, for the rate in the log
     unit: str = "queries"  # what that counts
@@ -63,7 +63,7 @@ class Progress:
     evaluated: int = -1  # the step of the last dev evaluation
     best: float = -1.0
     best_step: int = -1
-    best_weights: str = ""  # fingerprint of the weights kept
+    best_weights: str = ""  # checksum of the weights kept
     untrained: float = -1.0  # the main metric before the first update
     evaluations_without_gain: int = 0
     processes: int = 1  # that the last updates were shared by
@@ -365,7 +365,7 @@ class Trainer:
             if before != self.task.negatives and self.is_first:
                 warn(f"negatives a query in a step: {before} -> {self.task.negatives}: another training")
             return None
-        kept, there = state["progress"]["best_weights"], self.task.best_fingerprint()
+        kept, there = state["progress"]["best_weights"], self.task.best_checksum()
         # Killed after the best weights were written and before that was noted: the evaluation of this step
         # comes once more and writes the same again.
         pending = there is not None and self._keeps_weights_at(Progress(**state["progress"]))

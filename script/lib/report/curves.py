@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from torch_src.data.collection import PassageCollection
 from torch_src.models.tokenization import TextRules, load_tokenizer, tokenize
-from torch_src.runtime.errors import DAMAGE, UserError
+from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json
+from torch_src.runtime.tensor_files import DamagedFile, load_tensors
 
 TAGS = {"train/loss": "loss", "dev/MRR@10": "MRR@10", "train/lr": "lr"}  # tag -> name in the history
 DISTINCTIVE = ("train/loss", "dev/MRR@10")  # two training runs may share their learning rates, but not these
@@ -94,10 +94,10 @@ def read_events(path: Path) -> Points:
 def read_progress(path: Path) -> dict[str, Any] | None:
     """Return the progress in a checkpoint; None without a readable one."""
     try:  # mmap: the weights, which may be gigabytes, are not read
-        progress = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["progress"]
-        return progress if isinstance(progress.get("history"), list) else None
-    except (*DAMAGE, OSError):
+        progress = load_tensors(path, mmap=True)["progress"]
+    except (DamagedFile, OSError, LookupError, TypeError):
         return None
+    return progress if isinstance(progress, dict) and isinstance(progress.get("history"), list) else None
 
 
 def belongs(points: Points, history: History) -> bool:

@@ -16,7 +16,7 @@ from torch_src.data.passage_ids import check_length, read_passage_ids, rows_of
 from torch_src.inference_stage import read_query_ids
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import require
-from torch_src.runtime.stamps import fingerprint_files, read_stamp
+from torch_src.runtime.stamps import checksum_files, read_stamp
 
 CHUNK = 256  # passages in one JSON script of the page, which is parsed when one of them is shown
 
@@ -86,7 +86,7 @@ def read_stage(name: str, path: Path, collection: PassageCollection) -> Stage:
 def other_candidates(hp: ReportHparams) -> list[str]:
     """Return a note if the re-ranked run was made from another retriever's run."""
     made_from = (read_stamp(hp.cross_run_path) or {}).get("candidates")
-    if made_from in (None, fingerprint_files([hp.dual_run_path])):
+    if made_from in (None, checksum_files([hp.dual_run_path])):
         return []
     return [
         f"{hp.cross_run_path} was not made from {hp.dual_run_path}: "

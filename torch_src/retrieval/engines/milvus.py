@@ -17,7 +17,7 @@ import numpy as np
 
 from torch_src.retrieval.approximate import best_first, check_blocks, exact_scores_of
 from torch_src.retrieval.engines.milvus_uri import is_milvus_file
-from torch_src.retrieval.vectors import NO_MATTER, VectorStore
+from torch_src.retrieval.vectors import NOT_COMPARED, VectorStore
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.stamps import changes
@@ -259,7 +259,7 @@ class MilvusSearch:
         if record is None:
             raise UserError(f"{self.collection}: not made by {COMMAND}; give another --milvus_collection")
         held = record["manifest"]
-        kept = {name: held[name] for name in (*NO_MATTER, "block_rows") if name in held}
+        kept = {name: held[name] for name in (*NOT_COMPARED, "block_rows") if name in held}
         if different := changes(held, {**manifest, **kept}):
             what = f"other vectors ({'; '.join(different)})"
             raise UserError(f"{self.collection}: {what}; load these: {load_command} --force")

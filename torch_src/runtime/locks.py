@@ -1,0 +1,114 @@
+"""Locks between processes. The kernel drops them with the process, however it ends.
+
+POSIX locks on bytes of a file: they also work between machines where the shared file system supports locks
+(NFS does). Closing any handle on a file drops all locks of the process on it, so each file has one handle.
+"""
+
+import fcntl
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import IO
+from weakref import WeakValueDictionary
+
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.log import warn
+
+FOLDER_BYTE = 1 << 40  # beyond every block number
+READERS_BYTE = FOLDER_BYTE + 1
+
+
+def _lock(file: IO[bytes], kind: int, byte: int = 0) -> bool:
+    """Lock or unlock one byte; False when another process holds it, True where locks are not supported."""
+    try:
+        fcntl.lockf(file, kind, 1, byte)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        _warn_unsupported(file.name, error.strerror)
+    return True
+
+
+@cache
+def _warn_unsupported(path: str, reason: str) -> None:
+    warn(f"{path}: file locks are not supported ({reason}); run one process at a time in this folder")
+
+
+@contextmanager
+def folder_lock(folder: str | Path, shared: bool = False, name: str = "lock") -> Iterator[None]:
+    """Lock an output folder for one run; UserError when another run has locked it.
+
+    Runs with a `shared` lock (they divide the encoding) exclude only the others. A program that starts
+    another one in its own folder uses a file `name` of its own.
+    """
+    path = Path(folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:  # a shared lock needs a readable file, an exclusive one a writable file
+        if not _lock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB):
+            raise UserError(
+                f"{folder}: locked by another run; wait until it ends, or use another output folder"
+            )
+        yield
+
+
+class BlockLocks:
+    """Locks of this process on the blocks of one folder, for as long as something refers to the object."""
+
+    _open: WeakValueDictionary[Path, "BlockLocks"] = WeakValueDictionary()
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file: IO[bytes] = open(folder / "blocks.lock", "a+b")
+        self.acquired: set[int] = set()
+
+    @classmethod
+    def of(cls, folder: str | Path) -> "BlockLocks":
+        """Return the process's locks on the folder."""
+        path = Path(folder).resolve()
+        locks = cls._open.get(path) or cls(path)
+        cls._open[path] = locks
+        return locks
+
+    def acquire(self, block: int) -> bool:
+        """Lock a block; False when another process, or this one, has locked it."""
+        if block in self.acquired or not _lock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, block):
+            return False
+        self.acquired.add(block)
+        return True
+
+    def release(self, *blocks: int) -> None:
+        """Unlock blocks."""
+        for block in blocks:
+            self.acquired.discard(block)
+            _lock(self.file, fcntl.LOCK_UN, block)
+
+    def acquire_missing(self, blocks: Iterable[int], is_missing: Callable[[int], bool]) -> Iterator[int]:
+        """Lock and yield one block after the other, skipping those that other processes hold or finished."""
+        for block in blocks:
+            if self.acquire(block):
+                if is_missing(block):  # another process may have finished it before it was locked here
+                    yield block
+                else:
+                    self.release(block)
+
+    def release_all(self) -> None:
+        """Unlock every block."""
+        self.release(*self.acquired)
+
+    @contextmanager
+    def folder(self) -> Iterator[None]:
+        """Lock the folder for a moment, after waiting for its turn: to check it, and perhaps to empty it."""
+        _lock(self.file, fcntl.LOCK_EX, FOLDER_BYTE)
+        try:
+            yield
+        finally:
+            _lock(self.file, fcntl.LOCK_UN, FOLDER_BYTE)
+
+    def read(self) -> None:
+        """Lock the blocks against deletion by another process, together with other readers."""
+        _lock(self.file, fcntl.LOCK_SH, READERS_BYTE)
+
+    def only_reader(self) -> bool:
+        """Return whether no other process reads the blocks; none can start to until this one calls read()."""
+        return _lock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, READERS_BYTE)
