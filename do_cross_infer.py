@@ -12,7 +12,7 @@ from torch_src.runtime.program import leave
 
 
 def enter() -> int:
-    from torch_src import cross_infer  # here, since Ctrl-C must end the seconds of imports quietly, too
+    from torch_src import cross_infer  # here: Ctrl-C during the slow imports ends quietly, too
 
     return cross_infer.main(sys.argv[1:])
 

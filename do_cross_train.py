@@ -12,7 +12,7 @@ from torch_src.runtime.program import leave
 
 
 def enter() -> int:
-    from torch_src import cross_train  # here, since Ctrl-C must end the seconds of imports quietly, too
+    from torch_src import cross_train  # here: Ctrl-C during the slow imports ends quietly, too
 
     return cross_train.main(sys.argv[1:])
 

@@ -11,11 +11,9 @@ import sys
 from torch_src.runtime.program import leave
 
 
-def enter(topk=50, bs=1000):
-    """topk: passages kept for each query, and re-ranked later. bs: queries searched at once. Options win over
-    both.
-    """
-    from torch_src import dual_infer  # here, since Ctrl-C must end the seconds of imports quietly, too
+def enter(topk: int = 50, bs: int = 1000) -> int:
+    """Keep topk passages per query, search bs queries at once; the options --topk and --bs win."""
+    from torch_src import dual_infer  # here: Ctrl-C during the slow imports ends quietly, too
 
     return dual_infer.main(sys.argv[1:], topk=topk, bs=bs)
 

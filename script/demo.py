@@ -26,7 +26,7 @@ from torch_src.data.formats import read_queries
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.program import exit_status, leave
-from torch_src.tools.demo_hparams import DEBUG, DemoHparams
+from torch_src.tools.demo_hparams import DemoHparams
 from torch_src.tools.search_service import LONGEST_QUESTION, Answer, Hit, SearchService
 
 MAX_SHOWN = 2000  # characters of a passage
@@ -153,7 +153,7 @@ def respond(service: SearchService, question: str) -> Iterator[str]:
 
 def example_questions(hp: DemoHparams) -> list[str]:
     """Return the first short dev queries; empty without such a file."""
-    if hp.dev_q == "none" or not Path(hp.dev_q_path).exists() or hp.dev_q_path.endswith(".json"):
+    if hp.dev_q == hparams.NONE or not Path(hp.dev_q_path).exists() or hp.dev_q_path.endswith(".json"):
         return []
     try:
         short = [query for query in read_queries(hp.dev_q_path) if len(query) <= MAX_EXAMPLE]
@@ -278,7 +278,7 @@ def run(hp: DemoHparams) -> None:
 
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    return exit_status(lambda: run(hparams.parse(DemoHparams, argv, DEBUG)))
+    return exit_status(lambda: run(hparams.parse(DemoHparams, argv)))
 
 
 if __name__ == "__main__":

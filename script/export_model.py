@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result
 from torch_src import cross_infer, retriever
-from torch_src.cross_hparams import FIXED_BY_WEIGHTS as CROSS_FIXED
-from torch_src.dual_hparams import FIXED_BY_WEIGHTS as DUAL_FIXED
+from torch_src.cross_hparams import MODEL_SETTINGS as CROSS_FIXED
+from torch_src.dual_hparams import MODEL_SETTINGS as DUAL_FIXED
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.inference_stage import FoundModel, find_trained_model

@@ -28,7 +28,7 @@ from torch_src.runtime.log import log, warn
 from torch_src.runtime.program import exit_status, leave
 from torch_src.runtime.stamps import checksum_files, clear_stamp, up_to_date, write_stamp
 from torch_src.tools import mining, mining_inputs
-from torch_src.tools.mining_hparams import DEBUG, NO_CROSS, MiningHparams
+from torch_src.tools.mining_hparams import MiningHparams
 
 OUTPUTS = ("dual.train.tsv", "cross.train.tsv", mining.SIDECAR)
 
@@ -44,7 +44,7 @@ def retrieve(hp: MiningHparams, queries: Path) -> Path:
     existing = {name: manifest[name] for name in names if name in manifest}  # existing vectors stay valid
     settings = InferenceDeHparams(
         dual_params=hp.dual_params_path, topk=hp.topk, bs=hp.bs, data_dir=hp.data_dir, dev_q=str(queries),
-        dev_q2qid="none", passage_dir=hp.passage_dir_path, passage_ids=hp.passage_ids_path,
+        dev_q2qid=hparams.NONE, passage_dir=hp.passage_dir_path, passage_ids=hp.passage_ids_path,
         para_emb=hp.para_emb_path, output_dir=str(queries.parent), precision=hp.precision, device=hp.device,
         threads=hp.threads, force=hp.force, debug=hp.debug, **existing,
     )  # fmt: skip
@@ -56,7 +56,7 @@ def rerank(hp: MiningHparams, queries: Path, run: Path) -> Path:
     """Score the candidates with do_cross_infer.py; return the file of their logits."""
     settings = InferenceCrossHparams(
         retrieval_result=str(run), cross_params=hp.cross_params, topk=hp.topk, data_dir=hp.data_dir,
-        dev_q=str(queries), dev_q2qid="none", dev_set="none", passage_dir=hp.passage_dir_path,
+        dev_q=str(queries), dev_q2qid=hparams.NONE, dev_set=hparams.NONE, passage_dir=hp.passage_dir_path,
         passage_ids=hp.passage_ids_path, output_dir=str(queries.parent), precision=hp.precision,
         device=hp.device, threads=hp.threads, force=hp.force, debug=hp.debug,
     )  # fmt: skip
@@ -66,7 +66,7 @@ def rerank(hp: MiningHparams, queries: Path, run: Path) -> Path:
 
 def against_positive(hp: MiningHparams) -> bool:
     """Return whether logits are compared with the best positive's; `auto`: if the re-ranker is listwise."""
-    if hp.score_against != "auto" or hp.cross_params == NO_CROSS:
+    if hp.score_against != "auto" or hp.cross_params == hparams.NONE:
         return hp.score_against == "positive"
     path = Path(hp.cross_params).with_name("cross_hparams.json")
     trained = read_json(path) if path.exists() else {}
@@ -94,7 +94,7 @@ def mine(hp: MiningHparams) -> None:
     queries = folder / "train.q.format"
     mining_inputs.write_train_queries(data, queries)
     found, scores, located = retrieve(hp, queries), None, None
-    if hp.cross_params != NO_CROSS:
+    if hp.cross_params != hparams.NONE:
         located = mining_inputs.locate_positives(data, collection)
         pairs = folder / "res.pairs"
         mining_inputs.write_with_positives(data, located, found, pairs)
@@ -135,7 +135,7 @@ def mined_stamp(
 
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    return exit_status(lambda: run(hparams.parse(MiningHparams, argv, DEBUG)))
+    return exit_status(lambda: run(hparams.parse(MiningHparams, argv)))
 
 
 if __name__ == "__main__":

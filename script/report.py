@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 from script.lib.report import data, page, plots
-from script.lib.report.hparams import DEBUG, ReportHparams
+from script.lib.report.hparams import ReportHparams
 from torch_src import hparams
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.log import duration, log
@@ -38,7 +38,7 @@ def run(hp: ReportHparams) -> None:
 
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    return exit_status(lambda: run(hparams.parse(ReportHparams, argv, DEBUG)))
+    return exit_status(lambda: run(hparams.parse(ReportHparams, argv)))
 
 
 if __name__ == "__main__":

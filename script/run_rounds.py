@@ -1,16 +1,16 @@
-"""Rounds of training on negatives that the last round's retriever found: train, search, mine, train again.
+"""Train in rounds, each on negatives mined by the retriever of the round before.
 
     sh script/run_rounds.sh 3                    three rounds, settings as in torch_src/*_hparams.py
-    sh script/run_rounds.sh 3 --denoise          each round's negatives denoised by its re-ranker
+    sh script/run_rounds.sh 3 --denoise          each round's re-ranker removes likely false negatives
     sh script/run_rounds.sh 2 --debug            the sample collection on a CPU
     sh script/run_rounds.sh 3 --dual_train.epoch 4 --mine.negatives 8 --output_dir output/rounds
 
-Round r lies in output/rounds/round{r}: the retriever, its vectors and result, and in mined/ the training
-files of the next round (after the last round nothing is mined). With --denoise each round also trains a re-
-ranker on the negatives that its retriever found, and mines again with its scores. A stage that is up to date
-costs seconds, so the same command carries on after a kill. A knob goes to every program that has it,
-`--STAGE.knob` to one alone; stages: dual_train, dual_infer, mine, cross_train. One table at the end; the best
-round is the one to keep.
+output/rounds/round{r} holds the retriever of round r, its vectors and result, and in mined/ the training
+files of the next round (the last round mines nothing). With --denoise each round also trains a re-ranker on
+the negatives that its retriever found, and mines again with its scores. A stage that is up to date is skipped
+within seconds, so the same command resumes after a kill. An option goes to every program that has it,
+`--STAGE.option` to that program alone; stages: dual_train, dual_infer, mine, cross_train. The table at the
+end shows which round is the best.
 """
 
 import sys
@@ -20,17 +20,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
 
 from metric.evaluation import MEASURES
-from script.run_all import PROGRAMS, call, convert, figures_of, split_options, start
+from script.run_all import PROGRAMS, TOPK, Programs, call, convert, figures_of, split_options, start
 from torch_src import hparams
+from torch_src.dual_hparams import DualHparams
+from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import write_json
 from torch_src.runtime.log import duration, log
-from torch_src.tools import mining_hparams
+from torch_src.tools.mining_hparams import MiningHparams
 
 DEFAULT_OUTPUT = "output/rounds"
-STAGES = {
+STAGES: Programs = {
     **{name: PROGRAMS[name] for name in ("dual_train", "dual_infer", "cross_train")},
-    "mine": (mining_hparams.MiningHparams, mining_hparams.DEBUG),
+    "mine": MiningHparams,
 }
 SCRIPTS = {"mine": "script/mine_negatives.py"}
 
@@ -41,19 +43,19 @@ class Rounds:
     def __init__(self, count: int, denoise: bool, argv: list[str]):
         self.count, self.denoise = count, denoise
         self.options = split_options(argv, STAGES)
-        parsed = {name: hparams.parse(pair[0], self.options[name], pair[1]) for name, pair in STAGES.items()}
-        self.infer, self.dev_set = parsed["dual_infer"], parsed["dual_train"].dev_set_path
-        given = any(word == "--output_dir" for word in argv)
-        self.output = Path(
-            self.infer.output_dir if given else DEFAULT_OUTPUT + ("_debug" if self.infer.debug else "")
-        )
+        for name, settings in STAGES.items():
+            hparams.parse(settings, self.options[name])  # UserError before the first stage, not hours later
+        self.infer = hparams.parse(InferenceDeHparams, self.options["dual_infer"])
+        self.dev_set = hparams.parse(DualHparams, self.options["dual_train"]).dev_set_path
+        default = DEFAULT_OUTPUT + ("_debug" if self.infer.debug else "")
+        self.output = Path(self.infer.output_dir if "--output_dir" in argv else default)
         self.seconds: dict[str, float] = {}
 
     def folder(self, number: int) -> Path:
         return self.output / f"round{number}"
 
-    def stage(self, number: int, name: str, *more, label: str = "") -> None:
-        """Run one program of one round; what we add comes last, and wins."""
+    def stage(self, number: int, name: str, *more: object, label: str = "") -> None:
+        """Run one program of one round; the options in `more` win."""
         label = label or name
         log(f"== round {number}: {label}")
         begun = time.monotonic()
@@ -62,7 +64,7 @@ class Rounds:
         self.seconds[f"{number} {label}"] = time.monotonic() - begun
 
     def train_set(self, number: int, kind: str) -> list[str]:
-        """Return the option that names the training file of a round: the one mined by the round before."""
+        """Return the option for the training file of a round, which the round before mined."""
         if number == 1:
             return []
         mined = "denoised" if self.denoise else "mined"
@@ -70,7 +72,7 @@ class Rounds:
 
     def run(self) -> None:
         """Run all rounds and print the table."""
-        topk = self.infer.topk or 50
+        topk = self.infer.topk or TOPK
         for number in range(1, self.count + 1):
             self.stage(number, "dual_train", *self.train_set(number, "dual"))
             self.stage(number, "dual_infer", "--topk", topk)
@@ -82,7 +84,7 @@ class Rounds:
         write_json(self.output / "rounds.json", {"rounds": self.count, "seconds": self.seconds})
 
     def mine(self, number: int) -> None:
-        """Mine the next round's training files; they start from the data set's own positives each time."""
+        """Mine the next round's training files, from the data set's own positives in every round."""
         self.stage(number, "mine")
         if not self.denoise:
             return
@@ -102,9 +104,9 @@ class Rounds:
 
 
 def run(argv: list[str]) -> None:
-    """Run as many rounds as the first word says."""
+    """Run the number of rounds that the first word gives."""
     if not argv or not argv[0].isdecimal() or int(argv[0]) < 1:
-        raise UserError("how many rounds? e.g. sh script/run_rounds.sh 3")
+        raise UserError("the number of rounds is missing: e.g. sh script/run_rounds.sh 3")
     denoise = "--denoise" in argv
     Rounds(int(argv[0]), denoise, [word for word in argv[1:] if word != "--denoise"]).run()
 

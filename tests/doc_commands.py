@@ -13,21 +13,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 from script import run_all, run_rounds
-from script.lib.report import hparams as report_hparams
-from torch_src import cross_hparams, dual_hparams, hparams, inference_cross_hparams, inference_de_hparams
-from torch_src.tools import demo_hparams, mining_hparams
+from script.lib.report.hparams import ReportHparams
+from torch_src import hparams
+from torch_src.cross_hparams import CrossHparams
+from torch_src.dual_hparams import DualHparams
+from torch_src.inference_cross_hparams import InferenceCrossHparams
+from torch_src.inference_de_hparams import InferenceDeHparams
+from torch_src.tools.demo_hparams import DemoHparams
+from torch_src.tools.mining_hparams import MiningHparams
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
 DOCUMENTS = [*READMES, *sorted((ROOT / "docs").glob("*.md"))]
-SETTINGS = {
-    "do_dual_train.py": (dual_hparams.DualHparams, dual_hparams.DEBUG),
-    "do_dual_infer.py": (inference_de_hparams.InferenceDeHparams, inference_de_hparams.DEBUG),
-    "do_cross_train.py": (cross_hparams.CrossHparams, cross_hparams.DEBUG),
-    "do_cross_infer.py": (inference_cross_hparams.InferenceCrossHparams, inference_cross_hparams.DEBUG),
-    "script/mine_negatives.py": (mining_hparams.MiningHparams, mining_hparams.DEBUG),
-    "script/demo.py": (demo_hparams.DemoHparams, demo_hparams.DEBUG),
-    "script/report.py": (report_hparams.ReportHparams, report_hparams.DEBUG),
+SETTINGS: dict[str, type[hparams.Hparams]] = {
+    "do_dual_train.py": DualHparams,
+    "do_dual_infer.py": InferenceDeHparams,
+    "do_cross_train.py": CrossHparams,
+    "do_cross_infer.py": InferenceCrossHparams,
+    "script/mine_negatives.py": MiningHparams,
+    "script/demo.py": DemoHparams,
+    "script/report.py": ReportHparams,
 }
 PYTHONS = ("python", "python3", ".venv/bin/python", "milvus/bin/python")
 PLAIN = ("git", "cd", "cp", "mv", "rm", "cut", "head", "grep", "tail", "kill", "printf", ".venv/bin/pip")
@@ -125,12 +130,12 @@ def parse(script: str, options: list[str]) -> None:
             at = options.index("--from")
             assert options.pop(at + 1) in run_all.STAGES and options.pop(at)
         for name, words in run_all.split_options(options).items():
-            hparams.parse(run_all.PROGRAMS[name][0], words, run_all.PROGRAMS[name][1])
+            hparams.parse(run_all.PROGRAMS[name], words)
     else:
         until_parsed(
             script,
             lambda parser: PARSE_ARGS(parser, options),
-            lambda settings, debug: PARSE(settings, options, debug),
+            lambda settings: PARSE(settings, options),
         )
 
 
@@ -138,7 +143,7 @@ def option_names(script: str) -> set[str]:
     """Return the options that a program has, as they are written."""
     found: set[str] = set()
 
-    def knobs(settings: type, _=None) -> None:
+    def knobs(settings: type[hparams.Hparams]) -> None:
         names = [field.name for field in dataclasses.fields(settings)]
         found.update(f"--{prefix}{name}" for name in names for prefix in ("", "no_"))
 
@@ -147,8 +152,8 @@ def option_names(script: str) -> set[str]:
 
 
 def until_parsed(script: str, look: Callable, look_at_settings: Callable) -> None:
-    """Run a program until it parses its options: look(argparse's parser), or look_at_settings(settings, its
-    debug defaults), is called instead, and the program ends.
+    """Run a program until it parses its options; call look(argparse's parser) or look_at_settings(settings)
+    instead, and end the program.
     """
     if not re.search(r"parse_args\(|hparams|torch_src import", (ROOT / script).read_text(encoding="utf-8")):
         return
@@ -157,8 +162,8 @@ def until_parsed(script: str, look: Callable, look_at_settings: Callable) -> Non
         look(parser)
         raise Stopped
 
-    def stop_settings(settings, _, debug):
-        look_at_settings(settings, debug)
+    def stop_settings(settings, *_):
+        look_at_settings(settings)
         raise Stopped
 
     folder, before = (ROOT / script).parent, (sys.argv, sys.path, set(sys.modules))

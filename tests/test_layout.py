@@ -1,7 +1,6 @@
-"""The repository's own rules: imports, nothing done at import, every knob is read."""
+"""The repository's own rules: imports, nothing done at import."""
 
 import ast
-import dataclasses
 import re
 import subprocess
 import sys
@@ -9,8 +8,6 @@ from pathlib import Path
 
 import pytest
 from doc_commands import ROOT, SETTINGS
-
-from torch_src import dual_hparams, hparams
 
 # `runtime <- data <- models <- retrieval <- training <- programs <- tools, script`: imports go left only.
 ORDER = ["runtime", "data", "models", "retrieval", "training", "programs", "tools"]
@@ -87,32 +84,6 @@ print("quiet")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "quiet\n"), done.stderr
     assert not list(tmp_path.iterdir())
-
-
-def source_without(module: str) -> str:
-    files = [*MODULES, *ROOT.glob("script/**/*.py")]
-    return "\n".join(path.read_text(encoding="utf-8") for path in files if path.stem != module)
-
-
-@pytest.mark.parametrize("settings", [pair[0] for pair in SETTINGS.values()], ids=lambda s: s.__name__)
-def test_every_knob_is_read(settings):
-    """A knob is read as hp.name, through its path property, or by name through FIXED_BY_WEIGHTS."""
-    source = source_without(settings.__module__.rsplit(".")[-1])
-    files = [sys.modules[settings.__module__].__file__, hparams.__file__]  # where the paths are derived
-    own = "".join(Path(file).read_text(encoding="utf-8") for file in files)
-    for field in dataclasses.fields(settings):
-        by_weights = field.name in dual_hparams.FIXED_BY_WEIGHTS and f'["{field.name}"]' in source
-        prefix = field.name in ("query_prefix", "passage_prefix") and '_prefix"]' in source
-        length = field.name.endswith("_max_seq_len") and f'"{field.name}"' in source
-        read = re.search(rf"\bhp\.{field.name}(_path)?\b", source) or f"under(self.{field.name}," in own
-        assert read or by_weights or prefix or length, f"{settings.__name__}.{field.name} changes nothing"
-
-
-def test_every_knob_says_what_it_is():
-    for settings, _ in SETTINGS.values():
-        lines = Path(sys.modules[settings.__module__].__file__).read_text(encoding="utf-8")
-        for field in dataclasses.fields(settings):
-            assert re.search(rf"^    {field.name}: .*  # \S", lines, re.MULTILINE), field.name
 
 
 def test_cuda_visible_devices_is_never_written():

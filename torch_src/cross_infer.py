@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +9,15 @@ import torch
 
 from metric.evaluation import compute_metrics
 from torch_src import hparams
-from torch_src.cross_hparams import DEBUG as TRAIN_DEBUG
-from torch_src.cross_hparams import FIXED_BY_WEIGHTS, CrossHparams
+from torch_src.cross_hparams import MODEL_SETTINGS, CrossHparams
 from torch_src.data.candidates import OFFICIAL, OFFICIAL_IDS, Candidates, open_candidates
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import RunRow, format_run_row, read_dev
 from torch_src.data.negative_scores import read_negative_scores
 from torch_src.data.passage_ids import check_length, read_passage_ids, rows_of
-from torch_src.inference_cross_hparams import DEBUG, PRETRAINED, InferenceCrossHparams
+from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_stage import (
+    LOG_SECONDS,
     FoundModel,
     find_pretrained_model,
     find_trained_model,
@@ -53,10 +52,9 @@ SCORES, ID_MAP = "cross_scores.txt", "cross_id_map.tsv"  # what the official con
 
 def find_model(hp: InferenceCrossHparams) -> FoundModel:
     """Return the model that the settings name: fine-tuned, or with `--cross_params none` as it is."""
-    if hp.cross_params != PRETRAINED and not planned_before_training(hp, hp.cross_params_path):
-        return find_trained_model(hp, "cross", hp.cross_params_path, FIXED_BY_WEIGHTS)
-    trained = replace(CrossHparams(), **TRAIN_DEBUG) if hp.debug else CrossHparams()
-    return find_pretrained_model(hp, trained, FIXED_BY_WEIGHTS)
+    if hp.cross_params != hparams.NONE and not planned_before_training(hp, hp.cross_params_path):
+        return find_trained_model(hp, "cross", hp.cross_params_path, MODEL_SETTINGS)
+    return find_pretrained_model(hp, CrossHparams.defaults(hp.debug), MODEL_SETTINGS)
 
 
 def load_model(model: FoundModel, seed: int, trained: bool = True) -> CrossEncoder:
@@ -75,7 +73,7 @@ def pair_scorer(
 ) -> PairScorer:
     """Return the scorer of a model that is on the device already, with what its weights fix."""
     rules = TextRules(found.fixed["max_seq_len"], "", found.fixed["remove_spaces"])
-    sizes = (hp.batch_size, token_budget(hp.tokens_per_batch, device))
+    sizes = (hp.batch_size, token_budget(0, device))
     return PairScorer(model, found.tokenizer, rules, device, precision, *sizes)
 
 
@@ -178,13 +176,13 @@ class CrossInference:
         planned.ram_gb, planned.gpu_gb = memory_gb(self.device)
         planned.ram_gb += KEPT_GB
         planned.disk_gb = 150 * self.pairs / 1e9  # a line of each of four files, and the scores in blocks
-        planned.advice = "lower --tokens_per_batch or --block_pairs"
+        planned.advice = "lower --batch_size or --block_pairs"
         return planned
 
     def _score_blocks(self, store: ScoreStore, missing: list[int], model: CrossEncoder) -> None:
-        hp, scorer = self.hp, self.scorer(model)
+        scorer = self.scorer(model)
         total = sum(last - first for first, last in map(store.block_range, missing))
-        progress = Progress(total, hp.log_every, "scored", "pairs")
+        progress = Progress(total, LOG_SECONDS, "scored", "pairs")
         for block in missing:
             first, last = store.block_range(block)
             logits = np.empty((last - first, 1), dtype=np.float32)
@@ -238,7 +236,7 @@ class CrossInference:
         warning = guards.collapsed(logits, [span for _, span in self.candidates.spans()])
         if warning:
             warn(warning)
-        if self.hp.dev_set == "none" or not os.path.exists(self.hp.dev_set_path):
+        if self.hp.dev_set == hparams.NONE or not os.path.exists(self.hp.dev_set_path):
             return
         reference = {query.qid: set(query.answers) for query in read_dev(self.hp.dev_set_path)}
         if not any(qid in reference for qid in result):
@@ -308,4 +306,4 @@ def _run(hp: InferenceCrossHparams) -> None:
 
 def main(argv: list[str]) -> int:
     """Run with these options; return the exit status."""
-    return exit_status(lambda: run(hparams.parse(InferenceCrossHparams, argv, DEBUG)))
+    return exit_status(lambda: run(hparams.parse(InferenceCrossHparams, argv)))

@@ -11,7 +11,7 @@ import torch
 
 from metric.evaluation import MEASURES, compute_metrics
 from torch_src import hparams
-from torch_src.cross_hparams import DEBUG, FIXED_BY_WEIGHTS, FROM_PRETRAINED, CrossHparams
+from torch_src.cross_hparams import MODEL_SETTINGS, CrossHparams
 from torch_src.data.candidates import OFFICIAL, Candidates, open_candidates
 from torch_src.data.collection import PassageCollection
 from torch_src.data.cross_training_set import CrossBatch, CrossTrainingSet
@@ -74,7 +74,7 @@ class CrossTraining(TrainingStage):
     """Training of the cross-encoder on pairs or on groups of one query."""
 
     name = "cross"
-    fixed_by_weights = FIXED_BY_WEIGHTS
+    fixed_by_weights = MODEL_SETTINGS
     lengths = ("max_seq_len",)
 
     def __init__(self, hp: CrossHparams):
@@ -98,7 +98,7 @@ class CrossTraining(TrainingStage):
             )
         self.dev = build_dev_reranking(hp) if hp.eval_every >= 0 and self.group.rank == 0 else None
         self.model = load_cross_encoder(hp.pretrained_model_path, self.config, hp.seed, trained=False)
-        if hp.dual_params != FROM_PRETRAINED:
+        if hp.dual_params != hparams.NONE:
             start_from_retriever(self.model, hp.dual_params)
         self.checkpoint_gradients(self.model.model)
         self.model.to(self.device)
@@ -110,7 +110,7 @@ class CrossTraining(TrainingStage):
         start, stamp = self.hp.dual_params, super().stamp()
         if self.hp.eval_every >= 0 and not self.hp.dev_candidates_path.endswith(OFFICIAL):
             stamp |= self.collection_stamp()  # a run names its texts and pids by rows
-        if start != FROM_PRETRAINED:
+        if start != hparams.NONE:
             retriever = require(start, "trained retriever", "run do_dual_train.py first")
             stamp["start_weights"] = checksum_files([retriever])
         return stamp
@@ -321,4 +321,4 @@ def run(hp: CrossHparams) -> None:
 
 def main(argv: list[str]) -> int:
     """Run with these options; return the exit status."""
-    return exit_status(lambda: run(hparams.parse(CrossHparams, argv, DEBUG)))
+    return exit_status(lambda: run(hparams.parse(CrossHparams, argv)))

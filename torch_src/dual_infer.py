@@ -13,8 +13,8 @@ import torch
 
 from torch_src import hparams
 from torch_src.data.formats import RunRow, format_run_row
-from torch_src.inference_de_hparams import DEBUG, InferenceDeHparams
-from torch_src.inference_stage import read_query_ids
+from torch_src.inference_de_hparams import InferenceDeHparams
+from torch_src.inference_stage import LOG_SECONDS, read_query_ids
 from torch_src.models.dual_encoder import DualEncoder
 from torch_src.retrieval.approximate import recall_line
 from torch_src.retrieval.encoding import encode_collection
@@ -149,9 +149,7 @@ class DualInference(Retriever):
             model.query_encoder = None  # its memory is the passage tower's now
         if store.missing_blocks():
             workers = worker_count(self.hp.workers, self.device)
-            encode_collection(
-                self.encoder("passage", model), self.collection, store, self.hp.log_every, workers
-            )
+            encode_collection(self.encoder("passage", model), self.collection, store, LOG_SECONDS, workers)
         else:
             log(f"{store.folder}: vectors up to date ({store.rows:,} passages)")
         return queries, store
@@ -196,7 +194,7 @@ class DualInference(Retriever):
         """Return about how long an exact search takes, by one over a few generated vectors."""
         devices, memory = search_devices(self.hp.device, self.device), self.hp.search_memory_gb
         at_once, rows = min(self.bs, queries), len(self.collection)
-        kind = choose_kind(self.hp.search_product, width, devices[0], log)
+        kind = choose_kind("auto", width, devices[0], log)
         some = min(rows, 3 * chunk_rows(at_once, width, memory, devices[0].type, len(devices)))
         draw = np.random.default_rng(0)
         probes = draw.standard_normal((at_once, width), dtype=np.float32)
@@ -218,7 +216,7 @@ class DualInference(Retriever):
             if hp.recall_queries:
                 log(index.recall(queries, self.topk, self.device, hp.recall_queries))
             return lambda some: (*index.search(some, self.topk), "")
-        kind = choose_kind(hp.search_product, store.hidden, devices[0], log)
+        kind = choose_kind("auto", store.hidden, devices[0], log)
         at_once = min(self.bs, len(queries))
         chunk_rows(at_once, store.hidden, hp.search_memory_gb, devices[0].type, len(devices))  # UserError
 
@@ -324,4 +322,4 @@ def _run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
 
 def main(argv: list[str], topk: int = 50, bs: int = 1000) -> int:
     """Run with these options (they win over `topk` and `bs`); return the exit status."""
-    return exit_status(lambda: run(hparams.parse(InferenceDeHparams, argv, DEBUG), topk, bs))
+    return exit_status(lambda: run(hparams.parse(InferenceDeHparams, argv), topk, bs))

@@ -9,9 +9,10 @@ from metric.evaluation import MEASURES, compute_metrics
 from torch_src import hparams
 from torch_src.data.dual_training_set import DualBatch, DualTrainingSet
 from torch_src.data.mined_files import read_teacher, sidecar_path
-from torch_src.dual_hparams import DEBUG, FIXED_BY_WEIGHTS, DualHparams
+from torch_src.dual_hparams import MODEL_SETTINGS, DualHparams
 from torch_src.models.dual_encoder import DualEncoder, load_backbone, shorten
 from torch_src.models.losses import contrastive_loss, contrastive_scores, distillation_loss
+from torch_src.models.model_folder import own_settings
 from torch_src.models.tokenization import TextRules, pad, tokenize
 from torch_src.retrieval.encoding import Encoder
 from torch_src.runtime.devices import autocast, tensors_to, token_budget
@@ -39,7 +40,7 @@ class DualTraining(TrainingStage):
     """Training of the two towers by in-batch and hard negatives."""
 
     name = "dual"
-    fixed_by_weights = FIXED_BY_WEIGHTS
+    fixed_by_weights = MODEL_SETTINGS
     lengths = ("q_max_seq_len", "p_max_seq_len")
 
     def __init__(self, hp: DualHparams):
@@ -55,7 +56,7 @@ class DualTraining(TrainingStage):
 
     def load(self) -> None:
         hp = self.hp
-        teacher = None if hp.distill_loss == "none" else read_teacher(hp.train_set_path)
+        teacher = None if hp.distill_loss == hparams.NONE else read_teacher(hp.train_set_path)
         self.data = DualTrainingSet(hp.train_set_path, self.rules["passage"].clean, teacher)
         self.steps = self.data.steps_per_epoch(hp.batch_size)  # UserError when the batch is too large
         log(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
@@ -69,7 +70,7 @@ class DualTraining(TrainingStage):
         hp, stamp = self.hp, super().stamp()
         if hp.eval_every >= 0:
             stamp |= self.collection_stamp()  # the pool of dev decides which weights are kept
-        if hp.distill_loss != "none":
+        if hp.distill_loss != hparams.NONE:
             stamp["teacher"] = checksum_files([sidecar_path(hp.train_set_path)])
         return stamp
 
@@ -123,7 +124,7 @@ class DualTraining(TrainingStage):
                 *(shorten(v, dims, hp.normalize) for v in (queries, passages)), hp.temperature
             )
             loss, accuracy = contrastive_loss(scores, targets, masked)
-            if hp.distill_loss != "none":
+            if hp.distill_loss != hparams.NONE:
                 distilled = distillation_loss(hp.distill_loss, scores, lists, teacher, hp.distill_temperature)
                 loss = hp.contrastive_weight * loss + hp.distill_weight * distilled
             losses.append(loss)
@@ -177,6 +178,12 @@ class DualTraining(TrainingStage):
             )
 
 
+def settings(argv: list[str]) -> DualHparams:
+    """Return the settings; the options win over the model folder, which wins over the defaults."""
+    hp = hparams.parse(DualHparams, argv)
+    return hparams.parse(DualHparams, argv, own_settings(hp.pretrained_model_path))
+
+
 def run(hp: DualHparams) -> None:
     """Train unless the result is up to date."""
     hparams.announce("train the dual encoder", hp)
@@ -185,4 +192,4 @@ def run(hp: DualHparams) -> None:
 
 def main(argv: list[str]) -> int:
     """Run with these options; return the exit status."""
-    return exit_status(lambda: run(hparams.parse(DualHparams, argv, DEBUG)))
+    return exit_status(lambda: run(settings(argv)))

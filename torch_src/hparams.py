@@ -1,131 +1,216 @@
-"""Settings: parse the command line into a frozen dataclass, print it, save it.
+"""Settings: parse the command line into a frozen dataclass, print --help, check, print and save the values.
 
-Each program has one dataclass in its own *_hparams module; the trailing comment of a field is its help text.
+Each program has one dataclass in its own *_hparams module; knobs that several programs share are inherited
+from common_hparams. The comment behind a knob is its --help text, the comment above a block its group.
 """
 
 import dataclasses
+import inspect
 import math
+import re
+import shutil
 import sys
+import textwrap
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import tyro
 
-from torch_src.models.model_folder import own_settings
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import write_json
 from torch_src.runtime.log import log
 
+NONE = "none"  # value of a path or model option: without it
 SAMPLE_DIR = "script/sample_data"
-TINY_MODEL = f"{SAMPLE_DIR}/tiny_bert"  # no weights there: they are drawn from the seed
+TINY_MODEL = f"{SAMPLE_DIR}/tiny_bert"  # a configuration without weights, which are drawn from the seed
 POOLINGS = ("cls", "mean", "pooler")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
+ABOVE_0 = (1e-12,)  # a range
 
-def parse(settings: type, argv: list[str], debug_defaults: dict):
-    """Return `settings` filled from `argv`; with `--debug` the defaults are `debug_defaults`, an option still
-    wins.
+GROUPS = ("main options", "data paths", "model", "optimization", "evaluation", "search", "run", "advanced")
+HELP_COLUMN = 32  # where the comments start
 
-    An unknown, misspelt or wrongly typed option prints what was expected and exits with status 2 (tyro).
+Settings = TypeVar("Settings", bound="Hparams")
+Ranges = dict[str, tuple[float, ...]]
+
+
+def under(folder: str, path: str, default: str) -> str:
+    """Return `path`, or `default` inside `folder` when it is empty."""
+    return path or str(Path(folder) / default)
+
+
+@dataclass(frozen=True)
+class Hparams:
+    """Base class of all settings."""
+
+    # main options
+    output_dir: str = "output"  # folder of the results
+    debug: bool = False  # small run on a CPU without a download: sample data, small random model
+
+    # Class attributes of the same names in a subclass extend these three.
+    DEBUG: ClassVar[dict[str, Any]] = {"output_dir": "output/debug"}  # defaults with --debug; options win
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
+    RANGES: ClassVar[Ranges] = {}  # knob -> (lowest,) or (lowest, highest)
+
+    @classmethod
+    def defaults(cls: type[Settings], debug: bool) -> Settings:
+        """Return the settings without any option."""
+        return dataclasses.replace(cls(), debug=debug, **(inherited(cls, "DEBUG") if debug else {}))
+
+    @property
+    def saved_to(self) -> str:
+        """Return the JSON file that holds all settings beside the result; empty: they are not saved."""
+        return ""
+
+    def check(self) -> None:
+        """UserError for a value that is not allowed. None, the unset value, always is."""
+        for name, allowed in inherited(type(self), "CHOICES").items():
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), allowed)
+        for name, limits in inherited(type(self), "RANGES").items():
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), *limits)
+
+
+def inherited(settings: type, attribute: str) -> dict[str, Any]:
+    """Return a class's dict merged with those of its base classes."""
+    merged: dict[str, Any] = {}
+    for cls in reversed(settings.__mro__):
+        merged |= vars(cls).get(attribute, {})
+    return merged
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """UserError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise UserError(f"--{name} {value}: expected one of {', '.join(allowed)}")
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """UserError unless low <= value <= high and value is finite."""
+    if not low <= value <= high or math.isinf(value):
+        raise UserError(f"--{name} {value}: must be {limit_text(low, high)}")
+
+
+def limit_text(low: float, high: float = math.inf) -> str:
+    if high < math.inf:
+        return f"between {low} and {high}"
+    return "above 0" if (low,) == ABOVE_0 else f"at least {low}"
+
+
+def parse(
+    settings: type[Settings], argv: list[str], model_settings: Mapping[str, Any] | None = None
+) -> Settings:
+    """Return the checked settings: defaults, those of --debug, `model_settings`, options; the last one wins.
+
+    A malformed option prints what was expected and exits with status 2; --help exits with 0.
     """
-    defaults = settings()
-    if is_debug(settings, argv):
-        defaults = dataclasses.replace(defaults, **debug_defaults)
-    parsed = _cli(settings, argv, defaults)
-    own = _of_the_model(parsed)
-    if own:  # between the defaults in the file and the options
-        parsed = _cli(settings, argv, dataclasses.replace(defaults, **own))
-    parsed.check()
-    return parsed
+    if {"--help", "-h"} & set(argv):
+        print(help_text(settings))
+        sys.exit(0)
+    options = parse_options(settings, argv)
+    defaults = settings.defaults(options.get("debug", settings.debug))
+    hp = dataclasses.replace(defaults, **{**(model_settings or {}), **options})
+    hp.check()
+    return hp
 
 
-def _cli(settings: type, argv: list[str], defaults):
-    return tyro.cli(
-        settings,
-        args=_spell_out(settings, argv),
-        default=defaults,
-        use_underscores=True,
-        description=(settings.__doc__ or "").strip(),
-        prog=Path(sys.argv[0]).name,
-    )
+def parse_options(settings: type[Hparams], argv: list[str]) -> dict[str, Any]:
+    """Return {knob: value} of the options in `argv` alone."""
+    kinds = {field.name: field.type for field in dataclasses.fields(settings)}
+    flags = {name for name, kind in kinds.items() if kind in (bool, bool | None)}
+    kinds |= dict.fromkeys(flags, bool)  # tyro has flags for plain booleans only
+    options = typing.cast(Any, typing.TypedDict)("options", kinds, total=False)
+    words = as_flags(argv, flags)
+    return dict(tyro.cli(options, args=words, use_underscores=True, prog=Path(sys.argv[0]).name))
 
 
-def _of_the_model(hp) -> dict:
-    """Return the pooling, normalisation and prefixes that the pretrained model's own folder asks for."""
-    if not isinstance(getattr(type(hp), "pooling", None), str):
-        return {}  # a program without these knobs, or one that takes them from the trained weights
-    return own_settings(hp.pretrained_model_path)
-
-
-def _spell_out(settings: type, argv: list[str]) -> list[str]:
-    """Return argv with `--flag` and `--no_flag` of a `bool | None` knob as `--flag True` and `--flag False`.
-
-    tyro knows flags for plain booleans only, and a user should not have to know which of the two a knob is.
-    """
-    optional = {field.name for field in dataclasses.fields(settings) if field.type == bool | None}
-    words = []
-    for at, word in enumerate(argv):
-        name = word.removeprefix("--").replace("-", "_")
-        plain = word.startswith("--") and argv[at + 1 : at + 2] not in (["True"], ["False"], ["None"])
-        if plain and name in optional:
-            words += [f"--{name}", "True"]
-        elif plain and name.removeprefix("no_") in optional:
-            words += [f"--{name.removeprefix('no_')}", "False"]
-        else:
-            words.append(word)
+def as_flags(argv: list[str], flags: set[str]) -> list[str]:
+    """Return argv with `--flag True` and `--flag=False` as `--flag` and `--no_flag`, the forms of tyro."""
+    words: list[str] = []
+    for word in argv:
+        if word in ("True", "False") and words and knob_name(words[-1]) in flags:
+            word = f"{words.pop()}={word}"
+        option, _, value = word.partition("=")
+        if value in ("True", "False") and (name := knob_name(option)) in flags:
+            word = f"--{name}" if value == "True" else f"--no_{name}"
+        words.append(word)
     return words
 
 
-def is_debug(settings: type, argv: list[str]) -> bool:
-    """Return whether --debug is on: asked of the command line alone, before the defaults are known."""
-    asked = [word.replace("-", "_") for word in argv if word in ("--debug", "--no_debug", "--no-debug")]
-    return asked[-1] == "__debug" if asked else settings().debug
+def knob_name(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
 
 
-def describe(hp) -> list[str]:
-    """Return one line a setting; a star marks what differs from the default in the file."""
-    defaults = type(hp)()
-    lines = []
-    for field in dataclasses.fields(hp):
-        value, default = getattr(hp, field.name), getattr(defaults, field.name)
-        mark = "*" if value != default else " "
-        lines.append(
-            f"{mark} {field.name} = {value!r}" + (f"   (default {default!r})" if mark == "*" else "")
-        )
-    return lines
+def help_text(settings: type[Hparams]) -> str:
+    """Return the --help text: the knobs in groups, each with type or choices, comment, default and range."""
+    lines = [f"usage: {Path(sys.argv[0]).name} [--name value ...]", "", settings.__doc__ or ""]
+    comments = knob_comments(settings)
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    for group in GROUPS:
+        names = [name for name, (found, _) in comments.items() if found == group]
+        lines += ["", f"{group}:"] if names else []
+        for name in names:
+            lines += knob_help(settings, fields[name], comments[name][1])
+    return "\n".join(lines)
 
 
-def announce(title: str, hp) -> None:
-    """Print the program's name and its settings."""
-    log(f"{title}   settings (* differs from the default):")
+def knob_help(settings: type[Hparams], field: "dataclasses.Field[Any]", comment: str) -> list[str]:
+    """Return the lines of one knob."""
+    name, default = field.name, field.default
+    choices, limits = inherited(settings, "CHOICES").get(name), inherited(settings, "RANGES").get(name)
+    if field.type in (bool, bool | None):
+        option = f"  --{name}, --no_{name}"
+    else:
+        kind = field.type if isinstance(field.type, type) else typing.get_args(field.type)[0]
+        option = f"  --{name} " + (f"{{{','.join(choices)}}}" if choices else kind.__name__.upper())
+    facts = [] if default is None or default == "" else [f"default {default}"]
+    facts += [limit_text(*limits)] if limits and len(limits) == 2 else []
+    width = max(60, shutil.get_terminal_size((110, 0)).columns) - HELP_COLUMN
+    text = f"{comment} ({'; '.join(facts)})" if facts else comment
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    if len(option) > HELP_COLUMN - 2:
+        lines.insert(0, "")
+    return [option.ljust(HELP_COLUMN) + lines[0], *(" " * HELP_COLUMN + line for line in lines[1:])]
+
+
+def knob_comments(settings: type[Hparams]) -> dict[str, tuple[str, str]]:
+    """Return {knob: (group, comment)} from the source of the class, then of its base classes."""
+    found: dict[str, tuple[str, str]] = {}
+    for cls in settings.__mro__[:-1]:
+        group = ""
+        for line in inspect.getsource(cls).splitlines():
+            if heading := re.fullmatch(r"    # ([a-z ]+)(:.*)?", line):
+                group = heading[1]
+            elif (knob := re.fullmatch(r"    (\w+): .+?  # (.+)", line)) and knob[1].islower():
+                found.setdefault(knob[1], (group, knob[2]))
+    return found
+
+
+def announce(title: str, hp: Hparams) -> None:
+    """Log the program, where its settings are saved, and those that differ from the defaults in the file."""
+    log(f"{title}; all settings are saved in {hp.saved_to}" if hp.saved_to else title)
     for line in describe(hp):
         log(f"  {line}")
-    if hp.debug:
-        log(
-            f"--debug: the sample collection and a small model with random weights; "
-            f"results go to {hp.output_dir}"
-        )
 
 
-def save(hp, path, **more) -> None:
-    """Write all settings (and `more`) as JSON beside the result they made."""
+def describe(hp: Hparams) -> list[str]:
+    """Return one line for each setting that differs from the default in the file."""
+    pairs = [(f.name, getattr(hp, f.name), f.default) for f in dataclasses.fields(hp)]
+    return [f"{name} = {value!r} (default {default!r})" for name, value, default in pairs if value != default]
+
+
+def save(hp: Hparams, path: str | Path, **more: object) -> None:
+    """Write all settings (and `more`) as JSON beside the result."""
     write_json(path, {**dataclasses.asdict(hp), **more})
 
 
-def check_choice(name: str, value, allowed) -> None:
-    """UserError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise UserError(f"--{name} {value}: expected one of {', '.join(map(str, allowed))}")
-
-
-def check_range(name: str, value, low, high=float("inf")) -> None:
-    """UserError unless low <= value <= high."""
-    if not low <= value <= high or math.isinf(value):
-        limit = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
-        raise UserError(f"--{name} {value}: must be {limit}")
-
-
 def dimensions(name: str, text: str, hidden: int) -> list[int]:
-    """Return the numbers of `64,128`; UserError unless they rise and stay below the model's width."""
+    """Return the numbers of `64,128`; UserError unless they rise and stay below the hidden size."""
     try:
         found = [int(part) for part in text.split(",")] if text else []
     except ValueError:
@@ -133,56 +218,3 @@ def dimensions(name: str, text: str, hidden: int) -> list[int]:
     if found and not 0 < found[0] <= found[-1] < hidden or found != sorted(set(found)):
         raise UserError(f"--{name} {text}: expected rising numbers below the model's {hidden}, e.g. 64,128")
     return found
-
-
-def check_training(hp) -> None:
-    """UserError for a value out of range among the knobs that both training programs have."""
-    check_choice("precision", hp.precision, PRECISIONS)
-    for name in ("epoch", "batch_size", "accumulation_steps", "tokens_per_batch", "log_every"):
-        check_range(name, getattr(hp, name), 1)
-    for name in ("max_steps", "early_stop", "threads", "seed", "weight_decay"):
-        check_range(name, getattr(hp, name), 0)
-    for name in ("grad_cache_chunk", "save_every_minutes"):
-        check_range(name, getattr(hp, name), 0)
-    for name in ("lr", "max_grad_norm"):
-        check_range(name, getattr(hp, name), 1e-12)
-    if hp.early_stop and hp.eval_every < 0:
-        raise UserError("--early_stop needs evaluations on dev; --eval_every -1 turns them off")
-    check_range("warmup_proportion", hp.warmup_proportion, 0, 1)
-    if hp.dropout is not None:
-        check_range("dropout", hp.dropout, 0, 0.9)
-    check_range("eval_every", hp.eval_every, -1)
-    check_range("ema_decay", hp.ema_decay, 0, 0.999999)
-
-
-def under(folder: str, path: str, default: str) -> str:
-    """Return `path` when it was given, else `default` inside `folder`."""
-    return path or str(Path(folder) / default)
-
-
-class OfficialLayout:
-    """Paths of a data folder of the official layout: a knob that is empty follows `data_dir`."""
-
-    @property
-    def dev_set_path(self) -> str:
-        return under(self.data_dir, self.dev_set, "dev/dev.json")
-
-    @property
-    def dev_q_path(self) -> str:
-        return under(self.data_dir, self.dev_q, "dev/dev.q.format")
-
-    @property
-    def dev_q2qid_path(self) -> str:
-        return under(str(Path(self.dev_q_path).parent), self.dev_q2qid, "q2qid.dev.json")
-
-    @property
-    def dev_candidates_path(self) -> str:
-        return under(self.data_dir, self.dev_candidates, "auxiliary/dev.retrieval.top50.res.tsv")
-
-    @property
-    def passage_dir_path(self) -> str:
-        return under(self.data_dir, self.passage_dir, "passage-collection")
-
-    @property
-    def passage_ids_path(self) -> str:
-        return under(self.passage_dir_path, self.passage_ids, "passage2id.map.json")

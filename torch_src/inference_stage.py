@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from torch_src.data.formats import read_q2qid, read_queries, read_question_ids
+from torch_src.hparams import NONE
 from torch_src.models.backbones import architecture, load_config, model_checksum
 from torch_src.models.tokenization import load_tokenizer, tokenizer_checksum
 from torch_src.models.trained_settings import MODEL_FIELDS, model_fields_intact
@@ -14,6 +15,8 @@ from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json, require
 from torch_src.runtime.log import warn
 from torch_src.runtime.stamps import changed_files, checksum_files, checksum_text
+
+LOG_SECONDS = 10.0  # between progress lines
 
 
 @dataclass
@@ -121,7 +124,7 @@ def read_query_ids(hp) -> dict[str, list[str] | None]:
     if hp.dev_q_path.endswith(".json"):
         return dict(read_question_ids(hp.dev_q_path))
     queries = read_queries(hp.dev_q_path)
-    if hp.dev_q2qid == "none":
+    if hp.dev_q2qid == NONE:
         return dict.fromkeys(queries)
     q2qid = read_q2qid(require(hp.dev_q2qid_path, "query text -> qid", "--dev_q2qid none goes without"))
     missing = [query for query in queries if query not in q2qid]

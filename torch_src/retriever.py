@@ -8,9 +8,8 @@ import numpy as np
 from torch_src import hparams
 from torch_src.data.collection import PassageCollection
 from torch_src.data.passage_ids import check_length, read_passage_ids
-from torch_src.dual_hparams import DEBUG as TRAIN_DEBUG
-from torch_src.dual_hparams import FIXED_BY_WEIGHTS, DualHparams
-from torch_src.inference_de_hparams import OPENVINO, PRETRAINED, InferenceDeHparams
+from torch_src.dual_hparams import MODEL_SETTINGS, DualHparams
+from torch_src.inference_de_hparams import OPENVINO, InferenceDeHparams
 from torch_src.inference_stage import (
     FoundModel,
     find_pretrained_model,
@@ -30,11 +29,11 @@ from torch_src.runtime.log import log
 
 def find_model(hp: InferenceDeHparams) -> FoundModel:
     """Return the model that the settings name: fine-tuned, or with `--dual_params none` as it is."""
-    if hp.dual_params != PRETRAINED and not planned_before_training(hp, hp.dual_params_path):
-        return find_trained_model(hp, "dual", hp.dual_params_path, FIXED_BY_WEIGHTS)
-    trained = replace(DualHparams(), **TRAIN_DEBUG) if hp.debug else DualHparams()
+    if hp.dual_params != hparams.NONE and not planned_before_training(hp, hp.dual_params_path):
+        return find_trained_model(hp, "dual", hp.dual_params_path, MODEL_SETTINGS)
+    trained = DualHparams.defaults(hp.debug)
     own = own_settings(hp.pretrained_model_path or trained.pretrained_model_path)
-    return find_pretrained_model(hp, replace(trained, **own), FIXED_BY_WEIGHTS)
+    return find_pretrained_model(hp, replace(trained, **own), MODEL_SETTINGS)
 
 
 def load_model(model: FoundModel, seed: int) -> DualEncoder:
@@ -73,7 +72,7 @@ class Retriever:
 
         The map must be exactly as long as the collection, or every pid after the gap would be wrong.
         """
-        if self.hp.passage_ids == "none":
+        if self.hp.passage_ids == hparams.NONE:
             return None
         path = require(self.hp.passage_ids_path, "row -> pid", "pass --passage_ids none to go without")
         ids = read_passage_ids(path, str(self.output / "cache"))
@@ -99,10 +98,10 @@ class Retriever:
         rules = TextRules(fixed[length], fixed[f"{side}_prefix"], fixed["remove_spaces"])
         tower, budget = (
             model.tower(side).to(self.device).eval(),
-            token_budget(hp.tokens_per_batch, self.device),
+            token_budget(0, self.device),
         )
         if side == "passage" and hp.encoder_engine == OPENVINO:
-            tower, budget = OpenVinoTower(tower, self.precision), hp.tokens_per_batch or TOKENS
+            tower, budget = OpenVinoTower(tower, self.precision), TOKENS
         return Encoder(
             tower, self.model.tokenizer, rules, fixed["pooling"], fixed["normalize"], self.device,
             self.precision, hp.batch_size, budget, hp.vector_dims,

@@ -33,7 +33,7 @@ from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import parse_dual_row
 from torch_src.data.lines import read_lines
 from torch_src.hparams import parse
-from torch_src.inference_de_hparams import DEBUG, InferenceDeHparams
+from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json, write_json
 from torch_src.runtime.program import exit_status
@@ -122,7 +122,7 @@ class Ladder:
         ])  # fmt: skip
         words = [*self.files, "--output_dir", str(output), "--topk", "50"]
         call(["do_dual_infer.py", *words])
-        convert(parse(InferenceDeHparams, words, DEBUG), output / "res.top50", 50)
+        convert(parse(InferenceDeHparams, words), output / "res.top50", 50)
         reference = load_reference(str(self.data / "dev/dev.json"))
         return compute_metrics(reference, load_result(str(output / "dual_res.json")))["MRR@10"]
 

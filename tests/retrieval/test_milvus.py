@@ -18,7 +18,7 @@ import pytest
 from test_search import full_sort, make_store
 from toy_world import lines, make_world, options
 
-from torch_src import hparams, inference_de_hparams
+from torch_src import hparams
 from torch_src.dual_infer import DualInference
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.retrieval.engines import milvus as milvus_engine
@@ -33,7 +33,7 @@ LOAD = "python script/milvus_load.py --output_dir O"
 
 
 def infer(*argv):
-    return hparams.parse(InferenceDeHparams, list(argv), inference_de_hparams.DEBUG)
+    return hparams.parse(InferenceDeHparams, list(argv))
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +139,8 @@ def test_the_knobs_of_milvus():
     "argv, message",
     [
         ("--engine faiss", "--engine faiss: expected one of exact, milvus"),
-        ("--engine milvus --index Flat", "leave out either it or --engine milvus"),
-        ("--engine milvus --plan", "leave out --engine milvus"),
+        ("--engine milvus --index Flat", "--index"),
+        ("--engine milvus --plan", "--plan"),
         ("--milvus_uri x.db", "are for --engine milvus"),
         ("--milvus_collection x", "are for --engine milvus"),
         ("--search_params ef=1", "or for --engine milvus"),

@@ -241,8 +241,8 @@ def test_missing_weights(world):
 
 def test_missing_vectors_name_the_command(world):
     shutil.rmtree(world / "output/para_emb")
-    command = f"run python do_dual_infer.py --data_dir {world}/data --output_dir {world}/output --threads 1"
-    refused(world, "manifest.json: no such file or folder (passage vectors)", command)
+    options = [f"--data_dir {world}/data", f"--output_dir {world}/output", "--threads 1"]
+    refused(world, "para_emb/manifest.json: ", "run python do_dual_infer.py --", *options)
 
 
 def test_unfinished_and_damaged_vectors(world):

@@ -24,7 +24,7 @@ def exit_status(program, *mistakes: type[Exception]) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        mend = "lower --grad_cache_chunk (training) or --tokens_per_batch; --plan suggests a number"
+        mend = "lower --grad_cache_chunk (training) or --batch_size (inference); --plan suggests a number"
         what = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
         log.error(f"out of memory ({what}); {mend}")
         return 2

@@ -15,9 +15,10 @@ import numpy as np
 
 from torch_src import cross_infer, dual_infer
 from torch_src.data.candidates import Candidates
-from torch_src.dual_hparams import FIXED_BY_WEIGHTS
+from torch_src.dual_hparams import MODEL_SETTINGS
+from torch_src.hparams import NONE
 from torch_src.inference_cross_hparams import InferenceCrossHparams
-from torch_src.inference_de_hparams import PRETRAINED, InferenceDeHparams
+from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.models.backbones import check_fits
 from torch_src.retrieval.faiss_index import ApproximateSearch, IndexSettings
 from torch_src.retrieval.reranking import PairScorer, rank_pairs
@@ -30,7 +31,7 @@ from torch_src.runtime.devices import choose_device, search_devices
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json, require
 from torch_src.runtime.stamps import changes, read_stamp
-from torch_src.tools.demo_hparams import DEBUG, DemoHparams
+from torch_src.tools.demo_hparams import DemoHparams
 
 LONGEST_QUESTION = 10_000  # characters; the models read far fewer
 
@@ -182,12 +183,12 @@ def reranked(scorer: PairScorer, question: str, hits: list[Hit]) -> list[Hit]:
 
 def dual_settings(hp: DemoHparams, manifest: dict) -> InferenceDeHparams:
     """Return the settings of do_dual_infer.py with which these vectors are searched."""
-    fixed = {name: getattr(hp, name) for name in FIXED_BY_WEIGHTS}
+    fixed = {name: getattr(hp, name) for name in MODEL_SETTINGS}
     precision, same = hp.precision, manifest.get("device") == choose_device(hp.device).type
     if precision == "auto" and same:
         precision = manifest.get("precision", "auto")
     return InferenceDeHparams(
-        dual_params=hp.dual_params_path if hp.dual_params != PRETRAINED else hp.dual_params,
+        dual_params=hp.dual_params_path if hp.dual_params != NONE else hp.dual_params,
         pretrained_model_path=hp.pretrained_model_path, data_dir=hp.data_dir, passage_dir=hp.passage_dir,
         passage_ids=hp.passage_ids, para_emb=hp.para_emb_path, output_dir=hp.output_dir,
         vector_dims=manifest.get("vector_dims", 0), precision=precision, device=hp.device,
@@ -238,7 +239,7 @@ def open_scorer(hp: DemoHparams, retriever: Retriever) -> PairScorer:
 
 def command(hp: DemoHparams) -> str:
     """Return the command line of do_dual_infer.py that makes the vectors this page wants."""
-    plain = replace(DemoHparams(), **DEBUG) if hp.debug else DemoHparams()
+    plain = DemoHparams.defaults(hp.debug)
     words = ["--debug"] if hp.debug else []
     for name in (knob.name for knob in fields(InferenceDeHparams) if hasattr(plain, knob.name)):
         value = getattr(hp, name)

@@ -77,6 +77,8 @@ class TrainingStage:
             make_deterministic(self.device)
         self.precision = choose_precision(hp.precision, self.device)
         threads = set_threads(hp.threads)
+        tokens = hp.tokens_per_batch or (16384 if self.device.type == "cuda" else 2048)
+        self.hp = dataclasses.replace(hp, tokens_per_batch=tokens)
         self.group = ProcessGroup(self.device)
         same = "  deterministic" if hp.deterministic else ""
         log(f"device {self.device}  precision {self.precision}  threads {threads}{same}")

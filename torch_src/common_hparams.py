@@ -1,0 +1,177 @@
+"""Knobs that several programs share. Edit a default here, or pass `--name value`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch_src.hparams import ABOVE_0, PRECISIONS, SAMPLE_DIR, Hparams, under
+from torch_src.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataFolder(Hparams):
+    """A data folder of the official layout: a path that is empty follows `data_dir`."""
+
+    # main options
+    data_dir: str = "dureader-retrieval-baseline-dataset"  # data folder of the official layout
+
+    # data paths
+    passage_dir: str = ""  # passages, part-00.. or all_doc; empty: data_dir/passage-collection
+    passage_ids: str = ""  # row -> pid (JSON); empty: passage_dir/passage2id.map.json
+
+    DEBUG = {"data_dir": SAMPLE_DIR}
+
+    @property
+    def passage_dir_path(self) -> str:
+        return under(self.data_dir, self.passage_dir, "passage-collection")
+
+    @property
+    def passage_ids_path(self) -> str:
+        return under(self.passage_dir_path, self.passage_ids, "passage2id.map.json")
+
+
+@dataclass(frozen=True)
+class TrainRows(DataFolder):
+    """Training rows."""
+
+    # data paths
+    train_set: str = ""  # training rows; empty: train/dual.train.tsv (or cross.train.tsv) in data_dir
+
+    TRAIN_FILE = "train/dual.train.tsv"
+
+    @property
+    def train_set_path(self) -> str:
+        return under(self.data_dir, self.train_set, self.TRAIN_FILE)
+
+
+@dataclass(frozen=True)
+class DevAnswers(DataFolder):
+    """Dev queries with their answers, for metrics."""
+
+    # data paths
+    dev_set: str = ""  # queries with answers (JSON lines); empty: data_dir/dev/dev.json; none: no metrics
+
+    @property
+    def dev_set_path(self) -> str:
+        return under(self.data_dir, self.dev_set, "dev/dev.json")
+
+
+@dataclass(frozen=True)
+class Queries(DataFolder):
+    """The queries of a result."""
+
+    # data paths
+    dev_q: str = ""  # queries, 4 columns or test1.json; empty: data_dir/dev/dev.q.format
+
+    @property
+    def dev_q_path(self) -> str:
+        return under(self.data_dir, self.dev_q, "dev/dev.q.format")
+
+
+@dataclass(frozen=True)
+class QueryIds(Queries):
+    """The queries of a result and their qids."""
+
+    # data paths
+    dev_q2qid: str = ""  # query text -> qid (JSON); empty: q2qid.dev.json beside dev_q; none: no qids
+
+    @property
+    def dev_q2qid_path(self) -> str:
+        return under(str(Path(self.dev_q_path).parent), self.dev_q2qid, "q2qid.dev.json")
+
+
+@dataclass(frozen=True)
+class TrainedRetriever(DataFolder):
+    """A trained retriever and its passage vectors."""
+
+    # data paths
+    dual_params: str = ""  # trained retriever; empty: output_dir/dual_params.bin; none: not fine-tuned
+    para_emb: str = ""  # folder of the passage vectors; empty: output_dir/para_emb
+
+    @property
+    def dual_params_path(self) -> str:
+        return under(self.output_dir, self.dual_params, "dual_params.bin")
+
+    @property
+    def para_emb_path(self) -> str:
+        return under(self.output_dir, self.para_emb, "para_emb")
+
+
+@dataclass(frozen=True)
+class Run(Hparams):
+    """How a program runs."""
+
+    # run
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    precision: str = "auto"  # of the model; auto: bf16 where the device is fast at it, else fp32
+    threads: int = 0  # CPU threads of this process; 0: what torch chooses
+    seed: int = 42  # seed of everything drawn at random: weights, dropout, order, samples
+
+    CHOICES = {"precision": PRECISIONS}
+    RANGES = {"threads": (0, 4096), "seed": (0, 2**32 - 1)}
+
+
+@dataclass(frozen=True)
+class Job(Run):
+    """A run whose result is skipped when it is up to date."""
+
+    # run
+    force: bool = False  # run from the start although the result is up to date
+
+
+@dataclass(frozen=True)
+class PlannedJob(Job):
+    """A run that can be estimated before it starts."""
+
+    # main options
+    plan: bool = False  # print time, memory and disk of this run from a short probe, then exit
+
+
+@dataclass(frozen=True)
+class Training(TrainRows, DevAnswers, PlannedJob):
+    """Training of either model."""
+
+    # main options
+    grad_cache_chunk: int = 0  # texts or pairs per forward pass, so that any batch fits (GradCache); 0: off
+
+    # data paths
+    dev_candidates: str = ""  # run or .res.tsv; empty: data_dir/auxiliary/dev.retrieval.top50.res.tsv
+
+    # model
+    remove_spaces: bool = False  # remove ASCII spaces from every text, as the official baseline does
+    dropout: float | None = None  # of layers and attention; unset: as in the model's config.json
+
+    # optimization
+    accumulation_steps: int = 1  # micro-batches per update; adds no in-batch negatives (batch_size does)
+    max_steps: int = 0  # stop after this many updates; 0: epoch decides
+    warmup_proportion: float = 0.1  # share of the updates in which lr rises; then it falls linearly to 0
+    max_grad_norm: float = 1.0  # the gradient is clipped to this norm
+    ema_decay: float = 0.0  # decay of averaged weights, which are evaluated and saved; 0: off, usual: 0.999
+
+    # evaluation
+    eval_every: int = 0  # updates between evaluations on dev; 0: after each epoch; -1: never
+    early_stop: int = 0  # stop after this many evaluations without a better MRR@10; 0: never
+
+    # run
+    save_every_minutes: float = 15.0  # between checkpoints, besides those of epochs and evaluations; 0: none
+    log_every: int = 20  # updates between log lines
+
+    # advanced
+    tokens_per_batch: int = 0  # padded tokens per forward pass; 0: chosen by device (2,048 on a CPU)
+    gradient_checkpointing: bool = False  # less memory: recompute activations in the backward pass
+    deterministic: bool = False  # on CUDA: the same bytes in every run, slower; a CPU does so anyway
+
+    RANGES = {
+        "epoch": (1,), "batch_size": (1,), "lr": ABOVE_0, "weight_decay": (0,), "dropout": (0, 0.9),
+        "grad_cache_chunk": (0,), "accumulation_steps": (1,), "max_steps": (0,), "warmup_proportion": (0, 1),
+        "max_grad_norm": ABOVE_0, "ema_decay": (0, 0.999999), "eval_every": (-1,), "early_stop": (0,),
+        "save_every_minutes": (0,), "log_every": (1,), "tokens_per_batch": (0,),
+    }  # fmt: skip
+
+    @property
+    def dev_candidates_path(self) -> str:
+        return under(self.data_dir, self.dev_candidates, "auxiliary/dev.retrieval.top50.res.tsv")
+
+    def check(self) -> None:
+        super().check()
+        if self.early_stop and self.eval_every < 0:
+            raise UserError("--early_stop needs evaluations on dev; --eval_every -1 turns them off")
