@@ -1,19 +1,19 @@
-"""Check a data folder of the official layout before anything long is started on it.
+"""Check a data folder of the official layout before a long job uses it.
 
     python script/check_data.py dureader-retrieval-baseline-dataset
     python script/check_data.py DIR --q_max_seq_len 32 --p_max_seq_len 384 --fix-report faults.tsv
 
-One pass over every file, in bounded memory: columns, encoding, counts, ids, dev positives and their texts,
-repeats, queries that are in train and dev, lengths. Lengths are in characters, of which Chinese vocabularies
-make about one token each. Prints a table, then every fault as file:line (the first 50; --fix-report writes
-all). Exit status: 0 sound, 1 with faults, 2 when it cannot be checked.
+Reads every file once, in bounded memory, and checks columns, encoding, row counts, ids, dev positives and
+their texts, duplicates, queries that are in train and dev, lengths. Lengths are in characters, of which
+Chinese vocabularies make about one token each. Prints a table, then every fault as file:line (the first 50;
+--fix-report writes all). Exit status: 0 without faults, 1 with faults, 2 when the check cannot run.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 from torch_src.runtime.files import atomic_write, require
 from torch_src.runtime.program import exit_status
@@ -27,7 +27,7 @@ def table(found: Findings, limits: dict[str, int]) -> list[str]:
     lines = [f"{'file':56} {'rows':>12}"]
     lines += [f"{name:56} {count:>12,}" for name, count in found.rows.items()]
     head = " ".join(f"{f'p{p}' if p < 100 else 'max':>7}" for p in PERCENTILES)
-    lines += ["", f"{'characters':32} {head} {'cut at':>7} {'share':>7}"]
+    lines += ["", f"{'characters':32} {head} {'cut at':>7} {'cut':>7}"]
     for kind, lengths in sorted(found.lengths.items()):
         limit = limits["query" if "query" in kind else "passage"]
         figures = " ".join(f"{lengths.percentile(p):>7}" for p in PERCENTILES)
@@ -35,8 +35,8 @@ def table(found: Findings, limits: dict[str, int]) -> list[str]:
     return lines
 
 
-def run(given: argparse.Namespace) -> bool:
-    """Check, print and report; return whether the data are sound."""
+def run(given: argparse.Namespace) -> Findings:
+    """Check the folder, print the findings and return them."""
     folder = require(given.folder, "the data folder")
     if given.fix_report:
         with atomic_write(given.fix_report) as file:
@@ -52,8 +52,8 @@ def run(given: argparse.Namespace) -> bool:
         print(f"{path}:{line}: {what}")
     if found.fault_count > SHOWN:
         print(f"... and {found.fault_count - SHOWN:,} more; --fix-report FILE writes all of them")
-    print(f"{found.fault_count:,} faults" if found.fault_count else "sound: no faults")
-    return not found.fault_count
+    print(f"{found.fault_count:,} faults" if found.fault_count else "no faults")
+    return found
 
 
 def main(argv: list[str]) -> int:
@@ -62,13 +62,13 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", help="a data folder of the official layout")
-    parser.add_argument("--q_max_seq_len", type=int, default=32, help="tokens of a query")
-    parser.add_argument("--p_max_seq_len", type=int, default=384, help="tokens of a passage")
+    parser.add_argument("--q_max_seq_len", type=int, default=32, help="longest query in tokens")
+    parser.add_argument("--p_max_seq_len", type=int, default=384, help="longest passage in tokens")
     parser.add_argument("--fix-report", dest="fix_report", help="write every fault to this file")
     given = parser.parse_args(argv)
-    sound: list[bool] = []
-    status = exit_status(lambda: sound.append(run(given)))
-    return status or int(not sound[0])
+    found: list[Findings] = []
+    status = exit_status(lambda: found.append(run(given)))
+    return status or int(found[0].fault_count > 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Candidates to re-rank: a run and the official files read alike, and each malformed line is named."""
+"""Candidates to re-rank: from a run or the official files; each malformed line is named."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The passage collection: rows in numeric part order, offsets kept and renewed, bad lines named."""
+"""The passage collection: rows in numeric part order, offset cache, bad lines."""
 
 import os
 import shutil
@@ -44,12 +44,12 @@ def scans(monkeypatch):
     return seen
 
 
-def test_parts_stand_in_numeric_order(make):
+def test_parts_are_in_numeric_order(make):
     folder = make(**{f"part_{number}": lines(f"p{number}") for number in (10, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9)})
     assert list(PassageCollection(folder)) == [f"p{number}" for number in range(11)]
 
 
-def test_other_files_in_the_folder_are_no_parts(make):
+def test_other_files_in_the_folder_are_ignored(make):
     folder = make(part_00=lines("a"), **{"passage2id.map.json": "{}", "part_01.tmp": "x", "xpart_02": "x"})
     assert [path.name for path in collection_files(folder)] == ["part-00"]
 
@@ -92,7 +92,7 @@ def test_last_line_without_newline_is_a_row(make):
     assert list(PassageCollection(folder)) == ["a", "b", "c"]
 
 
-def test_odd_line_separators_stay_inside_their_text(make):
+def test_unusual_line_separators_do_not_end_a_line(make):
     passages = PassageCollection(make(part_00=lines(ODD, "", "\u2028"), part_01=lines(ODD)))
     assert len(passages) == 4
     assert passages[0:4] == [ODD, "", "\u2028", ODD]
@@ -170,7 +170,7 @@ def test_offset_cache_is_reused_for_parts_and_all_doc(make, tmp_path, monkeypatc
     assert (list(again), again.checksum) == (list(first), first.checksum)
 
 
-def test_offset_cache_is_renewed_for_the_changed_file_alone(make, tmp_path, monkeypatch):
+def test_offset_cache_is_rebuilt_for_the_changed_file_only(make, tmp_path, monkeypatch):
     folder, cache = make(part_00=lines("a"), part_01=lines("b")), tmp_path / "cache"
     before = PassageCollection(folder, cache).checksum
     (folder / "part-01").write_text(lines("b", "c"))
@@ -179,7 +179,7 @@ def test_offset_cache_is_renewed_for_the_changed_file_alone(make, tmp_path, monk
     assert seen == ["part-01"] and list(changed) == ["a", "b", "c"] and changed.checksum != before
 
 
-def test_change_of_time_alone_is_seen_and_keeps_the_checksum(make, tmp_path, monkeypatch):
+def test_new_modification_time_alone_keeps_the_checksum(make, tmp_path, monkeypatch):
     folder, cache = make(part_00=lines("a")), tmp_path / "cache"
     before = PassageCollection(folder, cache).checksum
     os.utime(folder / "part-00", ns=(1, 1))
@@ -201,7 +201,7 @@ def test_change_of_time_alone_is_seen_and_keeps_the_checksum(make, tmp_path, mon
         ("json", lambda data: data.replace(b'"checksum": "', b'"checksum": 1, "x": "')),
     ],
 )
-def test_damaged_offset_cache_is_made_again(make, tmp_path, monkeypatch, suffix, damage):
+def test_damaged_offset_cache_is_rebuilt(make, tmp_path, monkeypatch, suffix, damage):
     folder, cache = make(part_00=lines("a", "b")), tmp_path / "cache"
     fresh = PassageCollection(folder, cache)
     (path,) = cache.glob(f"*.{suffix}")
@@ -212,7 +212,7 @@ def test_damaged_offset_cache_is_made_again(make, tmp_path, monkeypatch, suffix,
     assert list(PassageCollection(folder, cache)) == ["a", "b"] and seen == []
 
 
-def test_checksum_follows_content_not_place(make, tmp_path):
+def test_checksum_depends_on_content_not_path(make, tmp_path):
     folder = make(part_00=lines("a", "b"))
     first = PassageCollection(folder).checksum
     copy = shutil.copytree(folder, tmp_path / "copy")

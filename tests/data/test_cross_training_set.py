@@ -1,6 +1,4 @@
-"""Training data of the cross-encoder: what a batch holds, that it is a function of (seed, epoch, step), and
-what a malformed file gets.
-"""
+"""Training data of the cross-encoder: batches as a function of (seed, epoch, step), malformed files."""
 
 from collections import Counter
 
@@ -68,7 +66,7 @@ def test_one_epoch_takes_every_row_once(tmp_path):
     assert data.rows == 24 and data.queries == 4
 
 
-def test_pairs_are_the_lines_they_name(tmp_path):
+def test_rows_of_a_batch_are_the_line_numbers_of_its_pairs(tmp_path):
     written = rows_of(3, 1, 3)
     batch = opened(tmp_path / "t.tsv", written).pairs(0, 0, 0, 12)
     found = zip(batch.queries, batch.passages, batch.labels, strict=True)
@@ -92,16 +90,16 @@ def test_a_group_is_one_positive_first_and_distinct_negatives_of_its_query(tmp_p
         for queries, passages, labels in groups(data.lists_of(8, epoch, 0, 10, 7), 7):
             assert len(set(queries)) == 1 and labels == [1, 0, 0, 0, 0, 0, 0]
             assert {passage.split()[0] for passage in passages} == {queries[0].removeprefix("问")}
-            assert len(set(passages)) == 7  # six negatives are there, so none may stand twice
+            assert len(set(passages)) == 7  # six negatives are there, so none is repeated
 
 
-def test_negatives_are_drawn_afresh_each_epoch(tmp_path):
+def test_each_epoch_draws_other_negatives(tmp_path):
     data = opened(tmp_path / "t.tsv", rows_of(1, 1, 30))
     draws = [tuple(data.lists_of(0, epoch, 0, 1, 4).passages[1:]) for epoch in range(60)]
     assert len(set(draws)) > 55
-    assert len({passage for draw in draws for passage in draw}) == 30  # no negative is left out for good
+    assert len({passage for draw in draws for passage in draw}) == 30  # each negative is drawn
     counts = Counter(passage for draw in draws for passage in draw)
-    assert max(counts.values()) < 20  # 6 expected of each
+    assert max(counts.values()) < 20  # expected: 6 of each
 
 
 def test_two_positives_of_a_query_get_their_own_draws(tmp_path):
@@ -113,12 +111,12 @@ def test_two_positives_of_a_query_get_their_own_draws(tmp_path):
 def test_negatives_repeat_only_when_too_few(tmp_path):
     data = opened(tmp_path / "t.tsv", rows_of(2, 1, 3))
     for _, passages, _ in groups(data.lists_of(0, 0, 0, 2, 8), 8):
-        assert sorted(Counter(passages[1:]).values()) == [2, 2, 3]  # all of them before any a third time
+        assert sorted(Counter(passages[1:]).values()) == [2, 2, 3]  # all of them before one repeats
     assert data.short_lists(8) == 2 and data.short_lists(5) == 2 and data.short_lists(4) == 0
 
 
 @pytest.mark.parametrize("there, count", [(5, 5), (5, 3), (5, 7), (1, 4), (3, 9)])
-def test_draw_negatives_uses_each_as_often_as_the_others(there, count):
+def test_draw_negatives_draws_all_equally_often(there, count):
     chosen = draw_negatives(np.arange(10, 10 + there), count, np.random.default_rng(0))
     times = Counter(chosen)
     assert len(chosen) == count and set(chosen) <= set(range(10, 10 + there))
@@ -136,7 +134,7 @@ def test_a_known_positive_is_never_a_negative(tmp_path):
             assert set(passages[1:]) == expected
 
 
-def test_queries_that_differ_in_removed_spaces_are_one(tmp_path):
+def test_queries_that_differ_only_in_removed_spaces_are_one(tmp_path):
     rows = [row("问 题", "答", 1), row("问题", "错", 0)]
     assert opened(tmp_path / "t.tsv", rows, clean=lambda text: text.replace(" ", "")).queries == 1
     assert CrossTrainingSet(tmp_path / "t.tsv").queries == 2
@@ -149,7 +147,7 @@ def test_a_repeated_row_counts_once_in_a_group(tmp_path):
     assert all(set(data.lists_of(0, epoch, 0, 1, 3).passages) == {"答", "错", "误"} for epoch in range(10))
 
 
-def test_a_positive_without_negatives_makes_no_group(tmp_path):
+def test_a_positive_without_negatives_forms_no_group(tmp_path):
     rows = [*rows_of(2, 1, 2), row("孤", "答", 1), row("无", "错", 0)]
     data = opened(tmp_path / "t.tsv", rows)
     assert data.queries == 4 and data.steps_per_epoch(2, listwise=True) == 1

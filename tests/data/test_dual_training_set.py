@@ -1,4 +1,4 @@
-"""Which query, positive and negatives make a batch: grouping, draws, masks, and what is refused."""
+"""Which query, positive and negatives make a batch: grouping, draws, masks, malformed files."""
 
 import random
 
@@ -45,7 +45,7 @@ def same(a, b):
     )
 
 
-def test_rows_of_a_query_belong_together_however_scattered(tmp_path):
+def test_scattered_rows_of_a_query_are_one_group(tmp_path):
     rows = make_world()
     data = DualTrainingSet(write(tmp_path / "t.tsv", rows))
     order = list(dict.fromkeys(query for query, _, _ in rows))
@@ -54,7 +54,7 @@ def test_rows_of_a_query_belong_together_however_scattered(tmp_path):
         assert sorted(group.tolist()) == [at for at, row in enumerate(rows) if row[0] == query]
 
 
-def test_over_an_epoch_every_query_at_most_once_and_rows_name_the_line(tmp_path):
+def test_an_epoch_has_each_query_at_most_once_and_rows_are_line_numbers(tmp_path):
     rows = make_world(1)
     data = DualTrainingSet(write(tmp_path / "t.tsv", rows))
     assert data.steps_per_epoch(5) == 4 and data.steps_per_epoch(23) == 1 and data.steps_per_epoch(1) == 23
@@ -72,10 +72,10 @@ def test_over_an_epoch_every_query_at_most_once_and_rows_name_the_line(tmp_path)
     assert len(left_over) > 3  # not the same three queries are left out in every epoch
 
 
-def test_same_seed_epoch_step_same_batch_in_a_new_object_others_differ(tmp_path):
+def test_a_batch_depends_on_seed_epoch_and_step_only(tmp_path):
     path = write(tmp_path / "t.tsv", make_world(2))
     first, second = DualTrainingSet(path), DualTrainingSet(path)
-    second.batch(1, 1, 1, 5, 2)  # what was drawn before must not matter
+    second.batch(1, 1, 1, 5, 2)  # earlier batches must not matter
     for step in (3, 0, 2):
         assert same(first.batch(42, 4, step, 5, 2), second.batch(42, 4, step, 5, 2))
     base = first.batch(42, 4, 0, 5, 2)
@@ -97,7 +97,7 @@ def test_a_query_with_several_positives_draws_each_of_them_and_each_negative(tmp
     assert negatives == {f"n{at}" for at in range(8)}
 
 
-def test_distinct_positives_are_drawn_alike_however_often_they_stand_there(tmp_path):
+def test_distinct_positives_are_equally_likely_whatever_their_number_of_rows(tmp_path):
     rows = [("甲", "often", f"n{at}") for at in range(50)] + [("甲", "once", "n50")]
     data = DualTrainingSet(write(tmp_path / "t.tsv", rows))
     drawn = [data.batch(3, epoch, 0, 1, 0).passages[0] for epoch in range(200)]
@@ -106,7 +106,7 @@ def test_distinct_positives_are_drawn_alike_however_often_they_stand_there(tmp_p
 
 @pytest.mark.parametrize("hard_negatives", [0, 1, 3])
 @pytest.mark.parametrize("remove_spaces", [False, True])
-def test_masks_targets_and_columns_against_the_whole_file(tmp_path, hard_negatives, remove_spaces):
+def test_masks_targets_and_columns_agree_with_the_whole_file(tmp_path, hard_negatives, remove_spaces):
     def clean(text):
         return text.replace(" ", "") if remove_spaces else text
 
@@ -140,7 +140,7 @@ def test_masks_targets_and_columns_against_the_whole_file(tmp_path, hard_negativ
     assert masks > 0 and shared > 0  # the world does hold both cases
 
 
-def test_fewer_negatives_than_asked_and_none_that_is_a_known_positive(tmp_path):
+def test_a_query_with_few_negatives_and_positives_never_as_negatives(tmp_path):
     rows = [("甲", "a", "b"), ("甲", "b", "c"), ("甲", "a", "c"), ("乙", "d", "d")]
     data = DualTrainingSet(write(tmp_path / "t.tsv", rows))
     for epoch in range(20):
@@ -159,7 +159,7 @@ def test_one_positive_of_two_queries_is_one_column(tmp_path):
     assert batch.passages == ["same", "x"] and batch.targets.tolist() == [0, 0] and not batch.masked.any()
 
 
-def test_texts_come_back_as_they_stand_in_the_file(tmp_path):
+def test_texts_are_returned_unchanged(tmp_path):
     odd = 'a\x0bb\x0c\x1c\x85\u2028 "quoted" \' '
     path = write(tmp_path / "t.tsv", [(f"问{odd}", odd, f" {odd}"), ("x", "y", "")])
     path.write_bytes(path.read_bytes().removesuffix(b"\n"))  # a last line without its newline

@@ -42,7 +42,7 @@ def refused(read, place, *words):
     assert all(word in message for word in words), message
 
 
-def test_lines_end_at_newline_alone_and_only_the_final_one_is_dropped(file):
+def test_only_a_newline_ends_a_line_and_is_removed(file):
     path = file(f"{ODD}\n\n {ODD}\t\r\nlast ")
     assert list(lines.read_lines(path)) == [(1, ODD), (2, ""), (3, f" {ODD}\t\r"), (4, "last ")]
     assert list(lines.read_lines(file(""))) == []
@@ -76,7 +76,7 @@ def test_every_way_to_write_an_empty_column_is_accepted(empty):
 @STEADY
 @given(QUERY, ABSENT, QUERY.filter(lambda text: text != "null"), ABSENT, COLUMN, st.sampled_from([0, 1]))
 @example(ODD, "", ODD, "null", ODD, 1)
-def test_training_lines_give_their_texts_back(query, title, passage, other, negative, label):
+def test_training_lines_keep_their_texts_unchanged(query, title, passage, other, negative, label):
     line = f"{query}\t{title}\t{passage}\t{other}\t{negative}\t0"
     assert formats.parse_dual_row(line, "f", 2) == DualRow(query, passage, negative)
     line = f"{query}\t{title}\t{passage}\t{label}"
@@ -87,7 +87,7 @@ def test_training_lines_give_their_texts_back(query, title, passage, other, nega
 @given(COLUMN)
 @example(ODD)
 @example("")
-def test_passage_line_survives_the_way_through_its_bytes(passage):
+def test_passage_line_keeps_its_text_unchanged(passage):
     raw = f"-\t\t{passage}\t0\n".encode()
     assert formats.parse_passage(lines.decode(raw, "f", 2), "f", 2) == passage
 
@@ -126,7 +126,7 @@ def test_empty_query_and_title_are_refused_in_both_training_files(line, word):
     refused(lambda: parse(line, "f", 4), "f:4", word)
 
 
-def test_dev_queries_keep_order_and_spelling_and_a_repeated_one_names_both_lines_and_the_mend(file):
+def test_dev_queries_keep_order_and_spelling_and_a_duplicate_is_an_error(file):
     path = file(f"b\t-\t-\t0\n{ODD}\t\t\t0\nb \t-\t-\t0\na\tnull\t-\t0")
     assert formats.read_queries(path) == ["b", ODD, "b ", "a"]
     path = file("a\t-\t-\t0\nb\t-\t-\t0\na\t-\t-\t0\n")
@@ -142,7 +142,7 @@ def test_malformed_dev_query_files(file):
         formats.read_queries(file(""))
 
 
-def test_q2qid_keeps_texts_whole_and_a_torn_one_is_named_with_its_line(file):
+def test_q2qid_keeps_texts_unchanged_and_a_cut_file_is_an_error(file):
     mapping = {ODD: "q1", "甲": "q2"}
     assert formats.read_q2qid(file(json.dumps(mapping, ensure_ascii=False))) == mapping
     path = file('{"a": "1",\n"b": "2"')
@@ -192,7 +192,7 @@ def test_broken_dev_line_is_named(file, broken, word):
     refused(lambda: formats.read_dev(path), f"{path}:2", word)
 
 
-def test_candidates_come_with_their_ids_and_different_lengths_are_refused(file):
+def test_candidates_have_their_ids_and_other_lengths_are_an_error(file):
     texts, ids = file(f"q\t\t{ODD}\t0\nr\tnull\tp\t0\n"), file("1\tx\n2\ty\n", "ids")
     assert list(formats.read_candidates(texts, ids)) == [("1", "x", "q", ODD), ("2", "y", "r", "p")]
     texts, ids = file("q\t\ta\t0\nq\t\tb\t0\n"), file("1\tx\n", "ids")
@@ -214,7 +214,7 @@ def test_malformed_candidate_or_id_line_is_named_in_its_own_file(file):
 @example(ODD, 0, 1, 3.4028234663852886e38)
 @example("q", 1, 2, 1.401298464324817e-45)
 @example("q", 1, 2, 13.554893493652344)
-def test_run_row_gives_float32_back_exactly(tmp_path_factory, query, row, rank, score):
+def test_run_row_restores_float32_exactly(tmp_path_factory, query, row, rank, score):
     path = tmp_path_factory.getbasetemp() / "run_round_trip"
     path.write_bytes(formats.format_run_row(RunRow(query, row, rank, score)).encode())
     (back,) = formats.read_run(path)

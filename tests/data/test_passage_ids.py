@@ -1,4 +1,4 @@
-"""passage2id.map.json in pieces of any size: the same pairs as json.loads, in row order."""
+"""passage2id.map.json, streamed with any chunk size: the same pairs as json.loads, in row order."""
 
 import json
 
@@ -49,7 +49,7 @@ def file(tmp_path):
 @example({ODD: ODD, "": "", "\\": '\\"'}, {}, True, 1)
 @example({ODD: ODD, "\\\\": '"'}, {}, False, 1)
 @example({}, {"indent": 2}, True, 1)
-def test_pairs_equal_json_loads_whatever_the_chunk(tmp_path_factory, pairs, layout, ascii_only, chunk):
+def test_pairs_equal_json_loads_for_any_chunk_size(tmp_path_factory, pairs, layout, ascii_only, chunk):
     path = tmp_path_factory.getbasetemp() / "pairs.json"
     path.write_bytes((json.dumps(pairs, ensure_ascii=ascii_only, **layout) + "\n").encode())
     assert pairs_of(path, chunk) == list(pairs.items())
@@ -97,7 +97,7 @@ def test_anything_but_one_flat_object_of_strings_is_a_user_error(file, content):
 
 
 @pytest.mark.parametrize("content", ['{"0": "\\x"}', '{"0": "\\u12"}', '{"\\q": "p"}', '{"0": "\\ud800"}'])
-def test_escape_that_is_no_text_is_a_user_error_naming_the_file(file, content):
+def test_invalid_escape_is_a_user_error(file, content):
     path = file(content)
     with pytest.raises(UserError) as caught:
         read_passage_ids(path)
@@ -144,24 +144,24 @@ def test_missing_or_repeated_row_is_a_user_error(file, monkeypatch, keys, chunk)
 
 
 @pytest.mark.parametrize("key", ["", "a", "-1", "1.0", " 0", "²", "01", "00"])
-def test_key_that_is_no_row_number_is_named(file, key):
+def test_key_that_is_not_a_row_number_is_an_error(file, key):
     with pytest.raises(UserError, match="not a row number") as caught:
         read_passage_ids(file(json.dumps({"0": "p", key: "q"})))
     assert repr(key) in str(caught.value)
 
 
 @pytest.mark.parametrize("digits", [12, 20, 5000])
-def test_row_number_far_too_large_is_a_user_error(file, digits):
+def test_huge_row_number_is_a_user_error(file, digits):
     with pytest.raises(UserError):
         read_passage_ids(file(json.dumps({"9" * digits: "p"})))
 
 
-def test_ids_fill_one_bytes_array_as_wide_as_the_longest(file):
+def test_ids_are_one_bytes_array_as_wide_as_the_longest(file):
     found = read_passage_ids(file(json.dumps({"1": "abc", "0": "甲乙"})))
     assert found.dtype == np.dtype("S6") and found.tolist() == ["甲乙".encode(), b"abc"]
 
 
-def test_the_ids_are_kept_for_the_next_time(file, tmp_path, monkeypatch):
+def test_the_ids_are_cached(file, tmp_path, monkeypatch):
     path = file(OBJECT)
     assert read_passage_ids(path, tmp_path / "cache").tolist() == [b"p0", b"p1"]
     with monkeypatch.context() as patch:

@@ -133,7 +133,7 @@ from metric import {names}
         ("res.rerank", "cross_res.json"),
     ],
 )
-def test_output_stands_beside_the_run(folder, name, output):
+def test_output_is_beside_the_run(folder, name, output):
     Path("runs").mkdir()
     Path("res.top3").rename(Path("runs", name))
     assert convert(10, f"runs/{name}") == 0
@@ -142,7 +142,7 @@ def test_output_stands_beside_the_run(folder, name, output):
     assert convert(10, f"runs/{name}", "mine.json") == 0 and read("mine.json") == LISTS
 
 
-def test_a_result_that_is_stale_or_changed_is_warned_of(folder, capsys):
+def test_a_stale_or_changed_result_gives_a_warning(folder, capsys):
     assert convert(10) == 0
     stamp = read("dual_res.json.stamp.json")
     assert stamp["topk"] == 10 and set(stamp["inputs"]) == {"q2qid", "map", "res.top3"}
@@ -165,14 +165,14 @@ def test_a_result_that_is_stale_or_changed_is_warned_of(folder, capsys):
         assert warnings(capsys) == []
 
 
-def test_output_never_goes_over_an_input_or_the_first_stage(folder, capsys):
+def test_output_never_replaces_an_input_or_the_first_stage(folder, capsys):
     Path("res.rerank3").write_bytes(RUN.encode())
     assert "dual_res.json" in failure(lambda: convert(3, "res.rerank3", "./dual_res.json"), capsys)
     assert "one of the inputs" in failure(lambda: convert(3, "res.top3", str(folder / "map")), capsys)
     assert "one of the inputs" in failure(lambda: rerank.main(["scores", "ids", "ids"]), capsys)
 
 
-def test_warnings_count_what_is_legal_but_odd(folder, capsys):
+def test_warnings_for_valid_but_suspicious_runs(folder, capsys):
     Path("res.top3").write_bytes("b\u2028\t0\t1\t1\nb\u2028\t1\t2\t1\nc\t1\t3\t2\nc\t0\t1\t1".encode())
     assert convert() == 0
     found = warnings(capsys)
@@ -239,7 +239,7 @@ def test_bad_run_or_map_is_named_by_file_and_line(folder, capsys, name, text, me
     failure(convert, capsys)  # checks that the older result is still there
 
 
-def test_two_queries_of_one_text_must_be_merged_and_missing_files_are_named(folder, capsys):
+def test_duplicate_query_and_missing_file(folder, capsys):
     Path("q2qid").write_text('{"c": "q1", "c": "q2"}', encoding="utf-8")
     message = failure(convert, capsys)
     assert "merge" in message and "dev.q.format" in message
@@ -248,7 +248,7 @@ def test_two_queries_of_one_text_must_be_merged_and_missing_files_are_named(fold
 
 
 def random_map(rng):
-    """The text of a passage map as json.dumps would never write it: any order, blanks, escapes, scripts."""
+    """A passage map in an unusual layout: any order, blanks, escapes, scripts."""
 
     def blank():
         return "".join(rng.choices(" \n\t\r", k=rng.choice((0, 0, 1, 3))))
@@ -271,7 +271,7 @@ def random_map(rng):
     return blank() + "{" + (",".join(pairs) or blank()) + "}" + blank()
 
 
-def test_streamed_map_is_what_json_reads_for_any_chunk_size(folder, monkeypatch):
+def test_streamed_map_equals_json_loads_for_any_chunk_size(folder, monkeypatch):
     rng = random.Random(5)
     for trial in range(300):
         text = random_map(rng)
@@ -442,7 +442,7 @@ def test_measures_equal_a_second_implementation_on_random_runs():
         assert measured == expected, trial
 
 
-def test_evaluation_warns_of_what_changes_the_numbers(folder, capsys):
+def test_evaluation_warns_of_duplicate_missing_and_unknown_queries(folder, capsys):
     Path("res.json").write_text('{"q1": ["x", "x", "a", "x"], "q2": ["c", "c"], "z": []}', encoding="utf-8")
     assert evaluation.load_reference("dev.json") == {qid: set(pids) for qid, pids in ANSWERS.items()}
     assert load_result("res.json") == {"q1": ["x", "x", "a", "x"], "q2": ["c", "c"], "z": []}

@@ -1,4 +1,4 @@
-"""The check of a data folder: what is sound, and each fault by file and line."""
+"""The check of a data folder: no fault in valid data, and each fault by file and line."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ def change(path, line: int, new: str | None) -> None:
     write(path, rows)
 
 
-def test_a_sound_folder(data):
+def test_a_valid_folder(data):
     found = DataCheck(str(data)).run()
     assert found.faults == []
     assert found.rows["passage-collection/part-00"] + found.rows["passage-collection/part-01"] == 60
@@ -51,7 +51,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_bad_line_is_named_and_the_rest_is_read_on(data, name):
+def test_a_bad_line_is_named_and_the_rest_is_checked(data, name):
     line, new, what = FAULTS[name]
     change(data / name, line, new)
     found = [fault for fault in faults(data) if fault[0] == name]
@@ -72,15 +72,15 @@ def lines_of(path) -> list[bytes]:
     return path.read_bytes().split(b"\n")[:-1]
 
 
-def test_a_row_too_few_shifts_the_ids_and_is_seen_twice(data):
+def test_a_missing_row_shifts_the_ids_and_gives_two_faults(data):
     """The map has one id more, and a dev positive has the text of its neighbour."""
     change(data / "passage-collection/part-00", 1, None)
     found = faults(data)
     assert ("passage-collection/passage2id.map.json", 1) in [fault[:2] for fault in found]
-    assert any("are the ids off?" in what for _, _, what in found)
+    assert any("are the ids shifted?" in what for _, _, what in found)
 
 
-def test_ids_that_lead_nowhere(data):
+def test_unknown_and_duplicate_ids(data):
     path = data / "dev/dev.json"
     entry = json.loads(lines(path)[1])
     entry["answer_paragraphs"][0]["paragraph_id"] = "nowhere"
@@ -91,9 +91,9 @@ def test_ids_that_lead_nowhere(data):
     ids.write_text(json.dumps(mapping | {"0": mapping["1"]}))
     last = max(map(int, mapping))
     ids.write_text(json.dumps(mapping | {"0": mapping["1"], str(last): mapping["2"]}))
-    named = sorted(what for _, _, what in faults(data) if what.startswith("the pid"))
+    named = sorted(what for _, _, what in faults(data) if "same pid" in what)
     assert named == sorted(
-        f"the pid {mapping[row]} stands for row {one} and for row {other}"
+        f"the rows {one} and {other} have the same pid {mapping[row]}"
         for row, one, other in (("1", 0, 1), ("2", 2, last))
     )
     ids.write_text(json.dumps({row: pid for row, pid in mapping.items() if row != "7"}))
@@ -108,10 +108,10 @@ def test_every_bad_line_of_the_dev_set_is_named(data):
     change(path, 5, "{")
     found = [(line, what) for name, line, what in faults(data) if name == "dev/dev.json"]
     assert [line for line, _ in found if "q2qid" not in _] == [2, 4, 5]
-    assert "stands in line 1 already" in dict(found)[4]
+    assert "first in line 1" in dict(found)[4]
 
 
-def test_a_query_twice_and_a_query_without_id(data):
+def test_a_duplicate_query_and_a_query_without_qid(data):
     path = data / "dev/dev.q.format"
     rows = lines(path)
     write(path, [*rows, rows[0], "新\t-\t-\t0"])
@@ -120,7 +120,7 @@ def test_a_query_twice_and_a_query_without_id(data):
     assert "the same query as line 1" in found[0][2] and "has no qid" in found[1][2]
 
 
-def test_notes_are_no_faults(data):
+def test_notes_are_not_faults(data):
     dev = lines(data / "dev/dev.q.format")[0].split("\t")[0]
     write(data / "train/dual.train.tsv", [*lines(data / "train/dual.train.tsv"), f"{dev}\t\t答\t\t错\t0"])
     part = data / "passage-collection/part-01"
@@ -135,7 +135,7 @@ def test_notes_are_no_faults(data):
 def test_missing_files_are_notes_but_a_missing_part_is_a_fault(data):
     (data / "train/cross.train.tsv").unlink()
     found = DataCheck(str(data)).run()
-    assert found.faults == [] and any("cross.train.tsv: not there" in note for note in found.notes)
+    assert found.faults == [] and any("cross.train.tsv: no such file" in note for note in found.notes)
     (data / "passage-collection/part-00").unlink()
     assert any("part-00 is missing" in what for _, _, what in faults(data))
 
@@ -151,7 +151,7 @@ def test_lengths_by_hand():
 def test_the_program(data, tmp_path):
     command = [sys.executable, str(ROOT / "script/check_data.py"), str(data)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "sound: no faults" in done.stdout
+    assert done.returncode == 0 and "no faults" in done.stdout
     change(data / "train/dual.train.tsv", 2, "x")
     done = subprocess.run(
         [*command, "--fix-report", str(tmp_path / "out.tsv")], capture_output=True, text=True
@@ -162,18 +162,18 @@ def test_the_program(data, tmp_path):
     assert done.returncode == 2 and "no such file or folder" in done.stderr
 
 
-def test_faults_without_number_are_counted_but_not_kept(data, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("torch_src.tools.data_check.KEPT", 3)
+def test_only_the_first_faults_are_kept_but_all_are_counted(data, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("torch_src.tools.data_check.MAX_FAULTS", 3)
     path = data / "passage-collection/part-00"
     path.write_text("broken\n" * 200, encoding="utf-8")
-    told = []
-    found = DataCheck(str(data), lambda *fault: told.append(fault)).run()
-    assert len(found.faults) == 3 and found.fault_count == len(told) > 200
+    reported = []
+    found = DataCheck(str(data), lambda *fault: reported.append(fault)).run()
+    assert len(found.faults) == 3 and found.fault_count == len(reported) > 200
     assert check_data.main([str(data), "--fix-report", str(tmp_path / "report.tsv")]) == 1
-    assert len((tmp_path / "report.tsv").read_text(encoding="utf-8").split("\n")) == len(told) + 2
+    assert len((tmp_path / "report.tsv").read_text(encoding="utf-8").split("\n")) == len(reported) + 2
 
 
-def test_qids_of_another_set_are_found(data):
+def test_qids_of_another_data_set_are_faults(data):
     path = data / "dev/q2qid.dev.json"
     qids = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({query: f"other-{qid}" for query, qid in qids.items()}), encoding="utf-8")

@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,27 +19,31 @@ from torch_src.data.formats import (
     parse_query,
     read_q2qid,
 )
-from torch_src.data.lines import FormatError, decode, raw_lines
-from torch_src.data.passage_ids import read_passage_ids
+from torch_src.data.lines import FilePath, FormatError, decode, raw_lines, shown
+from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.data.row_file import text_hash
 from torch_src.runtime.errors import UserError
 
-KEPT = 1000  # faults in memory, whatever their number
+MAX_FAULTS = 1000  # kept in memory; all are counted and reported
 PERCENTILES = (50, 90, 99, 100)
-LONGEST = 1 << 16  # characters; longer texts are counted as this long
+MAX_LENGTH = 1 << 16  # characters; longer texts count as this long
+
+Row = TypeVar("Row")
+Parse = Callable[[str, FilePath, int], Row]
+Report = Callable[[str, int, str], object]  # called with file, line, what is wrong
 
 
 @dataclass
 class Lengths:
-    """How long the texts of one kind are, in characters: a histogram, whatever their number."""
+    """Histogram of text lengths in characters."""
 
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(LONGEST + 1, dtype=np.int64))
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(MAX_LENGTH + 1, dtype=np.int64))
 
     def add(self, text: str) -> None:
-        self.counts[min(len(text), LONGEST)] += 1
+        self.counts[min(len(text), MAX_LENGTH)] += 1
 
     def percentile(self, percent: float) -> int:
-        """Return the smallest length that so many percent of the texts do not exceed."""
+        """Return the smallest length that is not below `percent` percent of the texts."""
         return int(np.searchsorted(np.cumsum(self.counts), percent / 100 * self.counts.sum()))
 
     def share_above(self, limit: int) -> float:
@@ -48,36 +53,97 @@ class Lengths:
 
 @dataclass
 class Findings:
-    """What was found: faults (file, line, what), notes, counts and lengths.
+    """Faults (file, line, what is wrong), notes, row counts and text lengths.
 
-    Only the first `KEPT` faults stay in memory; `report(file, line, what)` is told of every one.
+    Only the first MAX_FAULTS faults stay in memory; `report` gets every one.
     """
 
-    report: Callable[[str, int, str], object] | None = None
+    report: Report | None = None
     fault_count: int = 0
     faults: list[tuple[str, int, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    rows: dict[str, int] = field(default_factory=dict)
-    lengths: dict[str, Lengths] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)  # file -> number of rows
+    lengths: dict[str, Lengths] = field(default_factory=dict)  # kind of text -> its lengths
 
-    def fault(self, path, line: int, what: str) -> None:
+    def fault(self, path: FilePath, line: int, what: str) -> None:
         self.fault_count += 1
-        if len(self.faults) < KEPT:
+        if len(self.faults) < MAX_FAULTS:
             self.faults.append((str(path), line, what))
         if self.report is not None:
             self.report(str(path), line, what)
+
+    def error(self, path: FilePath, error: UserError) -> None:
+        """Add the error of a reader as a fault."""
+        if isinstance(error, FormatError):
+            self.fault(path, error.line, error.message)
+        else:
+            self.fault(path, 1, str(error).removeprefix(f"{path}: "))
 
     def length(self, kind: str, text: str) -> None:
         self.lengths.setdefault(kind, Lengths()).add(text)
 
 
-class DataCheck:
-    """Checks one folder; `run()` returns what it found. Files that are not there are notes, not faults."""
+class PidIndex:
+    """Looks pids up in the id map; without a map every pid counts as known."""
 
-    def __init__(self, folder: str, report: Callable | None = None):
+    def __init__(self, pids: np.ndarray):
+        self.order = np.argsort(pids, kind="stable")
+        self.sorted = pids[self.order]
+
+    def __contains__(self, pid: str) -> bool:
+        if not len(self.sorted):
+            return True
+        index = min(int(np.searchsorted(self.sorted, pid.encode())), len(self.sorted) - 1)
+        return bytes(self.sorted[index]) == pid.encode()
+
+    def duplicates(self) -> Iterator[tuple[str, int, int]]:
+        """Yield (pid, row, other row) of every pid that two rows have."""
+        for index in np.flatnonzero(self.sorted[1:] == self.sorted[:-1]).tolist():
+            pid = self.sorted[index].decode(errors="replace")
+            yield pid, int(self.order[index]), int(self.order[index + 1])
+
+
+class TextIndex:
+    """Finds passages with equal texts: 12 bytes per passage."""
+
+    def __init__(self) -> None:
+        self.hashes, self.lines = array("Q"), array("I")
+        self.files: list[str] = []
+        self.starts: list[int] = []  # number of passages before each file
+
+    def start_file(self, path: Path) -> None:
+        self.files.append(path.name)
+        self.starts.append(len(self.hashes))
+
+    def add(self, hashed: int, line: int) -> None:
+        self.hashes.append(hashed)
+        self.lines.append(line)
+
+    def repeats(self) -> tuple[int, str, str] | None:
+        """Return (number of repeated texts, place of the first one, place of the text that it repeats)."""
+        hashes = np.frombuffer(self.hashes, dtype=np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        later = order[1:][hashes[order][1:] == hashes[order][:-1]]
+        if not len(later):
+            return None
+        again = int(later.min())
+        earlier = int(np.flatnonzero(hashes == hashes[again])[0])
+        return len(later), self._place(again), self._place(earlier)
+
+    def _place(self, passage: int) -> str:
+        number = int(np.searchsorted(self.starts, passage, side="right")) - 1
+        return f"{self.files[number]}:{self.lines[passage]}"
+
+
+class DataCheck:
+    """Checks one folder; `run()` returns the findings. A missing file is a note, not a fault."""
+
+    def __init__(self, folder: str, report: Report | None = None):
         self.folder, self.found = Path(folder), Findings(report)
-        self.pids: np.ndarray | None = None
-        self.dev_queries: set[int] = set()
+        self.ids_path = self.folder / "passage-collection/passage2id.map.json"
+        self.pids = np.zeros(0, dtype="S1")
+        self.known = PidIndex(self.pids)
+        self.dev_queries: set[int] = set()  # text hashes
         self.dev_qids: dict[str, int] = {}  # qid -> line of dev.json
         self.answers: dict[bytes, int] = {}  # pid -> hash of its text in dev.json
 
@@ -92,170 +158,134 @@ class DataCheck:
         self.check_candidates()
         return self.found
 
-    def rows_of(self, path: Path, parse: Callable) -> Iterator[tuple[int, object]]:
-        """Yield (line, parsed row) of the sound lines of a file; the others are faults."""
-        rows = 0
-        if not path.exists():
-            self.found.notes.append(f"{path}: not there")
+    def rows_of(self, path: Path, parse: Parse[Row]) -> Iterator[tuple[int, Row]]:
+        """Yield (line, parsed row) of the valid lines of a file; the others are faults."""
+        if not self._exists(path):
             return
-        with open(path, "rb") as file:
-            lines = raw_lines(file, path)
-            while True:
-                rows += 1
-                try:
-                    line, raw = next(lines)
-                    yield line, parse(decode(raw, path, line), path, line)
-                except StopIteration:
-                    rows -= 1
-                    break
-                except FormatError as error:  # after a line that is too long there is no next one
-                    self.found.fault(path, rows, str(error).removeprefix(f"{path}:{rows}: "))
-        self.found.rows[str(path.relative_to(self.folder))] = rows
+        rows = 0
+        try:
+            with open(path, "rb") as file:
+                for rows, raw in raw_lines(file, path):
+                    try:
+                        yield rows, parse(decode(raw, path, rows), path, rows)
+                    except FormatError as error:
+                        self.found.error(path, error)
+        except FormatError as error:  # a line that is too long: the rest of the file cannot be read
+            self.found.error(path, error)
+            rows += 1
+        self.found.rows[self._name(path)] = rows
         if not rows:
             self.found.fault(path, 1, "the file is empty")
 
-    def whole(self, path: Path, read: Callable, nothing):
-        """Return read(path) of a file that is sound or not; its one fault is noted."""
+    def _exists(self, path: Path) -> bool:
         if not path.exists():
-            self.found.notes.append(f"{path}: not there")
-            return nothing
-        try:
-            return read(path)
-        except FormatError as error:
-            place, _, what = str(error).partition(": ")
-            line = place.rpartition(":")[2]
-            self.found.fault(path, int(line) if line.isdecimal() else 1, what)
-        except UserError as error:
-            self.found.fault(path, 1, str(error).removeprefix(f"{path}: "))
-        return nothing
+            self.found.notes.append(f"{path}: no such file")
+        return path.exists()
+
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self.folder))
 
     def check_ids(self) -> None:
-        path = self.folder / "passage-collection/passage2id.map.json"
-        self.pids = self.whole(path, read_passage_ids, None)
-        if self.pids is not None:
-            self.found.rows[str(path.relative_to(self.folder))] = len(self.pids)
-            order = np.argsort(self.pids, kind="stable")
-            self.sorted_pids = self.pids[order]
-            for at in np.flatnonzero(self.sorted_pids[1:] == self.sorted_pids[:-1]).tolist():
-                pid, one, other = self.sorted_pids[at].decode(errors="replace"), order[at], order[at + 1]
-                self.found.fault(path, 1, f"the pid {pid} stands for row {one} and for row {other}")
-
-    def is_unknown(self, pid: str) -> bool:
-        """Return whether a pid is not in the id map; False without a map."""
-        if self.pids is None or not len(self.pids):
-            return False
-        at = int(np.searchsorted(self.sorted_pids, pid.encode()))
-        return at == len(self.sorted_pids) or bytes(self.sorted_pids[at]) != pid.encode()
+        if not self._exists(self.ids_path):
+            return
+        try:
+            self.pids = read_passage_ids(self.ids_path)
+        except UserError as error:
+            return self.found.error(self.ids_path, error)
+        self.found.rows[self._name(self.ids_path)] = len(self.pids)
+        self.known = PidIndex(self.pids)
+        for pid, row, other in self.known.duplicates():
+            self.found.fault(self.ids_path, 1, f"the rows {row} and {other} have the same pid {pid}")
 
     def check_dev(self) -> None:
         path = self.folder / "dev/dev.json"
         for line, query in self.rows_of(path, parse_dev_query):
             if query.qid in self.dev_qids:
                 first = self.dev_qids[query.qid]
-                self.found.fault(path, line, f"question_id {query.qid} stands in line {first} already")
+                self.found.fault(path, line, f"duplicate question_id {query.qid} (first in line {first})")
                 continue
             self.dev_qids[query.qid] = line
             self.found.length("dev query", query.query)
             for pid, text in query.answers.items():
                 self.answers[pid.encode()] = text_hash(text)
-                if self.is_unknown(pid):
+                if pid not in self.known:
                     self.found.fault(path, line, f"the positive {pid} is not in passage2id.map.json")
 
     def check_queries(self) -> None:
-        path, q2qid_path = self.folder / "dev/dev.q.format", self.folder / "dev/q2qid.dev.json"
-        qids = self.whole(q2qid_path, read_q2qid, {})
-        set_of_qids = set(qids.values())
+        folder = self.folder / "dev"
+        path, q2qid_path = folder / "dev.q.format", folder / "q2qid.dev.json"
+        qid_of: dict[str, str] = {}
+        if self._exists(q2qid_path):
+            try:
+                qid_of = read_q2qid(q2qid_path)
+            except UserError as error:
+                self.found.error(q2qid_path, error)
         seen: dict[str, int] = {}
         for line, query in self.rows_of(path, parse_query):
             self.dev_queries.add(text_hash(query))
             if query in seen:
-                self.found.fault(path, line, f"the same query as line {seen[query]}: {query[:40]!r}")
+                self.found.fault(path, line, f"the same query as line {seen[query]}: {shown(query)}")
             seen.setdefault(query, line)
-            if qids and query not in qids:
-                self.found.fault(path, line, f"{query[:40]!r} has no qid in q2qid.dev.json")
+            if qid_of and query not in qid_of:
+                self.found.fault(path, line, f"{shown(query)} has no qid in q2qid.dev.json")
+        qids = set(qid_of.values())
         for qid, line in self.dev_qids.items() if qids else ():
-            if qid not in set_of_qids:
-                self.found.fault(
-                    self.folder / "dev/dev.json", line, f"question_id {qid} is not in q2qid.dev.json"
-                )
-        others = len(set(qids) - set(seen))
-        if seen and others:
-            self.found.notes.append(f"{q2qid_path}: {others} of its queries are not in dev.q.format")
+            if qid not in qids:
+                self.found.fault(folder / "dev.json", line, f"question_id {qid} is not in q2qid.dev.json")
+        unused = len(set(qid_of) - set(seen))
+        if seen and unused:
+            self.found.notes.append(f"{q2qid_path}: {unused} of its queries are not in dev.q.format")
 
     def check_passages(self) -> None:
         folder = self.folder / "passage-collection"
         try:
             files = collection_files(folder)
         except UserError as error:
-            self.found.fault(folder, 1, str(error).removeprefix(f"{folder}: "))
-            return
-        hashes: list[np.ndarray] = []
-        places: list[array] = []  # of each file: the line of each hash
-        row, empty = 0, 0
+            return self.found.error(folder, error)
+        texts, row, empty = TextIndex(), 0, 0
         for path in files:
-            part, lines = array("Q"), array("I")
-            first = row
+            texts.start_file(path)
             for line, text in self.rows_of(path, parse_passage):
-                row = first + line - 1
                 self.found.length("passage", text)
                 empty += not text.strip()
-                key = text_hash(text)
-                part.append(key)
-                lines.append(line)
-                self._check_answer(path, line, row, key)
-            row = first + self.found.rows[str(path.relative_to(self.folder))]
-            hashes.append(np.array(part, dtype=np.uint64))
-            places.append(lines)
-        self._check_counts(row, empty)
-        self._note_repeats(np.concatenate(hashes), files, places)
+                hashed = text_hash(text)
+                texts.add(hashed, line)
+                self._check_answer(path, line, row + line - 1, hashed)
+            row += self.found.rows[self._name(path)]
+        if self._name(self.ids_path) in self.found.rows:
+            try:
+                check_length(self.ids_path, len(self.pids), row)
+            except UserError as error:
+                self.found.error(self.ids_path, error)
+        if empty:
+            self.found.notes.append(f"{empty:,} passages are empty or blank (kept: rows must not move)")
+        if repeats := texts.repeats():
+            count, place, earlier = repeats
+            note = f"{count:,} passages repeat the text of an earlier one; the first: {place}, as {earlier}"
+            self.found.notes.append(note)
 
-    def _check_answer(self, path: Path, line: int, row: int, key: int) -> None:
-        """A dev positive must have the text that the collection has at its row: else the ids are off."""
-        if self.pids is None or row >= len(self.pids):
+    def _check_answer(self, path: Path, line: int, row: int, hashed: int) -> None:
+        """A dev positive must have the text of its row in the collection; otherwise the ids are shifted."""
+        if row >= len(self.pids):
             return
         expected = self.answers.get(bytes(self.pids[row]))
-        if expected is not None and expected != key:
+        if expected is not None and expected != hashed:
             pid = bytes(self.pids[row]).decode(errors="replace")
-            self.found.fault(
-                path, line, f"row {row} is {pid}, whose text in dev.json is another one: are the ids off?"
-            )
+            message = f"row {row} is {pid}, which has another text in dev.json; are the ids shifted?"
+            self.found.fault(path, line, message)
 
-    def _check_counts(self, rows: int, empty: int) -> None:
-        if self.pids is not None and len(self.pids) != rows:
-            ids = self.folder / "passage-collection/passage2id.map.json"
-            self.found.fault(ids, 1, f"{len(self.pids):,} ids, but the collection has {rows:,} passages")
-        if empty:
-            self.found.notes.append(f"{empty:,} passages have no visible text (kept: rows must not move)")
-
-    def _note_repeats(self, hashes: np.ndarray, files: list[Path], places: list[array]) -> None:
-        order = np.argsort(hashes, kind="stable")
-        later = np.flatnonzero(hashes[order][1:] == hashes[order][:-1]) + 1
-        if not len(later):
-            return
-        starts = np.cumsum([0, *map(len, places)])
-        again = int(order[later].min())
-        before = int(order[np.searchsorted(hashes[order], hashes[again])])
-        one, other = (
-            f"{files[part].name}:{places[part][at - starts[part]]}"
-            for at in (again, before)
-            for part in [int(np.searchsorted(starts, at, side="right")) - 1]
-        )
-        self.found.notes.append(
-            f"{len(later):,} passages repeat the text of an earlier one; the first: {one}, as {other}"
-        )
-
-    def check_training(self, name: str, parse: Callable, texts: tuple[str, ...]) -> None:
+    def check_training(self, name: str, parse: Parse[Any], texts: tuple[str, ...]) -> None:
         path = self.folder / "train" / name
         queries: set[int] = set()
         leaked: set[int] = set()
         first_leak = 0
         for line, row in self.rows_of(path, parse):
-            key = text_hash(row.query)
-            if key not in queries:
+            hashed = text_hash(row.query)
+            if hashed not in queries:
                 self.found.length("train query", row.query)
-                queries.add(key)
-            if key in self.dev_queries:
-                leaked.add(key)
+                queries.add(hashed)
+            if hashed in self.dev_queries:
+                leaked.add(hashed)
                 first_leak = first_leak or line
             for kind in texts:
                 self.found.length(f"{name} {kind}", getattr(row, kind))
@@ -264,20 +294,19 @@ class DataCheck:
         if leaked:
             self.found.notes.append(
                 f"{path}: {len(leaked):,} of its queries are dev queries, too (the first in line "
-                f"{first_leak}): dev figures flatter"
+                f"{first_leak}): dev figures are too high"
             )
 
     def check_candidates(self) -> None:
         texts = self.folder / "auxiliary/dev.retrieval.top50.res.tsv"
-        ids = self.folder / "auxiliary/dev.retrieval.top50.res.id_map.tsv"
-        if not texts.exists() and not ids.exists():
-            self.found.notes.append(f"{texts}: not there")
+        ids = texts.with_name("dev.retrieval.top50.res.id_map.tsv")
+        if not ids.exists() and not self._exists(texts):
             return
         rows = sum(1 for _ in self.rows_of(texts, parse_candidate))
         pairs = 0
         for line, (_, pid) in self.rows_of(ids, parse_id_pair):
             pairs += 1
-            if self.is_unknown(pid):
+            if pid not in self.known:
                 self.found.fault(ids, line, f"the candidate {pid} is not in passage2id.map.json")
         if rows != pairs:
-            self.found.fault(ids, pairs, f"{pairs:,} lines, but {texts.name} has {rows:,}")
+            self.found.fault(ids, pairs, f"{pairs:,} valid lines, but {texts.name} has {rows:,}")
