@@ -16,19 +16,24 @@ from torch_src.data.formats import RunRow, format_run_row
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.inference_stage import LOG_SECONDS, read_query_ids
 from torch_src.models.dual_encoder import DualEncoder
-from torch_src.retrieval.approximate import recall_line
 from torch_src.retrieval.encoding import encode_collection
 from torch_src.retrieval.engines.milvus import COMMAND, MOST_HITS, MilvusSearch
 from torch_src.retrieval.faiss_index import (
-    ApproximateSearch,
+    FaissSearch,
     IndexSettings,
     check_memory,
     estimate,
-    estimate_bytes,
     new_index,
     set_parameters,
 )
-from torch_src.retrieval.search import RESIDENT_SHARE, Resident, choose_kind, chunk_rows, search
+from torch_src.retrieval.search import (
+    CACHE_SHARE,
+    DeviceCache,
+    choose_kind,
+    chunk_rows,
+    measured_recall,
+    search,
+)
 from torch_src.retrieval.vectors import NOT_COMPARED, DamagedBlock, VectorStore, new_manifest, save_vectors
 from torch_src.retriever import Retriever, load_model
 from torch_src.runtime.devices import free_gpu_memory, peak_memory_gb, search_devices, worker_count
@@ -112,11 +117,11 @@ class DualInference(Retriever):
             return
         if not hp.index:
             at_once = min(self.bs, len(self.queries))
-            chunk_rows(at_once, self.width, hp.search_memory_gb, devices[0].type, len(devices))
+            chunk_rows(at_once, self.width, hp.search_memory_gb, devices)
             return
         set_parameters(new_index(hp.index, self.width), hp.index, hp.search_params)
         if not (self.output / INDEX).exists():
-            check_memory(hp.index, estimate_bytes(hp.index, self.width, len(self.collection)))
+            check_memory(hp.index, estimate(hp.index, self.width, len(self.collection))[0])
 
     def open_store(self, force: bool) -> VectorStore:
         """Return the vectors on disk; with `force` they are deleted first."""
@@ -180,7 +185,7 @@ class DualInference(Retriever):
         devices = search_devices(self.hp.device, self.device)
         if self.device.type == "cuda" and queries > self.bs and not self.hp.index:
             share = rows * encoder.width * 2 / len(devices)  # stays on each from one round to the next
-            kept = share if share < RESIDENT_SHARE * free_gpu_memory(self.device) else 0
+            kept = share if share < CACHE_SHARE * free_gpu_memory(self.device) else 0
             planned.gpu_gb += kept / 1e9
         planned.gpu_gb = max(planned.gpu_gb, encoding_gb)
         planned.ram_gb = max(planned.ram_gb, ram + index_bytes / 1e9) + KEPT_GB
@@ -195,7 +200,7 @@ class DualInference(Retriever):
         devices, memory = search_devices(self.hp.device, self.device), self.hp.search_memory_gb
         at_once, rows = min(self.bs, queries), len(self.collection)
         kind = choose_kind("auto", width, devices[0], log)
-        some = min(rows, 3 * chunk_rows(at_once, width, memory, devices[0].type, len(devices)))
+        some = min(rows, 3 * chunk_rows(at_once, width, memory, devices))
         draw = np.random.default_rng(0)
         probes = draw.standard_normal((at_once, width), dtype=np.float32)
         with tempfile.TemporaryDirectory() as folder:
@@ -212,20 +217,20 @@ class DualInference(Retriever):
         if hp.index:
             settings = IndexSettings(hp.index, hp.search_params, hp.search_memory_gb, hp.seed)
             path, stamp = self.output / INDEX, {**store.manifest, "stage": "index"}
-            index = ApproximateSearch(store, settings, path, stamp, hp.force)
+            index = FaissSearch(store, settings, path, stamp, hp.force)
             if hp.recall_queries:
                 log(index.recall(queries, self.topk, self.device, hp.recall_queries))
             return lambda some: (*index.search(some, self.topk), "")
         kind = choose_kind("auto", store.hidden, devices[0], log)
         at_once = min(self.bs, len(queries))
-        chunk_rows(at_once, store.hidden, hp.search_memory_gb, devices[0].type, len(devices))  # UserError
+        chunk_rows(at_once, store.hidden, hp.search_memory_gb, devices)  # UserError
 
-        resident = Resident.where_they_fit(store, devices) if len(queries) > self.bs else None
+        resident = DeviceCache.if_it_fits(store, devices) if len(queries) > self.bs else None
 
         def exact(some: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
             memory = hp.search_memory_gb
             rows, scores, effort = search(store, some, self.topk, devices, kind, memory, resident)
-            return rows, scores, effort.line()
+            return rows, scores, str(effort)
 
         return exact
 
@@ -234,7 +239,7 @@ class DualInference(Retriever):
         hp = self.hp
         milvus.check_blocks()
         if hp.recall_queries and milvus.store:
-            line = recall_line(
+            line = measured_recall(
                 lambda some: milvus.search(some, self.topk), milvus.store, queries, self.topk, self.device,
                 hp.recall_queries, hp.search_memory_gb, hp.seed,
             )  # fmt: skip

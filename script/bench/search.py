@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from common import compare, parser
 
-from torch_src.retrieval.faiss_loading import load_faiss
+from torch_src.retrieval.faiss_index import load_faiss
 from torch_src.retrieval.search import choose_kind, read_chunks, search
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.devices import set_threads
@@ -56,7 +56,7 @@ def ours(given) -> dict:
     rows, _, effort = search(store, queries, given.topk, [device], kind, given.memory_gb)
     took = time.perf_counter() - begun
     np.save(given.result, rows)
-    return {"seconds": took, "note": f"{kind} {effort.line()}"}
+    return {"seconds": took, "note": f"{kind} {effort}"}
 
 
 def blocks(given) -> dict:

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from torch_src.retrieval import score_bounds as product_module
+from torch_src.retrieval import score_bounds
 from torch_src.retrieval import search as module
 from torch_src.retrieval.score_bounds import (
     KINDS,
     Float32,
-    above,
-    fastest,
+    fastest_kind,
     fp32_error,
     int8_is_exact,
     int8_levels,
+    select_pairs,
 )
-from torch_src.retrieval.search import BestRows, choose_kind, chunk_rows, search
+from torch_src.retrieval.search import TopK, choose_kind, chunk_rows, search
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.errors import UserError
 
@@ -221,7 +221,7 @@ def test_no_pair_that_reaches_its_floor_is_missed(world, kind):
         for rank in (0, 20, 299):
             floor = -np.sort(-true, axis=1)[:, rank] * (1 + 1e-13 * np.sign(-true.max(axis=1)))
             scaled_floor = torch.from_numpy(floor) * products.scale
-            found = products.reached(torch.from_numpy(vectors).float(), scaled_floor, 10**9)
+            found = products.pairs_above(torch.from_numpy(vectors).float(), scaled_floor, 10**9)
             pairs = set(zip(*(index.tolist() for index in found), strict=True))
             wanted = set(zip(*(index.tolist() for index in np.nonzero(true >= floor[:, None])), strict=True))
             assert wanted <= pairs, (kind, world.__name__, seed, rank)
@@ -235,8 +235,8 @@ def test_few_pairs_are_looked_at_again(tmp_path, kind):
     queries = draw.normal(size=(20, 64)).astype(np.float32)
     store = make_store(tmp_path, vectors, 60_000)
     _, _, effort = search(store, queries, 10, [CPU], kind, memory_gb=0.02)
-    assert effort.pairs < 0.02 * vectors.shape[0] * len(queries)
-    assert effort.chunks >= 9 and effort.plain_chunks <= effort.chunks / 3
+    assert effort.fp32_pairs < 0.02 * vectors.shape[0] * len(queries)
+    assert effort.chunks >= 9 and effort.fp32_chunks <= effort.chunks / 3
 
 
 def test_a_constant_part_of_all_vectors_costs_int8_nothing():
@@ -248,7 +248,7 @@ def test_a_constant_part_of_all_vectors_costs_int8_nothing():
         products = KINDS["int8"](queries.astype(np.float32), CPU)
         scores = torch.from_numpy(queries) @ moved.double().T
         floor = scores.topk(10).values[:, -1] * products.scale
-        counts.append(len(products.reached(moved, floor, 10**9)[0]))
+        counts.append(len(products.pairs_above(moved, floor, 10**9)[0]))
     assert counts[1] < 2 * counts[0]
 
 
@@ -257,9 +257,9 @@ def test_a_product_that_decides_nothing_is_left_out_for_a_while(tmp_path, monkey
     vectors = np.zeros((64 * 60, 8), dtype=np.float16)
     store = make_store(tmp_path, vectors, 1000)
     tried = []
-    monkeypatch.setattr(KINDS["int8"], "reached", lambda self, *given: tried.append(1))
+    monkeypatch.setattr(KINDS["int8"], "pairs_above", lambda self, *given: tried.append(1))
     _, _, effort = search(store, np.ones((2, 8), dtype=np.float32), 3, [CPU], "int8")
-    assert effort.plain_chunks == effort.chunks == 60 and 3 <= len(tried) <= 8
+    assert effort.fp32_chunks == effort.chunks == 60 and 3 <= len(tried) <= 8
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 200])
@@ -267,15 +267,15 @@ def test_above_finds_what_a_plain_comparison_finds(count):
     draw = torch.Generator().manual_seed(count)
     scores = torch.randint(-3, 4, (count, 5), generator=draw).float()
     threshold = torch.tensor([2.0, 3.0, -3.0, float("-inf"), 4.0], dtype=torch.float64)
-    found = above(scores, threshold, 10**9)
+    found = select_pairs(scores, threshold, 10**9)
     pairs = sorted(zip(*(index.tolist() for index in found), strict=True))
     assert pairs == [tuple(pair) for pair in torch.nonzero(scores.T >= threshold[:, None]).tolist()]
-    assert above(scores, threshold, 1) is None
+    assert select_pairs(scores, threshold, 1) is None
 
 
 def test_a_threshold_between_two_floats_is_rounded_down():
     between = torch.tensor([1.0 + 2.0**-25], dtype=torch.float64)
-    assert len(above(torch.ones(1, 1), between, 10)[0]) == 1  # one pair too many, never one too few
+    assert len(select_pairs(torch.ones(1, 1), between, 10)[0]) == 1  # one pair too many, never one too few
 
 
 @pytest.mark.parametrize("devices", [2, 3])
@@ -291,7 +291,7 @@ def test_a_fault_on_one_device_ends_the_search(tmp_path, monkeypatch):
     def fail(self, first, chunk):
         raise RuntimeError("this card is broken")
 
-    monkeypatch.setattr(module.Searcher, "look_at", fail)
+    monkeypatch.setattr(module.DeviceSearch, "add_chunk", fail)
     store = make_store(tmp_path, np.zeros((500, 8), np.float16), 100)
     with pytest.raises(RuntimeError, match="this card is broken"):
         search(store, np.zeros((1, 8), np.float32), 3, [CPU, CPU])
@@ -299,7 +299,7 @@ def test_a_fault_on_one_device_ends_the_search(tmp_path, monkeypatch):
 
 def test_best_rows_against_a_sort():
     draw = np.random.default_rng(0)
-    best, everything = BestRows(5, 4), []
+    best, everything = TopK(5, 4), []
     for _ in range(20):
         count = int(draw.integers(0, 30))
         pairs = (
@@ -309,8 +309,8 @@ def test_best_rows_against_a_sort():
         )
         best.add(*pairs)
         everything += zip(*(part.tolist() for part in pairs), strict=True)
-        assert best.count < best.patience  # what waits for the others is bounded
-    best.settle()
+        assert best.pending_pairs < best.max_pending  # what waits for the others is bounded
+    best.flush()
     for query in range(5):
         order = sorted((-score, row) for q, row, score in everything if q == query)[:4]
         assert best.rows[query].tolist() == [row for _, row in order]
@@ -318,17 +318,17 @@ def test_best_rows_against_a_sort():
 
 
 def test_chunks_follow_the_memory_that_is_allowed():
-    sizes = [chunk_rows(1000, 768, gigabytes, "cpu") for gigabytes in (0.12, 0.2, 2, 200)]
+    sizes = [chunk_rows(1000, 768, gigabytes, [CPU]) for gigabytes in (0.12, 0.2, 2, 200)]
     assert sizes == sorted(sizes) and sizes[0] >= 64 and sizes[-1] == module.CHUNK_ROWS["cpu"]
     assert all(size % 64 == 0 for size in sizes)
     with pytest.raises(UserError, match="lower --bs"):
-        chunk_rows(100_000, 768, 0.5, "cpu")
+        chunk_rows(100_000, 768, 0.5, [CPU])
 
 
 def test_auto_takes_the_fastest_and_says_so():
     said = []
     name = choose_kind("auto", 64, CPU, said.append)
-    measured, seconds = fastest(64, CPU)
+    measured, seconds = fastest_kind(64, CPU)
     assert name in KINDS and f"{name} products" in said[0]
     assert measured == min(seconds, key=seconds.get)
     assert ("int8" in seconds) == int8_is_exact(64)
@@ -342,10 +342,51 @@ def test_int8_that_is_not_exact_is_refused(monkeypatch):
 
 
 def test_wrong_int8_products_are_noticed(monkeypatch):
-    right = product_module.PackedInt8.products
-    wrong = lambda *given: right(*given).clamp(max=2**15 - 1)  # noqa: E731 (as saturating sums would be)
-    monkeypatch.setattr(product_module.PackedInt8, "products", wrong)
+    def saturating(*given):
+        product = right(*given)
+        return lambda passages: product(passages).clamp(max=2**15 - 1)
+
+    right = score_bounds.int8_product
+    monkeypatch.setattr(score_bounds, "int8_product", saturating)
     assert int8_levels.__wrapped__(256) == 0
+
+
+class Failing:
+    """Stands in for torch.ops.onednn: these operators are missing or raise."""
+
+    def __init__(self, missing, failing):
+        self.missing, self.failing = missing, failing
+
+    def __getattr__(self, name):
+        if name in self.missing:
+            raise AttributeError(name)
+        if name in self.failing:
+            return self.fail
+        return getattr(ONEDNN, name)
+
+    def fail(self, *given):
+        raise RuntimeError("could not create a primitive descriptor")
+
+
+ONEDNN = torch.ops.onednn
+
+
+@pytest.mark.parametrize(
+    ("missing", "failing"),
+    [(["qlinear_prepack"], []), ([], ["qlinear_prepack"]), ([], ["qlinear_pointwise"])],
+)
+def test_without_the_int8_operators_search_falls_back(tmp_path, monkeypatch, missing, failing):
+    monkeypatch.setattr(torch.ops, "onednn", Failing(missing, failing))
+    assert int8_levels.__wrapped__(24) == 0
+    monkeypatch.setattr(module, "int8_is_exact", lambda hidden: int8_levels.__wrapped__(hidden) > 0)
+    monkeypatch.setattr(score_bounds, "int8_is_exact", lambda hidden: int8_levels.__wrapped__(hidden) > 0)
+    assert choose_kind("auto", 24, CPU, print) in ("fp32", "bf16")
+    # and where the operators fail only later, during the search
+    monkeypatch.setattr(module, "choose_kind", lambda *given: "int8")
+    monkeypatch.setattr(score_bounds, "int8_levels", lambda hidden: 63)
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 64)
+    draw = np.random.default_rng(0)
+    check(tmp_path, draw.normal(size=(400, 24)), draw.normal(size=(3, 24)), 5, 100, kinds=["int8"])
 
 
 def test_plain_scores_are_within_their_bound():
@@ -379,30 +420,30 @@ def test_vectors_that_stay_on_the_devices_are_read_once(tmp_path, monkeypatch, d
     vectors = draw.normal(size=(500, 8)).astype(np.float16)
     rounds = [draw.normal(size=(count, 8)).astype(np.float32) for count in (9, 9, 4)]
     store, places = make_store(tmp_path / "v", vectors, 90), [CPU] * devices
-    resident = module.Resident(places)
+    resident = module.DeviceCache(places)
     for number, queries in enumerate(rounds):
-        found, scores, _ = search(store, queries, 10, places, resident=resident)
+        found, scores, _ = search(store, queries, 10, places, cache=resident)
         expected, values = full_sort(vectors, queries, 10)
         assert np.array_equal(found, expected) and np.array_equal(scores, values)
         if not number:
             for path in (tmp_path / "v").glob("*.npy"):
                 path.unlink()
-    assert sum(len(chunk) for kept in resident.kept for _, chunk in kept) == 500
-    assert module.Resident.where_they_fit(store, places) is None  # no GPU
+    assert sum(len(chunk) for chunks in resident.chunks for _, chunk in chunks) == 500
+    assert module.DeviceCache.if_it_fits(store, places) is None  # no GPU
     share = 500 * 8 * 2 / devices / 1e9
-    assert module.Resident.where_they_fit(store, places, 1.01 * share)  # asked for
-    assert module.Resident.where_they_fit(store, places, 0.99 * share) is None
+    assert module.DeviceCache.if_it_fits(store, places, 1.01 * share)  # asked for
+    assert module.DeviceCache.if_it_fits(store, places, 0.99 * share) is None
     monkeypatch.setattr(module, "free_memory", lambda: 1.05 * 1e9 * share)  # but there is not enough
-    assert module.Resident.where_they_fit(store, places, 1.01 * share) is None
+    assert module.DeviceCache.if_it_fits(store, places, 1.01 * share) is None
 
 
 def test_many_waiting_pairs_of_one_query_keep_its_best():
     draw = np.random.default_rng(0)
-    best = BestRows(1000, 4)
+    best = TopK(1000, 4)
     rows, scores = draw.permutation(7000), draw.integers(50, size=7000) * 1.0
     best.add(np.full(7000, 3), rows, scores)
     best.add(np.array([5, 3]), np.array([9, 8000]), np.array([1.0, 50.0]))
-    best.settle()
+    best.flush()
     order = sorted(zip((-scores).tolist(), rows.tolist(), strict=True))[:3]
     assert best.rows[3].tolist() == [8000, *(row for _, row in order)]
     assert best.rows[5, 0] == 9 and best.scores[5, 1] == -np.inf

@@ -147,7 +147,7 @@ def test_vectors_in_memory_and_on_disk_give_the_same(trained, service):
 
 
 def test_an_index_is_used_as_it_is(world):
-    refused(world, "para.index: no finished index there", "do_dual_infer.py --index 'Flat'", index="Flat")
+    refused(world, "para.index: no finished index", "do_dual_infer.py --index 'Flat'", index="Flat")
     assert dual_infer.main([*options(world, world / "output"), "--index", "Flat", "--force"], topk=50) == 0
     before = untouched(world / "output")
     exact, index = SearchService(settings(world)), SearchService(settings(world, index="Flat"))

@@ -1,11 +1,12 @@
-"""Texts to vectors: tokenised ahead, sorted by length within a block, batches cut by a token budget, rows put
-back in order; blocks shared out between processes.
+"""Texts to vectors: tokenized ahead, sorted by length within a block, batched by a token budget and put back
+in order; the blocks are shared between processes.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +23,13 @@ from torch_src.runtime.log import log
 from torch_src.runtime.prefetch import one_ahead
 from torch_src.runtime.progress import Progress
 
-TOKENIZE_AHEAD = 4096  # texts tokenised in one piece: their Python lists of ids take about 17 KB a passage
-POLL_SECONDS = 1.0  # between looks whether the other processes are done with their blocks
+TOKENIZE_AHEAD = 4096  # texts tokenized at once: their Python lists of ids take about 17 KB per passage
+POLL_SECONDS = 1.0  # between checks whether the other processes have finished their blocks
 
 
 @dataclass
 class Encoder(BatchedInference):
-    """One tower with all that turns a text into its vector."""
+    """A tower with its tokenizer and settings: texts to vectors (N, H)."""
 
     tower: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -37,13 +38,13 @@ class Encoder(BatchedInference):
     normalize: bool
     device: torch.device
     precision: str
-    batch_size: int  # texts in one forward pass, at most
-    tokens_per_batch: int  # padded tokens in one forward pass, at most; halved when memory does not suffice
-    dims: int = 0  # of a vector that are kept, the first ones; 0: all
+    batch_size: int  # maximum texts per forward pass
+    tokens_per_batch: int  # maximum padded tokens per forward pass; halved when memory runs out
+    dims: int = 0  # keep only the first dimensions of a vector; 0: all
 
     @property
     def width(self) -> int:
-        """Return the dimensions of a vector."""
+        """The number of dimensions of a vector."""
         return self.dims or self.tower.config.hidden_size
 
     def tokenize(self, texts: list[str]) -> TokenTable:
@@ -51,21 +52,19 @@ class Encoder(BatchedInference):
         return TokenTable.of_texts(self.tokenizer, texts, self.rules)
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        """Return the vectors (len(texts), H) float32 of texts that fit into memory."""
+        """Return the vectors (N, H) float32 of N texts."""
         vectors = self.encode_tokens(self.tokenize(texts))
         if not np.isfinite(vectors).all():
-            raise UserError(
-                "the model gives vectors that are not finite; are the weights sound? (try --precision fp32)"
-            )
+            raise UserError("the vectors are not finite; check the weights, or use --precision fp32")
         return vectors
 
     @torch.inference_mode()
     def encode_tokens(
         self, table: TokenTable, dtype: torch.dtype = torch.float32, done: Callable | None = None
     ) -> np.ndarray:
-        """Return the vectors (N, H) of `dtype`; done(texts, tokens) is called after each forward pass.
+        """Return the vectors (N, H) of `dtype`; calls done(texts, tokens) after each forward pass.
 
-        The vectors stay on the device until the last: on CUDA nothing waits for a single batch.
+        The vectors are copied from the device once, at the end, so that CUDA does not wait after each batch.
         """
         was_training = self.tower.training
         self.tower.eval()
@@ -76,7 +75,7 @@ class Encoder(BatchedInference):
             if done is not None:
                 done(len(rows), int(table.lengths[rows].sum()))
 
-        with autocast(self.device, self.precision):  # one context: the cast weights are kept for all batches
+        with autocast(self.device, self.precision):  # one context, so that weights are cast only once
             self.run_batches(table.lengths, forward)
         self.tower.train(was_training)
         return vectors.cpu().numpy()
@@ -91,22 +90,22 @@ class Encoder(BatchedInference):
 def encode_collection(
     encoder: Encoder, collection: PassageCollection, store: VectorStore, log_every: float, workers: int = 0
 ) -> None:
-    """Encode the blocks of `store` that are not there yet; a log line every `log_every` seconds.
+    """Encode the missing blocks of `store`; logs its progress every `log_every` seconds.
 
-    Other processes may do the same on the same folder: each takes the next block that nobody has, and what a
-    dead one left undone is taken over. Returns when every block is there. `workers` processes tokenise ahead
-    (0: a thread). Memory: two blocks of token ids, one of vectors, the model.
+    Several processes may encode into the same folder: each takes the next free block, also one that a killed
+    process has left unfinished. Returns when every block is finished. `workers` processes tokenize ahead (0:
+    a thread). Memory: two blocks of token ids, one of vectors, the model.
     """
     missing = store.missing_blocks()
     if len(missing) < store.block_count:
         done = store.block_count - len(missing)
-        log(f"{store.folder}: {done} of {store.block_count} blocks of these settings are there and are kept")
+        log(f"{store.folder}: {done} of {store.block_count} blocks are finished and kept")
     progress = Progress(sum(last - first for first, last in map(store.block_range, missing)), log_every)
     waiting = False
     try:
         while store.missing_blocks():
             blocks = store.locks.acquire_missing(store.missing_blocks(), store.is_missing)
-            first = next(blocks, None)  # worker processes are started when there is work for them
+            first = next(blocks, None)  # start no worker processes without work
             if first is not None:
                 mine = chain([first], blocks)
                 for block, table in _tokenized_blocks(encoder, collection, store, mine, workers):
@@ -114,9 +113,8 @@ def encode_collection(
                     store.locks.release(block)
             else:
                 if not waiting:
-                    log(
-                        f"waiting for other processes: they have {len(store.missing_blocks())} blocks in hand"
-                    )
+                    count = len(store.missing_blocks())
+                    log(f"{store.folder}: waiting for other processes to encode {count} blocks")
                 waiting = True
                 time.sleep(POLL_SECONDS)
     finally:
@@ -124,7 +122,9 @@ def encode_collection(
     progress.close()
 
 
-def _encode_block(encoder: Encoder, store: VectorStore, block: int, table: TokenTable, progress) -> None:
+def _encode_block(
+    encoder: Encoder, store: VectorStore, block: int, table: TokenTable, progress: Progress
+) -> None:
     vectors = encoder.encode_tokens(table, torch.float16, progress.add)
     check_float16(vectors, store.block_range(block)[0])
     progress.cut += table.cut
@@ -135,58 +135,60 @@ def _encode_block(encoder: Encoder, store: VectorStore, block: int, table: Token
     store.write_block(block, vectors, made_with)
 
 
-class _Pieces(Dataset):
-    """Tokenised pieces of a collection by (block, first row, last row)."""
+class _TokenizedChunks(Dataset):
+    """Chunks of a collection, tokenized, by (block, first row, last row)."""
 
     def __init__(self, encoder: Encoder, collection: PassageCollection):
         self.tokenizer, self.rules, self.collection = encoder.tokenizer, encoder.rules, collection
 
-    def __getitem__(self, piece: tuple[int, int, int]) -> tuple | UserError:
-        """Return (block, last row, ids, lengths, texts cut)."""
-        block, first, last = piece
+    def __getitem__(self, chunk: tuple[int, int, int]) -> tuple | UserError:
+        """Return (block, last row, ids, lengths, texts truncated)."""
+        block, first, last = chunk
         try:
             table = TokenTable.of_texts(self.tokenizer, self.collection[first:last], self.rules)
-        except (UserError, OSError) as error:
-            # raised where it is read: a loader would wrap it in a traceback
-            named = getattr(error, "filename", None)
-            return UserError(f"{named}: {error.strerror}" if named else str(error))
+        except UserError as error:
+            return UserError(str(error))  # raised by the reader: a DataLoader would wrap it in a traceback
+        except OSError as error:
+            return UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return block, last, table.ids, table.lengths, table.cut
 
 
 def _tokenized_blocks(
-    encoder: Encoder, collection, store: VectorStore, blocks: Iterator[int], workers: int
+    encoder: Encoder, collection: PassageCollection, store: VectorStore, blocks: Iterator[int], workers: int
 ) -> Iterator[tuple[int, TokenTable]]:
-    """Yield (block, its token ids), the next pieces being tokenised while this block is encoded."""
+    """Yield (block, its token ids), tokenizing the next chunks while this block is encoded."""
 
-    def pieces() -> Iterator[tuple[int, int, int]]:
+    def chunks() -> Iterator[tuple[int, int, int]]:
         for block in blocks:
             first, last = store.block_range(block)
             for start in range(first, last, TOKENIZE_AHEAD):
                 yield block, start, min(last, start + TOKENIZE_AHEAD)
 
-    data = _Pieces(encoder, collection)
+    data = _TokenizedChunks(encoder, collection)
     if workers:
-        # A loader with workers keeps their order, and ends them with this process.
-        ready = DataLoader(data, sampler=pieces(), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+        # A loader keeps the order of its workers, and ends them with this process.
+        ready: Any = DataLoader(
+            data, sampler=chunks(), batch_size=None, num_workers=workers, collate_fn=_unchanged
+        )
     else:
-        ready = one_ahead(data.__getitem__, pieces())
-    parts: list[TokenTable] = []
-    for piece in ready:
-        if isinstance(piece, UserError):
-            raise piece
-        block, last, ids, lengths, cut = piece
-        parts.append(TokenTable(ids, lengths, cut))
+        ready = one_ahead(data.__getitem__, chunks())
+    tables: list[TokenTable] = []
+    for chunk in ready:
+        if isinstance(chunk, UserError):
+            raise chunk
+        block, last, ids, lengths, cut = chunk
+        tables.append(TokenTable(ids, lengths, cut))
         if last == store.block_range(block)[1]:
-            yield block, TokenTable.concatenate(parts)
-            parts = []
+            yield block, TokenTable.concatenate(tables)
+            tables = []
 
 
-def _as_it_is(item):
-    return item
+def _unchanged(item: Any) -> Any:
+    return item  # a named function: worker processes cannot receive a lambda
 
 
 def to_float16(vectors: np.ndarray, first_row: int) -> np.ndarray:
-    """Return the vectors as they are stored; UserError when a value is beyond float16 (65,504)."""
+    """Return the vectors in float16; UserError when a value is beyond its range (65,504)."""
     with np.errstate(over="ignore"):
         stored = vectors.astype(np.float16)
     check_float16(stored, first_row)
@@ -200,5 +202,5 @@ def check_float16(stored: np.ndarray, first_row: int) -> None:
         row = first_row + int(np.flatnonzero(~finite)[0])
         raise UserError(
             f"the vector of row {row} has values that are not finite or beyond float16 (65,504); "
-            "train with --normalize, or look at the weights"
+            "train with --normalize, or check the weights"
         )

@@ -1,17 +1,17 @@
-"""Approximate search by any faiss factory string: trained on a sample, filled from blocks, kept on disk."""
+"""Approximate search with a faiss index: trained on a sample, filled from blocks, kept on disk."""
 
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from torch_src.retrieval.approximate import best_first, check_blocks, exact_scores_of, recall_line
-from torch_src.retrieval.faiss_loading import load_faiss
-from torch_src.retrieval.search import read_chunks
+from torch_src.retrieval.search import best_first, check_blocks, exact_scores, measured_recall, read_chunks
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.devices import free_memory
 from torch_src.runtime.errors import UserError
@@ -20,84 +20,105 @@ from torch_src.runtime.log import duration, log
 from torch_src.runtime.stamps import changes, clear_stamp, is_intact, read_stamp, write_stamp
 
 FILL_ROWS = 16384  # vectors added at once
-LEAST_TRAINING = 10240  # vectors that a quantiser of 256 centroids wants (39 a centroid, by faiss's own rule)
-MOST_TRAINING = 262144
-PROBED_VECTORS = 2048  # added to a small index to see what one of them takes
+MIN_TRAINING = 10240  # vectors that a quantizer with 256 centroids needs (39 per centroid, faiss's own rule)
+MAX_TRAINING = 262144
+PROBED_VECTORS = 2048  # added to a small index to measure memory and time per vector
+
+
+def load_faiss() -> Any:
+    """Return the faiss module; UserError when it is missing or broken.
+
+    faiss-cpu and faiss-gpu install into the same folder: the later one overwrites the earlier one, and
+    uninstalling either leaves an empty package.
+    """
+    fix = "run: pip uninstall -y faiss-cpu faiss-gpu, then install the requirements file again"
+    if len([name for name in ("faiss-cpu", "faiss-gpu") if _is_installed(name)]) == 2:
+        raise UserError(f"both faiss-cpu and faiss-gpu are installed and overwrite each other; {fix}")
+    try:
+        faiss = import_module("faiss")
+    except ImportError as error:
+        raise UserError(f"faiss cannot be imported ({error}); {fix}") from error
+    if not hasattr(faiss, "knn"):
+        raise UserError(f"faiss is broken: its package is empty; {fix}")
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    return faiss
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 @dataclass
 class IndexSettings:
-    """What decides an index, beside the vectors."""
+    """What decides an index, in addition to the vectors."""
 
     factory: str  # Flat, HNSW32, IVF4096,PQ192x4fs,Refine(SQfp16), ...
     search_params: str  # nprobe=64,k_factor_rf=10, ...
-    memory_gb: float  # for training vectors; the index itself comes on top
+    memory_gb: float  # for training vectors; the index itself is not included
     seed: int
 
 
-class ApproximateSearch:
-    """An index over the vectors of a store, made or read; `search` gives exact scores of what it finds."""
+class FaissSearch:
+    """An index over the vectors of a store; its results get exact scores from the blocks."""
 
     def __init__(
         self,
         store: VectorStore,
         settings: IndexSettings,
         path: Path,
-        stamp: dict,
+        stamp: dict[str, Any],
         force: bool = False,
-        make: bool = True,
+        build: bool = True,
     ):
-        """Read the index at `path` when its stamp agrees, else make and write it; not `make`: refuse it.
+        """Read the index at `path` when its stamp agrees, else build it (UserError without `build`).
 
-        UserError for a malformed factory string or parameter, and when the index will not fit into memory.
+        UserError for a malformed factory string or parameter, and when the index does not fit into memory.
         """
         self.store, self.settings, self.faiss = store, settings, load_faiss()
         stamp = {
-            **stamp, "factory": settings.factory, "seed": settings.seed, "memory_gb": settings.memory_gb,
-        }  # fmt: skip
+            **stamp,
+            "factory": settings.factory,
+            "seed": settings.seed,
+            "memory_gb": settings.memory_gb,
+        }
         old = None if force else read_stamp(path)
         different = [] if old is None else changes(old, stamp)
         if old is not None and not different and not is_intact(path):
-            different = ["its bytes are not those that were written"]
+            different = ["checksum mismatch"]
         if old is not None and not different:
             self.index = self._read(path)
             check_blocks(store)
             log(f"{path}: up to date")
-        elif not make:
-            why = "; ".join(different) or "no finished index there"
-            raise UserError(f"{path}: {why}; make it with do_dual_infer.py --index '{settings.factory}'")
+        elif not build:
+            reason = "; ".join(different) or "no finished index"
+            raise UserError(f"{path}: {reason}; run do_dual_infer.py --index '{settings.factory}'")
         else:
             if different:
-                log(f"{path}: out of date, made again ({'; '.join(different)})")
-            self.index = self._make(path, stamp)
+                log(f"{path}: out of date, rebuilt ({'; '.join(different)})")
+            self.index = self._build(path, stamp)
         set_parameters(self.index, settings.factory, settings.search_params)
 
-    def _read(self, path: Path):
+    def _read(self, path: Path) -> Any:
         try:
             index = self.faiss.read_index(str(path))
         except RuntimeError as error:
             raise UserError(f"{path}: cannot be read as an index; delete it and run again") from error
         if index.ntotal != self.store.rows or index.d != self.store.hidden:
-            raise UserError(f"{path}: has {index.ntotal:,} vectors, not {self.store.rows:,}; delete it")
+            found = f"has {index.ntotal:,} vectors (expected {self.store.rows:,})"
+            raise UserError(f"{path}: {found}; delete it and run again")
         return index
 
-    def _make(self, path: Path, stamp: dict):
-        check_memory(
-            self.settings.factory, estimate_bytes(self.settings.factory, self.store.hidden, self.store.rows)
-        )
+    def _build(self, path: Path, stamp: dict[str, Any]) -> Any:
+        factory, hidden = self.settings.factory, self.store.hidden
+        check_memory(factory, estimate(factory, hidden, self.store.rows)[0])
         begun = time.monotonic()
-        index = new_index(self.settings.factory, self.store.hidden)
+        index = new_index(factory, hidden)
         if not index.is_trained:
-            sample = self._sample(index)
-            log(f"index {self.settings.factory}: training on {len(sample):,} vectors")
-            try:
-                index.train(sample)
-            except RuntimeError as error:
-                why = str(error).strip().split("\n")[-1][-200:]
-                raise UserError(
-                    f"--index {self.settings.factory}: not for {len(sample):,} vectors ({why})"
-                ) from error
-            del sample
+            self._train(index)
         for _, chunk in read_chunks(self.store, FILL_ROWS, buffers=3):
             index.add(torch.from_numpy(chunk).float().numpy())
         clear_stamp(path)
@@ -105,17 +126,28 @@ class ApproximateSearch:
             try:
                 self.faiss.write_index(index, file.name)
             except RuntimeError as error:
-                raise UserError(f"{path}: could not be written; is the disk full?") from error
+                raise UserError(f"{path}: cannot be written; check the free disk space") from error
         write_stamp(path, stamp)
         size = os.path.getsize(path) / 1e9
         log(f"wrote {path} ({size:.2f} GB) in {duration(time.monotonic() - begun)}")
         return index
 
-    def _sample(self, index) -> np.ndarray:
-        """Return vectors (n, H) float32 of evenly drawn rows."""
+    def _train(self, index: Any) -> None:
+        sample = self._sample(index)
+        log(f"index {self.settings.factory}: training on {len(sample):,} vectors")
+        try:
+            index.train(sample)
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[-1][-200:]
+            raise UserError(
+                f"--index {self.settings.factory}: cannot be trained on {len(sample):,} vectors ({reason})"
+            ) from error
+
+    def _sample(self, index: Any) -> np.ndarray:
+        """Return vectors (n, H) float32 of rows drawn at random."""
         lists = inverted_lists(index)
         allowed = int(self.settings.memory_gb * 1e9 / (8 * self.store.hidden))  # faiss holds a copy
-        wanted = min(max(LEAST_TRAINING, 64 * lists), MOST_TRAINING, max(allowed, lists))
+        wanted = min(max(MIN_TRAINING, 64 * lists), MAX_TRAINING, max(allowed, lists))
         draw = np.random.default_rng([self.settings.seed, 5])
         rows = np.sort(draw.choice(self.store.rows, min(wanted, self.store.rows), replace=False))
         return torch.from_numpy(self.store.vectors_at(rows)).float().numpy()
@@ -123,44 +155,41 @@ class ApproximateSearch:
     def search(self, queries: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (rows (B, K) int64, scores (B, K) float64), best first, ties by row.
 
-        Where the index finds fewer than K, the rest are rows of -1 with a score of -inf.
+        Where the index finds fewer than K, the rest have row -1 and score -inf.
         """
         keep = min(topk, self.store.rows)
         found = self.index.search(queries, keep)[1].astype(np.int64)
-        return best_first(found, exact_scores_of(self.store, queries, found), keep)
+        return best_first(found, exact_scores(self.store, queries, found), keep)
 
     def recall(self, queries: np.ndarray, topk: int, device: torch.device, count: int) -> str:
-        """Return one line: the share of the exact top-k that is found, on `count` of the queries."""
-        settings = self.settings
-        line = recall_line(
-            lambda some: self.search(some, topk), self.store, queries, topk, device, count,
-            settings.memory_gb, settings.seed,
-        )  # fmt: skip
-        return f"index {settings.factory}: {line}"
+        """Return a log line: the share of the exact top-k that the index finds for `count` of the queries."""
+        limits = (count, self.settings.memory_gb, self.settings.seed)
+        line = measured_recall(lambda q: self.search(q, topk), self.store, queries, topk, device, *limits)
+        return f"index {self.settings.factory}: {line}"
 
 
-def new_index(factory: str, hidden: int):
-    """Return an empty index for inner products; UserError for a factory string that faiss does not know."""
+def new_index(factory: str, hidden: int) -> Any:
+    """Return an empty index for inner products; UserError for a factory string that faiss does not accept."""
     faiss = load_faiss()
     try:
         return faiss.index_factory(hidden, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise UserError(f"--index {factory}: faiss makes no such index of {hidden} dimensions") from error
+        raise UserError(f"--index {factory}: not a faiss index of {hidden} dimensions") from error
 
 
-def set_parameters(index, factory: str, parameters: str) -> None:
-    """Set `nprobe=64,k_factor_rf=10`, ...; UserError for one that this kind of index does not have."""
+def set_parameters(index: Any, factory: str, parameters: str) -> None:
+    """Set search parameters (nprobe=64,k_factor_rf=10); UserError for one that the index does not have."""
     for parameter in filter(None, parameters.split(",")):
         try:
             load_faiss().ParameterSpace().set_index_parameters(index, parameter)
         except RuntimeError as error:
             raise UserError(
-                f"--search_params {parameter}: not a parameter of an index {factory} "
+                f"--search_params {parameter}: not a parameter of the index {factory} "
                 "(nprobe, efSearch, k_factor_rf, ...)"
             ) from error
 
 
-def inverted_lists(index) -> int:
+def inverted_lists(index: Any) -> int:
     """Return the number of inverted lists, 0 for an index without."""
     try:
         return load_faiss().extract_index_ivf(index).nlist
@@ -168,36 +197,32 @@ def inverted_lists(index) -> int:
         return 0
 
 
-def estimate_bytes(factory: str, hidden: int, rows: int) -> int:
-    """Return about how many bytes an index of `rows` vectors takes."""
-    return estimate(factory, hidden, rows)[0]
-
-
 def estimate(factory: str, hidden: int, rows: int) -> tuple[int, float]:
-    """Return about (bytes, seconds of filling) of an index of `rows` vectors, from a small one of random
-    vectors. Its training is not in the seconds.
+    """Return estimates (bytes, seconds to fill) for an index of `rows` vectors, from a small random one.
+
+    The seconds do not include training.
     """
     faiss, index = load_faiss(), new_index(factory, hidden)
     lists, draw = inverted_lists(index), np.random.default_rng(0)
     if lists:
         clustering = faiss.extract_index_ivf(index).cp
         clustering.niter, clustering.min_points_per_centroid = 1, 1
-    few = draw.standard_normal((max(LEAST_TRAINING, 2 * lists), hidden), dtype=np.float32)
+    sample = draw.standard_normal((max(MIN_TRAINING, 2 * lists), hidden), dtype=np.float32)
     if not index.is_trained:
-        index.train(few)
+        index.train(sample)
     empty = len(faiss.serialize_index(index))
     begun = time.perf_counter()
-    index.add(few[:PROBED_VECTORS])
-    each = (time.perf_counter() - begun) / PROBED_VECTORS
-    return empty + rows * (len(faiss.serialize_index(index)) - empty) // PROBED_VECTORS, each * rows
+    index.add(sample[:PROBED_VECTORS])
+    seconds = (time.perf_counter() - begun) / PROBED_VECTORS
+    return empty + rows * (len(faiss.serialize_index(index)) - empty) // PROBED_VECTORS, seconds * rows
 
 
 def check_memory(factory: str, needed: int, available: Callable[[], int] | None = None) -> None:
-    """UserError when an index of `needed` bytes does not fit into the memory that is free."""
+    """UserError when an index of `needed` bytes does not fit into the free memory."""
     free = (available or free_memory)()
-    log(f"index {factory}: about {needed / 1e9:.2f} GB of memory, {free / 1e9:.1f} GB are free")
+    log(f"index {factory}: about {needed / 1e9:.2f} GB of memory, {free / 1e9:.1f} GB free")
     if needed > 0.9 * free:
         raise UserError(
-            f"--index {factory}: needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
-            "take a smaller one (IVF4096,PQ192x4fs, say), or none: exact search needs no memory for it"
+            f"--index {factory}: needs about {needed / 1e9:.1f} GB of memory ({free / 1e9:.1f} GB are free); "
+            "use a smaller index (e.g. IVF4096,PQ192x4fs) or none: exact search needs no memory for it"
         )

@@ -1,6 +1,6 @@
-"""Pairs to logits: tokenised ahead, sorted by length across queries, put back in order."""
+"""Pairs to logits: tokenized ahead, sorted by length across queries, put back in order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,20 +14,20 @@ from torch_src.runtime.devices import autocast
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.prefetch import one_ahead
 
-TOKENIZE_AHEAD = 4096  # pairs tokenised in one piece
+TOKENIZE_AHEAD = 4096  # pairs tokenized at once
 
 
 @dataclass
 class PairScorer(BatchedInference):
-    """A cross-encoder with all that turns a pair of texts into its logit."""
+    """A cross-encoder with its tokenizer and settings: (query, passage) pairs to logits (N,)."""
 
     model: CrossEncoder
     tokenizer: PreTrainedTokenizerBase
     rules: TextRules
     device: torch.device
     precision: str
-    batch_size: int  # pairs in one forward pass, at most
-    tokens_per_batch: int  # padded tokens in one forward pass, at most; halved when memory does not suffice
+    batch_size: int  # maximum pairs per forward pass
+    tokens_per_batch: int  # maximum padded tokens per forward pass; halved when memory runs out
 
     def tokenize(self, queries: list[str], passages: list[str]) -> Pairs:
         """Return the pairs' token ids."""
@@ -35,7 +35,7 @@ class PairScorer(BatchedInference):
 
     @torch.inference_mode()
     def score(self, pairs: Pairs) -> np.ndarray:
-        """Return the logits (N,) float32; UserError when one of them is not finite."""
+        """Return the logits (N,) float32; UserError when one is not finite."""
         was_training = self.model.training
         self.model.eval()
         logits = np.empty(len(pairs.ids), dtype=np.float32)
@@ -48,26 +48,24 @@ class PairScorer(BatchedInference):
         self.run_batches(np.asarray(pairs.lengths), forward)
         self.model.train(was_training)
         if not np.isfinite(logits).all():
-            raise UserError(
-                "the model gives scores that are not finite; are the weights sound? (try --precision fp32)"
-            )
+            raise UserError("the scores are not finite; check the weights, or use --precision fp32")
         return logits
 
     def score_candidates(
         self, candidates: Candidates, first: int, last: int
     ) -> Iterator[tuple[int, np.ndarray, Pairs]]:
-        """Yield (first pair, logits, pairs) of pieces; the next is tokenised while this one is scored."""
+        """Yield (first pair, logits, pairs) of chunks, tokenizing the next chunk while this one is scored."""
 
-        def piece(start: int) -> tuple[int, Pairs]:
+        def tokenized(start: int) -> tuple[int, Pairs]:
             stop = min(last, start + TOKENIZE_AHEAD)
             queries = [candidates.queries[at] for at in candidates.query_of[start:stop]]
             return start, self.tokenize(queries, candidates.passages(start, stop))
 
-        for start, pairs in one_ahead(piece, range(first, last, TOKENIZE_AHEAD)):
+        for start, pairs in one_ahead(tokenized, range(first, last, TOKENIZE_AHEAD)):
             yield start, self.score(pairs), pairs
 
     def score_rows(self, candidates: Candidates, rows: list[int]) -> tuple[np.ndarray, Pairs]:
-        """Return (logits, pairs) of some of the candidates, by their numbers."""
+        """Return (logits, pairs) of the candidates with these numbers."""
         queries = [candidates.queries[candidates.query_of[row]] for row in rows]
         pairs = self.tokenize(queries, [candidates.passages(row, row + 1)[0] for row in rows])
         return self.score(pairs), pairs
@@ -79,22 +77,24 @@ class PairScorer(BatchedInference):
         )
 
 
-def pair_tensors(pairs: Pairs, rows, pad_id: int, device: torch.device) -> list[torch.Tensor]:
-    """Return [input ids, attention mask, segment ids], each (B, L) int64, of some of the pairs."""
+def pair_tensors(
+    pairs: Pairs, rows: Sequence[int] | np.ndarray, pad_id: int, device: torch.device
+) -> list[torch.Tensor]:
+    """Return [input ids, attention mask, segment ids], each (B, L) int64, of the pairs `rows`."""
     input_ids, mask = pad([pairs.ids[row] for row in rows], pad_id)
     types, _ = pad([pairs.types[row] for row in rows], 0)
     return [torch.from_numpy(array).to(device, non_blocking=True) for array in (input_ids, mask, types)]
 
 
 def rank_pairs(candidates: Candidates, scores: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (query, its pairs best first): higher score first, ties by the retriever's rank."""
+    """Yield (query, its pairs best first); ties keep the order of the retriever."""
     for query, span in candidates.spans():
         order = np.argsort(-scores[span].astype(np.float64), kind="stable")
         yield query, span.start + order
 
 
 def fuse(candidates: Candidates, logits: np.ndarray, weight: float) -> np.ndarray:
-    """Return the fused scores (N,) float32 of candidates; with weight 0 the logits as they are."""
+    """Return the fused scores (N,) float32 of candidates; with weight 0 the logits unchanged."""
     if not weight:
         return logits
     spans = [span for _, span in candidates.spans()]
@@ -102,7 +102,7 @@ def fuse(candidates: Candidates, logits: np.ndarray, weight: float) -> np.ndarra
 
 
 def fused_scores(logits: np.ndarray, retriever: np.ndarray, spans: list[slice], weight: float) -> np.ndarray:
-    """Return logits + weight x the retriever's scores, scaled to mean 0 and variance 1 in each span."""
+    """Return logits + weight * retriever scores, the latter with mean 0 and variance 1 in each span."""
     fused = logits.astype(np.float64)
     for span in spans:
         scores = retriever[span].astype(np.float64)

@@ -1,11 +1,11 @@
-"""Fast, inexact inner products with a proved bound on their error: the first look of an exact search.
+"""Fast inexact inner products with a proved bound on their error: the first stage of the exact search.
 
-`Float32`, `Bfloat16` and `Int8` answer one question about a chunk of passages: which (query, passage) pairs
-can reach a score of `floor[query]` or more? Every pair that does is in the answer; a few others may be.
+`Float32`, `Bfloat16` and `Int8` return the (query, passage) pairs of a chunk that can have a score of at
+least `floor[query]`. No such pair is missed; a few others may be returned.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -13,49 +13,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GROUP = (
-    64  # scores are looked at in groups of so many passages: only groups whose best is high enough are opened
-)
+from torch_src.runtime.errors import is_out_of_memory
+
+GROUP = 64  # passages per group: only groups whose best score is high enough are scanned
 EPSILON = 2.0**-23  # of fp32
-PASSAGE_LEVELS = (127, 63)  # 8 bits where products of bytes are summed exactly; AVX2 sums two in 16 bits: 7
+PASSAGE_LEVELS = (127, 63)  # 8 bits; 7 where AVX2 adds two products of bytes in 16 bits
 QUERY_LEVELS = 127
 SLACK = 1.0 + 2.0**-10  # covers the rounding of the bounds themselves
 
 
 def fp32_error(hidden: int) -> float:
-    """Return c: an fp32 inner product of H numbers, summed in any order, is off by at most c ||q|| ||p||.
+    """Return c such that an fp32 inner product of H numbers, summed in any order, has an error of at most
+    c ||q|| ||p||.
 
-    |fl(q.p) - q.p| <= gamma |q|.|p|, gamma = n u / (1 - n u), u half of EPSILON (Higham 2002, section 3.1); n
-    is taken two larger and u doubled, which covers scaling the result and the rounding of the bound itself.
+    |fl(q.p) - q.p| <= gamma |q|.|p|, gamma = n u / (1 - n u), u half of EPSILON (Higham 2002, section 3.1).
+    Here n is H + 2 and u is doubled, which covers scaling the result and the rounding of the bound itself.
     """
     size = (hidden + 2) * EPSILON
     return size / (1 - size)
 
 
 def norms(vectors: Tensor) -> Tensor:
-    """Return the Euclidean norms (n,) fp64 of rows (n, H), never too small."""
+    """Return upper bounds (n,) fp64 of the Euclidean norms of rows (n, H)."""
     return torch.linalg.vector_norm(vectors, dim=1).double() * SLACK
 
 
 class Scratch:
-    """Tensors that are used again for every chunk: fresh memory would cost a page fault every 4 KB."""
+    """Tensors reused for every chunk: new memory costs a page fault every 4 KB."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
 
     def like(self, vectors: Tensor, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return a tensor of the shape (C, H) of `vectors`, with whatever is in it."""
-        kept = self.tensors.get(name)
-        if kept is None or len(kept) < len(vectors):
-            kept = self.tensors[name] = torch.empty(vectors.shape, dtype=dtype, device=vectors.device)
-        return kept[: len(vectors)]
+        """Return an uninitialized tensor with the shape (C, H) and the device of `vectors`."""
+        tensor = self.tensors.get(name)
+        if tensor is None or len(tensor) < len(vectors):
+            tensor = self.tensors[name] = torch.empty(vectors.shape, dtype=dtype, device=vectors.device)
+        return tensor[: len(vectors)]
 
 
-class Products:
-    """The queries of one search on one device, and their products with chunks of passages.
+class ScoreBounds:
+    """The queries (B, H) fp32 of one search on one device, and bounds of their scores for a chunk.
 
-    Each query is scaled by a power of two (its largest value then lies in [0.5, 1)), which loses nothing and
-    keeps every bound clear of overflow and underflow.
+    Each query is scaled by a power of two (its largest value then lies in [0.5, 1)), which is exact and keeps
+    every bound clear of overflow and underflow.
     """
 
     name: str
@@ -69,20 +70,18 @@ class Products:
         self.error = fp32_error(queries.shape[1])
         self.scratch = Scratch()
 
-    def reached(self, vectors: Tensor, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
-        """Return (query, passage) indices, both (n,), of all pairs with q.p >= floor[q], and maybe others.
+    def pairs_above(self, vectors: Tensor, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
+        """Return (query, passage) indices, both (n,) int64, of at least all pairs with q.p >= floor[q].
 
         vectors (C, H) fp32; floor (B,) fp64, in the units of the scaled queries. None when there are more
-        than `limit`.
+        than `limit` pairs, or when the product cannot be computed.
         """
-        raise AssertionError("each kind of product has its own")
+        raise NotImplementedError
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Within the block CUDA's fp32 products are fp32 (no tf32) and sums of bf16 products are fp32: the bounds
-    below count on both.
-    """
+    """Compute fp32 products on CUDA without tf32, and sum bf16 products in fp32: the bounds assume both."""
     flags = torch.backends.cuda.matmul
     before = flags.allow_tf32, flags.allow_bf16_reduced_precision_reduction
     flags.allow_tf32, flags.allow_bf16_reduced_precision_reduction = False, False
@@ -92,7 +91,7 @@ def full_precision() -> Iterator[None]:
         flags.allow_tf32, flags.allow_bf16_reduced_precision_reduction = before
 
 
-class Float32(Products):
+class Float32(ScoreBounds):
     """Plain fp32 products; on CUDA within `full_precision`."""
 
     name = "fp32"
@@ -102,14 +101,14 @@ class Float32(Products):
         return vectors @ self.queries.T
 
     def bound(self, vectors: Tensor) -> Tensor:
-        """Return (B,) fp64: by how much a score of this chunk can be off."""
+        """Return (B,) fp64, the largest error that a score of this chunk can have."""
         return SLACK * self.error * self.query_norms * norms(vectors).max()
 
-    def reached(self, vectors: Tensor, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
-        return above(self.scores(vectors), floor - self.bound(vectors), limit)
+    def pairs_above(self, vectors: Tensor, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
+        return select_pairs(self.scores(vectors), floor - self.bound(vectors), limit)
 
 
-class Bfloat16(Products):
+class Bfloat16(ScoreBounds):
     """Products of operands rounded to bf16, summed in fp32 and rounded to bf16 at the end."""
 
     name = "bf16"
@@ -117,42 +116,41 @@ class Bfloat16(Products):
     def __init__(self, queries: np.ndarray, device: torch.device):
         super().__init__(queries, device)
         self.rounded = self.queries.bfloat16()
-        self.lost = norms(self.queries - self.rounded.float())
+        self.rounding_norms = norms(self.queries - self.rounded.float())
         self.rounded_norms = norms(self.rounded.float())
 
-    def reached(self, vectors: Tensor, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
+    def pairs_above(self, vectors: Tensor, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
         rounded = vectors.bfloat16()
         back = rounded.float()
         longest = norms(back).max()
         # q.p - q'.p' = q.(p - p') + (q - q').p', each at most the product of the norms (Cauchy-Schwarz)
-        bound = self.query_norms * norms(vectors - back).max() + self.lost * longest
-        bound += (
-            (self.error + 2.0**-8) * self.rounded_norms * longest
-        )  # summing, and rounding the sum to bf16
-        return above(rounded @ self.rounded.T, floor - SLACK * bound, limit)
+        bound = self.query_norms * norms(vectors - back).max() + self.rounding_norms * longest
+        # the sum, and rounding it to bf16
+        bound += (self.error + 2.0**-8) * self.rounded_norms * longest
+        return select_pairs(rounded @ self.rounded.T, floor - SLACK * bound, limit)
 
 
-class Int8(Products):
-    """Products of 8-bit integers: passages less their mean in 7 or 8 bits, queries in 8, a scale for each.
+class Int8(ScoreBounds):
+    """Products of 8-bit integers: passages minus their mean in 7 or 8 bits, queries in 8, each with a scale.
 
-    They take half the time of fp32 with AVX2, a quarter with AVX512-VNNI (oneDNN). The sums of integers are
-    exact. The mean of the first chunk is taken out since it is much of every vector of a trained encoder,
-    tells nothing apart, and would use up the range.
+    They take half the time of fp32 with AVX2 and a quarter with AVX512-VNNI (oneDNN). Integer sums are exact.
+    The mean of the first chunk is subtracted because it is a large part of every vector of a trained encoder
+    and would use up the range without distinguishing passages.
     """
 
     name = "int8"
 
     def __init__(self, queries: np.ndarray, device: torch.device):
         super().__init__(queries, device)
-        unit = self.queries.abs().amax(1).clamp_min(0.5) / QUERY_LEVELS  # (0.5: a query of zeros alone)
+        unit = self.queries.abs().amax(1).clamp_min(0.5) / QUERY_LEVELS  # 0.5: for a query of zeros
         levels = torch.round(self.queries / unit[:, None])
-        self.size = self.query_norms.clamp_min(1e-30)  # products are taken with q / size
+        self.size = self.query_norms.clamp_min(1e-30)  # products are computed with q / size
         self.levels = int8_levels(queries.shape[1])
-        self.packed = PackedInt8(levels.to(torch.int8), (unit / self.size).float(), self.levels)
-        self.lost = norms(self.queries - levels * unit[:, None]) + 8 * EPSILON * self.query_norms
+        self.product = int8_product(levels.to(torch.int8), (unit / self.size).float(), self.levels)
+        self.rounding_norms = norms(self.queries - levels * unit[:, None]) + 8 * EPSILON * self.query_norms
         self.mean: Tensor | None = None
 
-    def reached(self, vectors: Tensor, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
+    def pairs_above(self, vectors: Tensor, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
         if self.mean is None:
             self.mean = vectors.mean(0)
             self.mean_norm = norms(self.mean[None])[0]
@@ -164,35 +162,48 @@ class Int8(Products):
         off = norms(scaled.sub_(levels)) * unit
         longest = (norms(levels) * unit).max()
         levels = self.scratch.like(vectors, "int8", torch.int8).copy_(levels).view(torch.uint8)
-        scores = self.packed.products(levels.add_(self.packed.zero))  # wraps round, as it should
-        # q.p = q.mean + q'.p' + (q - q').p' + q.(p - mean - p'). The last is at most size * off: added here,
-        # passage by passage, since a few of them have a far larger one than the others.
+        # -L..L, read as uint8, plus L + 1 wraps around to 1..2L + 1
+        scores = self.product(levels.add_(self.levels + 1))
+        if scores is None:
+            return None
+        # q.p = q.mean + q'.p' + (q - q').p' + q.(p - mean - p'). The last term is at most size * off; it is
+        # added per passage, because for a few passages it is far larger than for the others.
         scores = torch.addcmul((SLACK * off).float()[:, None], scores, unit[:, None], out=scores)
-        bound = self.lost * longest
-        bound += (
-            self.error * self.query_norms * (longest + off.max() + 2 * self.mean_norm)
-        )  # rounding, of each
-        return above(scores, (floor - self.from_mean - SLACK * bound) / self.size, limit)
+        bound = self.rounding_norms * longest
+        # the rounding of each term
+        bound += self.error * self.query_norms * (longest + off.max() + 2 * self.mean_norm)
+        return select_pairs(scores, (floor - self.from_mean - SLACK * bound) / self.size, limit)
 
 
-class PackedInt8:
-    """Rows (B, H) int8 laid out once by oneDNN, with a scale each; what comes with `levels` from -L to L."""
+def int8_product(rows: Tensor, scale: Tensor, levels: int) -> Callable[[Tensor], Tensor | None]:
+    """Return f(passages (C, H) uint8) -> (C, B) fp32 = (passages - levels - 1) . rows * scale.
 
-    def __init__(self, rows: Tensor, scale: Tensor, levels: int):
-        self.zero = levels + 1
-        self.packed = torch.ops.onednn.qlinear_prepack(rows, None)
-        self.scale, self.zeros = scale, torch.zeros(len(rows), dtype=torch.int64)
+    rows (B, H) int8, scale (B,) fp32; the passages have values from 1 to 2 * levels + 1. f returns None where
+    oneDNN's quantized operators are missing or fail. torch documents no interface for them, so this function
+    is the only place that calls them.
+    """
+    zeros = torch.zeros(len(rows), dtype=torch.int64)
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(rows, None)
+    except (RuntimeError, AttributeError):
+        return lambda passages: None
 
-    def products(self, levels: Tensor) -> Tensor:
-        """Return (C, B) fp32: (levels - zero) . rows * scale, of uint8 levels (C, H) from 1 to 2 L + 1."""
-        return torch.ops.onednn.qlinear_pointwise(
-            levels, 1.0, self.zero, self.packed, self.scale, self.zeros,
-            None, 1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
+    def product(passages: Tensor) -> Tensor | None:
+        options: tuple = (None, 1.0, 0, torch.float32, "none", [], "")
+        try:
+            return torch.ops.onednn.qlinear_pointwise(
+                passages, 1.0, levels + 1, packed, scale, zeros, *options
+            )
+        except (RuntimeError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
+            return None
+
+    return product
 
 
-def above(scores: Tensor, threshold: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
-    """Return (query, passage) indices of scores (C, B) >= threshold (B,) fp64; None for more than `limit`."""
+def select_pairs(scores: Tensor, threshold: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
+    """Return (query, passage) indices of scores (C, B) >= threshold (B,) fp64; None above `limit` pairs."""
     lowest = _round_down(threshold)
     passages, queries = scores.shape
     if passages % GROUP:
@@ -203,25 +214,25 @@ def above(scores: Tensor, threshold: Tensor, limit: int) -> tuple[Tensor, Tensor
         return None
     at, within = torch.nonzero(groups[group, :, query] >= lowest[query][:, None], as_tuple=True)
     passage = group[at] * GROUP + within
-    real = passage < passages  # not of the padding, which a threshold of -inf lets through
+    real = passage < passages  # drop the padding, which passes a threshold of -inf
     found = query[at][real], passage[real]
     return None if len(found[0]) > limit else found
 
 
 def _round_down(values: Tensor) -> Tensor:
-    """Return fp32 values that are not above the fp64 ones."""
+    """Round fp64 values down to fp32."""
     rounded = values.float()
     down = torch.nextafter(rounded, torch.full_like(rounded, float("-inf")))
     return torch.where(rounded.double() > values, down, rounded)
 
 
-KINDS: dict[str, type[Products]] = {kind.name: kind for kind in (Float32, Bfloat16, Int8)}
+KINDS: dict[str, type[ScoreBounds]] = {kind.name: kind for kind in (Float32, Bfloat16, Int8)}
 
 
-def fastest(hidden: int, device: torch.device) -> tuple[str, dict[str, float]]:
-    """Return (the kind that is fastest here, seconds of each): all give the same search results.
+def fastest_kind(hidden: int, device: torch.device) -> tuple[str, dict[str, float]]:
+    """Return (the kind of product that is fastest on this machine, seconds of each kind).
 
-    Measured for a moment, since no list of processor flags says which library has a fast kernel for what.
+    Measured, because processor flags do not tell for which products a library has a fast kernel.
     """
     draw = torch.Generator().manual_seed(0)
     queries, vectors = (torch.randn(n, hidden, generator=draw) for n in (512, 2048))
@@ -229,14 +240,14 @@ def fastest(hidden: int, device: torch.device) -> tuple[str, dict[str, float]]:
     kinds = [Float32, Bfloat16, *([Int8] if device.type == "cpu" and int8_is_exact(hidden) else [])]
     seconds = {}
     for kind in kinds:
-        products = kind(queries.numpy(), device)
-        seconds[kind.name] = min(_seconds(products, vectors, floor, device) for _ in range(3))
-    return min(seconds, key=seconds.get), seconds
+        bounds = kind(queries.numpy(), device)
+        seconds[kind.name] = min(_seconds(bounds, vectors, floor, device) for _ in range(3))
+    return min(seconds, key=lambda name: seconds[name]), seconds
 
 
-def _seconds(products: Products, vectors: Tensor, floor: Tensor, device: torch.device) -> float:
+def _seconds(bounds: ScoreBounds, vectors: Tensor, floor: Tensor, device: torch.device) -> float:
     begun = time.perf_counter()
-    products.reached(vectors, floor, 1)
+    bounds.pairs_above(vectors, floor, 1)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - begun
@@ -244,9 +255,9 @@ def _seconds(products: Products, vectors: Tensor, floor: Tensor, device: torch.d
 
 @cache
 def int8_levels(hidden: int) -> int:
-    """Return the most levels above zero that this machine's int8 products of H numbers are exact with.
+    """Return the most positive levels with which int8 products of H numbers are exact on this machine.
 
-    Looked at with the largest values that occur and in the sizes of a search. 0: there are no such products.
+    Tested with the largest values and in the sizes of a search. 0: this machine has no such products.
     """
     draw = np.random.default_rng(0)
     rows = draw.choice([-QUERY_LEVELS, 0, QUERY_LEVELS], size=(512, hidden)).astype(np.int8)
@@ -255,16 +266,12 @@ def int8_levels(hidden: int) -> int:
         levels = draw.choice([1, most + 1, 2 * most + 1], size=(2048, hidden)).astype(np.uint8)
         levels[:2] = [[1], [2 * most + 1]]
         exact = (levels.astype(np.float64) - (most + 1)) @ rows.T.astype(np.float64)
-        try:
-            packed = PackedInt8(torch.from_numpy(rows), torch.ones(len(rows)), most)
-            found = packed.products(torch.from_numpy(levels))
-        except (RuntimeError, AttributeError, NotImplementedError):
-            return 0  # a torch without oneDNN's quantised products
-        if bool((found == torch.from_numpy(exact).float()).all()):
+        found = int8_product(torch.from_numpy(rows), torch.ones(len(rows)), most)(torch.from_numpy(levels))
+        if found is not None and bool((found == torch.from_numpy(exact).float()).all()):
             return most
     return 0
 
 
 def int8_is_exact(hidden: int) -> bool:
-    """Return whether this machine has int8 products of H numbers that are right."""
+    """Return whether this machine has exact int8 products of H numbers."""
     return int8_levels(hidden) > 0

@@ -20,11 +20,11 @@ from torch_src.hparams import NONE
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.models.backbones import check_fits
-from torch_src.retrieval.faiss_index import ApproximateSearch, IndexSettings
+from torch_src.retrieval.faiss_index import FaissSearch, IndexSettings
 from torch_src.retrieval.reranking import PairScorer, rank_pairs
 from torch_src.retrieval.score_bounds import Float32
 from torch_src.retrieval.score_checks import collapsed
-from torch_src.retrieval.search import Resident, search
+from torch_src.retrieval.search import DeviceCache, search
 from torch_src.retrieval.vectors import NOT_COMPARED, VectorStore
 from torch_src.retriever import Retriever, load_model
 from torch_src.runtime.devices import choose_device, search_devices
@@ -91,11 +91,11 @@ class SearchService:
             index = open_index(hp, store)
             return f"approximate search ({hp.index})", index.search
         devices = search_devices(hp.device, self.retriever.device)
-        resident = Resident.where_they_fit(store, devices, hp.search_memory_gb)
+        resident = DeviceCache.if_it_fits(store, devices, hp.search_memory_gb)
 
         def find(queries: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
             # a product of one query is quicker than rounding the passages for a faster one
-            return search(store, queries, topk, devices, Float32.name, resident=resident)[:2]
+            return search(store, queries, topk, devices, Float32.name, cache=resident)[:2]
 
         mb = store.rows * store.hidden * 2 / 1e6
         size = f"{mb / 1000:,.1f} GB of vectors" if mb >= 1000 else f"{mb:,.1f} MB of vectors"
@@ -219,12 +219,12 @@ def open_vectors(hp: DemoHparams, retriever: Retriever) -> VectorStore:
     return store
 
 
-def open_index(hp: DemoHparams, store: VectorStore) -> ApproximateSearch:
+def open_index(hp: DemoHparams, store: VectorStore) -> FaissSearch:
     """Return the index that do_dual_infer.py wrote; UserError when it is missing, or another one."""
     path = Path(hp.output_dir) / dual_infer.INDEX
     made = read_stamp(path) or {}
     settings = IndexSettings(hp.index, hp.search_params, made.get("memory_gb", 0.0), made.get("seed", 0))
-    return ApproximateSearch(store, settings, path, {**store.manifest, "stage": "index"}, make=False)
+    return FaissSearch(store, settings, path, {**store.manifest, "stage": "index"}, build=False)
 
 
 def open_scorer(hp: DemoHparams, retriever: Retriever) -> PairScorer:

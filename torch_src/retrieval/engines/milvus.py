@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from torch_src.retrieval.approximate import best_first, check_blocks, exact_scores_of
 from torch_src.retrieval.engines.milvus_uri import is_milvus_file
+from torch_src.retrieval.search import best_first, check_blocks, exact_scores
 from torch_src.retrieval.vectors import NOT_COMPARED, VectorStore
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import log, warn
@@ -303,7 +303,7 @@ class MilvusSearch:
         depth = min(2 * keep, most) if self.flat else keep
         while len(left):
             found, theirs = self.ask(queries[left], depth)
-            exact = exact_scores_of(self.store, queries[left], found)
+            exact = exact_scores(self.store, queries[left], found)
             rows[left], scores[left] = best_first(found, exact, keep)
             left = left[unsure(scores[left], exact, theirs)] if self.flat and depth < self.rows else left[:0]
             if depth == most:
