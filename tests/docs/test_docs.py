@@ -1,5 +1,6 @@
 """The documents: their links and the files they name exist, and the programs accept their commands."""
 
+import ast
 import re
 import subprocess
 
@@ -100,3 +101,23 @@ def test_options_in_running_text_exist(path):
 def test_a_readme_has_a_command_for_every_program(path):
     found = {word for words in commands(text_of(path)) for word in words}
     assert {*SETTINGS, "script/quickstart.sh", "script/test.sh", "script/download.sh"} <= found
+
+
+def literals(path) -> list[str]:
+    """Return the string literals of a program, f-strings in pieces between their values."""
+    constants = (node for node in ast.walk(ast.parse(text_of(path))) if isinstance(node, ast.Constant))
+    return [node.value for node in constants if isinstance(node.value, str)]
+
+
+def test_troubleshooting_quotes_words_of_the_code():
+    """The first column of each table quotes a few words of a message, or a name, not a sentence."""
+    keys = []
+    for row in re.findall(r"^\| (.*?) \| ", text_of(ROOT / "docs/troubleshooting.md"), re.MULTILINE):
+        keys += INLINE.findall(row)
+    programs = [
+        path for folder in ("torch_src", "metric", "script") for path in (ROOT / folder).rglob("*.py")
+    ]
+    code = "\n".join(text for path in programs for text in [*literals(path), text_of(path)])
+    assert len(keys) > 50
+    assert not [key for key in keys if len(key.split()) > 6]
+    assert not [key for key in keys if key.removeprefix("--") not in code]
