@@ -1,4 +1,4 @@
-"""The documents' commands: found in their text, and held against the programs' own options."""
+"""The commands in the documents, checked against the options of the programs."""
 
 import argparse
 import contextlib
@@ -36,7 +36,7 @@ SETTINGS: dict[str, type[hparams.Hparams]] = {
 }
 PYTHONS = ("python", "python3", ".venv/bin/python", "milvus/bin/python")
 PLAIN = ("git", "cd", "cp", "mv", "rm", "cut", "head", "grep", "tail", "kill", "printf", ".venv/bin/pip")
-SHELLS = {  # a shell script that hands its options on
+SHELLS = {  # shell script -> the program that receives its options
     "script/download.sh": "script/lib/download.py",
     "script/run_all.sh": "script/run_all.py",
     "script/run_rounds.sh": "script/run_rounds.py",
@@ -47,7 +47,7 @@ PARSE_ARGS, PARSE = argparse.ArgumentParser.parse_args, hparams.parse
 
 
 class Stopped(BaseException):
-    """Raised in place of what a program would do once its options are parsed."""
+    """Raised once a program has parsed its options."""
 
 
 def without_fences(text: str) -> str:
@@ -56,7 +56,7 @@ def without_fences(text: str) -> str:
 
 
 def shell_blocks(text: str) -> list[str]:
-    """Return the code blocks of commands: those marked sh, and unmarked ones that begin with a command."""
+    """Return the code blocks marked sh and the unmarked ones that begin with a command."""
     begins = (*PYTHONS, "sh ", "torchrun ", "CUDA_VISIBLE_DEVICES")
     return [
         body for name, body in FENCE.findall(text) if name == "sh" or not name and body.startswith(begins)
@@ -64,10 +64,9 @@ def shell_blocks(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Return the commands of a document's shell blocks, continued lines joined, variables resolved, comments
-    left out.
-    """
-    found, variables = [], {}
+    """Return the commands in a document's shell blocks, with variables resolved and lines joined."""
+    found: list[list[str]] = []
+    variables: dict[str, str] = {}
     for line in "".join(shell_blocks(text)).replace("\\\n", " ").splitlines():
         for name, value in variables.items():
             line = line.replace(f"${name}", value)
@@ -81,7 +80,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def program_of(words: list[str]) -> list[str]:
-    """Return a command without what stands before its program, and without where its output goes."""
+    """Return a command without environment variables, nohup and redirections."""
     while words and (re.match(r"[A-Z_0-9]+=", words[0]) or words[0] == "nohup"):
         words = words[1:]
     ends = [at for at, word in enumerate(words) if word in (">", ">>", "|", "&", "&&", "2>&1")]
@@ -89,7 +88,7 @@ def program_of(words: list[str]) -> list[str]:
 
 
 def check(words: list[str]) -> None:
-    """AssertionError unless the command names a program of ours that takes these options, or a plain tool."""
+    """AssertionError unless the command is a plain tool, or one of our programs with valid options."""
     program, *rest = program_of(words)
     if program in PYTHONS and rest[0] != "-m":
         check_options(rest[0], rest[1:])
@@ -105,22 +104,22 @@ def check(words: list[str]) -> None:
 
 
 def check_options(script: str, options: list[str]) -> None:
-    """AssertionError unless there is such a program and it takes these options with these values."""
-    script = "script/handle.py" if script == "handle.py" else script  # moved beside the collection
-    assert (ROOT / script).is_file(), f"{script}: there is no such program"
+    """AssertionError unless the program exists and accepts these options and values."""
+    script = "script/handle.py" if script == "handle.py" else script  # copied beside the collection
+    assert (ROOT / script).is_file(), f"{script}: no such program"
     if script == "script/bench/plan.py":
         return check_options(options[0], options[1:])
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             parse(script, options)
     except (SystemExit, ValueError) as refused:
         if not isinstance(refused, SystemExit) or refused.code:
-            raise AssertionError(f"{script} {' '.join(options)}: {said.getvalue()}{refused}") from None
+            raise AssertionError(f"{script} {' '.join(options)}: {output.getvalue()}{refused}") from None
 
 
 def parse(script: str, options: list[str]) -> None:
-    """Let a program parse its options and do nothing more."""
+    """Let a program parse its options, and nothing else."""
     if script == "script/run_rounds.py":
         words = [word for word in options[1:] if word != "--denoise"]
         run_rounds.Rounds(int(options[0]), "--denoise" in options, words)
@@ -140,7 +139,7 @@ def parse(script: str, options: list[str]) -> None:
 
 
 def option_names(script: str) -> set[str]:
-    """Return the options that a program has, as they are written."""
+    """Return the options of a program, with their dashes."""
     found: set[str] = set()
 
     def knobs(settings: type[hparams.Hparams]) -> None:
@@ -151,10 +150,8 @@ def option_names(script: str) -> set[str]:
     return found
 
 
-def until_parsed(script: str, look: Callable, look_at_settings: Callable) -> None:
-    """Run a program until it parses its options; call look(argparse's parser) or look_at_settings(settings)
-    instead, and end the program.
-    """
+def until_parsed(script: str, look: Callable[..., object], look_at_settings: Callable[..., object]) -> None:
+    """Run a program until it parses its options; then call look(parser) or look_at_settings(settings)."""
     if not re.search(r"parse_args\(|hparams|torch_src import", (ROOT / script).read_text(encoding="utf-8")):
         return
 

@@ -124,7 +124,9 @@ def parse_options(settings: type[Hparams], argv: list[str]) -> dict[str, Any]:
     kinds = {field.name: field.type for field in dataclasses.fields(settings)}
     flags = {name for name, kind in kinds.items() if kind in (bool, bool | None)}
     kinds |= dict.fromkeys(flags, bool)  # tyro has flags for plain booleans only
-    options = typing.cast(Any, typing.TypedDict)("options", kinds, total=False)
+    plain = tyro.conf.arg(help_behavior_hint="")  # in errors; the defaults are not known here
+    knobs = {name: typing.Annotated[kind, plain] for name, kind in kinds.items()}
+    options = typing.cast(Any, typing.TypedDict)("options", knobs, total=False)
     words = as_flags(argv, flags)
     return dict(tyro.cli(options, args=words, use_underscores=True, prog=Path(sys.argv[0]).name))
 
@@ -192,9 +194,11 @@ def knob_comments(settings: type[Hparams]) -> dict[str, tuple[str, str]]:
 
 
 def announce(title: str, hp: Hparams) -> None:
-    """Log the program, where its settings are saved, and those that differ from the defaults in the file."""
-    log(f"{title}; all settings are saved in {hp.saved_to}" if hp.saved_to else title)
-    for line in describe(hp):
+    """Log the program, the settings that differ from the defaults in the file, and where all are saved."""
+    changed = describe(hp)
+    saved = f" (all are saved in {hp.saved_to})" if hp.saved_to else ""
+    log(f"{title}; settings that differ from the defaults{saved}:{'' if changed else ' none'}")
+    for line in changed:
         log(f"  {line}")
 
 

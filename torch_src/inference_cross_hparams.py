@@ -17,13 +17,13 @@ class InferenceCrossHparams(QueryIds, DevAnswers, PlannedJob):
     vocab_path: str | None = None  # unset: the tokenizer cross_params was trained with
     topk: int = 50  # passages kept per query; all candidates are re-ranked
     batch_size: int = 256  # pairs per forward pass, at most; fewer when they are long
-    fuse_retriever_weight: float = 0.0  # weight of the retriever's score, standardized per query; 0: off
 
     # model: a value other than the trained one is an error
     max_seq_len: int | None = None  # tokens of query and passage; unset: as trained
     remove_spaces: bool | None = None  # remove ASCII spaces from every text; unset: as trained
 
     # advanced
+    fuse_retriever_weight: float = 0.0  # weight of the retriever's score, standardized per query; 0: off
     block_pairs: int = 65536  # pairs per score file, the unit of writing and resuming
 
     DEBUG = {"precision": "fp32"}

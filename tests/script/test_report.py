@@ -309,7 +309,7 @@ def test_a_damaged_event_file_is_reported(world):
 
 
 @pytest.mark.tools
-def test_lengths_and_the_truncated_share(world, tokenizer):
+def test_lengths_and_the_truncated_share(world, tokenizer, monkeypatch):
     tokenizer.save_pretrained(world.output / "dual_model")
     fixed = {"query_prefix": "", "passage_prefix": "苹果", "remove_spaces": False,
              "q_max_seq_len": 8, "p_max_seq_len": 9}  # fmt: skip
@@ -321,7 +321,8 @@ def test_lengths_and_the_truncated_share(world, tokenizer):
     assert lengths["passages"].tokens.tolist()[0] == 7 + 2 + 2 and lengths["passages"].tokens[4] == 6
     few, _ = report_curves.measure_lengths(world.output, list(QUERIES), found.collection, 3, 1)
     assert len(few["passages"].tokens) == 3 and few["passages"].of == 7
-    assert "queries 3 of 4" in Parsed(make(world, "--samples", "3")).text()
+    monkeypatch.setattr(report_page, "LENGTH_SAMPLE", 3)
+    assert "queries 3 of 4" in Parsed(make(world)).text()
 
 
 @pytest.mark.tools

@@ -1,4 +1,4 @@
-"""One command for the whole chain: its table, what is up to date, signals on their way to the program."""
+"""One command for the whole chain: its table, stages that are up to date, signals."""
 
 import os
 import re
@@ -19,18 +19,9 @@ def world(tmp_path):
 
 
 def command(world, *more: str) -> list[str]:
-    """Every stage in a second or two; knobs of one program carry its name."""
+    """Return a command whose stages take a second or two each."""
     model = str(world / "model")
-    short = [
-        "--epoch",
-        "1",
-        "--dual_train.batch_size",
-        "8",
-        "--cross_train.batch_size",
-        "16",
-        "--dual_infer.topk",
-        "20",
-    ]
+    short = "--epoch 1 --dual_train.batch_size 8 --cross_train.batch_size 16 --dual_infer.topk 20".split()
     models = ["--dual_train.pretrained_model_path", model, "--cross_train.pretrained_model_path", model]
     lengths = ["--p_max_seq_len", "64", "--max_seq_len", "96"]
     words = [*options(world, world / "out"), *short, *models, *lengths, *more]
@@ -42,36 +33,29 @@ def run(world, *more: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_the_whole_chain_and_once_more(world):
+def test_the_whole_chain_twice(world):
     done = run(world)
     assert done.returncode == 0, done.stdout + done.stderr
     table = done.stdout.rsplit("stage ", 1)[1]
     assert re.search(rf"^convert +\S+ +{MEASURES}$", table, re.MULTILINE)
     assert re.search(rf"^cross_infer +\S+ +{MEASURES}$", table, re.MULTILINE)
-    for name in (
-        "dual_params.bin",
-        "res.top20",
-        "dual_res.json",
-        "cross_params.bin",
-        "res.rerank50",
-        "run_all.json",
-    ):
+    names = "dual_params.bin res.top20 dual_res.json cross_params.bin res.rerank50 run_all.json".split()
+    for name in names:
         assert (world / "out" / name).exists(), name
     again = run(world)
-    assert (
-        again.returncode == 0 and again.stdout.count(": up to date") >= 4 and "epoch 1/1" not in again.stdout
-    )
+    assert again.returncode == 0
+    assert again.stdout.count(": up to date") >= 4 and "epoch 1/1" not in again.stdout
 
 
 @pytest.mark.slow
-def test_a_missing_training_file_is_found_first(world):
+def test_a_missing_training_file_is_an_error_before_the_first_stage(world):
     (world / "data/train/cross.train.tsv").unlink()
     done = run(world)
     assert done.returncode == 2 and "cross.train.tsv" in done.stderr and "== dual_train" not in done.stdout
 
 
 @pytest.mark.slow
-def test_a_signal_goes_on_to_the_program_which_saves_first(world):
+def test_a_signal_reaches_the_program_which_saves_first(world):
     words = ["--dual_train.epoch", "400", "--dual_train.log_every", "1", "--dual_train.eval_every", "-1"]
     with open(world / "log", "w") as log:
         process = subprocess.Popen(command(world, *words), cwd=ROOT, stdout=log, stderr=log)
@@ -80,5 +64,5 @@ def test_a_signal_goes_on_to_the_program_which_saves_first(world):
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait() == 2
     text = (world / "log").read_text()
-    assert "stopped by SIGTERM" in text and "the same command carries on" in text and "Traceback" not in text
+    assert "stopped by SIGTERM" in text and "Traceback" not in text
     assert (world / "out/dual_checkpoint.pt").exists()

@@ -1,4 +1,4 @@
-"""Rounds of mining and training over the toy world, by the command that a user gives."""
+"""Rounds of mining and training over the toy world, through the command line."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ def rounds(world, *words) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_three_rounds_each_on_what_the_last_one_mined(tmp_path):
+def test_three_rounds_each_on_the_files_mined_by_the_round_before(tmp_path):
     world = make_world(tmp_path)
     shared = [*options(world, world / "rounds"), "--pretrained_model_path", str(world / "model")]
     cross = ["--cross_train.epoch", "1", "--cross_train.batch_size", "8", "--mine.max_score", "0.9"]

@@ -16,18 +16,18 @@ class MiningHparams(TrainRows, TrainedRetriever, Job):
     negatives: int = 4  # negatives written for each positive
     cross_params: str = NONE  # trained re-ranker that removes likely false negatives; none: keep all
     max_score: float = 0.1  # keep negatives whose re-ranker probability is below this (with cross_params)
-    score_against: str = "auto"  # compare a logit with zero or the best positive's; auto: as trained
     select: str = "top"  # top: the highest ranks first; sample: at random
-    rank_from: int = 1  # first rank that may be a negative (from 1)
-    rank_to: int = 0  # last rank that may be a negative; 0: topk
-    too_few: str = "original"  # original: add those of train_set; fewer: write fewer; drop: omit the query
-    promote_score: float = 0.0  # re-ranker probability above which a passage becomes a positive; 0: never
 
     # data paths
     retrieval_result: str = ""  # run over the training queries, e.g. of bm25.py; empty: the retriever's own
     mined_dir: str = ""  # folder of the mined files; empty: output_dir/mined
 
-    # search
+    # advanced
+    score_against: str = "auto"  # compare a logit with zero or the best positive's; auto: as trained
+    rank_from: int = 1  # first rank that may be a negative (from 1)
+    rank_to: int = 0  # last rank that may be a negative; 0: topk
+    too_few: str = "original"  # original: add those of train_set; fewer: write fewer; drop: omit the query
+    promote_score: float = 0.0  # re-ranker probability above which a passage becomes a positive; 0: never
     bs: int = 1000  # queries searched at once
 
     DEBUG = {"topk": 50, "precision": "fp32"}

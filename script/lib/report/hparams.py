@@ -20,11 +20,7 @@ class ReportHparams(QueryIds, DevAnswers):
     dual_run: str = ""  # the retriever's run, its model beside it; empty: output_dir/res.top50
     cross_run: str = ""  # the re-ranked run, its model beside it; empty: output_dir/res.rerank50; none
 
-    # advanced
-    samples: int = 2000  # queries and passages, drawn at random, whose lengths are measured
-    seed: int = 42  # seed of that draw
-
-    RANGES = {"depth": (1,), "characters": (1,), "samples": (1,), "seed": (0,)}
+    RANGES = {"depth": (1,), "characters": (1,)}
 
     @property
     def to_path(self) -> str:

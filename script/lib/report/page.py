@@ -17,6 +17,7 @@ from torch_src.runtime.files import read_json
 from torch_src.runtime.log import duration
 
 MAX_SECONDS = 1e9  # of a stage in run_all.json
+LENGTH_SAMPLE = 2000  # queries and passages, drawn at random, whose lengths are measured
 TEMPLATE = Path(__file__).with_name("page.html")
 # Characters that may end a script element, that JavaScript reads as line breaks, or that UTF-8 cannot encode.
 UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
@@ -98,10 +99,10 @@ def scores_section(report: Report) -> str:
     )
 
 
-def lengths_section(hp: ReportHparams, report: Report) -> str:
+def lengths_section(report: Report) -> str:
     """Return the lengths of queries and passages in tokens."""
     folder, queries = report.stages[0].path.parent, list(report.qids)
-    measured, reason = curves.measure_lengths(folder, queries, report.collection, hp.samples, hp.seed)
+    measured, reason = curves.measure_lengths(folder, queries, report.collection, LENGTH_SAMPLE, 42)
     if not measured:
         return note(f"Omitted: {reason}.")
     svgs, rows = [], []
@@ -169,7 +170,7 @@ def render(hp: ReportHparams, report: Report) -> Iterator[str]:
         "metrics": metrics_section(report),
         "training": training_section(report),
         "scores": scores_section(report),
-        "lengths": lengths_section(hp, report),
+        "lengths": lengths_section(report),
         "times": times_section(hp),
         "shown": text(f"Top {hp.depth} passages of each stage, truncated to {hp.characters:,} characters."),
         "data": script_element("data", browser_data(hp, report, passages)),
