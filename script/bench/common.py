@@ -1,41 +1,64 @@
-"""What the benchmarks share: sides in turn, each in a process of its own; medians; a table; a JSON line."""
+"""Shared by the benchmarks: variants measured in turn, each run in its own process; tables; a JSON line."""
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+Figures = dict[str, Any]  # what one run measured, `seconds` among them
+Variant = Callable[[argparse.Namespace], Figures]
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """Return a parser whose help is the program's docstring, with --runs and what a side is given."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--runs", type=int, default=3, help="runs of each side, in turn; medians are printed")
-    made.add_argument("--side", help=argparse.SUPPRESS)
-    made.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    return made
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help is the docstring of the program, with --runs."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3, help="runs of each variant, in turn; reports medians")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)  # run only this one, in this process
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # file for its arrays
+    return parser
 
 
-def seeded_parser(doc: str, steps: int) -> argparse.ArgumentParser:
-    """Return the parser of a training that is run once a seed (by_seed)."""
-    made = parser(doc)
-    made.add_argument("--data_dir", required=True)
-    made.add_argument("--model", required=True, help="folder of an encoder")
-    made.add_argument("--steps", type=int, default=steps)
-    made.add_argument("--batch", type=int, default=32)
-    made.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
-    made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    return made
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data_dir", required=True, help="data set in the official layout")
+    parser.add_argument("--model", required=True, help="folder of an encoder")
+
+
+def seeded_parser(doc: str | None, steps: int) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark that trains once per seed (compare_by_seed)."""
+    parser = make_parser(doc)
+    add_model(parser)
+    parser.add_argument("--steps", type=int, default=steps, help="updates")
+    parser.add_argument("--batch", type=int, default=32, help="rows per update")
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    return parser
+
+
+@contextmanager
+def work_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """Yield args.folder, or a temporary folder that the processes of the variants get as --folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        if args.folder is None:
+            args.folder = Path(temporary)
+            sys.argv += ["--folder", temporary]
+        yield args.folder
 
 
 class PeakMemory(threading.Thread):
-    """The most unshared memory (RssAnon) of this process so far, in 10^9 bytes; looked at every 20 ms."""
+    """Samples the unshared memory (RssAnon) of this process every 20 ms; `peak` in 10^9 bytes."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peak, self.done = 0.0, threading.Event()
         self.start()
@@ -46,26 +69,40 @@ class PeakMemory(threading.Thread):
 
 
 def unshared_gb() -> float:
-    """Return the unshared memory of this process now, in 10^9 bytes (Linux)."""
+    """Return the unshared memory of this process in 10^9 bytes (Linux)."""
     with open("/proc/self/status", encoding="ascii") as file:
         line = next(line for line in file if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024 / 1e9
 
 
-def run_side(given, sides: dict[str, Callable]) -> None:
-    """Run one side in this process; its figures, `seconds` among them, go to standard output."""
+def run_program(*words: object, stdout: int | None = subprocess.PIPE) -> tuple[float, float, str]:
+    """Run a program of the repository; return (seconds, peak resident memory in 10^9 bytes, its output)."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as out:
+        target = out if stdout == subprocess.PIPE else stdout
+        process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=target)
+        _, status, usage = os.wait4(process.pid, 0)  # the memory of this process alone
+        out.seek(0)
+        output = out.read()
+    if status:
+        raise SystemExit(f"{words[0]} ended with status {os.waitstatus_to_exitcode(status)}:\n{output}")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9, output
+
+
+def run_variant(args: argparse.Namespace, variants: dict[str, Variant]) -> None:
+    """Run one variant in this process and print its figures as JSON."""
     memory = PeakMemory()
-    figures = sides[given.side](given)
+    figures = variants[args.variant](args)
     memory.done.set()
     print(json.dumps({**figures, "unshared_gb": round(memory.peak, 3)}))
 
 
-def in_turn(given, names: list[str], folder: Path) -> dict[str, list[dict]]:
-    """Run each side `given.runs` times, A B A B ..., this program again with --side; return their figures."""
-    found: dict[str, list[dict]] = {name: [] for name in names}
-    for at in range(given.runs):
+def measure(args: argparse.Namespace, names: list[str], folder: Path) -> dict[str, list[Figures]]:
+    """Run each variant `args.runs` times, A B A B ..., as this program with --variant; return the figures."""
+    found: dict[str, list[Figures]] = {name: [] for name in names}
+    for at in range(args.runs):
         for name in names:
-            command = [sys.executable, *sys.argv, "--side", name, "--result", str(folder / f"{name}.npy")]
+            command = [sys.executable, *sys.argv, "--variant", name, "--result", str(folder / f"{name}.npy")]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 raise SystemExit(f"{name} ended with status {done.returncode}:\n{done.stdout}")
@@ -74,56 +111,55 @@ def in_turn(given, names: list[str], folder: Path) -> dict[str, list[dict]]:
     return found
 
 
-def report(given, found: dict[str, list[dict]], ours: str = "ours", **more) -> None:
-    """Print a table of medians, then one JSON line with the ratio of ours to every peer, run by run."""
-    medians = {name: statistics.median(run["seconds"] for run in runs) for name, runs in found.items()}
+def report(runs: int, found: dict[str, list[Figures]], ours: str, more: dict[str, Any]) -> None:
+    """Print a table of medians, then one JSON line with the ratio of our time to that of each peer."""
+    seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in found.items()}
     memory = {name: max(run["unshared_gb"] for run in runs) for name, runs in found.items()}
     ratios = {name: _ratio(found[ours], runs) for name, runs in found.items() if name != ours}
-    print(f"\n{'':14} {'median s':>9} {'unshared GB':>12} {'ours / it':>10}")
+    print(f"\n{'':14} {'median s':>9} {'unshared GB':>12} {'ours/peer':>10}")
     for name in found:
-        print(f"{name:14} {medians[name]:9.3f} {memory[name]:12.2f} {ratios.get(name, 1.0):10.3f}")
+        print(f"{name:14} {seconds[name]:9.3f} {memory[name]:12.2f} {ratios.get(name, 1.0):10.3f}")
     first = next(iter(ratios.values()), None)
-    print(json.dumps({
-        "bench": Path(sys.argv[0]).stem, "ratio": first, "ratios": ratios, "seconds": medians,
-        "unshared_gb": memory, "runs": given.runs, **more,
-    }))  # fmt: skip
+    line = {"bench": Path(sys.argv[0]).stem, "ratio": first, "ratios": ratios, "seconds": seconds}
+    print(json.dumps({**line, "unshared_gb": memory, "runs": runs, **more}))
 
 
-def _ratio(ours: list[dict], its: list[dict]) -> float:
-    """Return the median of our time over its, run by run: the machine's drift falls out."""
-    return round(statistics.median(a["seconds"] / b["seconds"] for a, b in zip(ours, its, strict=True)), 3)
+def _ratio(ours: list[Figures], peer: list[Figures]) -> float:
+    """Return the median ratio of times, run by run, so that a slow drift of the machine cancels out."""
+    return round(statistics.median(a["seconds"] / b["seconds"] for a, b in zip(ours, peer, strict=True)), 3)
 
 
 def compare(
-    given, sides: dict[str, Callable], names: list[str], more: Callable[[Path], dict] = lambda folder: {}
-):
-    """Run one side (its own process does that), or all of them and the report; `more` looks at results."""
-    if given.side:
-        return run_side(given, sides)
-    with tempfile.TemporaryDirectory() as folder:
-        found = in_turn(given, names, Path(folder))
-        report(given, found, names[0], **more(Path(folder)))
+    args: argparse.Namespace,
+    variants: dict[str, Variant],
+    names: list[str],
+    extra: Callable[[Path], dict[str, Any]],
+) -> None:
+    """Run one variant (in its own process), or all of them and report. `extra` reads their result files."""
+    if args.variant:
+        return run_variant(args, variants)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        report(args.runs, measure(args, names, folder), names[0], extra(folder))
 
 
-def by_seed(given, sides: dict[str, Callable], more: dict) -> None:
-    """Run each side once a seed of `given.seeds`, in turn; print MRR@10 and seconds of each, then a JSON
-    line.
-    """
-    names = {f"{name}_{seed}": (name, seed) for seed in given.seeds for name in sides}
-    if given.side:
-        name, given.seed = names[given.side]
-        return run_side(given, {given.side: sides[name]})
-    given.runs = 1
+def compare_by_seed(args: argparse.Namespace, variants: dict[str, Variant], more: dict[str, Any]) -> None:
+    """Run each variant once per seed, in turn; print MRR@10 and seconds, then a JSON line."""
+    names = {f"{name}_{seed}": (name, seed) for seed in args.seeds for name in variants}
+    if args.variant:
+        name, args.seed = names[args.variant]
+        return run_variant(args, {args.variant: variants[name]})
+    args.runs = 1
     with tempfile.TemporaryDirectory() as folder:
-        found = in_turn(given, list(names), Path(folder))
-    line: dict = {"bench": Path(sys.argv[0]).stem, **more}
-    for name in sides:
-        runs = [found[f"{name}_{seed}"][0] for seed in given.seeds]
+        found = measure(args, list(names), Path(folder))
+    line: dict[str, Any] = {"bench": Path(sys.argv[0]).stem, **more}
+    for name in variants:
+        runs = [found[f"{name}_{seed}"][0] for seed in args.seeds]
         quality = [run["MRR@10"] for run in runs]
         error = statistics.stdev(quality) / len(quality) ** 0.5 if len(quality) > 1 else 0.0
         seconds, memory = statistics.median(r["seconds"] for r in runs), max(r["unshared_gb"] for r in runs)
         print(f"{name:5} MRR@10 {statistics.mean(quality):.4f} +- {error:.4f} (standard error)  "
-              f"{seconds:.2f} s an update  {memory:.2f} GB")  # fmt: skip
+              f"{seconds:.2f} s per update  {memory:.2f} GB")  # fmt: skip
         line[name] = {"MRR@10": quality, "mean": statistics.mean(quality), "standard_error": error,
                       "seconds": seconds, "unshared_gb": memory}  # fmt: skip
     line["ratio"] = round(line["ours"]["seconds"] / line["st"]["seconds"], 3)

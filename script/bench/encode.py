@@ -1,101 +1,99 @@
-"""Passages to vectors, ours against sentence-transformers.encode: same weights, texts, length and threads.
+"""Encoding of passages against sentence-transformers.encode: same weights, texts, length and threads.
 
     python -m pip install -r script/bench/requirements.txt
     python script/bench/encode.py --data_dir D --model M --count 512
     python script/bench/encode.py --data_dir D --model M --random_hidden 768 --count 128
 
-`ours` reads the collection, tokenises, encodes and writes fp16 blocks. `st` is SentenceTransformer.encode as
-people call it (fp32, batches of 32 of its own length sort); `st_N` the same in batches of N. --random_hidden
-H takes a 12-layer BERT of that width with random weights over the model's vocabulary. Mean pooling,
-normalised, 384 tokens. With --openvino our first side encodes by OpenVINO (requirements-openvino.txt), and
-the ratios are its.
+`ours` reads the collection, tokenizes, encodes and writes fp16 blocks. `st` is SentenceTransformer.encode
+with its defaults (fp32, batches of 32, sorted by length); `st_N` is the same in batches of N, at our
+precision.
+--random_hidden H uses a 12-layer BERT of that width with random weights and the model's vocabulary. Mean
+pooling, normalized vectors, 384 tokens. With --openvino the first variant encodes with OpenVINO
+(requirements-openvino.txt), and the ratios are relative to it.
 """
 
+import argparse
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: the root is not on it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root
 
 import numpy as np
 import torch
-from common import compare, parser
-from peers import bi_encoder
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
+from script.bench.common import Figures, Variant, add_model, compare, make_parser
+from script.bench.peers import bi_encoder, peer_autocast
+from script.bench.synthetic import open_store
 from torch_src.data.collection import PassageCollection
+from torch_src.data.formats import format_passage
 from torch_src.inference_de_hparams import OPENVINO
 from torch_src.models.dual_encoder import load_backbone
 from torch_src.models.tokenization import TextRules, load_tokenizer
 from torch_src.retrieval.encoding import Encoder, encode_collection
 from torch_src.retrieval.engines.openvino import TOKENS, OpenVinoTower
-from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.devices import choose_precision, set_threads, token_budget
 
 LENGTH, PREFIX = 384, "passage: "
 CPU = torch.device("cpu")
 
 
-def texts(given) -> list[str]:
-    """Return `count` passages, evenly spread over the collection."""
-    collection = PassageCollection(Path(given.data_dir) / "passage-collection")
-    rows = np.linspace(0, len(collection) - 1, given.count).astype(int)
+def texts(args: argparse.Namespace) -> list[str]:
+    """Return `count` passages at equal distances in the collection."""
+    collection = PassageCollection(Path(args.data_dir) / "passage-collection")
+    rows = np.linspace(0, len(collection) - 1, args.count).astype(int)
     return [collection[int(row)] for row in rows]
 
 
-def ours(given, engine: str = "torch") -> dict:
+def ours(args: argparse.Namespace, engine: str = "torch") -> Figures:
     set_threads(0)
-    precision = choose_precision(given.precision, CPU)
-    config = AutoConfig.from_pretrained(given.model)
-    tower = load_backbone(given.model, config, "mean", 0).eval()
-    budget = token_budget(given.tokens_per_batch, CPU)
+    precision = choose_precision(args.precision, CPU)
+    config = AutoConfig.from_pretrained(args.model)
+    tower: Any = load_backbone(args.model, config, "mean", 0).eval()
+    budget = token_budget(args.tokens_per_batch, CPU)
     if engine == OPENVINO:
-        tower, budget = OpenVinoTower(tower, precision), given.tokens_per_batch or TOKENS
-    rules, tokenizer = TextRules(LENGTH, PREFIX), load_tokenizer(given.model)
+        tower, budget = OpenVinoTower(tower, precision), args.tokens_per_batch or TOKENS
+    rules, tokenizer = TextRules(LENGTH, PREFIX), load_tokenizer(args.model)
     encoder = Encoder(tower, tokenizer, rules, "mean", True, CPU, precision, 512, budget)
-    encoder.encode(texts(given)[:8])
+    encoder.encode(texts(args)[:8])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with open(folder / "part-00", "w", encoding="utf-8", newline="") as file:
-            file.writelines(f"-\t\t{text}\t0\n" for text in texts(given))
-        begun = time.perf_counter()
+            file.writelines(map(format_passage, texts(args)))
+        start = time.perf_counter()
         collection = PassageCollection(folder)
-        store = VectorStore.create_or_continue(
-            folder / "emb", {}, len(collection), config.hidden_size, 65536, print
-        )
+        store = open_store(folder / "emb", {}, len(collection), config.hidden_size, 65536)
         encode_collection(encoder, collection, store, 1e9)
-        took = time.perf_counter() - begun
-        np.save(given.result, store.vectors_at(np.arange(store.rows)))
-    return {
-        "seconds": took,
-        "passages_per_s": given.count / took,
-        "precision": precision,
-        "tokens_per_batch": budget,
-    }
+        took = time.perf_counter() - start
+        np.save(args.result, store.vectors_at(np.arange(store.rows)))
+    rate = args.count / took
+    return {"seconds": took, "passages_per_s": rate, "precision": precision, "tokens_per_batch": budget}
 
 
-def sentence_transformers(batch_size: int):
-    def side(given) -> dict:
-        model = bi_encoder(given.model, LENGTH)
-        passages = [PREFIX + text for text in texts(given)]
-        # As people call it is fp32; its other settings run at our precision.
-        low = batch_size != 32 and choose_precision(given.precision, CPU) == "bf16"
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+def sentence_transformers(batch_size: int) -> Variant:
+    def run(args: argparse.Namespace) -> Figures:
+        model = bi_encoder(args.model, LENGTH)
+        passages = [PREFIX + text for text in texts(args)]
+        context, precision = peer_autocast(args.precision if batch_size != 32 else "fp32")
+        with context:
             model.encode(passages[:8], batch_size=batch_size)
-            begun = time.perf_counter()
+            start = time.perf_counter()
             vectors = model.encode(passages, batch_size=batch_size, show_progress_bar=False)
-            took = time.perf_counter() - begun
-        np.save(given.result, vectors)
-        return {"seconds": took, "passages_per_s": given.count / took, "precision": "bf16" if low else "fp32"}
+            took = time.perf_counter() - start
+        np.save(args.result, vectors)
+        return {"seconds": took, "passages_per_s": args.count / took, "precision": precision}
 
-    return side
+    return run
 
 
-def make_random_bert(given, folder: Path) -> None:
-    """Write a 12-layer BERT of the width asked for, random weights, the model's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    hidden = given.random_hidden
+def write_random_bert(args: argparse.Namespace, folder: Path) -> None:
+    """Write a 12-layer BERT of --random_hidden with random weights and the model's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    hidden = args.random_hidden
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, num_attention_heads=hidden // 64,
         intermediate_size=4 * hidden, pad_token_id=tokenizer.pad_token_id,
@@ -106,36 +104,31 @@ def make_random_bert(given, folder: Path) -> None:
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--data_dir", required=True)
-    options.add_argument("--model", required=True, help="folder of an encoder")
-    options.add_argument(
-        "--random_hidden", type=int, default=0, help="width of a random model; 0: the model itself"
-    )
-    options.add_argument("--count", type=int, default=512, help="passages")
-    options.add_argument("--precision", default="auto")
-    options.add_argument("--tokens_per_batch", type=int, default=0)
-    options.add_argument("--openvino", action="store_true", help="a side with --encoder_engine openvino")
-    options.add_argument("--peer_batches", type=int, nargs="*", default=[8, 16, 64])
-    given = options.parse_args()
-    sides = {"ours": ours, "st": sentence_transformers(32)}
-    if given.openvino:
-        sides = {OPENVINO: lambda given: ours(given, OPENVINO), **sides}
-    sides |= {f"st_{size}": sentence_transformers(size) for size in given.peer_batches}
+    parser = make_parser(__doc__)
+    add_model(parser)
+    parser.add_argument("--random_hidden", type=int, default=0, help="width of a random model; 0: --model")
+    parser.add_argument("--count", type=int, default=512, help="passages")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--tokens_per_batch", type=int, default=0)
+    parser.add_argument("--openvino", action="store_true", help="add a variant with OpenVINO")
+    parser.add_argument("--peer_batches", type=int, nargs="*", default=[8, 16, 64])
+    args = parser.parse_args()
+    variants: dict[str, Variant] = {OPENVINO: partial(ours, engine=OPENVINO)} if args.openvino else {}
+    variants |= {"ours": ours, "st": sentence_transformers(32)}
+    variants |= {f"st_{size}": sentence_transformers(size) for size in args.peer_batches}
+    names = list(variants)
+
+    def cosine(folder: Path) -> dict[str, Any]:
+        one, other = (np.load(folder / f"{name}.npy").astype(np.float64) for name in (names[0], "st"))
+        both = (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
+        return {"cosine_min": float(both.min()), "count": args.count, "threads": torch.get_num_threads()}
+
     with tempfile.TemporaryDirectory() as temporary:
-        if given.random_hidden and not given.side:
-            make_random_bert(given, Path(temporary))
+        if args.random_hidden and not args.variant:
+            write_random_bert(args, Path(temporary))
             at = sys.argv.index("--random_hidden")
             sys.argv[at : at + 2] = ["--model", temporary]  # the last --model counts
-
-        first = next(iter(sides))
-
-        def cosine(folder: Path) -> dict:
-            one, other = (np.load(folder / f"{name}.npy").astype(np.float64) for name in (first, "st"))
-            both = (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
-            return {"cosine_min": float(both.min()), "count": given.count, "threads": torch.get_num_threads()}
-
-        compare(given, sides, list(sides), cosine)
+        compare(args, variants, names, cosine)
 
 
 if __name__ == "__main__":

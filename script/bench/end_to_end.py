@@ -1,111 +1,97 @@
-"""do_dual_infer.py and the metric at full size, with generated vectors standing in for the encoder's.
+"""do_dual_infer.py and the metric at full size, with random vectors in place of the encoder's.
 
     python script/bench/end_to_end.py --rows 8096668 --queries 2000 --folder F       # about 13 GB in F
 
-Makes a collection of --rows short passages with its id map, a one-layer model 768 wide, and fills para_emb
-with random vectors under the manifest that this model's own would have. Then runs, as a user would:
-do_dual_infer.py (which finds the vectors up to date, opens the collection, checks the ids, encodes the
-queries, searches and writes res.top50), metric/convert_recall_res_to_json.py, metric/evaluation.py. Query i's
-answer is put at rank i mod 60 + 1 of the result (no answer found beyond 50), so that the metrics are known
-beforehand. Prints time and peak resident memory of each program, last a JSON line.
+Writes a collection of --rows short passages with its id map and a one-layer model 768 wide, and fills
+para_emb with random vectors under the manifest of this model. Then runs, as a user would: do_dual_infer.py
+(which finds the vectors up to date, opens the collection, checks the ids, encodes the queries, searches and
+writes res.top50), metric/convert_recall_res_to_json.py and metric/evaluation.py. The reference has the
+answer of query i at rank i mod 60 + 1 (beyond rank 50: a passage that is not found), so that the expected
+metrics are known. Prints time and peak resident memory of each program, then a JSON line.
 """
 
 import argparse
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: the root is not on it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root
 
-from torch_src.data.formats import read_run
+from script.bench.common import run_program
+from script.bench.synthetic import fill_random, open_store, write_id_map, write_model
+from torch_src.data.formats import format_passage, format_query, read_run
 
-ROOT = Path(__file__).resolve().parents[2]
-HIDDEN, TOPK, PLACES = 768, 50, 60
+HIDDEN, TOPK, RANKS = 768, 50, 60
 
 
-def make_data(folder: Path, rows: int, queries: int) -> None:
-    """Write the collection, the map, the queries and the model."""
-    passages = folder / "data/passage-collection"
+def write_data(folder: Path, rows: int, queries: int) -> None:
+    """Write the collection, the id map, the queries and the model."""
+    passages, dev = folder / "data/passage-collection", folder / "data/dev"
     passages.mkdir(parents=True)
-    with open(passages / "part-00", "w", encoding="utf-8") as file:
-        file.writelines(f"-\t\t第{row}篇\t0\n" for row in range(rows))
-    with open(passages / "passage2id.map.json", "w", encoding="ascii") as file:
-        file.write("{")
-        file.writelines(f'{", " if row else ""}"{row}": "{row:032x}"' for row in range(rows))
-        file.write("}\n")
-    dev = folder / "data/dev"
     dev.mkdir()
+    with open(passages / "part-00", "w", encoding="utf-8") as file:
+        file.writelines(format_passage(f"第{row}篇") for row in range(rows))
+    write_id_map(passages, rows)
     texts = [f"第{at}个问题是什么" for at in range(queries)]
-    (dev / "dev.q.format").write_text("".join(f"{text}\t-\t-\t0\n" for text in texts), encoding="utf-8")
+    (dev / "dev.q.format").write_text("".join(map(format_query, texts)), encoding="utf-8")
     (dev / "q2qid.dev.json").write_text(json.dumps({text: f"q{at}" for at, text in enumerate(texts)}))
-    tiny, model = ROOT / "script/sample_data/tiny_bert", folder / "model"
-    model.mkdir()
-    config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
-    small = {
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 12,
-        "intermediate_size": 768,
-    }
-    (model / "config.json").write_text(json.dumps(config | small), encoding="utf-8")
-    for name in ("vocab.txt", "tokenizer_config.json"):
-        shutil.copy(tiny / name, model / name)
+    write_model(
+        folder / "model",
+        hidden_size=HIDDEN,
+        num_hidden_layers=1,
+        num_attention_heads=12,
+        intermediate_size=768,
+    )
 
 
-def settings(folder: Path) -> dict[str, object]:
+def settings(folder: Path) -> dict[str, Any]:
     """Return the options of do_dual_infer.py."""
     return {
-        "dual_params": "none", "pretrained_model_path": str(folder / "model"),
-        "data_dir": str(folder / "data"), "output_dir": str(folder / "output"), "precision": "fp32",
+        "dual_params": "none",
+        "pretrained_model_path": str(folder / "model"),
+        "data_dir": str(folder / "data"),
+        "output_dir": str(folder / "output"),
+        "precision": "fp32",
         "search_memory_gb": 1.0,
-    }  # fmt: skip
+    }
 
 
 def fill_vectors(folder: Path) -> None:
-    """Write random vectors where do_dual_infer.py would write the model's.
+    """Write random vectors to the place of the model's.
 
-    torch is imported here, in a process that does nothing else: the peak memory that the system keeps of a
-    program includes that of the process which started it.
+    Runs in its own process, which imports torch: the peak memory of a program, as the system reports it,
+    includes that of the process that started it.
     """
-    import torch
-
     from torch_src.dual_infer import DualInference
     from torch_src.inference_de_hparams import InferenceDeHparams
-    from torch_src.retrieval.vectors import VectorStore
 
     hp = InferenceDeHparams(**settings(folder))
     inference = DualInference(hp, TOPK, 1000)
     stamp = {**inference.vector_stamp("passage"), "collection": inference.collection.checksum}
     rows = len(inference.collection)
-    store = VectorStore.create_or_continue(hp.para_emb_path, stamp, rows, HIDDEN, hp.block_rows, print)
-    for block in store.missing_blocks():
-        first, last = store.block_range(block)
-        draw = torch.Generator().manual_seed(block + 1)
-        store.write_block(block, torch.randn(last - first, HIDDEN, generator=draw).half().numpy())
+    fill_random(open_store(Path(hp.para_emb_path), stamp, rows, HIDDEN, hp.block_rows))
 
 
-def write_answers(folder: Path) -> dict[str, float]:
-    """Write dev.json with the answer of query i at rank i mod 60 + 1; return the metrics that follow."""
-    places, query, number = [], None, -1
+def write_reference(folder: Path) -> dict[str, float]:
+    """Write dev.json with the answer of query i at rank i mod 60 + 1; return the expected metrics."""
+    ranks: list[int] = []
+    query = None
     with open(folder / "data/dev/dev.json", "w", encoding="utf-8") as file:
         for row in read_run(folder / f"output/res.top{TOPK}"):
             if row.query != query:
-                query, number = row.query, number + 1
-                places.append(number % PLACES + 1)
-                if places[-1] > TOPK:
-                    file.write(dev_line(number, query, "nowhere"))
-            if row.rank == places[-1]:
-                file.write(dev_line(number, query, f"{row.row:032x}"))
-    count = len(places)
+                query = row.query
+                ranks.append(len(ranks) % RANKS + 1)
+                if ranks[-1] > TOPK:
+                    file.write(dev_line(len(ranks) - 1, query, "nowhere"))
+            if row.rank == ranks[-1]:
+                file.write(dev_line(len(ranks) - 1, query, f"{row.row:032x}"))
     return {
-        "MRR@10": sum(1 / place for place in places if place <= 10) / count,
-        "recall@1": sum(place == 1 for place in places) / count,
-        "recall@50": sum(place <= 50 for place in places) / count,
+        "MRR@10": sum(1 / rank for rank in ranks if rank <= 10) / len(ranks),
+        "recall@1": sum(rank == 1 for rank in ranks) / len(ranks),
+        "recall@50": sum(rank <= 50 for rank in ranks) / len(ranks),
     }
 
 
@@ -115,67 +101,56 @@ def dev_line(number: int, query: str, pid: str) -> str:
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
-def run(name: str, *words) -> tuple[dict, str]:
-    """Run a program; return its time and peak resident memory, and what it printed."""
-    begun = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen([sys.executable, name, *map(str, words)], cwd=ROOT, stdout=out)
-        _, status, usage = os.wait4(process.pid, 0)
-        out.seek(0)
-        text = out.read()
-    if status:
-        raise SystemExit(f"{name} ended with status {os.waitstatus_to_exitcode(status)}:\n{text}")
-    figures = {
-        "seconds": round(time.perf_counter() - begun, 1),
-        "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
-    }
-    print(f"{name:42} {figures['seconds']:8.1f} s  {figures['peak_gb']:5.2f} GB", flush=True)
-    return figures, text
+def run(name: str, *words: object) -> tuple[dict[str, float], str]:
+    """Run a program; return (its time and peak resident memory, its output)."""
+    seconds, peak, output = run_program(name, *words)
+    print(f"{name:42} {seconds:8.1f} s  {peak:5.2f} GB", flush=True)
+    return {"seconds": round(seconds, 1), "peak_gb": round(peak, 2)}, output
+
+
+def measure(folder: Path) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Run the three programs; return ({program: figures}, metrics)."""
+    options = [word for name, value in settings(folder).items() for word in (f"--{name}", value)]
+    data, result = folder / "data", folder / f"output/res.top{TOPK}"
+    figures = {}
+    result.with_name(f"{result.name}.stamp.json").unlink(missing_ok=True)  # search again with these vectors
+    figures["do_dual_infer"], output = run("do_dual_infer.py", *options)
+    print("  " + "\n  ".join(line for line in output.splitlines() if " search" in line))
+    expected = write_reference(folder)
+    maps = (data / "dev/q2qid.dev.json", data / "passage-collection/passage2id.map.json")
+    figures["convert"], _ = run("metric/convert_recall_res_to_json.py", *maps, result, TOPK)
+    files = (data / "dev/dev.json", folder / "output/dual_res.json")
+    figures["evaluation"], output = run("metric/evaluation.py", *files)
+    metrics = json.loads(output)
+    assert all(abs(metrics[name] - value) < 1e-4 for name, value in expected.items()), (metrics, expected)
+    return figures, metrics
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--rows", type=int, default=200_000)
-    options.add_argument("--queries", type=int, default=2000)
-    options.add_argument("--folder", type=Path, help="where everything is kept; default: a temporary folder")
-    options.add_argument("--fill", action="store_true", help=argparse.SUPPRESS)
-    given = options.parse_args()
-    if given.fill:
-        return fill_vectors(given.folder)
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--queries", type=int, default=2000)
+    parser.add_argument("--folder", type=Path, help="folder for all files; default: a temporary folder")
+    parser.add_argument("--fill", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.fill:
+        return fill_vectors(args.folder)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.folder or Path(temporary)
-        size = f"{given.rows} {given.queries}"
-        if not (folder / "size").exists():
-            make_data(folder, given.rows, given.queries)
-            (folder / "size").write_text(size)
-        elif (folder / "size").read_text() != size:
-            raise SystemExit(f"{folder}: holds another number of rows and queries; name another folder")
+        folder = args.folder or Path(temporary)
+        size_file, size = folder / "size", f"{args.rows} {args.queries}"
+        if not size_file.exists():
+            write_data(folder, args.rows, args.queries)
+            size_file.write_text(size)
+        elif size_file.read_text() != size:
+            raise SystemExit(f"{folder}: has another number of rows or queries; name another folder")
         subprocess.run([sys.executable, __file__, "--fill", "--folder", folder], check=True)
-        words = [word for name, value in settings(folder).items() for word in (f"--{name}", value)]
-        data, output = folder / "data", folder / "output"
-        figures = {}
-        (output / f"res.top{TOPK}.stamp.json").unlink(missing_ok=True)  # search again, on the vectors there
-        figures["do_dual_infer"], text = run("do_dual_infer.py", *words)
-        print("  " + "\n  ".join(line for line in text.splitlines() if " search" in line))
-        expected = write_answers(folder)
-        files = (
-            data / "dev/q2qid.dev.json",
-            data / "passage-collection/passage2id.map.json",
-            output / f"res.top{TOPK}",
-        )
-        figures["convert"], _ = run("metric/convert_recall_res_to_json.py", *files, TOPK)
-        figures["evaluation"], text = run(
-            "metric/evaluation.py", data / "dev/dev.json", output / "dual_res.json"
-        )
-        found = json.loads(text)
-        assert all(abs(found[name] - value) < 1e-4 for name, value in expected.items()), (found, expected)
-        total = sum(part["seconds"] for part in figures.values())
-        print(json.dumps({
-            "bench": "end_to_end", "rows": given.rows, "queries": given.queries, "seconds": round(total, 1),
-            "peak_gb": max(part["peak_gb"] for part in figures.values()), "metrics": found, **figures,
-        }))  # fmt: skip
+        figures, metrics = measure(folder)
+    total = round(sum(part["seconds"] for part in figures.values()), 1)
+    peak = max(part["peak_gb"] for part in figures.values())
+    line = {"bench": "end_to_end", "rows": args.rows, "queries": args.queries, "seconds": total}
+    print(json.dumps({**line, "peak_gb": peak, "metrics": metrics, **figures}))
 
 
 if __name__ == "__main__":

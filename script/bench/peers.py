@@ -1,57 +1,77 @@
-"""sentence-transformers' own objects on a plain model folder, as the benchmarks use them."""
+"""Objects of sentence-transformers for a plain model folder, as the benchmarks use them."""
 
+import argparse
 import time
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
+from torch_src.runtime.devices import choose_precision
 
-def bi_encoder(path: str, length: int):
-    """Return a SentenceTransformer with mean pooling and normalisation, at `length` tokens."""
+
+def bi_encoder(path: str, length: int) -> Any:
+    """Return a SentenceTransformer with mean pooling and normalization, at `length` tokens."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    # fp32 asked for: weights saved as fp16 would be computed in fp16, which no CPU does fast.
+    # fp32 explicitly: a model saved in fp16 would compute in fp16, which is slow on CPUs.
     transformer = Transformer(path, max_seq_length=length, model_kwargs={"dtype": torch.float32})
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
     return SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu")
 
 
-def set_dropout(model, share: float) -> None:
-    """Set every dropout of a model."""
+def cross_encoder(path: str, length: int) -> Any:
+    """Return a CrossEncoder whose predict() returns logits."""
+    from sentence_transformers import CrossEncoder
+
+    options: dict[str, Any] = {"activation_fn": torch.nn.Identity(), "model_kwargs": {"dtype": torch.float32}}
+    return CrossEncoder(path, max_length=length, device="cpu", **options)
+
+
+def peer_autocast(precision: str) -> tuple[AbstractContextManager, str]:
+    """Return (autocast context on the CPU, bf16 or fp32) for the precision that ours would choose."""
+    low = choose_precision(precision, torch.device("cpu")) == "bf16"
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=low), "bf16" if low else "fp32"
+
+
+def set_dropout(model: torch.nn.Module, share: float) -> None:
+    """Set the rate of every dropout layer of a model."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = share
-        if hasattr(module, "dropout_prob"):
-            module.dropout_prob = share
+        if hasattr(module, "dropout_prob"):  # of a fused attention
+            setattr(module, "dropout_prob", share)  # noqa: B010 (mypy: attributes of a module are tensors)
 
 
-def trainer_arguments(kind, output: str, given, lr: float, **more):
-    """Return training arguments of class `kind`: `given.batch` rows a step in the order of the data, one
-    pass, lr falling linearly to 0, every step logged, nothing saved.
+def trainer_arguments(kind: Any, output: str, args: argparse.Namespace, lr: float, **more: Any) -> Any:
+    """Return training arguments of class `kind`: one pass in the order of the data, linear decay to 0.
+
+    Every step is logged, nothing is saved.
     """
     from torch.utils.data import BatchSampler, SequentialSampler
 
-    def in_order(data, batch_size: int, **_) -> BatchSampler:
+    def in_order(data: Any, batch_size: int, **_: Any) -> BatchSampler:
         return BatchSampler(SequentialSampler(data), batch_size, True)
 
     return kind(
-        output, per_device_train_batch_size=given.batch, num_train_epochs=1, learning_rate=lr,
+        output, per_device_train_batch_size=args.batch, num_train_epochs=1, learning_rate=lr,
         logging_steps=1, report_to=[], save_strategy="no", lr_scheduler_type="linear", use_cpu=True,
-        disable_tqdm=True, warmup_steps=0, seed=given.seed, batch_sampler=in_order, **more,
+        disable_tqdm=True, warmup_steps=0, seed=args.seed, batch_sampler=in_order, **more,
     )  # fmt: skip
 
 
-def clock(times: list[float], losses: list[float]):
-    """Return a callback that notes when each step ended, and its loss."""
+def step_recorder(times: list[float], losses: list[float]) -> Any:
+    """Return a trainer callback that appends the end time and the loss of each step."""
     from transformers import TrainerCallback
 
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_, **__):
+    class StepRecorder(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
             times.append(time.perf_counter())
 
-        def on_log(self, args, state, control, logs=None, **_):
-            if "loss" in (logs or {}):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
+            if logs and "loss" in logs:
                 losses.append(float(logs["loss"]))
 
-    return Clock()
+    return StepRecorder()

@@ -1,27 +1,28 @@
-"""An update of the dual encoder, ours against sentence-transformers' trainer: same weights, rows, batch,
-rate.
+"""One update of the dual encoder against sentence-transformers: same weights, rows, batch and rate.
 
     python -m pip install -r script/bench/requirements.txt
     python script/bench/train_step.py --data_dir D --model M --steps 6
 
-Batches of 32 queries with a positive and a hard negative each, at their real lengths; AdamW, 5e-5, tied
-towers, mean pooling, normalised, temperature 0.02. `st` is SentenceTransformerTrainer with
-MultipleNegativesRankingLoss as people call it; `st_cached_N` CachedMultipleNegativesRankingLoss in mini-
-batches of N. --dropout 0 (both sides) lets a CPU use its fused attention. The first update is not timed.
-Losses are printed side by side.
+Batches of 32 queries with a positive and a hard negative each, at their true lengths; AdamW, 5e-5, tied
+towers, mean pooling, normalized, temperature 0.02. `st` is SentenceTransformerTrainer with
+MultipleNegativesRankingLoss and its defaults; `st_cached_N` is CachedMultipleNegativesRankingLoss in
+mini-batches of N. --dropout 0 (all variants) allows fused attention on a CPU. The first update is not timed.
+Losses are printed for comparison.
 """
 
+import argparse
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: the root is not on it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root
 
 import torch
-from common import compare, parser
-from peers import bi_encoder, clock, set_dropout, trainer_arguments
 
+from script.bench.common import Figures, Variant, add_model, compare, make_parser
+from script.bench.peers import bi_encoder, set_dropout, step_recorder, trainer_arguments
 from torch_src.data.dual_training_set import DualTrainingSet
 from torch_src.dual_hparams import DualHparams
 from torch_src.dual_train import DualTraining
@@ -33,11 +34,12 @@ CPU = torch.device("cpu")
 
 
 class TimedTrainer(Trainer):
-    """The trainer with a note of when each update was done."""
+    """A trainer that records the end time and the loss of each update."""
 
-    def __init__(self, *given):
-        super().__init__(*given)
-        self.times, self.losses = [], []
+    def __init__(self, *positional: Any):
+        super().__init__(*positional)
+        self.times: list[float] = []
+        self.losses: list[float] = []
 
     def _note(self, loss: float, accuracy: float, lr: float) -> None:
         self.times.append(time.perf_counter())
@@ -45,26 +47,26 @@ class TimedTrainer(Trainer):
         super()._note(loss, accuracy, lr)
 
 
-def figures(times: list[float], losses: list[float], precision: str) -> dict:
-    """Return seconds an update, the first left out."""
+def figures(times: list[float], losses: list[float], precision: str) -> Figures:
+    """Return the seconds per update, without the first."""
     seconds = (times[-1] - times[0]) / (len(times) - 1)
     return {"seconds": seconds, "losses": [round(loss, 4) for loss in losses], "precision": precision}
 
 
-def settings(given, output: str) -> DualHparams:
+def settings(args: argparse.Namespace, output: str) -> DualHparams:
     return DualHparams(
-        pretrained_model_path=given.model, data_dir=given.data_dir, output_dir=output,
-        batch_size=given.batch, grad_cache_chunk=given.chunk, seed=given.seed, lr=LR,
+        pretrained_model_path=args.model, data_dir=args.data_dir, output_dir=output,
+        batch_size=args.batch, grad_cache_chunk=args.chunk, seed=args.seed, lr=LR,
         q_max_seq_len=QUERY_LENGTH, p_max_seq_len=PASSAGE_LENGTH, query_prefix="query: ",
         passage_prefix="passage: ", share_encoder=True, pooling="mean", normalize=True,
-        temperature=TEMPERATURE, dropout=given.dropout, max_steps=given.steps, warmup_proportion=0.0,
-        eval_every=-1, log_every=1, precision=given.precision,
+        temperature=TEMPERATURE, dropout=args.dropout, max_steps=args.steps, warmup_proportion=0.0,
+        eval_every=-1, log_every=1, precision=args.precision,
     )  # fmt: skip
 
 
-def ours(given) -> dict:
+def ours(args: argparse.Namespace) -> Figures:
     with tempfile.TemporaryDirectory() as output:
-        hp = settings(given, output)
+        hp = settings(args, output)
         stage = DualTraining(hp)
         stage.load()
         trainer = TimedTrainer(hp, stage.task(), stage.device, stage.precision, f"{output}/checkpoint.pt", {})
@@ -72,13 +74,13 @@ def ours(given) -> dict:
     return figures(trainer.times, trainer.losses, stage.precision)
 
 
-def triplets(given) -> dict[str, list[str]]:
-    """Return the texts of our batches, step after step: anchors, positives, negatives."""
-    data = DualTrainingSet(f"{given.data_dir}/train/dual.train.tsv")
+def triplets(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Return the texts of our batches in order: anchors, positives, negatives."""
+    data = DualTrainingSet(f"{args.data_dir}/train/dual.train.tsv")
     rows: dict[str, list[str]] = {"anchor": [], "positive": [], "negative": []}
-    for step in range(given.steps):
-        epoch, at = divmod(step, data.steps_per_epoch(given.batch))
-        batch = data.batch(given.seed, epoch, at, given.batch, 1)
+    for step in range(args.steps):
+        epoch, at = divmod(step, data.steps_per_epoch(args.batch))
+        batch = data.batch(args.seed, epoch, at, args.batch, 1)
         own = set(batch.targets.tolist())
         others = [text for at, text in enumerate(batch.passages) if at not in own] or batch.passages
         for at, query in enumerate(batch.queries):
@@ -88,54 +90,51 @@ def triplets(given) -> dict[str, list[str]]:
     return rows
 
 
-def st_training(given, mini_batch: int):
-    """Train by sentence-transformers' trainer; return (model, times, losses, precision)."""
+def st_training(args: argparse.Namespace, mini_batch: int) -> tuple[Any, list[float], list[float], str]:
+    """Train with sentence-transformers; return (model, times, losses, precision)."""
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer import losses
 
-    torch.manual_seed(given.seed)
-    model = bi_encoder(given.model, PASSAGE_LENGTH)
-    if given.dropout is not None:
-        set_dropout(model, given.dropout)
-    times, seen = [], []
-    kind = losses.CachedMultipleNegativesRankingLoss if mini_batch else losses.MultipleNegativesRankingLoss
+    torch.manual_seed(args.seed)
+    model = bi_encoder(args.model, PASSAGE_LENGTH)
+    if args.dropout is not None:
+        set_dropout(model, args.dropout)
+    times: list[float] = []
+    seen: list[float] = []
+    kind: Any = (
+        losses.CachedMultipleNegativesRankingLoss if mini_batch else losses.MultipleNegativesRankingLoss
+    )
     more = {"mini_batch_size": mini_batch} if mini_batch else {}
-    low = choose_precision(given.precision, CPU) == "bf16" and given.peer_bf16
+    low = choose_precision(args.precision, CPU) == "bf16" and args.peer_bf16
     with tempfile.TemporaryDirectory() as output:
-        arguments = trainer_arguments(SentenceTransformerTrainingArguments, output, given, LR, bf16=low)
-        loss, data = kind(model, scale=1 / TEMPERATURE, **more), Dataset.from_dict(triplets(given))
+        arguments = trainer_arguments(SentenceTransformerTrainingArguments, output, args, LR, bf16=low)
+        loss, data = kind(model, scale=1 / TEMPERATURE, **more), Dataset.from_dict(triplets(args))
         SentenceTransformerTrainer(
-            model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[clock(times, seen)]
+            model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[step_recorder(times, seen)]
         ).train()
     return model, times, seen, "bf16" if low else "fp32"
 
 
-def sentence_transformers(mini_batch: int):
-    def side(given) -> dict:
-        return figures(*st_training(given, mini_batch)[1:])
-
-    return side
+def sentence_transformers(mini_batch: int) -> Variant:
+    return lambda args: figures(*st_training(args, mini_batch)[1:])
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--data_dir", required=True)
-    options.add_argument("--model", required=True, help="folder of an encoder")
-    options.add_argument("--steps", type=int, default=6)
-    options.add_argument("--batch", type=int, default=32)
-    options.add_argument("--chunk", type=int, default=0, help="our grad_cache_chunk")
-    options.add_argument("--seed", type=int, default=42)
-    options.add_argument(
-        "--dropout", type=float, default=None, help="of both sides; default: the model's own"
-    )
-    options.add_argument("--precision", default="auto")
-    options.add_argument("--peer_bf16", action="store_true", help="let the peer train in bf16 where we do")
-    options.add_argument("--peer_mini_batches", type=int, nargs="*", default=[16])
-    given = options.parse_args()
-    sides = {"ours": ours, "st": sentence_transformers(0)}
-    sides |= {f"st_cached_{size}": sentence_transformers(size) for size in given.peer_mini_batches}
-    compare(given, sides, list(sides), lambda folder: {"dropout": given.dropout, "steps": given.steps})
+    parser = make_parser(__doc__)
+    add_model(parser)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--chunk", type=int, default=0, help="our grad_cache_chunk")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--dropout", type=float, default=None, help="of all variants; default: the model's")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--peer_bf16", action="store_true", help="let the peer train in bf16 if ours does")
+    parser.add_argument("--peer_mini_batches", type=int, nargs="*", default=[16])
+    args = parser.parse_args()
+    variants: dict[str, Variant] = {"ours": ours, "st": sentence_transformers(0)}
+    variants |= {f"st_cached_{size}": sentence_transformers(size) for size in args.peer_mini_batches}
+    compare(args, variants, list(variants), lambda folder: {"dropout": args.dropout, "steps": args.steps})
 
 
 if __name__ == "__main__":

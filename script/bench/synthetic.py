@@ -1,0 +1,66 @@
+"""Synthetic inputs of the benchmarks: models with random weights, repeated collections, random vectors."""
+
+import json
+import shutil
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from script.bench.common import ROOT
+
+if TYPE_CHECKING:
+    from torch_src.retrieval.vectors import VectorStore
+
+
+def write_model(folder: Path, **sizes: int) -> None:
+    """Write a BERT over the vocabulary of the sample, without weights (a seed initializes them)."""
+    tiny = ROOT / "script/sample_data/tiny_bert"
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | sizes), encoding="utf-8")
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        shutil.copy(tiny / name, folder / name)
+
+
+def write_small_model(folder: Path) -> None:
+    """Write a 2-layer, 64-wide BERT."""
+    write_model(folder, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+
+
+def write_id_map(folder: Path, rows: int) -> None:
+    """Write passage2id.map.json with synthetic pids of 32 hex digits."""
+    with open(folder / "passage2id.map.json", "w", encoding="ascii") as file:
+        file.write("{")
+        file.writelines(f'{", " if row else ""}"{row}": "{row:032x}"' for row in range(rows))
+        file.write("}\n")
+
+
+def repeat_collection(source: Path, target: Path, rows: int) -> None:
+    """Write the passages of `source` repeatedly, `rows` lines in one part, and an id map."""
+    target.mkdir(parents=True, exist_ok=True)
+    lines = [
+        line + b"\n" for part in sorted(source.glob("part-*")) for line in part.read_bytes().split(b"\n")[:-1]
+    ]
+    with open(target / "part-00", "wb") as file:
+        file.writelines(islice(cycle(lines), rows))
+    write_id_map(target, rows)
+
+
+def open_store(
+    folder: Path, stamp: dict[str, object], rows: int, hidden: int, block_rows: int
+) -> "VectorStore":
+    """Return the vector store of this folder; complete blocks are kept."""
+    from torch_src.retrieval.vectors import VectorStore
+
+    return VectorStore.create_or_continue(folder, stamp, rows, hidden, block_rows, print)
+
+
+def fill_random(store: "VectorStore") -> None:
+    """Write the missing blocks with independent normal numbers."""
+    import torch
+
+    for block in store.missing_blocks():
+        first, last = store.block_range(block)
+        generator = torch.Generator().manual_seed(block + 1)
+        vectors = torch.randn(last - first, store.hidden, generator=generator)
+        store.write_block(block, vectors.half().numpy())
