@@ -7,7 +7,7 @@ import gzip
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from script.lib.official_layout import Query
 from torch_src.data.lines import FormatError, decode, parse_json, raw_lines, split_columns
@@ -21,7 +21,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line, text) of a UTF-8 file, gzipped or not; UserError for a damaged archive."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            for line, raw in raw_lines(file, path):
+            for line, raw in raw_lines(cast(BinaryIO, file), path):
                 yield line, decode(raw, path, line)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged or truncated archive ({error})") from None
