@@ -16,7 +16,7 @@ import numpy as np
 from torch_src.data.collection import PassageCollection
 from torch_src.data.dual_training_set import DualTrainingSet
 from torch_src.data.formats import CrossRow, DualRow, RunRow, format_cross_row, format_dual_row
-from torch_src.data.mined_files import COLUMNS, SIDECAR
+from torch_src.data.mined_files import COLUMNS, SIDECAR, MinedIds, format_mined_ids
 from torch_src.data.row_file import text_hash
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
@@ -251,20 +251,21 @@ def write_mined(mined: Iterable[MinedQuery], folder: Path, pid_of: Callable[[int
 
     The negatives of a query are divided among its positives, at least one each. `pid_of(row)` returns a pid.
     """
-    dual, cross, ids = (folder / name for name in ("dual.train.tsv", "cross.train.tsv", SIDECAR))
-    with atomic_write(dual) as dual_file, atomic_write(cross) as cross_file, atomic_write(ids) as id_file:
+    dual, cross, sidecar = (folder / name for name in ("dual.train.tsv", "cross.train.tsv", SIDECAR))
+    with atomic_write(dual) as dual_file, atomic_write(cross) as cross_file, atomic_write(sidecar) as id_file:
         id_file.write("\t".join(COLUMNS) + "\n")
         for query, positives, negatives in mined:
             for at, positive in enumerate(positives):
                 for negative in negatives[at :: len(positives)] or [negatives[at % len(negatives)]]:
                     dual_file.write(format_dual_row(DualRow(query, positive.text, negative.text)))
-                    id_file.write("\t".join(_columns(positive, pid_of) + _columns(negative, pid_of)) + "\n")
+                    ids = mined_ids(positive, pid_of), mined_ids(negative, pid_of)
+                    id_file.write(format_mined_ids(*ids))
                 cross_file.write(format_cross_row(CrossRow(query, positive.text, 1)))
             for negative in negatives:
                 cross_file.write(format_cross_row(CrossRow(query, negative.text, 0)))
 
 
-def _columns(passage: Passage, pid_of: Callable[[int], str]) -> list[str]:
+def mined_ids(passage: Passage, pid_of: Callable[[int], str]) -> MinedIds:
+    """Return what the sidecar holds of a passage."""
     pid = None if passage.row is None else pid_of(passage.row)
-    score, logit = (None if x is None else f"{x:.9g}" for x in (passage.score, passage.logit))
-    return ["" if x is None else str(x) for x in (passage.row, pid, passage.rank, score, logit)]
+    return MinedIds(passage.row, pid, passage.rank, passage.score, passage.logit)
