@@ -26,12 +26,11 @@ import transformers
 from transformers import PreTrainedModel
 
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result
-from torch_src import cross_infer, retriever
 from torch_src.cross_hparams import MODEL_SETTINGS as CROSS_FIXED
 from torch_src.dual_hparams import MODEL_SETTINGS as DUAL_FIXED
+from torch_src.inference import ModelSource, find_trained_model, load_cross_model, load_dual_model
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
-from torch_src.inference_stage import FoundModel, find_trained_model
 from torch_src.models.tokenization import save_tokenizer
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
@@ -59,7 +58,7 @@ def export_dual(args: argparse.Namespace) -> dict[str, Any]:
 
     hp = InferenceDeHparams(output_dir=args.output_dir)
     found = find_trained_model(hp, "dual", hp.dual_params_path, DUAL_FIXED)
-    fixed, encoder = found.fixed, retriever.load_model(found, 0)
+    fixed, encoder = found.settings, load_dual_model(found)
     if fixed["pooling"] == "pooler":
         raise UserError("pooling pooler: not supported by sentence-transformers (expected cls or mean)")
 
@@ -89,18 +88,18 @@ def export_cross(args: argparse.Namespace) -> dict[str, Any]:
     library = import_sentence_transformers()
     hp = InferenceCrossHparams(output_dir=args.output_dir)
     found = find_trained_model(hp, "cross", hp.cross_params_path, CROSS_FIXED)
-    encoder = cross_infer.load_model(found, 0)
+    encoder = load_cross_model(found)
     with tempfile.TemporaryDirectory() as folder:
         save_backbone(encoder.model, found, folder)
         model = library.CrossEncoder(
-            folder, max_length=found.fixed["max_seq_len"], activation_fn=torch.nn.Identity(), device="cpu",
+            folder, max_length=found.settings["max_seq_len"], activation_fn=torch.nn.Identity(), device="cpu",
             model_kwargs={"dtype": torch.float32},
         )  # fmt: skip
         model.save_pretrained(str(args.to), create_model_card=False)
-    return {**found.fixed, "weights": found.checksum}
+    return {**found.settings, "weights": found.checksum}
 
 
-def save_backbone(model: PreTrainedModel, found: FoundModel, folder: str) -> None:
+def save_backbone(model: PreTrainedModel, found: ModelSource, folder: str) -> None:
     """Write a plain transformers folder: configuration, safetensors, tokenizer."""
     if hasattr(model.config, "random_init"):
         del model.config.random_init  # set for the sample model only; these weights are trained

@@ -28,9 +28,9 @@ from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import read_dev
 from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.dual_hparams import DualHparams
+from torch_src.inference import read_query_ids
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
-from torch_src.inference_stage import read_query_ids
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import require, write_json
 from torch_src.runtime.log import duration, log

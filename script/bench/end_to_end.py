@@ -70,7 +70,7 @@ def fill_vectors(folder: Path) -> None:
 
     hp = InferenceDeHparams(**settings(folder))
     inference = DualInference(hp, TOPK, 1000)
-    stamp = {**inference.vector_stamp("passage"), "collection": inference.collection.checksum}
+    stamp = inference.passage_stamp()
     rows = len(inference.collection)
     fill_random(open_store(Path(hp.para_emb_path), stamp, rows, HIDDEN, hp.block_rows))
 

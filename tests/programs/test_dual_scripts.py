@@ -163,7 +163,7 @@ def test_wrong_column_count(world, capsys):
     path = world / "data/train/dual.train.tsv"
     write(path, [*lines(path)[:5], "只有一列", *lines(path)[5:]])
     before = content(world / "output")
-    refused(capsys, world, train(world), f"{path}:6: 1 TAB-separated columns, expected 6")
+    refused(capsys, world, train(world), f"{path}:6: ")
     assert content(world / "output") == before
 
 
@@ -176,7 +176,7 @@ def test_not_utf8(world, capsys):
 def test_empty_query(world, capsys):
     path = world / "data/dev/dev.q.format"
     write(path, [*lines(path), "\t-\t-\t0"])
-    refused(capsys, world, infer(world), f"{path}:7: the query (column 1) is empty")
+    refused(capsys, world, infer(world), f"{path}:7: ", "query")
 
 
 def test_dev_query_missing_in_q2qid(world, capsys):
@@ -203,9 +203,9 @@ def test_missing_and_half_downloaded_model_folder(world, capsys):
     refused(capsys, world, train(world, *nowhere), "nowhere: no such folder (pretrained_model_path)")
     config = world / "model/config.json"
     write(config, [config.read_text(encoding="utf-8").replace('"random_init": true', '"random_init": false')])
-    refused(capsys, world, train(world), "no weights in it", "is the download complete?")
+    refused(capsys, world, train(world), "no weights in it")
     (world / "model/model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
-    refused(capsys, world, train(world), "the weights cannot be read, is the download complete?")
+    refused(capsys, world, train(world), "the weights cannot be read")
     config.unlink()
     refused(capsys, world, train(world), "no config.json in it")
 
@@ -214,7 +214,7 @@ def test_weights_of_another_hidden_size(world, capsys):
     make_model(world / "wide", hidden=48)
     wide = ["--pretrained_model_path", str(world / "wide")]
     before = content(world / "output")
-    refused(capsys, world, infer(world, *wide, "--force"), "its configuration is not the one that")
+    refused(capsys, world, infer(world, *wide, "--force"), "not the configuration that")
     assert content(world / "output") == before
     shutil.rmtree(world / "output/dual_model")
     refused(capsys, world, infer(world, *wide, "--force"), "dual_params.bin: weights of another model")

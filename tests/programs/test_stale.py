@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy_world import make_world, options
 
-from torch_src import dual_infer, retriever
+from torch_src import dual_infer, inference
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_one_changed_tower_is_noticed(trained_copy, capsys, tower):
     capsys.readouterr()
     assert dual_infer.main(options(world, world / "output"), topk=10) == 0
     said = "".join(capsys.readouterr())
-    assert "is not the file that" in said and "weights: " in said
+    assert "not the weights that" in said and "weights: " in said
     assert (world / "output/res.top10").read_bytes() != run
 
 
@@ -126,7 +126,7 @@ def test_another_number_of_heads_is_noticed(trained_copy, capsys):
     assert "up to date" in capsys.readouterr().out
     (other / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}), encoding="utf-8")
     assert dual_infer.main(words, topk=10) == 2
-    assert "its configuration is not the one that" in capsys.readouterr().err
+    assert "not the configuration that" in capsys.readouterr().err
     shutil.rmtree(world / "output/dual_model")  # as if only the weights and settings were copied
     assert dual_infer.main(words, topk=10) == 0
     said = capsys.readouterr().out
@@ -143,14 +143,14 @@ def test_weights_replaced_during_loading_are_noticed(trained_copy, capsys, monke
     else:
         words += ["--dual_params", "none", "--pretrained_model_path", str(world / "model")]
         changed, loader = world / "model/config.json", "load_backbone"
-    real = getattr(retriever, loader)
+    real = getattr(inference, loader)
 
     def load(*given):
         loaded = real(*given)
         changed.write_bytes(changed.read_bytes() + b" ")
         return loaded
 
-    monkeypatch.setattr(retriever, loader, load)
+    monkeypatch.setattr(inference, loader, load)
     assert dual_infer.main(words, topk=10) == 2
     assert "changed while it was being read; run again" in capsys.readouterr().err
     assert not (world / "output/res.top10").exists()

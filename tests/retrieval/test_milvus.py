@@ -227,11 +227,11 @@ def test_a_damaged_block_is_neither_loaded_nor_scored_from(world, use, tmp_path)
     path = store.block_path(1)
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     client = use(FakeMilvus(store.manifest))
-    with pytest.raises(UserError, match="block-00001.npy: its bytes are not those that were written"):
+    with pytest.raises(UserError, match="block-00001.npy: checksum mismatch"):
         list(fill(Collection("http://h:1", "passages"), store, None))
     assert sorted(client.rows) == list(range(BLOCK))
     use(filled((store, world[1], None)))
-    with pytest.raises(UserError, match="block-00001.npy: its bytes are not those that were written"):
+    with pytest.raises(UserError, match="block-00001.npy: checksum mismatch"):
         open_search((store, world[1], None)).check_blocks()
 
 
@@ -296,7 +296,7 @@ def test_what_is_missing_incomplete_or_other_is_refused(world, use, tmp_path):
         (FakeMilvus(None, index="FLAT"), "not made by python script/milvus_load.py"),
         (
             FakeMilvus({**manifest, "weights": "other"}),
-            "weights: other -> missing.; load these",
+            "other vectors .weights: other -> missing.; load these",
         ),
         (FakeMilvus(manifest, index=""), "0 of 300 rows can be searched; load the rest"),
         (FakeMilvus(manifest), "0 of 300 rows can be searched; load the rest"),

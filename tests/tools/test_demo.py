@@ -181,7 +181,7 @@ def test_vectors_made_again_while_a_question_is_searched(world, monkeypatch):
         raise DamagedBlock(service.store.block_path(0), 0, "gone")
 
     monkeypatch.setattr(service, "find", find)
-    with pytest.raises(UserError, match="since this page started: restart it"):
+    with pytest.raises(UserError, match="vectors were replaced.*restart it"):
         service.answer("鱼")
 
 
@@ -224,7 +224,7 @@ def test_odd_questions(service):
     for empty in ("", " \t\n　"):
         with pytest.raises(UserError, match="the question is empty"):
             service.answer(empty)
-    with pytest.raises(UserError, match="a question of 10,001 characters; at most 10,000"):
+    with pytest.raises(UserError, match="10,001 characters .*10,000"):
         service.answer("长" * (LONGEST_QUESTION + 1))
     long = service.answer("鱼怎么蒸" * 2500)
     assert long.cut and len(long.recall) == len(long.reranked) == 50
@@ -251,7 +251,7 @@ def test_unfinished_and_damaged_vectors(world):
     block.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     refused(world, "checksum mismatch")
     block.unlink()
-    refused(world, "1 of 1 blocks are not there, or not whole; run python do_dual_infer.py")
+    refused(world, "1 of 1 blocks are missing or incomplete; run python do_dual_infer.py")
     write(world / "output/para_emb/manifest.json", ["{}"])
     refused(world, "vectors of other weights, settings or passages", "rows: missing -> 60")
 

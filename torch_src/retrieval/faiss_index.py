@@ -19,6 +19,7 @@ from torch_src.runtime.files import atomic_write
 from torch_src.runtime.log import duration, log
 from torch_src.runtime.stamps import changes, clear_stamp, is_intact, read_stamp, write_stamp
 
+INDEX = "para.index"  # in the output folder
 FILL_ROWS = 16384  # vectors added at once
 MIN_TRAINING = 10240  # vectors that a quantizer with 256 centroids needs (39 per centroid, faiss's own rule)
 MAX_TRAINING = 262144

@@ -1,6 +1,6 @@
-"""One question at a time through both stages, with models and vectors that are on disk.
+"""Search for one question at a time with both stages, using models and vectors on disk.
 
-Nothing is written but caches: vectors or an index that are missing, or of other weights, are refused.
+Writes nothing but caches. Missing vectors or indexes, or those of other weights, are errors.
 """
 
 import shlex
@@ -13,20 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from torch_src import cross_infer, dual_infer
 from torch_src.data.candidates import Candidates
 from torch_src.dual_hparams import MODEL_SETTINGS
 from torch_src.hparams import NONE
+from torch_src.inference import Retriever, find_cross_model, load_cross_model, load_dual_model, pair_scorer
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.models.backbones import check_fits
-from torch_src.retrieval.faiss_index import FaissSearch, IndexSettings
+from torch_src.retrieval.faiss_index import INDEX, FaissSearch, IndexSettings
 from torch_src.retrieval.reranking import PairScorer, rank_pairs
 from torch_src.retrieval.score_bounds import Float32
 from torch_src.retrieval.score_checks import collapsed
 from torch_src.retrieval.search import DeviceCache, search
 from torch_src.retrieval.vectors import NOT_COMPARED, VectorStore
-from torch_src.retriever import Retriever, load_model
 from torch_src.runtime.devices import choose_device, search_devices
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json, require
@@ -38,40 +37,40 @@ LONGEST_QUESTION = 10_000  # characters; the models read far fewer
 
 @dataclass(frozen=True)
 class Hit:
-    """One passage found."""
+    """A passage in a result list."""
 
     rank: int  # from 1
     row: int  # global, 0-based
     pid: str  # empty with --passage_ids none
-    score: float  # inner product of stage one, logit of stage two
+    score: float  # inner product of the retriever, or logit of the re-ranker
     text: str
-    recall_rank: int  # rank of stage one, from 1
+    recall_rank: int  # rank of the retriever, from 1
 
 
 @dataclass
 class Answer:
-    """What both stages found for a question."""
+    """The results of both stages for a question."""
 
     question: str
-    cut: bool = False  # the retriever read only its beginning
+    cut: bool = False  # truncated for the retriever
     recall: list[Hit] = field(default_factory=list)  # best first
     reranked: list[Hit] | None = None  # the same passages, best first; None without a re-ranker
-    warning: str | None = None  # of a re-ranker that decides nothing
+    warning: str | None = None  # when the re-ranker's scores are all alike
     seconds: dict[str, float] = field(default_factory=dict)  # encode, search, read (passages), re-rank
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
-        """Note how long the block takes."""
+        """Record the seconds of the `with` block."""
         begun = time.perf_counter()
         yield
         self.seconds[step] = time.perf_counter() - begun
 
 
 class SearchService:
-    """The models in memory, the vectors where they lie; one step of one question runs at a time."""
+    """Models in memory and vectors in memory or on disk; one step of one question runs at a time."""
 
     def __init__(self, hp: DemoHparams):
-        """UserError when a piece is missing, or does not belong to the others."""
+        """UserError when a part is missing or does not belong to the others."""
         self.hp, self.lock = hp, threading.Lock()
         manifest_path = Path(hp.para_emb_path) / "manifest.json"
         manifest = read_json(manifest_path) if manifest_path.exists() else {}
@@ -79,37 +78,34 @@ class SearchService:
         self.retriever = Retriever(self.settings)
         self.store = open_vectors(hp, self.retriever)
         self.ids = self.retriever.passage_ids()
-        model = load_model(self.retriever.model, hp.seed)
-        self.encoder = self.retriever.encoder("query", model)
+        self.encoder = self.retriever.encoder("query", load_dual_model(self.retriever.source))
         self.scorer = open_scorer(hp, self.retriever) if hp.reranks else None
-        self.how, self.find = self._finder()
+        self.how, self.find = self._make_search()
 
-    def _finder(self) -> tuple[str, Callable]:
-        """Return (how it searches, find(queries, topk) -> (rows, scores))."""
+    def _make_search(self) -> tuple[str, Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]]:
+        """Return (its description, search(queries, topk) -> (rows, scores))."""
         hp, store = self.hp, self.store
         if hp.index:
             index = open_index(hp, store)
             return f"approximate search ({hp.index})", index.search
         devices = search_devices(hp.device, self.retriever.device)
-        resident = DeviceCache.if_it_fits(store, devices, hp.search_memory_gb)
+        cache = DeviceCache.if_it_fits(store, devices, hp.search_memory_gb)
 
         def find(queries: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
-            # a product of one query is quicker than rounding the passages for a faster one
-            return search(store, queries, topk, devices, Float32.name, cache=resident)[:2]
+            # fp32: rounding the passages for a faster product takes longer than the product of one query
+            return search(store, queries, topk, devices, Float32.name, cache=cache)[:2]
 
         mb = store.rows * store.hidden * 2 / 1e6
         size = f"{mb / 1000:,.1f} GB of vectors" if mb >= 1000 else f"{mb:,.1f} MB of vectors"
-        place = "kept in memory" if resident else "read from disk for every question"
+        place = "kept in memory" if cache else "read from disk for every question"
         return f"exact search, {size} {place}", find
 
     def answer(self, question: str, topk: int | None = None) -> Answer:
-        """Return what both stages find for a question; UserError for an empty one or one that is too long."""
+        """Return the results of both stages; UserError for an empty or too long question."""
         return self.rerank(self.retrieve(question, topk))
 
     def retrieve(self, question: str, topk: int | None = None) -> Answer:
-        """Return what the first stage finds; UserError as in `answer`, and once the vectors on disk are no
-        longer those that were opened.
-        """
+        """Return the results of the retriever; UserError as in `answer`, and for vectors replaced on disk."""
         answer = Answer(clean(question))
         with self.lock:
             with answer.timed("encode"):
@@ -117,13 +113,13 @@ class SearchService:
             answer.cut = bool(self.encoder.tokenize([answer.question]).cut)
             with answer.timed("search"), self._same_vectors():
                 rows, scores = self.find(vectors, topk or self.hp.topk)
-            found = rows[0] >= 0  # an index may find fewer
+            found = rows[0] >= 0  # an index may find fewer than topk
             with answer.timed("read"):
                 answer.recall = self._hits(rows[0][found].tolist(), scores[0][found].tolist())
         return answer
 
     def rerank(self, answer: Answer) -> Answer:
-        """Return the answer with the order of the second stage, where there is one."""
+        """Add the re-ranked results to the answer, where there is a re-ranker."""
         if self.scorer and answer.recall:
             with self.lock, answer.timed("re-rank"):
                 answer.reranked = reranked(self.scorer, answer.question, answer.recall)
@@ -133,10 +129,10 @@ class SearchService:
 
     @contextmanager
     def _same_vectors(self) -> Iterator[None]:
-        """UserError when, before the block or at its end, the manifest is not the one that was opened.
+        """UserError unless the manifest on disk is still the one that was opened, before and after the block.
 
-        The page holds no lock: do_dual_infer.py may make the vectors again at any time, and then the model in
-        memory is not theirs. Also when the block fails: a block of vectors just removed is not damaged.
+        Nothing locks the vectors: do_dual_infer.py may replace them at any time, with those of other weights
+        than the model in memory. Checked also when the block fails: a deleted block is not a damaged one.
         """
         self._check_manifest()
         try:
@@ -147,11 +143,11 @@ class SearchService:
     def _check_manifest(self) -> None:
         try:
             same = read_json(self.store.manifest_path) == self.store.manifest
-        except UserError:  # gone, between the old vectors and the new
+        except UserError:  # missing, while the vectors are replaced
             same = False
         if not same:
             where = self.store.folder
-            raise UserError(f"{where}: the vectors were made again since this page started: restart it")
+            raise UserError(f"{where}: the vectors were replaced after this page was started; restart it")
 
     def _hits(self, rows: list[int], scores: list[float]) -> list[Hit]:
         pids = [""] * len(rows) if self.ids is None else [pid.decode() for pid in self.ids[rows]]
@@ -161,17 +157,17 @@ class SearchService:
 
 
 def clean(question: str) -> str:
-    """Return the question without the white space around it; UserError for an empty or endless one."""
-    question = question.encode("utf-8", "replace").decode().strip()  # half a surrogate pair is no text
+    """Return the question without surrounding white space; UserError for an empty or too long one."""
+    question = question.encode("utf-8", "replace").decode().strip()  # a lone surrogate has no UTF-8 form
     if not question:
         raise UserError("the question is empty")
     if len(question) > LONGEST_QUESTION:
-        raise UserError(f"a question of {len(question):,} characters; at most {LONGEST_QUESTION:,}")
+        raise UserError(f"the question has {len(question):,} characters (at most {LONGEST_QUESTION:,})")
     return question
 
 
 def reranked(scorer: PairScorer, question: str, hits: list[Hit]) -> list[Hit]:
-    """Return the hits by the re-ranker's logits, best first, ties in their order before."""
+    """Return the hits sorted by the re-ranker's logits; ties keep their order."""
     rows, scores = np.array([hit.row for hit in hits]), np.array([hit.score for hit in hits], np.float32)
     query_of, texts = np.zeros(len(hits), np.int32), [hit.text for hit in hits]
     candidates = Candidates([question], query_of, rows, scores, None, None, texts)
@@ -182,7 +178,7 @@ def reranked(scorer: PairScorer, question: str, hits: list[Hit]) -> list[Hit]:
 
 
 def dual_settings(hp: DemoHparams, manifest: dict) -> InferenceDeHparams:
-    """Return the settings of do_dual_infer.py with which these vectors are searched."""
+    """Return the settings of do_dual_infer.py for these vectors."""
     fixed = {name: getattr(hp, name) for name in MODEL_SETTINGS}
     precision, same = hp.precision, manifest.get("device") == choose_device(hp.device).type
     if precision == "auto" and same:
@@ -197,48 +193,48 @@ def dual_settings(hp: DemoHparams, manifest: dict) -> InferenceDeHparams:
 
 
 def open_vectors(hp: DemoHparams, retriever: Retriever) -> VectorStore:
-    """Return the passage vectors; UserError when they are missing, unfinished or of other weights, settings
+    """Return the passage vectors; UserError when they are missing, incomplete, or of other weights, settings
     or passages.
     """
-    folder, make = Path(hp.para_emb_path), f"run {command(hp)} (with --force should it say `up to date`)"
-    manifest = read_json(require(folder / "manifest.json", "passage vectors", make))
-    stamp = {k: v for k, v in retriever.vector_stamp("passage").items() if k not in NOT_COMPARED}
+    folder = Path(hp.para_emb_path)
+    fix = f"run {command(hp)} (with --force if it logs `up to date`)"
+    manifest = read_json(require(folder / "manifest.json", "passage vectors", fix))
+    stamp = {name: value for name, value in retriever.passage_stamp().items() if name not in NOT_COMPARED}
     shape = {"rows": len(retriever.collection), "hidden": retriever.width}
-    shape["block_rows"] = manifest.get("block_rows", 0)
-    expected = {**manifest, **stamp, "collection": retriever.collection.checksum, **shape}
-    different = changes(manifest, expected)
+    block_rows = manifest.get("block_rows", 0)
+    different = changes(manifest, {**manifest, **stamp, **shape, "block_rows": block_rows})
     if different:
         raise UserError(
-            f"{folder}: vectors of other weights, settings or passages ({'; '.join(different)}); {make}"
+            f"{folder}: vectors of other weights, settings or passages ({'; '.join(different)}); {fix}"
         )
     store = VectorStore(folder, manifest)
-    missing = store.missing_blocks()
-    if missing:
-        count = f"{len(missing)} of {store.block_count} blocks"
-        raise UserError(f"{folder}: {count} are not there, or not whole; {make}")
+    if missing := store.missing_blocks():
+        raise UserError(
+            f"{folder}: {len(missing)} of {store.block_count} blocks are missing or incomplete; {fix}"
+        )
     return store
 
 
 def open_index(hp: DemoHparams, store: VectorStore) -> FaissSearch:
-    """Return the index that do_dual_infer.py wrote; UserError when it is missing, or another one."""
-    path = Path(hp.output_dir) / dual_infer.INDEX
-    made = read_stamp(path) or {}
-    settings = IndexSettings(hp.index, hp.search_params, made.get("memory_gb", 0.0), made.get("seed", 0))
+    """Return the index that do_dual_infer.py wrote; UserError when it is missing or of other settings."""
+    path = Path(hp.output_dir) / INDEX
+    stamp = read_stamp(path) or {}
+    settings = IndexSettings(hp.index, hp.search_params, stamp.get("memory_gb", 0.0), stamp.get("seed", 0))
     return FaissSearch(store, settings, path, {**store.manifest, "stage": "index"}, build=False)
 
 
 def open_scorer(hp: DemoHparams, retriever: Retriever) -> PairScorer:
     """Return the re-ranker on the retriever's device; UserError when its weights are missing."""
-    settings = InferenceCrossHparams(cross_params=hp.cross_params_path, debug=hp.debug)
-    found = cross_infer.find_model(settings)
-    lengths = {"max_seq_len": found.fixed["max_seq_len"]}
-    check_fits(found.config, len(found.tokenizer), lengths, found.path)
-    model = cross_infer.load_model(found, hp.seed).to(retriever.device)
-    return cross_infer.pair_scorer(found, model, settings, retriever.device, retriever.precision)
+    settings = InferenceCrossHparams(cross_params=hp.cross_params_path, seed=hp.seed, debug=hp.debug)
+    source = find_cross_model(settings)
+    lengths = {"max_seq_len": source.settings["max_seq_len"]}
+    check_fits(source.config, len(source.tokenizer), lengths, source.path)
+    model = load_cross_model(source).to(retriever.device)
+    return pair_scorer(source, model, settings.batch_size, retriever.device, retriever.precision)
 
 
 def command(hp: DemoHparams) -> str:
-    """Return the command line of do_dual_infer.py that makes the vectors this page wants."""
+    """Return the command line of do_dual_infer.py that writes the vectors for these settings."""
     plain = DemoHparams.defaults(hp.debug)
     words = ["--debug"] if hp.debug else []
     for name in (knob.name for knob in fields(InferenceDeHparams) if hasattr(plain, knob.name)):

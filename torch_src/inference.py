@@ -1,0 +1,294 @@
+"""What do_dual_infer.py, do_cross_infer.py and the tools share: queries, models, the retriever."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from torch_src.common_hparams import QueryIds, Run
+from torch_src.cross_hparams import MODEL_SETTINGS as CROSS_MODEL_SETTINGS
+from torch_src.cross_hparams import CrossHparams
+from torch_src.data.collection import PassageCollection
+from torch_src.data.formats import read_q2qid, read_queries, read_question_ids
+from torch_src.data.passage_ids import check_length, read_passage_ids
+from torch_src.dual_hparams import MODEL_SETTINGS as DUAL_MODEL_SETTINGS
+from torch_src.dual_hparams import DualHparams
+from torch_src.hparams import NONE, check_range
+from torch_src.inference_cross_hparams import InferenceCrossHparams
+from torch_src.inference_de_hparams import OPENVINO, InferenceDeHparams
+from torch_src.models.backbones import architecture, check_fits, load_config, load_weights, model_checksum
+from torch_src.models.cross_encoder import CrossEncoder, build_cross_encoder, load_cross_encoder
+from torch_src.models.dual_encoder import DualEncoder, build_backbone, load_backbone
+from torch_src.models.model_folder import own_settings
+from torch_src.models.tokenization import TextRules, load_tokenizer, tokenizer_checksum
+from torch_src.models.trained_settings import MODEL_FIELDS, model_fields_intact
+from torch_src.retrieval.encoding import Encoder
+from torch_src.retrieval.engines.openvino import TOKENS, OpenVinoTower, check_openvino
+from torch_src.retrieval.reranking import PairScorer
+from torch_src.runtime.devices import choose_device, choose_precision, set_threads, token_budget
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import read_json, require
+from torch_src.runtime.log import log, warn
+from torch_src.runtime.stamps import JsonDict, changed_files, checksum_files, checksum_text
+
+LOG_SECONDS = 10.0  # between progress lines
+LENGTHS = {"query": "q_max_seq_len", "passage": "p_max_seq_len"}
+
+InferenceHparams = InferenceDeHparams | InferenceCrossHparams
+
+
+def read_query_ids(hp: QueryIds) -> dict[str, list[str] | None]:
+    """Return {query text: its qids} in file order; with `--dev_q2qid none` the qids are None.
+
+    dev_q is dev.q.format with q2qid.dev.json beside it, or JSON lines with question_id and question
+    (test1.json, dev.json). UserError when a query has no qid, because the conversion would fail later.
+    """
+    if hp.dev_q_path.endswith(".json"):
+        return dict(read_question_ids(hp.dev_q_path))
+    queries = read_queries(hp.dev_q_path)
+    if hp.dev_q2qid == NONE:
+        return dict.fromkeys(queries)
+    path = require(hp.dev_q2qid_path, "query text -> qid", "pass --dev_q2qid none to do without")
+    q2qid = read_q2qid(path)
+    missing = [query for query in queries if query not in q2qid]
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} queries of {hp.dev_q_path} are missing, the first: {missing[0][:60]!r}"
+        )
+    if len(q2qid) > len(queries):
+        warn(f"{path} has {len(q2qid)} queries, {hp.dev_q_path} only {len(queries)}: the rest get no result")
+    return {query: [q2qid[query]] for query in queries}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is loaded from, and its settings."""
+
+    settings: Mapping[str, Any]  # pooling, lengths, prefixes, ...: as in training
+    path: str  # folder or hub name of configuration and tokenizer; also of the weights without `params`
+    params: str | None  # NAME_params.bin; None: the pretrained weights
+    tokenizer: PreTrainedTokenizerBase
+    config: PretrainedConfig
+    architecture: str  # taken before the weights are loaded, which may add fields to `config`
+    checksum: str  # of the weights
+    seed: int  # of weights that are drawn at random
+
+    @property
+    def stamp(self) -> JsonDict:
+        """What decides the model's output."""
+        return {
+            "weights": self.checksum,
+            "architecture": self.architecture,
+            "tokenizer": tokenizer_checksum(self.tokenizer),
+        }
+
+    def check_unchanged(self) -> None:
+        """UserError when the weights were replaced while they were loaded: the stamp would be wrong."""
+        if weights_checksum(self.path, self.params, self.seed) != self.checksum:
+            raise UserError(f"{self.params or self.path}: changed while it was being read; run again")
+
+
+def weights_checksum(path: str, params: str | None, seed: int) -> str:
+    """Return the checksum of a model's weights."""
+    return checksum_files([params]) if params else checksum_text(f"{model_checksum(path)} seed {seed}")
+
+
+def find_dual_model(hp: InferenceDeHparams) -> ModelSource:
+    """Return the retriever that the settings name: trained, or with `--dual_params none` pretrained."""
+    if hp.dual_params != NONE and not _planned_before_training(hp.plan, hp.dual_params_path):
+        return find_trained_model(hp, "dual", hp.dual_params_path, DUAL_MODEL_SETTINGS)
+    training = DualHparams.defaults(hp.debug)
+    own = own_settings(hp.pretrained_model_path or training.pretrained_model_path)
+    return _find_pretrained_model(hp, replace(training, **own), DUAL_MODEL_SETTINGS)
+
+
+def find_cross_model(hp: InferenceCrossHparams) -> ModelSource:
+    """Return the re-ranker that the settings name: trained, or with `--cross_params none` pretrained."""
+    if hp.cross_params != NONE and not _planned_before_training(hp.plan, hp.cross_params_path):
+        return find_trained_model(hp, "cross", hp.cross_params_path, CROSS_MODEL_SETTINGS)
+    return _find_pretrained_model(hp, CrossHparams.defaults(hp.debug), CROSS_MODEL_SETTINGS)
+
+
+def _planned_before_training(plan: bool, params_path: str) -> bool:
+    # The pretrained model takes as long and as much memory as the trained one.
+    return plan and not Path(params_path).exists()
+
+
+def find_trained_model(
+    hp: InferenceHparams, name: str, params_path: str, model_settings: tuple[str, ...]
+) -> ModelSource:
+    """Return the model of NAME_params.bin; UserError where an option contradicts its settings."""
+    program = f"do_{name}_train.py" + (" --debug" if hp.debug else "")
+    params = require(params_path, "trained weights", f"run {program} first, or pass --{name}_params none")
+    trained_path = Path(params).with_name(f"{name}_hparams.json")
+    trained = read_json(require(trained_path, f"settings of {name}_params.bin", f"run {program} again"))
+    if "fixed_by_weights" not in trained or "tokenizer" not in trained:
+        raise UserError(f"{trained_path}: not a file of {program}; train again")
+    if "checksum" in trained and not model_fields_intact(trained):
+        raise UserError(
+            f"{trained_path}: checksum mismatch: {', '.join(MODEL_FIELDS)} belong to the weights and must "
+            "not be edited; restore the file, or train again"
+        )
+    settings = trained["fixed_by_weights"]
+    for knob in model_settings:
+        value = getattr(hp, knob)
+        if knob != "vocab_path" and value is not None and value != settings[knob]:
+            raise UserError(
+                f"--{knob} {value!r}: {params} was trained with {settings[knob]!r}, so its results would be "
+                "wrong; omit the option, or train again"
+            )
+    checksum = checksum_files([params])
+    if trained.get("weights", checksum) != checksum:
+        warn(f"{params}: not the weights that {trained_path} describes; its settings are used")
+    path, tokenizer, config = _load_trained_parts(hp, name, params, trained)
+    return ModelSource(settings, path, params, tokenizer, config, architecture(config), checksum, hp.seed)
+
+
+def _load_trained_parts(
+    hp: InferenceHparams, name: str, params: str, trained: JsonDict
+) -> tuple[str, PreTrainedTokenizerBase, PretrainedConfig]:
+    """Return (path, tokenizer, configuration): of NAME_model/ beside the weights, or of the options."""
+    beside = Path(params).with_name(f"{name}_model")
+    for changed in changed_files(beside, trained.get("model_files", {})) if beside.exists() else ():
+        raise UserError(f"{changed}: missing or checksum mismatch; restore it, or train again")
+    path = hp.pretrained_model_path or (str(beside) if beside.exists() else trained["pretrained_model_path"])
+    vocab_path = hp.vocab_path
+    if not vocab_path and path != str(beside):
+        vocab_path = trained["fixed_by_weights"]["vocab_path"]
+    tokenizer, config = load_tokenizer(path, vocab_path or ""), load_config(path)
+    if tokenizer_checksum(tokenizer) != trained["tokenizer"]:
+        raise UserError(
+            f"{vocab_path or path}: not the tokenizer that {params} was trained with; omit the option"
+        )
+    is_own = path == str(beside) or not beside.exists()
+    if not is_own and architecture(config) != architecture(load_config(str(beside))):
+        raise UserError(
+            f"{path}: not the configuration that {params} was trained with; omit --pretrained_model_path"
+        )
+    return path, tokenizer, config
+
+
+def _find_pretrained_model(
+    hp: InferenceHparams, training: DualHparams | CrossHparams, model_settings: tuple[str, ...]
+) -> ModelSource:
+    """Return a pretrained model; a setting without an option is as in `training`."""
+    path = hp.pretrained_model_path or training.pretrained_model_path
+    settings = {
+        name: getattr(training, name) if getattr(hp, name) is None else getattr(hp, name)
+        for name in model_settings
+    }
+    config = load_config(path)  # first: its error is the right one for a missing folder
+    tokenizer = load_tokenizer(path, settings["vocab_path"])
+    checksum = weights_checksum(path, None, hp.seed)
+    return ModelSource(settings, path, None, tokenizer, config, architecture(config), checksum, hp.seed)
+
+
+def load_dual_model(source: ModelSource) -> DualEncoder:
+    """Return the dual encoder with its weights, on the CPU."""
+    settings = source.settings
+    options = (settings["share_encoder"], settings["pooling"], settings["normalize"])
+    if source.params is None:
+        backbone = load_backbone(source.path, source.config, settings["pooling"], source.seed)
+        encoder = DualEncoder(backbone, *options)
+    else:
+        encoder = DualEncoder(build_backbone(source.config, settings["pooling"]), *options)
+        load_weights(source.params, encoder, "do_dual_train.py")
+    source.check_unchanged()
+    return encoder
+
+
+def load_cross_model(source: ModelSource, trained: bool = True) -> CrossEncoder:
+    """Return the cross-encoder with its weights, on the CPU; without `trained` its head may be random."""
+    if source.params is None:
+        encoder = load_cross_encoder(source.path, source.config, source.seed, trained)
+    else:
+        encoder = build_cross_encoder(source.config)
+        load_weights(source.params, encoder.model, "do_cross_train.py")
+    source.check_unchanged()
+    return encoder
+
+
+def pair_scorer(
+    source: ModelSource, model: CrossEncoder, batch_size: int, device: torch.device, precision: str
+) -> PairScorer:
+    """Return the scorer of a cross-encoder that is on `device`."""
+    rules = TextRules(source.settings["max_seq_len"], "", source.settings["remove_spaces"])
+    budget = token_budget(0, device)
+    return PairScorer(model, source.tokenizer, rules, device, precision, batch_size, budget)
+
+
+def choose_hardware(hp: Run) -> tuple[torch.device, str]:
+    """Return (device, precision), after setting the number of threads."""
+    device = choose_device(hp.device)
+    precision = choose_precision(hp.precision, device)
+    log(f"device {device}  precision {precision}  threads {set_threads(hp.threads)}")
+    return device, precision
+
+
+class Retriever:
+    """A dual encoder and its collection, both checked before anything slow starts."""
+
+    def __init__(self, hp: InferenceDeHparams):
+        self.hp, self.output = hp, Path(hp.output_dir)
+        self.device, self.precision = choose_hardware(hp)
+        self.source = source = find_dual_model(hp)
+        lengths = {name: source.settings[name] for name in LENGTHS.values()}
+        check_fits(source.config, len(source.tokenizer), lengths, source.path)
+        check_range("vector_dims", hp.vector_dims, 0, source.config.hidden_size)
+        if hp.encoder_engine == OPENVINO:
+            check_openvino(self.device, self.precision, source.settings["pooling"])
+        self.collection = PassageCollection(hp.passage_dir_path, self.output / "cache")
+
+    @property
+    def width(self) -> int:
+        """The number of dimensions of a stored vector."""
+        return self.hp.vector_dims or self.source.config.hidden_size
+
+    def passage_ids(self) -> np.ndarray | None:
+        """Return the pids (N,) as bytes; None with `--passage_ids none`. UserError unless one per passage."""
+        if self.hp.passage_ids == NONE:
+            return None
+        path = require(self.hp.passage_ids_path, "row -> pid", "pass --passage_ids none to do without")
+        ids = read_passage_ids(path, self.output / "cache")
+        check_length(path, len(ids), len(self.collection))
+        return ids
+
+    def vector_stamp(self, side: str) -> JsonDict:
+        """Return what decides the vectors of one side, query or passage."""
+        names = ("pooling", "normalize", "remove_spaces", f"{side}_prefix", LENGTHS[side])
+        stamp = {**self.source.stamp, **{name: self.source.settings[name] for name in names}}
+        if self.hp.vector_dims:
+            stamp["vector_dims"] = self.hp.vector_dims
+        if side == "passage" and self.hp.encoder_engine == OPENVINO:
+            stamp["encoder_engine"] = OPENVINO
+        return {**stamp, "precision": self.precision, "device": self.device.type}
+
+    def passage_stamp(self) -> JsonDict:
+        """Return what decides the passage vectors of this collection."""
+        return {**self.vector_stamp("passage"), "collection": self.collection.checksum}
+
+    def encoder(self, side: str, model: DualEncoder) -> Encoder:
+        """Return the encoder of one side, query or passage, its tower moved to the device."""
+        settings, hp = self.source.settings, self.hp
+        rules = TextRules(settings[LENGTHS[side]], settings[f"{side}_prefix"], settings["remove_spaces"])
+        tower: Any = model.tower(side).eval()
+        tower.to(self.device)
+        budget = token_budget(0, self.device)
+        if side == "passage" and hp.encoder_engine == OPENVINO:
+            tower, budget = OpenVinoTower(tower, self.precision), TOKENS
+        return Encoder(
+            tower,
+            self.source.tokenizer,
+            rules,
+            settings["pooling"],
+            settings["normalize"],
+            self.device,
+            self.precision,
+            hp.batch_size,
+            budget,
+            hp.vector_dims,
+        )

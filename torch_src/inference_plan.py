@@ -1,0 +1,104 @@
+"""--plan of the inference programs: time, memory and disk, estimated from short probes."""
+
+import tempfile
+
+import numpy as np
+import torch
+
+from torch_src.data.candidates import Candidates
+from torch_src.data.collection import PassageCollection
+from torch_src.inference import Retriever, load_dual_model
+from torch_src.retrieval.faiss_index import estimate
+from torch_src.retrieval.reranking import PairScorer
+from torch_src.retrieval.search import CACHE_SHARE, choose_kind, chunk_rows, search
+from torch_src.retrieval.vectors import VectorStore
+from torch_src.runtime.devices import free_gpu_memory, search_devices
+from torch_src.runtime.log import log
+from torch_src.runtime.planning import KEPT_GB, Plan, evenly, memory_gb, seconds_a_text, seconds_of
+
+BYTES_PER_PAIR = 150  # on disk: one line in each of four files, and the score
+
+
+def plan_retrieval(retriever: Retriever, queries: int, topk: int, bs: int) -> Plan:
+    """Return the plan of encoding the collection and searching it for `queries` queries, `bs` at once."""
+    plan, hp = Plan("do_dual_infer.py"), retriever.hp
+    rows, width = len(retriever.collection), retriever.width
+    encoding_ram, encoding_gpu = _plan_encoding(plan, retriever)
+    index_bytes = 0
+    if hp.index:
+        queries = min(queries, hp.recall_queries)
+        index_bytes, seconds = estimate(hp.index, width, rows)
+        plan.add(f"fill {hp.index} (without training and searching it)", seconds)
+    if queries:
+        plan.add(f"exact search of {queries:,} queries", _search_seconds(retriever, queries, topk, bs))
+    ram, gpu = memory_gb(retriever.device)
+    if retriever.device.type == "cuda" and queries > bs and not hp.index:
+        share = rows * width * 2 / len(search_devices(hp.device, retriever.device))  # cached on each GPU
+        gpu += share / 1e9 if share < CACHE_SHARE * free_gpu_memory(retriever.device) else 0
+    plan.gpu_gb = max(gpu, encoding_gpu)
+    plan.ram_gb = max(encoding_ram, ram + index_bytes / 1e9) + KEPT_GB
+    plan.disk_gb = (rows * (2 * width + 8) + index_bytes) / 1e9
+    plan.advice = "lower --search_memory_gb, --bs or --block_rows"
+    if hp.index:
+        plan.advice = "use a smaller --index, or none: exact search needs no memory for it"
+    return plan
+
+
+def _plan_encoding(plan: Plan, retriever: Retriever) -> tuple[float, float]:
+    """Add the encoding of the collection; return its peak (memory, GPU memory) in GB."""
+    rows = len(retriever.collection)
+    encoder = retriever.encoder("passage", load_dual_model(retriever.source))
+    texts = [retriever.collection[row] for row in evenly(rows)]
+    tokens = np.mean(encoder.tokenize(texts).lengths)
+    seconds = seconds_a_text(encoder.encode, texts)
+    plan.add(
+        f"encode {rows:,} passages ({tokens:.0f} tokens, {tokens / seconds:,.0f} tokens/s)", seconds * rows
+    )
+    # the tokens and vectors of one block, and the tokens of the next
+    block = min(rows, retriever.hp.block_rows) * (2 * 4 * tokens + 2 * encoder.width) / 1e9
+    ram, gpu = memory_gb(retriever.device)
+    if retriever.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(retriever.device)  # the model is deleted before the search
+    return ram + block, gpu
+
+
+def _search_seconds(retriever: Retriever, queries: int, topk: int, bs: int) -> float:
+    """Return the estimated seconds of an exact search, from one over a few generated vectors."""
+    devices, memory = search_devices(retriever.hp.device, retriever.device), retriever.hp.search_memory_gb
+    at_once, rows, width = min(bs, queries), len(retriever.collection), retriever.width
+    kind = choose_kind("auto", width, devices[0], log)
+    probed = min(rows, 3 * chunk_rows(at_once, width, memory, devices))
+    draw = np.random.default_rng(0)
+    probes = draw.standard_normal((at_once, width), dtype=np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        store = VectorStore.create_or_continue(folder, {}, probed, width, probed, log)
+        store.write_block(0, draw.standard_normal((probed, width), dtype=np.float32).astype(np.float16))
+        seconds = seconds_of(lambda: search(store, probes, topk, devices, kind, memory))
+    return seconds * rows / probed * queries / at_once
+
+
+def plan_reranking(scorer: PairScorer, candidates: Candidates, pairs: int) -> Plan:
+    """Return the plan of scoring `pairs` pairs like the `candidates`."""
+    tokens: list[int] = []
+
+    def score(rows: list[int]) -> None:
+        tokens.extend(scorer.score_rows(candidates, rows)[1].lengths)
+
+    plan = Plan("do_cross_infer.py")
+    seconds = seconds_a_text(score, evenly(len(candidates)))
+    mean = np.mean(tokens)
+    plan.add(f"score {pairs:,} pairs ({mean:.0f} tokens, {mean / seconds:,.0f} tokens/s)", seconds * pairs)
+    plan.ram_gb, plan.gpu_gb = memory_gb(scorer.device)
+    plan.ram_gb += KEPT_GB
+    plan.disk_gb = BYTES_PER_PAIR * pairs / 1e9
+    plan.advice = "lower --batch_size or --block_pairs"
+    return plan
+
+
+def sample_pairs(queries: list[str], collection: PassageCollection) -> Candidates:
+    """Return pairs of a few queries and passages, for a plan before there is a run to re-rank."""
+    rows = np.array(evenly(len(collection)))
+    queries = queries[: len(rows)]
+    query_of = np.arange(len(rows), dtype=np.int32) % len(queries)
+    texts = [collection[row] for row in rows.tolist()]
+    return Candidates(queries, query_of, rows, np.zeros(len(rows), np.float32), None, None, texts)
