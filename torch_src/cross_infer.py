@@ -61,7 +61,7 @@ def run(hp: InferenceCrossHparams) -> None:
     hparams.announce("re-rank", hp)
     if hp.plan:
         job = CrossInference(hp)
-        return job.plan().say(hp.output_dir, job.device)
+        return job.plan().report(hp.output_dir, job.device)
     with folder_lock(hp.output_dir):
         rerank(CrossInference(hp))
 

@@ -26,7 +26,7 @@ from torch_src.retrieval.reranking import PairScorer, pair_tensors, rank_pairs
 from torch_src.runtime.devices import autocast, token_budget
 from torch_src.runtime.files import require
 from torch_src.runtime.log import log, warn
-from torch_src.runtime.planning import evenly, seconds_a_text
+from torch_src.runtime.planning import evenly_spaced, seconds_per_text
 from torch_src.runtime.program import exit_status
 from torch_src.runtime.stamps import checksum_files
 from torch_src.training.grad_cache import ChunkedForward
@@ -214,7 +214,7 @@ class CrossTraining(TrainingStage):
 
     def evaluation_seconds(self) -> float:
         pairs = self.dev.candidates
-        each = seconds_a_text(lambda rows: self.scorer().score_rows(pairs, rows), evenly(len(pairs)))
+        each = seconds_per_text(lambda rows: self.scorer().score_rows(pairs, rows), evenly_spaced(len(pairs)))
         return len(pairs) * each
 
     def texts_a_step(self) -> int:

@@ -60,7 +60,7 @@ def run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
     log(f"topk {topk}  bs {bs}")
     if hp.plan:
         job = DualInference(hp, topk, bs)
-        return plan_retrieval(job, len(job.queries), topk, bs).say(hp.output_dir, job.device)
+        return plan_retrieval(job, len(job.queries), topk, bs).report(hp.output_dir, job.device)
     with folder_lock(hp.output_dir, shared=True):
         encode_and_search(DualInference(hp, topk, bs))
 

@@ -17,7 +17,7 @@ from torch_src.models.tokenization import TextRules, pad, tokenize
 from torch_src.retrieval.encoding import Encoder
 from torch_src.runtime.devices import autocast, tensors_to, token_budget
 from torch_src.runtime.log import log, warn
-from torch_src.runtime.planning import evenly, seconds_a_text
+from torch_src.runtime.planning import evenly_spaced, seconds_per_text
 from torch_src.runtime.program import exit_status
 from torch_src.runtime.stamps import checksum_files
 from torch_src.training.dev_evaluation import build_dev_retrieval
@@ -161,11 +161,11 @@ class DualTraining(TrainingStage):
         return {name: metrics[name] for name in MEASURES}
 
     def evaluation_seconds(self) -> float:
-        texts = [self.dev.passages[row] for row in evenly(len(self.dev.passages))]
+        texts = [self.dev.passages[row] for row in evenly_spaced(len(self.dev.passages))]
         queries = [query.query for query in self.dev.queries]
-        some = [queries[row] for row in evenly(len(queries))]
-        passages = len(self.dev.passages) * seconds_a_text(self.encoder("passage").encode, texts)
-        return passages + len(queries) * seconds_a_text(self.encoder("query").encode, some)
+        some = [queries[row] for row in evenly_spaced(len(queries))]
+        passages = len(self.dev.passages) * seconds_per_text(self.encoder("passage").encode, texts)
+        return passages + len(queries) * seconds_per_text(self.encoder("query").encode, some)
 
     def texts_a_step(self) -> int:
         return self.hp.batch_size * (2 + self.hp.hard_negatives)

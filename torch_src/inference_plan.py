@@ -14,7 +14,14 @@ from torch_src.retrieval.search import CACHE_SHARE, choose_kind, chunk_rows, sea
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.devices import free_gpu_memory, search_devices
 from torch_src.runtime.log import log
-from torch_src.runtime.planning import KEPT_GB, Plan, evenly, memory_gb, seconds_a_text, seconds_of
+from torch_src.runtime.planning import (
+    UNPROBED_GB,
+    Plan,
+    evenly_spaced,
+    memory_gb,
+    seconds_of,
+    seconds_per_text,
+)
 
 BYTES_PER_PAIR = 150  # on disk: one line in each of four files, and the score
 
@@ -36,7 +43,7 @@ def plan_retrieval(retriever: Retriever, queries: int, topk: int, bs: int) -> Pl
         share = rows * width * 2 / len(search_devices(hp.device, retriever.device))  # cached on each GPU
         gpu += share / 1e9 if share < CACHE_SHARE * free_gpu_memory(retriever.device) else 0
     plan.gpu_gb = max(gpu, encoding_gpu)
-    plan.ram_gb = max(encoding_ram, ram + index_bytes / 1e9) + KEPT_GB
+    plan.ram_gb = max(encoding_ram, ram + index_bytes / 1e9) + UNPROBED_GB
     plan.disk_gb = (rows * (2 * width + 8) + index_bytes) / 1e9
     plan.advice = "lower --search_memory_gb, --bs or --block_rows"
     if hp.index:
@@ -48,9 +55,9 @@ def _plan_encoding(plan: Plan, retriever: Retriever) -> tuple[float, float]:
     """Add the encoding of the collection; return its peak (memory, GPU memory) in GB."""
     rows = len(retriever.collection)
     encoder = retriever.encoder("passage", load_dual_model(retriever.source))
-    texts = [retriever.collection[row] for row in evenly(rows)]
+    texts = [retriever.collection[row] for row in evenly_spaced(rows)]
     tokens = np.mean(encoder.tokenize(texts).lengths)
-    seconds = seconds_a_text(encoder.encode, texts)
+    seconds = seconds_per_text(encoder.encode, texts)
     plan.add(
         f"encode {rows:,} passages ({tokens:.0f} tokens, {tokens / seconds:,.0f} tokens/s)", seconds * rows
     )
@@ -85,11 +92,11 @@ def plan_reranking(scorer: PairScorer, candidates: Candidates, pairs: int) -> Pl
         tokens.extend(scorer.score_rows(candidates, rows)[1].lengths)
 
     plan = Plan("do_cross_infer.py")
-    seconds = seconds_a_text(score, evenly(len(candidates)))
+    seconds = seconds_per_text(score, evenly_spaced(len(candidates)))
     mean = np.mean(tokens)
     plan.add(f"score {pairs:,} pairs ({mean:.0f} tokens, {mean / seconds:,.0f} tokens/s)", seconds * pairs)
     plan.ram_gb, plan.gpu_gb = memory_gb(scorer.device)
-    plan.ram_gb += KEPT_GB
+    plan.ram_gb += UNPROBED_GB
     plan.disk_gb = BYTES_PER_PAIR * pairs / 1e9
     plan.advice = "lower --batch_size or --block_pairs"
     return plan
@@ -97,7 +104,7 @@ def plan_reranking(scorer: PairScorer, candidates: Candidates, pairs: int) -> Pl
 
 def sample_pairs(queries: list[str], collection: PassageCollection) -> Candidates:
     """Return pairs of a few queries and passages, for a plan before there is a run to re-rank."""
-    rows = np.array(evenly(len(collection)))
+    rows = np.array(evenly_spaced(len(collection)))
     queries = queries[: len(rows)]
     query_of = np.arange(len(rows), dtype=np.int32) % len(queries)
     texts = [collection[row] for row in rows.tolist()]

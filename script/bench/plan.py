@@ -35,7 +35,7 @@ def estimate(words: list[str]) -> dict[str, float]:
         return match[1]
 
     return {
-        "seconds": seconds(value(r"time in all +(\S+)")),
+        "seconds": seconds(value(r"total time +(\S+)")),
         "memory_gb": float(value(r"^\S+ +memory +([\d.]+) GB of")),
         "disk_gb": float(value(r"^\S+ +disk +([\d.]+) GB of")),
     }

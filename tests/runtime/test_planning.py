@@ -10,7 +10,7 @@ from toy_world import make_world, options, train_options
 from torch_src import cross_infer, cross_train, dual_infer, dual_train, inference_plan
 from torch_src.runtime import planning
 from torch_src.runtime.errors import is_out_of_memory
-from torch_src.runtime.planning import Plan, checkpoint_gb, evenly, smaller_chunk
+from torch_src.runtime.planning import Plan, checkpoint_gb, evenly_spaced, smaller_chunk
 from torch_src.runtime.program import exit_status
 from torch_src.training import stage as training_stage
 
@@ -34,7 +34,7 @@ def test_before_anything_is_trained(world, tmp_path, capsys, program, counted):
         words = [*options(world, tmp_path / "out"), *model]
     assert program.main([*words, "--plan"]) == 0
     out = capsys.readouterr().out
-    assert counted in out and "it fits" in out and "time in all" in out
+    assert counted in out and "it fits" in out and "total time" in out
     assert re.search(r"memory +\d\.\d\d GB of", out) and re.search(r"disk +0\.\d\d GB of", out)
     assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} <= {
         path.name for path in (tmp_path / "out/cache").glob("*")
@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_said_with_the_mend(monkeypatch, tmp_path):
 
 
 def test_arithmetic():
-    assert evenly(5) == [0, 1, 2, 3, 4] and evenly(100, 3) == [0, 49, 99]
+    assert evenly_spaced(5) == [0, 1, 2, 3, 4] and evenly_spaced(100, 3) == [0, 49, 99]
     layer = torch.nn.Linear(1000, 1000, bias=False)  # 4 MB
     assert np.isclose(checkpoint_gb(layer, averaged=False), 0.004 * 10)
     assert np.isclose(checkpoint_gb(layer, averaged=True), 0.004 * 13)
@@ -99,9 +99,7 @@ def test_a_training_that_runs_out_of_memory_is_planned_smaller(world, tmp_path, 
     assert tried == [0, 12, 6]  # 8 queries, 16 passages: half of 24, and half again
     out = capsys.readouterr().out
     assert "with --grad_cache_chunk 6)" in out
-    assert (
-        "IT DOES NOT FIT (the settings as they are): out of memory as set; --grad_cache_chunk 6 went" in out
-    )
+    assert "IT DOES NOT FIT (these settings): out of memory as set; --grad_cache_chunk 6 went" in out
 
     def broken(trainer, updates):
         raise RuntimeError("this card is broken")

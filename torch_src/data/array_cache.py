@@ -21,14 +21,15 @@ def cached_array(
     if cache_dir is None:
         return make()
     state = os.stat(source)
+    path = str(source.resolve())
     stamp = {
-        "path": str(source.resolve()),
+        "path": path,
         "size": state.st_size,
         "mtime_ns": state.st_mtime_ns,
         "ctime_ns": state.st_ctime_ns,
         "inode": state.st_ino,
     }
-    stem = Path(cache_dir) / f"{source.name}-{checksum_text(stamp['path'])}.{kind}"
+    stem = Path(cache_dir) / f"{source.name}-{checksum_text(path)}.{kind}"
     cached, stamp_path = Path(f"{stem}.npy"), Path(f"{stem}.json")
     known = read_checked_json(stamp_path) or {}
     if stamp.items() <= known.items() and cached.exists() and checksum_files([cached]) == known["array"]:

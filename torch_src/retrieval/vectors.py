@@ -1,12 +1,12 @@
 """Arrays on disk in blocks of rows with a manifest: passage vectors (fp16) and re-ranking scores (fp32)."""
 
 import errno
-import io
 import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from io import BytesIO, FileIO
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -43,7 +43,7 @@ class VectorStore:
     float16. Its stamp block-00000.json is written last: without one the block is missing.
     """
 
-    dtype = np.dtype(np.float16)
+    dtype: np.dtype[Any] = np.dtype(np.float16)
 
     def __init__(self, folder: str | Path, manifest: JsonDict):
         self.folder = Path(folder)
@@ -217,7 +217,7 @@ class VectorStore:
                     out[order[at]] = np.frombuffer(data, dtype=self.dtype)
         return out
 
-    def _open(self, block: int) -> IO[bytes]:
+    def _open(self, block: int) -> FileIO:
         """Return a block's file, positioned at its first vector; DamagedBlock unless header and size fit."""
         path, shape = self.block_path(block), self._shape(block)
         header = _npy_header(shape, self.dtype)
@@ -236,16 +236,16 @@ class VectorStore:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
             file.seek(first * self.hidden * self.dtype.itemsize, os.SEEK_CUR)
-            buffer, filled = memoryview(out).cast("B"), 0
+            buffer, filled = out.data.cast("B"), 0
             while filled < len(buffer):
-                count = file.readinto(buffer[filled:])  # type: ignore[attr-defined]  # an unbuffered FileIO
+                count = file.readinto(buffer[filled:])
                 if not count:
                     raise DamagedBlock(self.block_path(block), block, "truncated")
                 filled += count
         last_block, next_row, digest = self.last_read if first else (block, 0, xxhash.xxh3_64())
         if (last_block, next_row) != (block, first):
             return  # not read in order: there is no checksum to compare
-        digest.update(out)
+        digest.update(out.data)
         self.last_read = (block, first + len(out), digest)
         if first + len(out) == self._shape(block)[0]:
             self._compare(block, digest.hexdigest())
@@ -258,7 +258,7 @@ class VectorStore:
 class ScoreStore(VectorStore):
     """Blocks of logits (pairs, 1) float32."""
 
-    dtype = np.dtype(np.float32)
+    dtype: np.dtype[Any] = np.dtype(np.float32)
 
 
 class _Ownership:
@@ -316,12 +316,12 @@ def save_vectors(path: str | Path, vectors: np.ndarray) -> None:
 
 
 def _checksum(vectors: np.ndarray) -> str:
-    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(vectors))
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(vectors).data)
 
 
 def _npy_header(shape: tuple[int, int], dtype: np.dtype) -> bytes:
     """Return the header that np.save writes: compared as a whole, since numpy parses it as Python."""
-    header = io.BytesIO()
+    header = BytesIO()
     entries = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, entries)  # type: ignore[arg-type]  # numpy's stub
+    np.lib.format.write_array_header_1_0(header, entries)
     return header.getvalue()

@@ -1,10 +1,10 @@
-"""Device, precision and threads: chosen once, the same for training and inference, CPU and CUDA."""
+"""Device, precision, threads and memory, for training and inference on CPU and CUDA."""
 
 import ctypes
 import os
 import resource
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,9 @@ from torch_src.runtime.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of `auto`, `cpu`, `cuda` or `cuda:N`; UserError when it is not there.
+    """Return the device of `auto`, `cpu`, `cuda` or `cuda:N`; UserError when it is not available.
 
-    Under torchrun each process of a machine has the GPU of its number.
+    Under torchrun each process of a machine uses the GPU with its local rank.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,13 +34,13 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: only {torch.cuda.device_count()} CUDA devices are visible")
     if device.type == "cuda":
-        # What names no device (seeds, the clock of a plan, NCCL's own buffers) is then on this one, too.
+        # Calls without a device (seeds, synchronization, NCCL's buffers) then use this one as well.
         torch.cuda.set_device(device.index or 0)
     return device
 
 
 def search_devices(name: str, device: torch.device) -> list[torch.device]:
-    """Return what the search runs on: every GPU where the knob `name` does not name one, else `device`."""
+    """Return the devices of a search: every GPU unless the knob `name` names one, else `device`."""
     if device.type == "cuda" and name in ("auto", "cuda"):
         return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return [device]
@@ -60,14 +60,14 @@ def token_budget(asked: int, device: torch.device, training: bool = False) -> in
 
 
 def worker_count(asked: int, device: torch.device) -> int:
-    """Return the processes that tokenise ahead: `asked`, or with -1 what a GPU needs to be kept busy."""
+    """Return the number of tokenizing processes: `asked`, or with -1 enough to keep a GPU busy."""
     if asked >= 0:
         return asked
     return min(4, max(1, (os.cpu_count() or 1) - 1)) if device.type == "cuda" else 0
 
 
 def tensors_to(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
-    """Return the arrays as tensors on `device`; on CUDA through pinned memory, without waiting for it."""
+    """Return the arrays as tensors on `device`; on CUDA asynchronously, through pinned memory."""
     tensors = [torch.from_numpy(array) for array in arrays]
     if device.type == "cuda":
         return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
@@ -75,19 +75,18 @@ def tensors_to(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Return bf16, fp16 or fp32: what was asked, or for `auto` the fastest that the device does well."""
+    """Return bf16, fp16 or fp32: `name`, or for `auto` the fastest with hardware support."""
     if name == "auto":
         if device.type == "cuda":
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         return "bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"
     if name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16: no fast kernels for it on a CPU; use bf16 or fp32")
+        raise UserError("--precision fp16: slow on a CPU (expected bf16 or fp32)")
     return name
 
 
 def _cpu_has_bf16() -> bool:
-    # Without the instructions bf16 is emulated and slower than fp32. Known by the kernel's list alone
-    # (Linux).
+    # Emulated bf16 is slower than fp32. Only Linux lists the instructions.
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
             flags = next((line for line in file if line.startswith("flags")), "").split()
@@ -96,13 +95,11 @@ def _cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def autocast(device: torch.device, precision: str):
-    """Return the context in which a model runs; weights stay fp32, scores and losses are taken to fp32 by
-    hand.
-    """
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Return the context in which a model runs; weights stay fp32, scores and losses are cast to fp32."""
     if precision == "fp32":
         return nullcontext()
-    # Each weight is cast once within the context, and the cast is dropped when the context ends.
+    # Each weight is cast once per context.
     return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
@@ -111,46 +108,45 @@ def at_least_float32(values: torch.Tensor) -> torch.Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
-# glibc's malloc options (malloc.h): use the heap also for large blocks (older versions refuse more than 32
-# MiB), give memory back to the system late, take it in large pieces.
+# glibc's malloc options (malloc.h): use the heap for large blocks too (older versions refuse more than
+# 32 MiB), and return and request memory in large units.
 MMAP_THRESHOLD, MMAP_LIMITS = -3, (1 << 30, 32 << 20)
 MALLOC_OPTIONS = ((-1, 2**31 - 1), (-2, 64 << 20))
 
 
 def keep_freed_memory() -> bool:
-    """Keep what tensors free for the next ones of this process; return whether this C library does so.
+    """Let malloc reuse the memory of freed tensors; return whether this C library supports it.
 
-    By default glibc returns every large block to the system, and each new one costs a page fault every 4 KB:
-    measured on a CPU, a fifth of the encoding time. The peak memory stays the same.
+    By default glibc returns every large block to the system, and each new one costs a page fault per 4 KB:
+    a fifth of the encoding time on a CPU, measured. The peak memory stays the same.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False  # not glibc
     if not any(mallopt(MMAP_THRESHOLD, limit) == 1 for limit in MMAP_LIMITS):
-        return False  # the others alone would make it worse
+        return False  # the other options alone would be slower
     return all([mallopt(option, value) == 1 for option, value in MALLOC_OPTIONS])
 
 
 def set_threads(threads: int) -> int:
-    """Set the CPU threads of this process and return the number in force.
+    """Set the number of CPU threads of this process and return it.
 
-    0: what torch chooses; under torchrun an even share of the machine's processors, since torchrun would
-    silently set one.
+    0: torch's default; under torchrun an even share of the machine's processors instead of torchrun's 1.
     """
     keep_freed_memory()
-    together = int(os.getenv("LOCAL_WORLD_SIZE", "1"))
-    if not threads and together > 1:
-        threads = max(1, (os.cpu_count() or 1) // together)
+    local_processes = int(os.getenv("LOCAL_WORLD_SIZE", "1"))
+    if not threads and local_processes > 1:
+        threads = max(1, (os.cpu_count() or 1) // local_processes)
     if threads:
         torch.set_num_threads(threads)
     return torch.get_num_threads()
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Let torch take operations that give the same bytes each time; it warns of those that have no such form.
+    """Use deterministic operations; torch warns about those that have no deterministic version.
 
-    UserError on CUDA without the variable that cuBLAS needs for it, and reads before the program can set it.
+    UserError on CUDA without the environment variable that cuBLAS needs when the process starts.
     """
     if device.type == "cuda" and not os.getenv("CUBLAS_WORKSPACE_CONFIG"):
         raise UserError("--deterministic: put CUBLAS_WORKSPACE_CONFIG=:4096:8 in front of the command")
@@ -158,9 +154,7 @@ def make_deterministic(device: torch.device) -> None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Return the peak so far in 10^9 bytes: of the GPU's memory on CUDA, else of this process's resident
-    memory.
-    """
+    """Return the peak in 10^9 bytes: of GPU memory on CUDA, else of this process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -168,7 +162,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def free_memory() -> int:
-    """Return the bytes of memory that programs can still get, within the limit of a container, too."""
+    """Return the available bytes of memory, within the limit of a container."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             line = next(line for line in file if line.startswith("MemAvailable"))
@@ -179,9 +173,9 @@ def free_memory() -> int:
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
         return min(free, max(0, int(limit) - int(used)))
     except (OSError, ValueError):
-        return free  # no container, or one without a limit ("max")
+        return free  # no container, or no limit ("max")
 
 
 def free_gpu_memory(device: torch.device) -> int:
-    """Return the bytes of a GPU's memory that are free or this process's already."""
+    """Return the bytes of a GPU's memory that are free or already reserved by this process."""
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)

@@ -4,31 +4,32 @@ import glob
 import json
 import os
 import socket
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 from torch_src.runtime.errors import UserError
 
 
 @contextmanager
-def atomic_write(path, mode: str = "w", keep_old=None):
-    """Yield a file that becomes `path` only when the block ends well: tmp + fsync + rename, the folder too.
+def atomic_write(path: str | Path, mode: str = "w", keep_old: str | Path | None = None) -> Iterator[IO[Any]]:
+    """Yield a temporary file that replaces `path` when the block ends without an error.
 
-    A reader sees the old file or the whole new one, never a half; after a failure the old one is untouched.
-    With `keep_old` the old file is kept under that name.
+    A reader sees the old file or the complete new one; after an error the old file is unchanged. With
+    `keep_old` the old file is kept under that name.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One process at a time writes a given file, but two may meet on a shared folder: keep their tmp files
-    # apart.
-    here = f"{path.name}.{socket.gethostname()}"
-    tmp = path.with_name(f"{here}.{os.getpid()}.tmp")
-    for left in path.parent.glob(f"{glob.escape(here)}.*.tmp"):
-        if not _is_running(left.name.split(".")[-2]):
-            left.unlink(missing_ok=True)  # of a killed process
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    # Host and process in the name: two machines may write the same file on a shared file system.
+    prefix = f"{path.name}.{socket.gethostname()}"
+    tmp = path.with_name(f"{prefix}.{os.getpid()}.tmp")
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}.*.tmp"):
+        if not _is_running(leftover.name.split(".")[-2]):
+            leftover.unlink(missing_ok=True)
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     try:
-        with open(tmp, mode, **text) as file:
+        with open(tmp, mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -38,18 +39,18 @@ def atomic_write(path, mode: str = "w", keep_old=None):
     except OSError as error:
         if error.errno is not None:
             raise
-        raise UserError(f"{path}: could not be written ({error}); is the disk full?") from error  # numpy's
+        raise UserError(f"{path}: could not be written ({error}); is the disk full?") from error  # by numpy
     finally:
         tmp.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(folder)  # the rename
     finally:
         os.close(folder)
 
 
 def _is_running(pid: str) -> bool:
-    """Return whether a process of this machine has the number; True where that cannot be known."""
+    """Return whether this machine has a process with the number; True when that is unknown."""
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
@@ -59,43 +60,41 @@ def _is_running(pid: str) -> bool:
     return True
 
 
-def write_json(path, value) -> None:
+def write_json(path: str | Path, value: object) -> None:
     """Write `value` as readable JSON, atomically."""
     with atomic_write(path) as file:
         json.dump(value, file, ensure_ascii=False, indent=1)
         file.write("\n")
 
 
-def read_json(path) -> dict:
-    """Return the JSON object in `path`. UserError names the file when it is missing, torn or not an
-    object.
-    """
-    return _read_json(path, dict, "object")
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Return the JSON object in `path`; UserError when it is missing, damaged or not an object."""
+    value = _read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON {type(value).__name__} (expected an object)")
+    return value
 
 
-def read_json_list(path) -> list[dict]:
+def read_json_list(path: str | Path) -> list[dict[str, Any]]:
     """Return the JSON array of objects in `path`; UserError as read_json."""
-    value = _read_json(path, list, "array")
-    if not all(isinstance(entry, dict) for entry in value):
+    value = _read_json(path)
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         raise UserError(f"{path}: expected a JSON array of objects")
     return value
 
 
-def _read_json(path, kind: type, name: str):
+def _read_json(path: str | Path) -> Any:
     try:
         with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+            return json.load(file)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, kind):
-        raise UserError(f"{path}: expected a JSON {name}, got {type(value).__name__}")
-    return value
 
 
-def require(path, what: str, mend: str = "") -> str:
-    """Return `path` when it exists, else UserError naming what it is and the mend."""
+def require(path: str | Path, what: str, fix: str = "") -> str:
+    """Return `path` when it exists; else UserError with what it is and how to fix it."""
     if not os.path.exists(path):
-        raise UserError(f"{path}: no such file or folder ({what})" + (f"; {mend}" if mend else ""))
+        raise UserError(f"{path}: no such file or folder ({what})" + (f"; {fix}" if fix else ""))
     return str(path)

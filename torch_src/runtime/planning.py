@@ -1,8 +1,4 @@
-"""What a run would take: seconds, memory and disk from a short probe of the same code on this machine.
-
-Every figure is an estimate. A program with --plan prints it and exits; nothing is written but caches of
-offsets and ids.
-"""
+"""Estimates of time, memory and disk (--plan), from a short probe of the same code on this machine."""
 
 import os
 import shutil
@@ -10,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +14,21 @@ import torch
 from torch_src.runtime.devices import free_gpu_memory, free_memory, peak_memory_gb
 from torch_src.runtime.log import duration, log
 
-PROBED_TEXTS = 96  # texts or pairs that a forward pass is measured on
-KEPT_GB = 0.25  # of freed memory, which an inference of many blocks keeps and a probe does not show; measured
+PROBED_TEXTS = 96  # texts or pairs of the measured forward pass
+UNPROBED_GB = 0.25  # freed memory that a long inference keeps and a probe does not show; measured
 
 
 @dataclass
 class Plan:
-    """Parts of a run with their seconds, and the most memory and disk that it takes, in 10^9 bytes."""
+    """Parts of a run with their seconds, and its peak memory and disk in 10^9 bytes."""
 
     program: str
     parts: list[tuple[str, float]] = field(default_factory=list)
     ram_gb: float = 0.0
     gpu_gb: float = 0.0
     disk_gb: float = 0.0
-    advice: str = ""  # what would make it fit
-    too_large: bool = False  # the settings as they are ran out of memory, and smaller ones were measured
+    advice: str = ""  # how to make it fit
+    too_large: bool = False  # the probe ran out of memory, and smaller settings were measured
 
     def add(self, what: str, seconds: float) -> None:
         self.parts.append((what, seconds))
@@ -41,16 +38,16 @@ class Plan:
         return sum(seconds for _, seconds in self.parts)
 
     def lines(self, folder: str, device: torch.device) -> list[str]:
-        """Return the lines to print; `folder` is where the results will be written."""
+        """Return the lines to log; `folder` is where the results will be written."""
         lines = [f"plan of {self.program}: estimates from a short probe on this machine"]
         lines += [f"  {what:58} {duration(seconds):>9}" for what, seconds in self.parts]
-        lines.append(f"  {'time in all':58} {duration(self.seconds):>9}")
+        lines.append(f"  {'total time':58} {duration(self.seconds):>9}")
         wanted = [("memory", self.ram_gb, (free_memory() + _own_memory()) / 1e9)]
         if device.type == "cuda":
             wanted.append(("GPU memory", self.gpu_gb, free_gpu_memory(device) / 1e9))
         wanted.append(("disk", self.disk_gb, free_disk(folder) / 1e9))
         short = [name for name, needed, free in wanted if needed > free]
-        short += ["the settings as they are"] if self.too_large and not short else []
+        short += ["these settings"] if self.too_large and not short else []
         lines += [f"  {name:12} {needed:8.2f} GB of {free:,.1f} GB free" for name, needed, free in wanted]
         if not short:
             return [*lines, "  it fits"]
@@ -59,22 +56,22 @@ class Plan:
             f"  IT DOES NOT FIT ({', '.join(short)})" + (f": {self.advice}" if self.advice else ""),
         ]
 
-    def say(self, folder: str, device: torch.device) -> None:
-        """Print the plan."""
+    def report(self, folder: str, device: torch.device) -> None:
+        """Log the plan."""
         for line in self.lines(folder, device):
             log(line)
 
 
-def free_disk(folder) -> int:
-    """Return the bytes that are free where `folder` is, or will be."""
-    place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+def free_disk(folder: str | Path) -> int:
+    """Return the free bytes of the disk that holds `folder`, which need not exist."""
+    path = Path(folder).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 def _own_memory() -> int:
-    """Return the bytes of memory that this process has already, which the run would use, too."""
+    """Return the bytes of memory that this process already uses."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -83,41 +80,41 @@ def _own_memory() -> int:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Return how long work() takes, CUDA's queue included."""
-    begun = time.perf_counter()
+    """Return how long work() takes, including queued CUDA work."""
+    start = time.perf_counter()
     work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
-def seconds_a_text(work: Callable[[list], object], texts: list) -> float:
-    """Return seconds a text of work(texts), the first time left out."""
+def seconds_per_text(work: Callable[[list[Any]], object], texts: list[Any]) -> float:
+    """Return the seconds per text of work(texts), after a warm-up."""
     work(texts[: max(1, len(texts) // 8)])
     return seconds_of(lambda: work(texts)) / len(texts)
 
 
-def evenly(count: int, wanted: int = PROBED_TEXTS) -> list[int]:
-    """Return `wanted` row numbers of 0..count-1, or all of them, evenly spaced."""
+def evenly_spaced(count: int, wanted: int = PROBED_TEXTS) -> list[int]:
+    """Return `wanted` evenly spaced row numbers of 0..count-1, or all of them."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).astype(int)).tolist()
 
 
 def memory_gb(device: torch.device) -> tuple[float, float]:
-    """Return the peaks so far of (resident memory, GPU memory)."""
+    """Return the peaks of (resident memory, GPU memory) in 10^9 bytes."""
     gpu = peak_memory_gb(device) if device.type == "cuda" else 0.0
     return peak_memory_gb(torch.device("cpu")), gpu
 
 
 def checkpoint_gb(model: torch.nn.Module, averaged: bool) -> float:
-    """Return the disk of a training: weights, two checkpoints of weights and moments, one being written."""
+    """Return the disk in 10^9 bytes of a training: weights, two checkpoints, and a third being written."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     return weights + 3 * weights * (4 if averaged else 3)
 
 
 def smaller_chunk(texts: int, base_gb: float, peak_gb: float, free_gb: float) -> int:
-    """Return how many texts a forward pass may have so that the peak stays within `free_gb`, a power of two.
+    """Return the largest power of two of texts per forward pass whose peak stays within `free_gb`.
 
-    Memory is taken to grow with the texts from `base_gb`, measured at `texts` of them.
+    Memory above `base_gb` is taken as proportional to the number of texts; `texts` of them need `peak_gb`.
     """
-    share = (0.9 * free_gb - base_gb) / max(1e-9, peak_gb - base_gb)
-    return 2 ** int(np.log2(max(1.0, texts * share)))
+    ratio = (0.9 * free_gb - base_gb) / max(1e-9, peak_gb - base_gb)
+    return int(2 ** int(np.log2(max(1.0, texts * ratio))))

@@ -1,15 +1,19 @@
-"""Prepare the next item in a thread while this one is used."""
+"""Prepare the next item in a thread while the current one is used."""
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Prepared = TypeVar("Prepared")
 
 
-def one_ahead(prepare: Callable, items: Iterable) -> Iterator:
-    """Yield prepare(item) of each item, the next one being prepared in a thread while this one is used."""
-    with ThreadPoolExecutor(max_workers=1) as ahead:
-        waiting = None
+def one_ahead(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[Prepared]:
+    """Yield prepare(item) for each item; a thread prepares the next one meanwhile."""
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        waiting: Future[Prepared] | None = None
         for item in items:
-            ready, waiting = waiting, ahead.submit(prepare, item)
+            ready, waiting = waiting, executor.submit(prepare, item)
             if ready is not None:
                 yield ready.result()
         if waiting is not None:

@@ -4,29 +4,32 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn
 
 from torch_src.runtime import log
-from torch_src.runtime.errors import Stopped, UserError, is_out_of_memory
+from torch_src.runtime.errors import Stopped, UserError, first_line, is_out_of_memory
 
 INTERRUPTED = 128 + signal.SIGINT
 
 
-def exit_status(program, *mistakes: type[Exception]) -> int:
-    """Run `program()` and return the process's exit status: 0, 2 for a user's mistake (UserError, and what
-    else `mistakes` names) or when memory does not suffice, 130 when interrupted.
+def exit_status(program: Callable[[], object], *mistakes: type[Exception]) -> int:
+    """Run `program()` and return the exit status of the process.
+
+    0: success. 2: a mistake of the user (UserError, OSError, and the types in `mistakes`) or not enough
+    memory, logged as one line. 128 + signal: stopped or interrupted.
     """
+    expected: tuple[type[Exception], ...] = (UserError, *mistakes)
     try:
         program()
-    except (UserError, *mistakes) as mistake:
+    except expected as mistake:
         log.error(str(mistake))
         return 2
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        mend = "lower --grad_cache_chunk (training) or --batch_size (inference); --plan suggests a number"
-        what = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-        log.error(f"out of memory ({what}); {mend}")
+        fix = "lower --grad_cache_chunk (training) or --batch_size (inference); --plan suggests a number"
+        log.error(f"out of memory ({first_line(error).split('. ')[0]}); {fix}")
         return 2
     except OSError as error:
         if error.filename is None and error.errno is None:
@@ -50,7 +53,7 @@ def leave(program: Callable[[], int]) -> NoReturn:
     """
     main_process = os.getpid()
 
-    def interrupted(_signum: int, _frame: object) -> NoReturn:
+    def interrupted(_signum: int, _frame: FrameType | None) -> NoReturn:
         try:
             if os.getpid() == main_process:  # a worker process exits silently
                 log.warn("interrupted; the same command resumes")

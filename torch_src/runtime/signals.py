@@ -1,8 +1,10 @@
-"""SIGTERM and SIGINT ask a run to stop at the next good moment; a second one ends it at once."""
+"""SIGTERM and SIGINT ask a run to stop when it has saved its work; a second signal ends it at once."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 from torch_src.runtime.errors import Stopped
 
@@ -10,32 +12,35 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """While in its `with` block, `asked` is the number of the signal that came, 0 before one has."""
+    """In its `with` block, `asked` is the number of the signal that was received, 0 before."""
 
-    def __init__(self):
-        self.asked, self.at_once, self.before = 0, False, {}
+    def __init__(self) -> None:
+        self.asked, self.at_once = 0, False
+        self.before: dict[signal.Signals, Any] = {}  # the handlers outside the block
 
     def __enter__(self) -> "StopSignals":
         try:
-            self.before = {number: signal.signal(number, self._heard) for number in SIGNALS}
+            self.before = {number: signal.signal(number, self._received) for number in SIGNALS}
         except ValueError:
-            self.before = {}  # not the main thread: whoever runs us there stops us in his own way
+            self.before = {}  # not the main thread: signals cannot be handled here
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _heard(self, number: int, _frame) -> None:
-        for each, handler in self.before.items():
-            signal.signal(each, handler)  # the next one is not for us
+    def _received(self, number: int, _frame: FrameType | None) -> None:
+        self._restore()  # a second signal ends the process
         self.asked = number
         if self.at_once:
             raise self.stopped("before the end of an evaluation")
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A signal within this block raises Stopped at once: nothing would be lost."""
+        """Raise Stopped at once on a signal within this block, where no work would be lost."""
         self.at_once = True
         try:
             yield
@@ -43,8 +48,6 @@ class StopSignals:
             self.at_once = False
 
     def stopped(self, where: str) -> Stopped:
-        """Return what is raised to end the run."""
+        """Return the error that ends the run."""
         name = signal.Signals(self.asked).name
-        return Stopped(
-            self.asked, f"stopped by {name} {where}; the same command carries on from here (without --force)"
-        )
+        return Stopped(self.asked, f"stopped by {name} {where}; the same command resumes (without --force)")

@@ -289,7 +289,7 @@ class TrainingStage:
     def run(self) -> None:
         """Train unless the result is up to date, or say what it would take."""
         if self.hp.plan:
-            self.plan().say(self.hp.output_dir, self.device)
+            self.plan().report(self.hp.output_dir, self.device)
         else:
             with folder_lock(self.hp.output_dir) if self.group.rank == 0 else nullcontext():
                 self._run()
