@@ -1,10 +1,10 @@
-"""Bad input by the million through every reader: a parsed value or one clear error, never anything else.
+"""Millions of malformed files through every reader: a parsed value or one clear error.
 
     python tests/faults/bad_input.py --inputs 1000000 --seed 1
 
-Each input is a well-formed file with one to four mutations: bytes flipped, dropped, doubled, cut, moved;
-pieces that break parsers put in (control characters, U+2028, lone surrogates, byte order marks, CRLF, NUL,
-deep nesting, huge numbers). Prints how many were parsed and how many refused. Exit status 1 for anything
+Each input is a well-formed file with one to four mutations: bytes flipped, deleted, doubled, truncated,
+moved; inserted text that breaks parsers (control characters, U+2028, lone surrogates, byte order marks,
+CRLF, NUL, deep nesting, huge numbers). Prints how many were parsed and refused; exit status 1 for anything
 else.
 """
 
@@ -49,7 +49,7 @@ DEV = {
     "question": QUERY,
     "answer_paragraphs": [{"paragraph_id": "p1", "paragraph_text": TEXT}],
 }
-PIECES = [
+FRAGMENTS = [
     b"\t", b"\n", b"\r\n", b"\x00", b"\xef\xbb\xbf", b"\xff", b"\xed\xa0\x80", b"\\ud800", b"\\udc00\\u0000",
     "\u2028\x85\x0b\x1c".encode(), b'"', b"\\", b"{", b"[" * 3000, b"}", b"]", b",", b":", b"null",
     b"-", b" ",
@@ -79,11 +79,11 @@ def training(kind: Callable) -> Callable:
 
 
 def checked(path: Path):
-    """Return the faults that the data check finds where this is the training file."""
+    """Return the faults that the data check finds in this training file."""
     return DataCheck(str(path.parent.parent)).run().faults
 
 
-# name: (file name, well-formed bytes, reader of the path, files that lie beside it)
+# name: (file name, well-formed bytes, reader of the path, files beside it)
 READERS: dict[str, tuple[str, bytes, Callable, dict[str, bytes]]] = {
     "dual training rows": (
         "dual.train.tsv", text(f"{QUERY}\t\t{TEXT}\tnull\t好\t0", f"{OTHER}\t\t{TEXT}\t\t坏\t0"),
@@ -164,12 +164,12 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
         elif kind == 4:
             data = data[end:] + data[at:end] + data[:at]
         else:
-            data = data[:at] + draw.choice(PIECES) + data[at:]
+            data = data[:at] + draw.choice(FRAGMENTS) + data[at:]
     return data
 
 
 def look(read: Callable, path: Path) -> str:
-    """Return `parsed`, `refused`, or the traceback of what must not happen."""
+    """Return `parsed`, `refused`, or a traceback."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             value = read(path)
@@ -185,7 +185,7 @@ def look(read: Callable, path: Path) -> str:
 
 
 def run(folder: Path, names: list[str], inputs: int, seed: int) -> tuple[Counter, list[str]]:
-    """Read `inputs` mutated files in turn; return (counts, what must not have happened)."""
+    """Read `inputs` mutated files in turn; return (counts, failures)."""
     draw, counts, failures = random.Random(seed), Counter(), []
     for name in names:
         place = folder / name.replace(": ", "-").replace(" ", "-")

@@ -1,9 +1,9 @@
-"""The four programs on a tiny world, in stages whose results are known byte for byte; what a fault may do to
-them.
+"""The four programs on a tiny data set, as stages whose results are known byte for byte.
 
-A stage starts from what the stages before it left, in one output folder whose path never changes.
+Each stage starts from the output of the stages before it, in one output folder.
 """
 
+import json
 import os
 import re
 import shutil
@@ -15,28 +15,29 @@ from pathlib import Path
 from preloaded import Preloaded, Running
 from toy_world import make_world, options, train_options
 
+from torch_src.models.trained_settings import MODEL_FIELDS
 from torch_src.training.checkpoints import load_checkpoint
 
-CURVES = {"tensorboard", "cache"}  # they carry times, or paths and times of files
+NOT_COMPARED = {"tensorboard", "cache"}  # they contain times
 EVERY_UPDATE = "--save_every_minutes 1e-9 --log_every 1 --dropout 0.1".split()
 LISTWISE = "--epoch 1 --loss listwise --groups_per_step 4 --group_size 3 --eval_every 3 --lr 1e-3".split()
 
 
 @dataclass
 class Stage:
-    """One program with its options, what it left when nothing disturbed it, and how long that took."""
+    """One program with its options, its results without faults, and how long it took."""
 
     name: str
     program: str
     words: list[str]
     results: dict[str, bytes] = field(default_factory=dict)
     seconds: float = 0.0
-    first_write: float = 0.0  # seconds until it first wrote
-    pace: float = 1.0  # the part of its time in which a kill still meets it running
+    first_write: float = 0.0  # seconds until its first write
+    pace: float = 1.0  # fraction of `seconds` after which a kill still finds it running
 
 
 class Chain:
-    """The stages in `folder`; `prepare` runs them once, undisturbed, and keeps what each leaves."""
+    """The stages in `folder`; `prepare` runs them once without faults and keeps the results of each."""
 
     def __init__(self, folder: Path, programs: Preloaded):
         self.folder, self.programs = folder, programs
@@ -80,7 +81,7 @@ class Chain:
         return self.folder / f"before-{stage.name}"
 
     def restore(self, kept: Path) -> None:
-        """Make the output folder what it was; times of files too, as the caches go by them."""
+        """Restore the output folder, including the times of files, which the caches compare."""
         shutil.rmtree(self.out)
         shutil.copytree(kept, self.out)
 
@@ -93,22 +94,22 @@ class Chain:
         return running
 
     def contents(self) -> dict[str, bytes]:
-        """Return the bytes of every result; checkpoints (an archive's layout is torch's affair), caches and
-        curves are left out. A block's note that has lost its last line end alone says the same: it counts
-        as whole, and is not written again.
+        """Return the bytes of every result, except checkpoints (their layout is up to torch), caches, curves.
+
+        Reduced to what is protected: a block's stamp without its last line end, and of NAME_hparams.json the
+        fields that belong to the weights, since the other ones may be edited.
         """
         found = {path.relative_to(self.out): path for path in self.out.rglob("*") if path.is_file()}
-        kept = {name: path for name, path in found.items() if not CURVES & set(name.parts)}
+        kept = {name: path for name, path in found.items() if not NOT_COMPARED & set(name.parts)}
         kept = {n: p for n, p in kept.items() if "checkpoint" not in n.name and not n.name.endswith("lock")}
         contents = {str(name): path.read_bytes() for name, path in sorted(kept.items())}
-        notes = [name for name in contents if Path(name).match("block-*.json")]
-        return {**contents, **{name: contents[name].rstrip(b"\n") for name in notes}}
+        return {name: protected(name, data) for name, data in contents.items()}
 
     def done_work(self, stage: Stage) -> dict[str, int]:
         """Return what a next run must not do again: {finished block: its time}, {"step": updates saved}."""
         folders = (self.out / "para_emb", self.out / "cross_scores")
-        notes = [note for folder in folders for note in folder.glob("block-*.json")]
-        blocks = [note.with_suffix(".npy") for note in notes if note.with_suffix(".npy").exists()]
+        stamps = [path for folder in folders for path in folder.glob("block-*.json")]
+        blocks = [path.with_suffix(".npy") for path in stamps if path.with_suffix(".npy").exists()]
         done = {str(block): block.stat().st_mtime_ns for block in blocks}
         checkpoint = self.out / f"{stage.name.removesuffix('_train')}_checkpoint.pt"
         if stage.name.endswith("_train") and checkpoint.exists():
@@ -116,25 +117,38 @@ class Chain:
         return done
 
 
+def protected(name: str, data: bytes) -> bytes:
+    """Return the part of a result that damage must not change."""
+    if Path(name).match("block-*.json"):
+        return data.rstrip(b"\n")
+    if name in ("dual_hparams.json", "cross_hparams.json"):
+        try:
+            settings = json.loads(data)
+            return json.dumps([settings[field] for field in (*MODEL_FIELDS, "checksum")]).encode()
+        except (ValueError, LookupError, TypeError):
+            return data
+    return data
+
+
 def files(folder: Path) -> set[tuple[str, int]]:
-    """Return (path, time) of all files but the lock."""
+    """Return (path, time) of all files except locks."""
     found = set()
     for path in folder.rglob("*"):
         try:
             if path.is_file() and not path.name.endswith("lock"):
                 found.add((str(path), path.stat().st_mtime_ns))
         except OSError:
-            continue  # it went away meanwhile
+            continue  # deleted meanwhile
     return found
 
 
 def steps(log: str) -> list[int]:
-    """Return the numbers of the updates that a training's log tells of."""
+    """Return the numbers of the updates in a training's log."""
     return [int(step) for step in re.findall(r"epoch .* step (\d+)/", log, re.MULTILINE)]
 
 
 class SmallDisk:
-    """The output folder as a file system of its own: a full or a read-only disk. Needs the right to mount."""
+    """The output folder as its own file system, full or read-only; needs permission to mount."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -147,7 +161,7 @@ class SmallDisk:
         subprocess.run(["umount", str(self.folder)], check=True)
 
     def leave_free(self, size: int) -> None:
-        """Make the disk so small that about `size` bytes are free."""
+        """Shrink the disk until about `size` bytes are free."""
         state = os.statvfs(self.folder)
         used = (state.f_blocks - state.f_bfree) * state.f_frsize
         self._mount("-o", f"remount,size={used + size}")

@@ -1,10 +1,11 @@
-"""Faults by the hundred over the four programs, each followed by the same command: what comes out must be the
-same bytes as without the fault, or the log must name the damaged file.
+"""Hundreds of faults in the four programs, each followed by the same command.
+
+The results must have the same bytes as without the fault, or an error must name the damaged file.
 
     python tests/faults/fault_run.py --kills 500 --flips 100 --truncations 50 --disks 20 --seed 1
 
-Prints a table: faults of each kind, wrong results, lost work, tracebacks. Exit status 1 if any of these is
-not 0.
+Prints the number of faults of each kind and of failures (wrong results, lost work, tracebacks); exit status 1
+with failures.
 """
 
 import argparse
@@ -24,19 +25,15 @@ from chain import Chain, SmallDisk, Stage, files, steps
 from preloaded import Preloaded, Running
 
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-MADE_LAST = (
-    "res.",
-    "cross_res",
-    "cross_scores.txt",
-    "cross_id_map",
-)  # results that would hide a damage
+# results that are up to date, so that damage to their inputs would not be read
+FINAL_RESULTS = ("res.", "cross_res", "cross_scores.txt", "cross_id_map")
 WORDS = ("ERROR", "WARNING", "rebuilding", "damaged", "checksum", "out of date", "not the file", "changed")
-# -SIGTERM, -SIGINT: before or after the work itself, where there is nothing to save
+# -SIGTERM, -SIGINT: before or after the work, when there is nothing to save
 ENDS = {0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT, 2}
 
 
 class FaultRun:
-    """Faults and what came of them: `counts` of each kind, `failures` in words."""
+    """Injects faults; `counts` of each kind and descriptions of the `failures`."""
 
     def __init__(self, chain: Chain, seed: int):
         self.chain, self.draw = chain, random.Random(seed)
@@ -47,18 +44,18 @@ class FaultRun:
         print(f"FAILED {kind}: {what}", flush=True)
 
     def look(self, kind: str, running: Running) -> None:
-        """A user-side cause ends in one line, never in a traceback."""
+        """Fail on a traceback or an unexpected exit status."""
         if "Traceback" in running.output():
             self.fail("traceback", f"{kind}: {running.output()[-3000:]}")
         if running.returncode not in ENDS:
             self.fail("status", f"{kind}: {running.returncode}\n{running.output()[-2000:]}")
 
     def finish(self, kind: str, stage: Stage, done: dict[str, int] | None = None) -> Running:
-        """Run the stage to its end; its results must be those of the undisturbed run, what was done kept."""
+        """Run the stage to its end; results must be those without faults, finished work must be kept."""
         running = self.chain.run(stage)
         self.look(kind, running)
         if running.returncode:
-            self.fail(kind, f"{stage.name} does not carry on: {running.output()[-2000:]}")
+            self.fail(kind, f"{stage.name} does not resume: {running.output()[-2000:]}")
         self.compare(kind, stage)
         if done:
             self.compare_work(kind, stage, done, running.output())
@@ -72,10 +69,10 @@ class FaultRun:
         return not wrong
 
     def compare_work(self, kind: str, stage: Stage, done: dict[str, int], log: str) -> None:
-        """What was finished before the fault is not done again."""
+        """Fail when work that was finished before the fault is repeated."""
         again = [p for p, at in done.items() if p != "step" and Path(p).stat().st_mtime_ns != at]
         if again:
-            self.fail("lost work", f"{kind} {stage.name}: made again: {', '.join(again)}")
+            self.fail("lost work", f"{kind} {stage.name}: rebuilt: {', '.join(again)}")
         first = min(steps(log), default=None)
         if "step" in done and first is not None and first <= done["step"]:
             self.fail("lost work", f"{kind} {stage.name}: step {first} again, {done['step']} were saved")
@@ -85,7 +82,7 @@ class FaultRun:
     def kills(self, count: int) -> None:
         """Kill a stage once to three times, mostly after its first write, then let it finish.
 
-        A moment that comes after the program's end kills nothing: it is not counted, another is drawn.
+        A signal after the program's end is not counted; another moment is drawn.
         """
         while self.counts["kills"] < count:
             stage, left = self.draw.choice(self.chain.stages), self.draw.randint(1, 3)
@@ -99,10 +96,10 @@ class FaultRun:
             self.finish("kill", stage, done)
 
     def kill(self, stage: Stage, done: dict[str, int]) -> bool:
-        """Start the stage and send it a signal at a drawn moment; return whether it was still running."""
+        """Start the stage and send it a signal at a random moment; return whether it was still running."""
         running, number = self.chain.start(stage), self.draw.choice(SIGNALS)
         while running.poll() is None and not running.log.stat().st_size:
-            time.sleep(0.002)  # before its first line it is python's start that a signal would meet
+            time.sleep(0.002)  # before its first line a signal would interrupt the start of Python
         late, share = self.draw.random() < 0.75, self.draw.random() * stage.pace
         if late:
             seen = files(self.chain.out)
@@ -114,22 +111,22 @@ class FaultRun:
         alive = running.poll() is None
         running.send_signal(number)
         running.wait()
-        # a run that carries on is shorter than a whole one, and the machine has its moods: the moments follow
+        # a resumed run is shorter than a complete one, and the speed of the machine varies
         stage.pace = min(1.0, stage.pace * (1.1 if alive else 0.8))
         self.counts["kills"] += alive
         self.counts["kills after the first write"] += late and alive
         self.counts["kills drawn again (the program had ended)"] += not alive
         self.look("kill", running)
         self.compare_work("kill", stage, done, running.output())
-        saved, told = self.chain.done_work(stage).get("step"), max(steps(running.output()), default=0)
-        if stage.name.endswith("_train") and told > 1 and (saved or 0) < told - 1:
-            self.fail("lost work", f"{stage.name}: {told} updates, {saved} of them saved")
+        saved, logged = self.chain.done_work(stage).get("step"), max(steps(running.output()), default=0)
+        if stage.name.endswith("_train") and logged > 1 and (saved or 0) < logged - 1:
+            self.fail("lost work", f"{stage.name}: {logged} updates, {saved} of them saved")
         return alive
 
     # ---- damaged files
 
     def damages(self, count: int, kind: str) -> None:
-        """Damage one file of a finished chain, drop the results that would hide it, run the chain again."""
+        """Damage one file of a finished chain, delete the results that hide it, run the chain again."""
         for _ in range(count):
             self.chain.restore(self.chain.folder / "after")
             victims = [p for p in sorted(self.chain.out.rglob("*")) if self._can_be_damaged(p)]
@@ -137,18 +134,16 @@ class FaultRun:
             name, data = str(victim.relative_to(self.chain.out)), victim.read_bytes()
             victim.write_bytes(damaged(data, kind, self.draw))
             self.counts[kind] += 1
-            self._drop_results(victim)
+            self._delete_results(victim)
             self._run_again(kind, name, victim)
 
     def _can_be_damaged(self, path: Path) -> bool:
         return path.is_file() and "tensorboard" not in path.parts and path.stat().st_size > 0
 
-    def _drop_results(self, victim: Path) -> None:
-        """Delete what is made of the victim, so that it is read again; a damaged checkpoint needs its weights
-        gone.
-        """
+    def _delete_results(self, victim: Path) -> None:
+        """Delete what was made from the victim, so that it is read; for a checkpoint the weights' stamp."""
         for path in self.chain.out.iterdir():
-            if path != victim and path.name.startswith(MADE_LAST) and path.is_file():
+            if path != victim and path.name.startswith(FINAL_RESULTS) and path.is_file():
                 path.unlink()
         if "checkpoint" in victim.name:
             stamp = self.chain.out / f"{victim.name.split('_')[0]}_params.bin.stamp.json"
@@ -168,9 +163,9 @@ class FaultRun:
                 again = self.chain.run(stage)
                 logs.append(again.output())
                 if again.returncode:
-                    self.fail(kind, f"{name}: {stage.name} does not carry on: {again.output()[-1500:]}")
+                    self.fail(kind, f"{name}: {stage.name} does not resume: {again.output()[-1500:]}")
         if again := sorted(str(p) for p, at in blocks.items() if self._other_blocks(victim).get(p) != at):
-            self.fail("lost work", f"{kind} of {name}: made again: {', '.join(again)}")
+            self.fail("lost work", f"{kind} of {name}: rebuilt: {', '.join(again)}")
         found, expected = self.chain.contents(), self.chain.stages[-1].results
         wrong = sorted(n for n in {**found, **expected} if found.get(n) != expected.get(n))
         self.counts[f"{kind}: same bytes in the end"] += not wrong
@@ -179,7 +174,7 @@ class FaultRun:
             self.fail(kind, f"{name}: other results: {', '.join(wrong)}\n" + "\n".join(lines[-20:]))
 
     def _other_blocks(self, victim: Path) -> dict[Path, int]:
-        """Return {block of vectors or scores that the damage does not concern: when it was written}."""
+        """Return {block that is not damaged: when it was written}."""
         blocks = self.chain.out.rglob("block-*.npy")
         others = [path for path in blocks if path.with_suffix("") != victim.with_suffix("")]
         return {path: path.stat().st_mtime_ns for path in others}
@@ -187,7 +182,7 @@ class FaultRun:
     # ---- disks
 
     def disks(self, count: int) -> None:
-        """A disk that fills up or is read-only, then the same command on a good one."""
+        """Run on a full or read-only disk, then on a good one."""
         small = SmallDisk.can_mount(self.chain.out)
         for at in range(count):
             stage = self.draw.choice(self.chain.stages)
@@ -209,7 +204,7 @@ class FaultRun:
                 self.finish("disk", stage, self.chain.done_work(stage))
 
     def written(self, stage: Stage) -> int:
-        """Return about how many bytes the stage leaves."""
+        """Return about how many bytes the stage writes."""
         before = sum(p.stat().st_size for p in self.chain.before(stage).rglob("*") if p.is_file())
         return max(16384, sum(map(len, stage.results.values())) - before)
 
@@ -222,7 +217,7 @@ class FaultRun:
             self.fail(kind, f"{stage.name}: status {running.returncode}: {running.output()[-1500:]}")
 
     def limited_file(self, stage: Stage) -> None:
-        """Without the right to mount: a limit on a file's size, which writing meets as on a full disk."""
+        """Without permission to mount: limit the size of files, which fails like a full disk."""
         self.chain.restore(self.chain.before(stage))
         largest = max(map(len, stage.results.values()))
         limit = self.draw.randrange(min(16384, largest - 1), largest)
@@ -231,7 +226,7 @@ class FaultRun:
 
 
 def damaged(data: bytes, kind: str, draw: random.Random) -> bytes:
-    """Return the bytes with one bit of one byte changed, or cut at any place."""
+    """Return the bytes with one flipped bit, or truncated, at a random position."""
     at = draw.randrange(len(data))
     if kind == "truncation":
         return data[:at]
@@ -239,7 +234,7 @@ def damaged(data: bytes, kind: str, draw: random.Random) -> bytes:
 
 
 def run(folder: Path, programs: Preloaded, given) -> FaultRun:
-    """Make the world in `folder` and let all faults happen."""
+    """Prepare the chain in `folder` and inject all faults."""
     chain = Chain(folder, programs)
     chain.prepare()
     faults = FaultRun(chain, given.seed)

@@ -1,4 +1,4 @@
-"""Any bytes give a parsed value or one clear error; the million is bad_input.py."""
+"""Any bytes give a parsed value or one clear error; bad_input.py runs millions."""
 
 import tracemalloc
 
@@ -40,7 +40,7 @@ def str_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def test_passages_of_no_and_of_a_million_characters(tmp_path):
+def test_passages_of_zero_and_a_million_characters(tmp_path):
     texts = ["", "长" * 1_000_000, "\x0b\x0c\x1c\x85\u2028 \x00 a\r", "\ufeff"]
     write(tmp_path / "part-00", [f"-\t\t{text}\t0" for text in texts])
     collection = PassageCollection(tmp_path)
@@ -55,7 +55,7 @@ def test_a_line_of_200_megabytes_is_refused_in_bounded_memory(tmp_path, read):
     path = tmp_path / "part-00"
     with open(path, "wb") as file:
         file.write(b"-\t\t\xe9\xb1\xbc\t0\n" if read is not read_queries else b"")
-        file.truncate(200_000_000)  # a sparse file: NULs without a line end
+        file.truncate(200_000_000)  # sparse: NULs without a line end
     tracemalloc.start()
     try:
         with pytest.raises(FormatError, match=r"part-00:\d: a line of more than 16 MiB"):

@@ -1,4 +1,4 @@
-"""Each warning fires on what it is for, names cause and mend, and is silent on what is healthy."""
+"""Each warning fires on its failure, names cause and fix, and not on healthy scores."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_tied_scores_warn():
 
 
 def test_scores_in_tied_pairs_warn():
-    """Every candidate has the same score as another one: the share is 100%, not 50%."""
+    """Every candidate has the same score as another one: it is 100%, not 50%."""
     scores = np.tile(np.repeat(np.arange(5), 2), 3).astype(np.float32)
     warning = collapsed(scores, SPANS)
     assert warning is not None and warning.startswith("100%")

@@ -1,4 +1,4 @@
-"""Vectors on disk: blocks, the manifest that says whose they are, damaged files."""
+"""Vectors on disk: blocks, manifest, damaged files."""
 
 import json
 import subprocess
@@ -17,13 +17,13 @@ USE = f"""
 import sys
 from torch_src.retrieval.vectors import VectorStore
 store = VectorStore.create_or_continue(sys.argv[1], {STAMP}, 9, 3, 4, print)
-print("using", flush=True)
+print("reading", flush=True)
 sys.stdin.readline()
 """
 
 
-def make(folder, said=None, rows=9, hidden=3, block_rows=4, stamp=STAMP, force=False):
-    log = [].append if said is None else said.append
+def make(folder, logged=None, rows=9, hidden=3, block_rows=4, stamp=STAMP, force=False):
+    log = [].append if logged is None else logged.append
     return VectorStore.create_or_continue(folder, stamp, rows, hidden, block_rows, log, force)
 
 
@@ -72,18 +72,18 @@ def test_finished_blocks_are_kept_when_the_manifest_agrees(tmp_path):
     fill(make(tmp_path))
     (tmp_path / "block-00001.npy").unlink()
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
-    said = []
-    again = make(tmp_path, said)
-    assert again.missing_blocks() == [1] and said == []
+    logged = []
+    again = make(tmp_path, logged)
+    assert again.missing_blocks() == [1] and logged == []
     assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.iterdir()} == before
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest == {**STAMP, "rows": 9, "hidden": 3, "block_rows": 4, "code": CODE_VERSION}
 
 
 def test_a_tuple_in_the_stamp_is_no_change(tmp_path):
-    stamp, said = {**STAMP, "layers": (1, 2)}, []
+    stamp, logged = {**STAMP, "layers": (1, 2)}, []
     fill(make(tmp_path, stamp=stamp))
-    assert make(tmp_path, said, stamp=stamp).missing_blocks() == [] and said == []
+    assert make(tmp_path, logged, stamp=stamp).missing_blocks() == [] and logged == []
 
 
 @pytest.mark.parametrize(
@@ -98,49 +98,49 @@ def test_a_tuple_in_the_stamp_is_no_change(tmp_path):
         ({"block_rows": 5}, "block_rows: 4 -> 5"),
     ],
 )
-def test_a_manifest_that_differs_deletes_every_block_and_says_the_field(tmp_path, change, words):
+def test_a_manifest_that_differs_deletes_every_block_and_logs_the_field(tmp_path, change, words):
     fill(make(tmp_path))
-    said = []
-    store = make(tmp_path, said, **change)
+    logged = []
+    store = make(tmp_path, logged, **change)
     assert list(tmp_path.glob("block-*")) == [] and store.missing_blocks() == list(range(store.block_count))
-    assert len(said) == 1 and f"({words})" in said[0]
-    assert make(tmp_path, said, **change).manifest == store.manifest and len(said) == 1
+    assert len(logged) == 1 and f"({words})" in logged[0]
+    assert make(tmp_path, logged, **change).manifest == store.manifest and len(logged) == 1
 
 
-def test_another_code_version_makes_the_vectors_again(tmp_path, monkeypatch):
+def test_another_code_version_deletes_the_vectors(tmp_path, monkeypatch):
     fill(make(tmp_path))
     monkeypatch.setattr("torch_src.retrieval.vectors.CODE_VERSION", CODE_VERSION + 1)
     monkeypatch.setattr("torch_src.runtime.stamps.CODE_VERSION", CODE_VERSION + 1)
-    said = []
-    assert make(tmp_path, said).missing_blocks() == [0, 1, 2]
-    assert f"code: {CODE_VERSION} -> {CODE_VERSION + 1}" in said[0]
+    logged = []
+    assert make(tmp_path, logged).missing_blocks() == [0, 1, 2]
+    assert f"code: {CODE_VERSION} -> {CODE_VERSION + 1}" in logged[0]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": 9'])
-def test_a_damaged_manifest_costs_no_block_whose_note_is_of_this_run(tmp_path, text):
+def test_a_damaged_manifest_keeps_the_blocks_whose_stamp_agrees(tmp_path, text):
     fill(make(tmp_path))
     written = (tmp_path / "manifest.json").read_bytes()
-    (tmp_path / "block-00002.json").write_text("{}")  # one without its note is made again
+    (tmp_path / "block-00002.json").write_text("{}")  # without its stamp a block is missing
     (tmp_path / "manifest.json").write_text(text)
-    said = []
-    assert make(tmp_path, said).missing_blocks() == [2] and "the blocks of this run are kept" in said[0]
+    logged = []
+    assert make(tmp_path, logged).missing_blocks() == [2] and "the blocks of this run are kept" in logged[0]
     assert (tmp_path / "manifest.json").read_bytes() == written
-    (tmp_path / "manifest.json").write_text(text)  # blocks of another run are not trusted
-    said = []
-    assert make(tmp_path, said, stamp={**STAMP, "weights": "xyz"}).missing_blocks() == [0, 1, 2]
-    assert "unreadable" in said[0] and list(tmp_path.glob("block-*")) == []
+    (tmp_path / "manifest.json").write_text(text)  # blocks of another run are deleted
+    logged = []
+    assert make(tmp_path, logged, stamp={**STAMP, "weights": "xyz"}).missing_blocks() == [0, 1, 2]
+    assert "unreadable" in logged[0] and list(tmp_path.glob("block-*")) == []
 
 
-def test_a_missing_manifest_is_written_again_for_the_blocks_of_this_run(tmp_path):
+def test_a_missing_manifest_is_rewritten_when_the_stamps_agree(tmp_path):
     fill(make(tmp_path))
     (tmp_path / "manifest.json").unlink()
-    said = []
-    assert make(tmp_path, said).missing_blocks() == [] and len(said) == 1
+    logged = []
+    assert make(tmp_path, logged).missing_blocks() == [] and len(logged) == 1
     for path in [tmp_path / "manifest.json", *tmp_path.glob("block-*.json")]:
         path.unlink()
-    said = []
-    assert make(tmp_path, said).missing_blocks() == [0, 1, 2]
-    assert len(said) == 1 and "missing" in said[0]
+    logged = []
+    assert make(tmp_path, logged).missing_blocks() == [0, 1, 2]
+    assert len(logged) == 1 and "missing" in logged[0]
 
 
 @pytest.mark.parametrize("change", [{"stamp": {**STAMP, "weights": "xyz"}}, {"force": True}])
@@ -149,14 +149,14 @@ def test_vectors_that_another_run_reads_are_not_deleted(tmp_path, change):
     using = subprocess.Popen(
         [sys.executable, "-c", USE, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
     )
-    assert using.stdout.readline() == b"using\n"
+    assert using.stdout.readline() == b"reading\n"
     assert make(tmp_path).missing_blocks() == []  # a run of the same vectors shares them
     with pytest.raises(UserError, match="another run reads the vectors"):
         make(tmp_path, **change)
     assert make(tmp_path).missing_blocks() == []
     using.communicate(b"\n")
-    said = []
-    assert make(tmp_path, said, **change).missing_blocks() == [0, 1, 2] and said
+    logged = []
+    assert make(tmp_path, logged, **change).missing_blocks() == [0, 1, 2] and logged
 
 
 @pytest.mark.parametrize("at", range(0, 128, 3))
@@ -175,18 +175,18 @@ def test_a_flipped_byte_of_a_header_is_damage(tmp_path, at):
             assert read.tobytes() == b"".join(vectors.tobytes() for _, vectors in store.blocks())
 
 
-def test_force_makes_them_again(tmp_path):
+def test_force_deletes_every_block(tmp_path):
     fill(make(tmp_path))
-    said = []
-    assert make(tmp_path, said, force=True).missing_blocks() == [0, 1, 2]
-    assert len(said) == 1 and "--force" in said[0]
-    said.clear()
-    make(tmp_path / "fresh", said, force=True)
-    assert said == []  # nothing was there
+    logged = []
+    assert make(tmp_path, logged, force=True).missing_blocks() == [0, 1, 2]
+    assert len(logged) == 1 and "--force" in logged[0]
+    logged.clear()
+    make(tmp_path / "fresh", logged, force=True)
+    assert logged == []  # there was nothing to delete
 
 
 @pytest.mark.parametrize("keep", [0, 5, 60, 128, -1])
-def test_a_torn_block_is_named(tmp_path, keep):
+def test_a_truncated_block_is_named(tmp_path, keep):
     store = make(tmp_path)
     fill(store)
     path = tmp_path / "block-00001.npy"
@@ -195,7 +195,7 @@ def test_a_torn_block_is_named(tmp_path, keep):
         list(store.blocks())
 
 
-def test_a_block_that_is_gone_or_of_another_shape_is_named(tmp_path):
+def test_a_block_that_is_missing_or_has_another_shape_is_named(tmp_path):
     store = make(tmp_path)
     fill(store)
     np.save(tmp_path / "block-00002.npy", np.zeros((1, 3), np.float32))
@@ -240,8 +240,8 @@ def test_save_vectors_round_trip(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["query.emb.npy"]
 
 
-def test_a_block_without_its_note_is_not_there(tmp_path):
-    """The note is written last: a run that was killed between the two makes the block again."""
+def test_a_block_without_its_stamp_is_missing(tmp_path):
+    """The stamp is written last: a run that is killed before it encodes the block again."""
     store = make(tmp_path)
     fill(store)
     (tmp_path / "block-00001.json").unlink()
@@ -249,8 +249,8 @@ def test_a_block_without_its_note_is_not_there(tmp_path):
     assert make(tmp_path).missing_blocks() == [1]
 
 
-def test_a_block_whose_note_was_changed_is_made_again(tmp_path):
-    """Even where the change is in what the note says for a reader, and the vectors would still be right."""
+def test_a_block_whose_stamp_was_edited_is_missing(tmp_path):
+    """Also when the edited field does not affect the vectors."""
     store = make(tmp_path)
     fill(store, made_with={"threads": 2})
     path = tmp_path / "block-00001.json"
@@ -268,7 +268,7 @@ def test_rows_are_read_across_blocks(tmp_path, block_rows):
         assert np.array_equal(into, vectors[first:last])
 
 
-def test_a_block_that_was_cut_off_is_named_when_it_is_read(tmp_path):
+def test_a_truncated_block_is_named_when_it_is_read(tmp_path):
     store = make(tmp_path)
     fill(store)
     path = tmp_path / "block-00001.npy"
@@ -278,14 +278,14 @@ def test_a_block_that_was_cut_off_is_named_when_it_is_read(tmp_path):
 
 
 def test_two_runs_with_other_settings_never_mix_their_blocks(tmp_path):
-    """The second empties the folder; the first, still at work, is stopped, and its block is not taken."""
+    """The second run deletes the blocks; the first, still encoding, stops, and its block is not used."""
     first = make(tmp_path)
     first.write_block(0, np.ones((4, 3), np.float16))
     second = make(tmp_path, stamp={**STAMP, "weights": "xyz"})
     with pytest.raises(UserError, match="another run with other settings"):
         first.write_block(1, np.ones((4, 3), np.float16))
     vectors = fill(second)
-    assert first.missing_blocks() == [0, 1, 2]  # of another manifest: not its own
+    assert first.missing_blocks() == [0, 1, 2]  # they have another manifest
     with pytest.raises(DamagedBlock):
         first.read_into(0, np.empty((9, 3), np.float16))
     found = np.empty((9, 3), np.float16)
@@ -293,7 +293,7 @@ def test_two_runs_with_other_settings_never_mix_their_blocks(tmp_path):
     assert np.array_equal(found, vectors)
 
 
-def test_what_cannot_be_read_just_now_is_no_damage(tmp_path, monkeypatch):
+def test_a_block_that_cannot_be_opened_is_not_damaged(tmp_path, monkeypatch):
     store = make(tmp_path)
     fill(store)
 
@@ -315,7 +315,7 @@ def test_a_block_that_another_process_rebuilt_is_not_deleted(tmp_path):
     path.write_bytes(whole[:-1] + b"x")
     with pytest.raises(DamagedBlock) as caught:
         list(store.blocks())
-    path.write_bytes(whole)  # by another process that saw it, too
+    path.write_bytes(whole)  # another process has rebuilt it
     store.delete_damaged(caught.value, set())
     assert store.missing_blocks() == [] and np.array_equal(store.vectors_at(np.arange(9)), vectors)
     path.write_bytes(whole[:-1] + b"x")
@@ -346,18 +346,18 @@ def test_a_complete_folder_that_may_not_be_written_to_is_used(tmp_path, monkeypa
         make(tmp_path, stamp={**STAMP, "weights": "xyz"})
 
 
-def test_a_few_leftover_blocks_of_this_run_do_not_make_the_folder_its_own(tmp_path):
+def test_a_folder_with_blocks_of_another_run_is_not_taken_over(tmp_path):
     fill(make(tmp_path / "mine"))
     theirs = make(tmp_path / "theirs", stamp={**STAMP, "weights": "xyz"})
     theirs.write_block(0, np.zeros((4, 3), np.float16))
-    for name in ("block-00001.npy", "block-00001.json"):  # copied over it
+    for name in ("block-00001.npy", "block-00001.json"):  # overwritten
         (tmp_path / "theirs" / name).write_bytes((tmp_path / "mine" / name).read_bytes())
     with pytest.raises(UserError, match="belong to another run"):
         VectorStore.create_or_continue(tmp_path / "theirs", STAMP, 9, 3, 4, print, shared=True)
     assert theirs.missing_blocks() == [1, 2]
 
 
-def test_a_block_that_goes_away_while_it_is_read_is_damaged(tmp_path):
+def test_a_block_that_is_deleted_while_it_is_read_is_damaged(tmp_path):
     store = make(tmp_path)
     fill(store)
     store.read_into(0, np.empty((2, 3), np.float16))

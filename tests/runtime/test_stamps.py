@@ -1,4 +1,4 @@
-"""Stamps: a result is up to date when its stamp agrees; else the log names each change."""
+"""Stamps and checksums: a result is up to date when both agree; else each change is logged."""
 
 import json
 import os
@@ -29,18 +29,18 @@ def artifact(tmp_path):
     return path
 
 
-def told(artifact, stamp):
-    """The answer of up_to_date and the lines it said."""
-    said = []
-    return up_to_date(artifact, stamp, said.append), said
+def answer(artifact, stamp):
+    """Return up_to_date's answer and the lines it logs."""
+    logged = []
+    return up_to_date(artifact, stamp, logged.append), logged
 
 
-def test_same_stamp_is_up_to_date_in_silence(artifact):
-    assert told(artifact, dict(STAMP)) == (True, [])
-    assert told(artifact, dict(reversed(STAMP.items()))) == (True, [])
+def test_the_same_stamp_is_up_to_date_and_logs_nothing(artifact):
+    assert answer(artifact, dict(STAMP)) == (True, [])
+    assert answer(artifact, dict(reversed(STAMP.items()))) == (True, [])
 
 
-def test_stamp_lies_beside_its_artifact_as_readable_json(artifact):
+def test_the_stamp_is_readable_json_beside_its_artifact(artifact):
     assert stamp_path(artifact) == artifact.with_name("vectors.npy.stamp.json")
     text = stamp_path(artifact).read_text(encoding="utf-8")
     assert "问" in text
@@ -48,10 +48,10 @@ def test_stamp_lies_beside_its_artifact_as_readable_json(artifact):
     assert json.loads(text) == {**STAMP, "lengths": [32, 384], **more}
 
 
-def test_each_change_is_named_from_to_and_nothing_else(artifact):
-    fresh, said = told(artifact, {**STAMP, "model": "b", "lengths": (32, 128)})
+def test_only_changed_fields_are_logged(artifact):
+    fresh, logged = answer(artifact, {**STAMP, "model": "b", "lengths": (32, 128)})
     assert not fresh
-    (line,) = said
+    (line,) = logged
     assert line.startswith(f"{artifact}: out of date")
     assert "model: a -> b" in line and "lengths: [32, 384] -> [32, 128]" in line
     assert "prefix" not in line and "dropout" not in line and "code" not in line
@@ -74,30 +74,30 @@ def test_changes_of_fields(old, new, named):
 
 def test_new_code_version_makes_it_out_of_date(artifact, monkeypatch):
     monkeypatch.setattr(stamps, "CODE_VERSION", stamps.CODE_VERSION + 1)
-    fresh, (line,) = told(artifact, STAMP)
+    fresh, (line,) = answer(artifact, STAMP)
     assert not fresh and f"code: {stamps.CODE_VERSION - 1} -> {stamps.CODE_VERSION}" in line
 
 
 def test_missing_artifact_is_not_up_to_date_even_with_a_stamp(artifact, tmp_path):
     artifact.unlink()
     assert stamps.read_stamp(artifact) is None
-    assert told(artifact, STAMP) == (False, [])
-    assert told(tmp_path / "never made", STAMP) == (False, [])
+    assert answer(artifact, STAMP) == (False, [])
+    assert answer(tmp_path / "never made", STAMP) == (False, [])
 
 
 def test_an_artifact_without_a_stamp_is_rebuilt(artifact):
     stamps.clear_stamp(artifact)
-    fresh, (line,) = told(artifact, STAMP)
+    fresh, (line,) = answer(artifact, STAMP)
     assert not fresh and line.startswith(f"{artifact}: ") and "stamp" in line
     stamps.clear_stamp(artifact)
     assert artifact.exists()
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"model": "a"', b"[]", b"null", b'{"\xff": 1}'])
-def test_torn_stamp_counts_as_none(artifact, torn):
-    stamp_path(artifact).write_bytes(torn)
+@pytest.mark.parametrize("damaged", [b"", b'{"model": "a"', b"[]", b"null", b'{"\xff": 1}'])
+def test_a_damaged_stamp_counts_as_missing(artifact, damaged):
+    stamp_path(artifact).write_bytes(damaged)
     assert stamps.read_stamp(artifact) is None
-    fresh, (line,) = told(artifact, STAMP)
+    fresh, (line,) = answer(artifact, STAMP)
     assert not fresh and "rebuilding" in line
 
 
@@ -111,7 +111,7 @@ def test_files_have_the_checksum_of_their_content_not_of_name_or_time(tmp_path):
     assert checksum_files([first]) != checksum_files([second])
 
 
-def test_checksum_knows_order_and_borders_of_the_files(tmp_path):
+def test_the_checksum_depends_on_order_and_boundaries_of_the_files(tmp_path):
     paths = {}
     for content in ("", "a", "b", "ab"):
         paths[content] = tmp_path / f"file {content}"
@@ -136,9 +136,9 @@ def test_text_checksum_follows_the_text():
 
 
 def test_an_artifact_with_another_checksum_is_rebuilt(artifact):
-    assert is_intact(artifact) and told(artifact, STAMP) == (True, [])
+    assert is_intact(artifact) and answer(artifact, STAMP) == (True, [])
     artifact.write_bytes(b"y")
-    fresh, (line,) = told(artifact, STAMP)
+    fresh, (line,) = answer(artifact, STAMP)
     assert not fresh and not is_intact(artifact) and "checksum" in line
 
 

@@ -52,8 +52,7 @@ class VectorStore:
         self.hidden: int = manifest["hidden"]
         self.block_rows: int = manifest["block_rows"]
         self.manifest_checksum = checksum_json(manifest)  # in every block's stamp
-        # of the last read: its block, the row after it, the checksum of the block so far
-        self.last_read: tuple[int, int, xxhash.xxh3_64] = (-1, 0, xxhash.xxh3_64())
+        self.read_checksum = _ReadChecksum()
 
     @classmethod
     def create_or_continue(
@@ -73,16 +72,7 @@ class VectorStore:
         several runs, or that another process reads, are not deleted (UserError).
         """
         store = cls(folder, new_manifest(stamp, rows, hidden, block_rows))
-        try:
-            locks = store.locks
-        except OSError as error:
-            read_only = error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and not force
-            if read_only and store.is_complete():
-                return store
-            raise
-        with locks.folder():
-            _Ownership(store, log).keep_or_empty(force, shared)
-            locks.read()
+        _Ownership(store, log).take_over(force, shared)
         return store
 
     @classmethod
@@ -90,8 +80,6 @@ class VectorStore:
         """Return the store in the folder when it has this manifest and all blocks, else None."""
         store = cls(folder, manifest)
         return store if store.is_complete() else None
-
-    # ---- layout
 
     @cached_property
     def locks(self) -> BlockLocks:
@@ -142,8 +130,6 @@ class VectorStore:
         """Return whether manifest.json is this manifest and no block is missing."""
         return not self.changed_fields() and not self.missing_blocks()
 
-    # ---- writing
-
     def write_block(self, block: int, vectors: np.ndarray, made_with: JsonDict | None = None) -> None:
         """Write one block, (rows of the block, H) of the store's dtype, then its stamp, each atomically."""
         assert vectors.shape == self._shape(block) and vectors.dtype == self.dtype
@@ -171,8 +157,6 @@ class VectorStore:
             except DamagedBlock:
                 self.stamp_path(damage.block).unlink(missing_ok=True)
                 self.block_path(damage.block).unlink(missing_ok=True)
-
-    # ---- reading
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, vectors (rows, H), memory-mapped) of every block in order (DamagedBlock)."""
@@ -242,13 +226,9 @@ class VectorStore:
                 if not count:
                     raise DamagedBlock(self.block_path(block), block, "truncated")
                 filled += count
-        last_block, next_row, digest = self.last_read if first else (block, 0, xxhash.xxh3_64())
-        if (last_block, next_row) != (block, first):
-            return  # not read in order: there is no checksum to compare
-        digest.update(out.data)
-        self.last_read = (block, first + len(out), digest)
-        if first + len(out) == self._shape(block)[0]:
-            self._compare(block, digest.hexdigest())
+        checksum = self.read_checksum.add(block, first, out)
+        if checksum is not None and first + len(out) == self._shape(block)[0]:
+            self._compare(block, checksum)
 
     def _compare(self, block: int, checksum: str) -> None:
         if self.block_stamp(block).get("vectors") != checksum:
@@ -261,13 +241,43 @@ class ScoreStore(VectorStore):
     dtype: np.dtype[Any] = np.dtype(np.float32)
 
 
+class _ReadChecksum:
+    """The checksum of the block that is being read in order, call by call."""
+
+    def __init__(self) -> None:
+        self.block, self.next_row, self.digest = -1, 0, xxhash.xxh3_64()
+
+    def add(self, block: int, first: int, rows: np.ndarray) -> str | None:
+        """Return the checksum of the block up to these rows; None when the rows before were not read."""
+        if first == 0:
+            self.block, self.next_row, self.digest = block, 0, xxhash.xxh3_64()
+        if (block, first) != (self.block, self.next_row):
+            return None
+        self.digest.update(rows.data)
+        self.next_row += len(rows)
+        return self.digest.hexdigest()
+
+
 class _Ownership:
     """Decides whether the blocks in a store's folder belong to this run, and deletes those that do not."""
 
     def __init__(self, store: VectorStore, log: Callable[[str], None]):
         self.store, self.folder, self.log = store, store.folder, log
 
-    def keep_or_empty(self, force: bool, shared: bool) -> None:
+    def take_over(self, force: bool, shared: bool) -> None:
+        """Lock the folder for reading, with this run's blocks in it; a complete one may be read-only."""
+        try:
+            locks = self.store.locks
+        except OSError as error:
+            read_only = error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and not force
+            if read_only and self.store.is_complete():
+                return
+            raise
+        with locks.folder():
+            self._keep_or_empty(force, shared)
+            locks.read()
+
+    def _keep_or_empty(self, force: bool, shared: bool) -> None:
         """Keep the blocks of this run; delete the others, unless they are shared or in use (UserError)."""
         path, blocks = self.store.manifest_path, sorted(self.folder.glob("block-*"))
         changed = self.store.changed_fields()
