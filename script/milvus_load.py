@@ -60,7 +60,7 @@ def read_pids(args: argparse.Namespace, rows: int) -> np.ndarray | None:
 def prepare(collection: Collection, record: dict[str, Any], pid_bytes: int, force: bool) -> None:
     """Create the Milvus collection for this record, unless it exists."""
     if collection.exists():
-        old = collection.record()
+        old = collection.stamp()
         if old is None:
             raise UserError(f"{collection}: not created by this program; pass another --milvus_collection")
         different = changes(old["manifest"], record["manifest"])

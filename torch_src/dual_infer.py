@@ -17,7 +17,7 @@ from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.inference_plan import plan_retrieval
 from torch_src.models.dual_encoder import DualEncoder
 from torch_src.retrieval.encoding import encode_collection
-from torch_src.retrieval.engines.milvus import COMMAND, MOST_HITS, MilvusSearch
+from torch_src.retrieval.engines.milvus import COMMAND, MAX_HITS, MilvusSearch
 from torch_src.retrieval.faiss_index import (
     INDEX,
     FaissSearch,
@@ -88,7 +88,7 @@ class DualInference(Retriever):
     def _open_milvus(self) -> MilvusSearch:
         """Return the search on Milvus; UserError unless all vectors are loaded there."""
         hp = self.hp
-        hparams.check_range("topk", self.topk, 1, MOST_HITS)
+        hparams.check_range("topk", self.topk, 1, MAX_HITS)
         if _process_count() > 1:
             raise UserError("--engine milvus encodes only queries: run it without torchrun")
         options = {"--output_dir": hp.output_dir, "--data_dir": hp.data_dir}

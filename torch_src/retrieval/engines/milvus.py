@@ -1,8 +1,8 @@
 """Search on a Milvus server, or in a local file by Milvus Lite: one collection of passage vectors.
 
 A collection has the row as its primary key, the pid, and the vector in fp32: Milvus Lite has no fp16 field,
-and a server's fp16 field would round the queries, too. Two properties of it say what it holds: the manifest
-of the vectors, and the index.
+and a server's fp16 field would round the queries, too. Two properties of the collection hold its stamp (the
+manifest of the vectors) and its index.
 """
 
 import json
@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,29 +21,29 @@ from torch_src.retrieval.search import best_first, check_blocks, exact_scores
 from torch_src.retrieval.vectors import NOT_COMPARED, VectorStore
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import log, warn
-from torch_src.runtime.stamps import changes
+from torch_src.runtime.stamps import JsonDict, changes
 
-RECORD, INDEX = "passage_vectors.record", "passage_vectors.index"  # properties of a collection
+STAMP, INDEX = "passage_vectors.record", "passage_vectors.index"  # properties of a collection
 FIELD, INDEX_NAME = "vector", "vector_idx"
 OLDEST_SERVER = (2, 4)
-MOST_HITS = 16384  # hits a query: Milvus's own limit
-HITS_AT_ONCE = 1_000_000  # in one answer: 12 bytes each, a server sends 64 MB at most
-QUERIES_AT_ONCE = 1000
-BATCH_BYTES = 8 << 20  # of fp32 vectors sent at once: a server takes 64 MB at most
-PATIENCE = 10.0  # seconds for a connection
+MAX_HITS = 16384  # per query: Milvus's own limit
+HITS_PER_CALL = 1_000_000  # 12 bytes each; a server sends at most 64 MB
+QUERIES_PER_CALL = 1000
+BATCH_BYTES = 8 << 20  # of fp32 vectors sent at once; a server accepts at most 64 MB
+CONNECT_SECONDS = 10.0
 COMMAND = "python script/milvus_load.py"
-# The library's own pings, every 10 s, are more than Milvus Lite's server allows: it hangs up on them.
+# The library's own pings, every 10 s, are more than Milvus Lite's server allows: it closes the connection.
 CHANNEL = {"grpc.keepalive_time_ms": 300_000}
 
 
 def token() -> str:
-    """Return the credentials (user:password, or a key), which come by this variable alone."""
+    """Return the credentials (user:password, or a key); this variable is their only source."""
     return os.getenv("MILVUS_TOKEN", "")
 
 
 def parse_params(option: str, text: str) -> dict[str, int | float | str]:
     """Return `M=16,efConstruction=200` as a dictionary; UserError when it is malformed."""
-    params = {}
+    params: dict[str, int | float | str] = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
         if not (name and equals and value):
@@ -52,8 +53,8 @@ def parse_params(option: str, text: str) -> dict[str, int | float | str]:
     return params
 
 
-def connect(uri: str) -> tuple[object, tuple[type[Exception], ...]]:
-    """Return a client, and what it raises; UserError without the package, the file or the server."""
+def connect(uri: str) -> tuple[Any, tuple[type[Exception], ...]]:
+    """Return (client, the exceptions it raises); UserError without the package, the file or the server."""
     try:
         import grpc
         import pymilvus
@@ -62,40 +63,42 @@ def connect(uri: str) -> tuple[object, tuple[type[Exception], ...]]:
             import milvus_lite  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"{error.name} is not installed: python -m pip install -r requirements-milvus.txt (its first "
-            "lines say where)"
+            f"{error.name} is not installed; run python -m pip install -r requirements-milvus.txt (in the "
+            "environment that its first lines describe)"
         ) from None
     for name in ("pymilvus", "milvus_lite", "grpc"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # they log tracebacks of what we say in a line
+        logging.getLogger(name).setLevel(
+            logging.CRITICAL + 1
+        )  # they log tracebacks of errors that are reported here in one line
     failures = (pymilvus.MilvusException, grpc.RpcError)
     if is_milvus_file(uri):
         Path(uri).parent.mkdir(parents=True, exist_ok=True)
     try:
-        client = pymilvus.MilvusClient(uri, token=token(), timeout=PATIENCE, grpc_options=CHANNEL)
-        version = client.get_server_version(timeout=PATIENCE)
+        client = pymilvus.MilvusClient(uri, token=token(), timeout=CONNECT_SECONDS, grpc_options=CHANNEL)
+        version = client.get_server_version(timeout=CONNECT_SECONDS)
     except failures as error:
-        mend = "is it running, and MILVUS_TOKEN right?"
+        fix = "check that it is running and that MILVUS_TOKEN is right"
         if is_milvus_file(uri):
-            mend = "does another process use it?"
-        raise UserError(f"{uri}: no connection to Milvus ({reason(error)}); {mend}") from None
+            fix = "check that no other process uses it"
+        raise UserError(f"{uri}: no connection to Milvus ({reason(error)}); {fix}") from None
     number = re.match(r"v?(\d+)\.(\d+)", version)
     if number and tuple(map(int, number.groups())) < OLDEST_SERVER:
         oldest = ".".join(map(str, OLDEST_SERVER))
-        raise UserError(f"{uri}: Milvus {version} is too old, {oldest} or later is needed")
+        raise UserError(f"{uri}: Milvus {version} is too old (expected {oldest} or later)")
     return client, failures
 
 
 def reason(error: Exception) -> str:
-    """Return what a client says of a failure: one line, without credentials."""
-    told = getattr(error, "message", "") or getattr(error, "details", lambda: "")() or str(error)
-    line = " ".join(str(told).split())[:300] or type(error).__name__
+    """Return a client's error message in one line, without credentials."""
+    message = getattr(error, "message", "") or getattr(error, "details", lambda: "")() or str(error)
+    line = " ".join(str(message).split())[:300] or type(error).__name__
     for secret in (token(), token().partition(":")[2]):
         line = line.replace(secret, "***") if secret else line
     return line
 
 
 class Collection:
-    """A collection on a server or in a file; every failure there is a UserError of one line."""
+    """A collection on a server or in a file; its errors become UserErrors of one line."""
 
     def __init__(self, uri: str, name: str):
         self.uri, self.name = uri, name
@@ -104,91 +107,91 @@ class Collection:
     def __str__(self) -> str:
         return f"{self.uri}, collection {self.name}"
 
-    def call(self, method: str, *args, **options):
-        """Return what a method of the client returns for this collection."""
+    def call(self, method: str, *args: Any, **options: Any) -> Any:
+        """Call a method of the client for this collection."""
         try:
             return getattr(self.client, method)(self.name, *args, **options)
         except self.failures as error:
             raise UserError(f"{self}: {method} failed ({reason(error)})") from None
 
     def exists(self) -> bool:
-        """Return whether it is there."""
+        """Return whether the collection exists."""
         return bool(self.call("has_collection"))
 
     def properties(self) -> dict[str, str]:
-        """Return its properties."""
+        """Return the properties of the collection."""
         return dict(self.call("describe_collection").get("properties") or {})
 
-    def record(self) -> dict | None:
-        """Return what it was made for: `manifest` of the vectors, `pids`; None when it is not one of ours."""
+    def stamp(self) -> JsonDict | None:
+        """Return the stamp (`manifest` of the vectors, `pids`); None in a collection of another program."""
         try:
-            found = json.loads(self.properties()[RECORD])
+            found = json.loads(self.properties()[STAMP])
         except (KeyError, ValueError):
             return None
         return found if isinstance(found, dict) and isinstance(found.get("manifest"), dict) else None
 
-    def create(self, record: dict, hidden: int, longest_pid: int) -> None:
-        """Make it, empty, without an index. `longest_pid`: bytes; 0: without pids."""
+    def create(self, stamp: JsonDict, hidden: int, pid_bytes: int) -> None:
+        """Create the collection, empty and without an index. `pid_bytes`: of the longest pid; 0: no pids."""
         from pymilvus import DataType, MilvusClient
 
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("row", DataType.INT64, is_primary=True)
-        if longest_pid:
-            schema.add_field("pid", DataType.VARCHAR, max_length=longest_pid)
+        if pid_bytes:
+            schema.add_field("pid", DataType.VARCHAR, max_length=pid_bytes)
         schema.add_field(FIELD, DataType.FLOAT_VECTOR, dim=hidden)
-        properties = {RECORD: json.dumps(record)}
+        properties = {STAMP: json.dumps(stamp)}
         self.call("create_collection", schema=schema, properties=properties, consistency_level="Strong")
 
     def drop(self) -> None:
-        """Remove it with all that it holds."""
+        """Delete the collection."""
         self.call("drop_collection")
 
     def index(self) -> str:
-        """Return the index and its parameters, as they were asked for; empty without."""
+        """Return the kind and parameters of the index, as requested; empty without an index."""
         return self.properties().get(INDEX, "")
 
     def make_index(self, kind: str, params: str) -> None:
-        """Give it this index instead of the one that it has, unless it is that one already."""
-        wanted, has = f"{kind} {params}".strip(), self.index()
-        if wanted == has:
+        """Build this index in place of the present one, unless they are the same."""
+        wanted, present = f"{kind} {params}".strip(), self.index()
+        if wanted == present:
             return
-        if has:
-            log(f"{self}: the index is made again ({has} -> {wanted})")
-            self.call("alter_collection_properties", {INDEX: ""})  # first: a half-made one has no name
+        if present:
+            log(f"{self}: rebuilding the index ({present} -> {wanted})")
+            self.call("alter_collection_properties", {INDEX: ""})  # first: an incomplete index has no name
         self.call("release_collection")
         if self.call("list_indexes"):
             self.call("drop_index", INDEX_NAME)
-        asked = self.client.prepare_index_params()
+        options = self.client.prepare_index_params()
         settings = parse_params("milvus_params", params)
-        # One level deeper than the client's own form, which Milvus Lite does not read; servers take both.
-        asked.add_index(FIELD, kind, INDEX_NAME, metric_type="IP", params={"params": settings})
-        self.call("create_index", asked)
+        # One level deeper than in the client's own form, which Milvus Lite ignores; servers accept both.
+        options.add_index(FIELD, kind, INDEX_NAME, metric_type="IP", params={"params": settings})
+        self.call("create_index", options)
         self.call("alter_collection_properties", {INDEX: wanted})
 
     def load(self) -> None:
-        """Make it ready to be counted and searched."""
+        """Load the collection, so that it can be counted and searched."""
         self.call("load_collection")
 
     def count(self, first: int | None = None, last: int = 0) -> int:
-        """Return how many rows it has; with `first`, how many from there up to (not including) `last`."""
+        """Return the number of rows; with `first`, of those from `first` up to (not including) `last`."""
         which = "" if first is None else f"row >= {first} and row < {last}"
         return int(self.call("query", filter=which, output_fields=["count(*)"])[0]["count(*)"])
 
     def put(self, first: int, vectors: np.ndarray, pids: np.ndarray | None) -> None:
-        """Write the vectors (n, H) of the rows from `first` on; a row that is there is written over."""
-        entries = [{"row": first + at, FIELD: vector} for at, vector in enumerate(vectors.astype(np.float32))]
+        """Write the vectors (n, H) of the rows from `first` on, replacing present ones."""
+        entries: list[dict[str, Any]] = [
+            {"row": first + at, FIELD: vector} for at, vector in enumerate(vectors.astype(np.float32))
+        ]
         if pids is not None:
             for entry, pid in zip(entries, pids.tolist(), strict=True):
                 entry["pid"] = pid.decode()
         self.call("upsert", entries)
 
     def search(self, queries: np.ndarray, depth: int, params: dict) -> tuple[np.ndarray, np.ndarray]:
-        """Return what Milvus finds: (rows (B, depth) int64, its scores (B, depth)); -1 and -inf at the end
-        where that is fewer.
-        """
+        """Return Milvus's (rows (B, depth) int64, scores (B, depth)); missing ones are -1 and -inf."""
         rows = np.full((len(queries), depth), -1, dtype=np.int64)
         scores = np.full(rows.shape, -np.inf)
-        at_once = max(1, min(QUERIES_AT_ONCE, HITS_AT_ONCE // depth))
+        at_once = max(1, min(QUERIES_PER_CALL, HITS_PER_CALL // depth))
         for start in range(0, len(queries), at_once):
             answer = self.call(
                 "search", data=list(queries[start : start + at_once]), anns_field=FIELD, limit=depth,
@@ -200,128 +203,130 @@ class Collection:
 
 
 def fill(collection: Collection, store: VectorStore, pids: np.ndarray | None) -> Iterator[tuple[int, int]]:
-    """Write what is missing, a block at a time in order, and yield each written block's rows (first, last).
+    """Write the missing blocks in order and yield the rows (first, last) of each.
 
-    A block in which a load was killed is written again. UserError when the rows do not become complete.
+    A block that a killed load left incomplete is rewritten. UserError when rows are missing at the end.
     """
-    there, batch = collection.count(), max(1, BATCH_BYTES // (4 * store.hidden))
-    if there == store.rows:
+    count, batch = collection.count(), max(1, BATCH_BYTES // (4 * store.hidden))
+    if count == store.rows:
         return
-    whole = there // store.block_rows
-    if whole and collection.count(0, whole * store.block_rows) != whole * store.block_rows:
-        whole = 0  # rows are missing among the first ones: everything is written over
-    for block in range(whole, store.block_count):
+    finished = count // store.block_rows
+    if finished and collection.count(0, finished * store.block_rows) != finished * store.block_rows:
+        finished = 0  # rows are missing in an earlier block: rewrite everything
+    for block in range(finished, store.block_count):
         first, last = store.block_range(block)
         vectors = store.read_block(block)
         for at in range(first, last, batch):
             end = min(last, at + batch)
             collection.put(at, vectors[at - first : end - first], None if pids is None else pids[at:end])
         yield first, last
-    if (there := collection.count()) != store.rows:
-        raise UserError(f"{collection}: {there:,} rows are there, not {store.rows:,}; pass --force")
+    if (count := collection.count()) != store.rows:
+        raise UserError(f"{collection}: has {count:,} rows (expected {store.rows:,}); pass --force")
 
 
 def index_options(index: str) -> str:
-    """Return the options of script/milvus_load.py that keep this index (Collection.index)."""
+    """Return the options of script/milvus_load.py that keep the index `index` (of Collection.index)."""
     kind, _, params = index.partition(" ")
     words = [*(("--milvus_index", kind) if kind else ()), *(("--milvus_params", params) if params else ())]
     return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 class MilvusSearch:
-    """Top-k passages by a loaded collection; exact scores where the blocks of its vectors are here, too."""
+    """Search in a loaded collection; scores are exact when the blocks of its vectors are on this machine."""
 
-    def __init__(self, uri: str, name: str, manifest: dict, folder, params: str, load_command: str):
-        """`folder`: where the blocks may be. UserError naming `load_command` unless the collection holds all
-        vectors of this manifest.
-        """
+    def __init__(self, uri: str, name: str, manifest: JsonDict, folder: str, params: str, load_command: str):
+        """`folder`: where the blocks may be. UserError unless the collection has all of its vectors."""
         self.params, self.rows = parse_params("search_params", params), manifest["rows"]
         if is_milvus_file(uri) and not Path(uri).exists():
             raise UserError(f"{uri}: no such file; load the vectors first: {load_command}")
         self.collection = collection = Collection(uri, name)
         if not collection.exists():
-            raise UserError(f"{collection}: not there; load the vectors first: {load_command}")
+            raise UserError(f"{collection}: no such collection; load the vectors first: {load_command}")
         self.manifest = self.loaded_manifest(manifest, load_command)
         self.index = collection.index()
         if self.index:
             collection.load()
-        if (there := collection.count() if self.index else 0) != self.rows:
-            what = f"{there:,} of {self.rows:,} rows can be searched"
-            raise UserError(f"{collection}: {what}; load the rest: {load_command}{index_options(self.index)}")
+        if (count := collection.count() if self.index else 0) != self.rows:
+            found = f"{count:,} of {self.rows:,} rows can be searched"
+            raise UserError(
+                f"{collection}: {found}; load the rest: {load_command}{index_options(self.index)}"
+            )
         self.flat = self.index == "FLAT"
         self.store = VectorStore.where_complete(folder, self.manifest)
 
-    def loaded_manifest(self, manifest: dict, load_command: str) -> dict:
-        """Return the manifest of the vectors as they were loaded; UserError unless they are those of
-        `manifest`, in blocks of whatever size and encoded on whatever device.
+    def loaded_manifest(self, manifest: JsonDict, load_command: str) -> JsonDict:
+        """Return the manifest of the loaded vectors; UserError unless it agrees with `manifest`, except for
+        block size, precision and device.
         """
-        record = self.collection.record()
-        if record is None:
-            raise UserError(f"{self.collection}: not made by {COMMAND}; give another --milvus_collection")
-        held = record["manifest"]
-        kept = {name: held[name] for name in (*NOT_COMPARED, "block_rows") if name in held}
-        if different := changes(held, {**manifest, **kept}):
-            what = f"other vectors ({'; '.join(different)})"
-            raise UserError(f"{self.collection}: {what}; load these: {load_command} --force")
+        stamp = self.collection.stamp()
+        if stamp is None:
+            raise UserError(f"{self.collection}: not created by {COMMAND}; pass another --milvus_collection")
+        loaded = stamp["manifest"]
+        kept = {name: loaded[name] for name in (*NOT_COMPARED, "block_rows") if name in loaded}
+        if different := changes(loaded, {**manifest, **kept}):
+            found = f"other vectors ({'; '.join(different)})"
+            raise UserError(f"{self.collection}: {found}; load these: {load_command} --force")
         return {**manifest, **kept}
 
     @property
     def scores(self) -> str:
-        """Return whose scores are given."""
+        """The origin of the scores, for the run's stamp."""
         return "those of Milvus" if self.store is None else "exact"
 
     def check_blocks(self) -> None:
-        """Check the bytes of the blocks (DamagedBlock), or warn that there are none."""
+        """Verify the checksums of the blocks (DamagedBlock), or warn that there are none."""
         if self.store is None:
-            warn("no such vectors on this machine: the scores are those of Milvus (fp32, not checked)")
+            warn("the vectors are not on this machine: the scores are those of Milvus (fp32, not checked)")
         else:
             check_blocks(self.store)
 
     def ask(self, queries: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return what Milvus finds, as Collection.search; `depth` is at most the number of rows.
+        """Return Milvus's results as Collection.search; `depth` is at most the number of rows.
 
-        UserError when an index FLAT, which looks at every row, finds fewer.
+        UserError when a FLAT index, which compares every row, finds fewer.
         """
         rows, scores = self.collection.search(queries, depth, self.params)
         if self.flat and (rows < 0).any():
             raise UserError(
-                f"{self.collection}: Milvus gave fewer hits than it holds; is a query node down? run again"
+                f"{self.collection}: Milvus returned too few hits; check its query nodes and run again"
             )
         return rows, scores
 
     def search(self, queries: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (rows (B, K) int64, scores (B, K) float64), best first, ties by row.
 
-        An index FLAT gives what exact search gives: more than K are asked for, and more again as long as
-        rounding in fp32 could have kept one of the best K out.
+        A FLAT index gives the results of exact search: more than K hits are requested, and more again while
+        rounding in fp32 could have excluded one of the best K.
         """
         keep = min(topk, self.rows)
         if self.store is None:
             return best_first(*self.ask(queries, keep), keep)
         rows, scores = np.empty((len(queries), keep), np.int64), np.empty((len(queries), keep))
-        most, left = min(self.rows, MOST_HITS), np.arange(len(queries))
+        most, left = min(self.rows, MAX_HITS), np.arange(len(queries))
         depth = min(2 * keep, most) if self.flat else keep
         while len(left):
-            found, theirs = self.ask(queries[left], depth)
+            found, milvus_scores = self.ask(queries[left], depth)
             exact = exact_scores(self.store, queries[left], found)
             rows[left], scores[left] = best_first(found, exact, keep)
-            left = left[unsure(scores[left], exact, theirs)] if self.flat and depth < self.rows else left[:0]
+            if not self.flat or depth == self.rows:
+                return rows, scores
+            left = left[may_be_incomplete(scores[left], exact, milvus_scores)]
             if depth == most:
                 break
             depth = min(4 * depth, most)
         if len(left):
             warn(
-                f"{len(left)} queries: Milvus returns too few hits ({most:,}) to be sure of the last of them"
+                f"{len(left)} queries: the limit of {most:,} hits is too low to be sure of their last results"
             )
         return rows, scores
 
 
-def unsure(best: np.ndarray, exact: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Return (B,) bool: whether a passage beyond those found could belong to the best K (B, K).
+def may_be_incomplete(best: np.ndarray, exact: np.ndarray, milvus_scores: np.ndarray) -> np.ndarray:
+    """Return (B,) bool: whether a passage that was not found could belong to the best K, scores (B, K).
 
-    One that was not found has, by their reckoning, a score of at most the last one's (B, D), and their
-    error is taken from the passages that were found, twice over.
+    Milvus's score of such a passage is at most its last one, milvus_scores (B, D). The error of its scores is
+    assumed to be at most twice the largest error of the passages found, whose exact scores are (B, D).
     """
-    known = np.isfinite(theirs)
-    error = np.where(known, np.abs(np.where(known, theirs, 0) - np.where(known, exact, 0)), 0).max(axis=1)
-    return best[:, -1] <= theirs[:, -1] + 2 * error
+    known = np.isfinite(milvus_scores)
+    errors = np.abs(np.where(known, milvus_scores, 0) - np.where(known, exact, 0))
+    return best[:, -1] <= milvus_scores[:, -1] + 2 * np.where(known, errors, 0).max(axis=1)

@@ -1,10 +1,11 @@
-"""A tower compiled by OpenVINO, for encoding on a CPU: bf16 products a third faster than torch's there.
+"""A tower compiled by OpenVINO: encodes on a CPU in bf16 a third faster than torch.
 
-Optional: `python -m pip install -r requirements-openvino.txt`. The tower is converted from the loaded torch
-model each time (seconds); nothing is written.
+Optional: `python -m pip install -r requirements-openvino.txt`. Each run converts the loaded torch model
+(seconds); nothing is written.
 """
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,11 @@ from transformers import PreTrainedModel
 
 from torch_src.runtime.errors import UserError
 
-TOKENS = 2048  # padded tokens of one forward pass: the fastest of 1,024 to 8,192
-PRECISIONS = {"bf16": "bf16", "fp32": "f32"}  # ours -> OpenVINO's hint
+TOKENS = 2048  # padded tokens per forward pass: the fastest of 1,024 to 8,192
+PRECISIONS = {"bf16": "bf16", "fp32": "f32"}  # --precision -> OpenVINO's hint
 
 
-def require_openvino():
+def require_openvino() -> Any:
     """Return the module openvino; UserError when it is not installed."""
     try:
         import openvino
@@ -28,16 +29,16 @@ def require_openvino():
 
 
 def check_openvino(device: torch.device, precision: str, pooling: str) -> None:
-    """UserError where the engine is not installed or cannot do what is asked."""
+    """UserError when the engine is not installed, or does not support the device, precision or pooling."""
     require_openvino()
     if device.type != "cpu" or precision not in PRECISIONS:
-        raise UserError(f"--encoder_engine openvino: for a CPU in {' or '.join(PRECISIONS)}; use torch")
+        raise UserError(f"--encoder_engine openvino: needs a CPU and {' or '.join(PRECISIONS)}; use torch")
     if pooling == "pooler":
-        raise UserError("--encoder_engine openvino: gives no output of a pooling layer; use torch")
+        raise UserError("--encoder_engine openvino: does not support a pooling layer; use torch")
 
 
 class LastLayer(nn.Module):
-    """A tower whose forward pass takes and gives plain tensors, as a conversion wants it."""
+    """A tower whose inputs and output are plain tensors, as the conversion requires."""
 
     def __init__(self, tower: PreTrainedModel):
         super().__init__()
@@ -48,28 +49,28 @@ class LastLayer(nn.Module):
         return self.tower(input_ids=input_ids, attention_mask=attention_mask)[0]
 
 
-def convert(module: nn.Module, example: tuple[Tensor, ...]):
-    """Return the module as a model of OpenVINO, traced with `example`.
+def convert(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
+    """Return the module as an OpenVINO model, traced with `example`.
 
-    By the frontend alone: openvino.convert_model would send a report of its use over the network.
+    Uses only the frontend: openvino.convert_model sends usage statistics over the network.
     """
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of tracing: what depends on a size is compared by the tests
+        warnings.simplefilter("ignore")  # of tracing; the tests compare other sizes than the example's
         decoder = TorchScriptPythonDecoder(module, example_input=example)
         frontend = FrontEndManager().load_by_framework("pytorch")
         return frontend.convert(frontend.load(decoder))
 
 
 class OpenVinoTower:
-    """Called like the torch tower that it was made of; gives the last layer alone, (B, L, H) fp32."""
+    """Replaces the torch tower it was converted from; returns only the last layer (B, L, H) fp32."""
 
     training = False
 
     def __init__(self, tower: PreTrainedModel, precision: str):
-        """Convert and compile; `precision` is bf16 or fp32, the threads are torch's."""
+        """Convert and compile for `precision`, bf16 or fp32, with as many threads as torch."""
         openvino = require_openvino()
         self.config = tower.config
         example = (torch.ones((2, 8), dtype=torch.int64), torch.ones((2, 8), dtype=torch.int64))
@@ -81,7 +82,7 @@ class OpenVinoTower:
         self.request = openvino.Core().compile_model(converted, "CPU", settings).create_infer_request()
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
-        """Return (last layer,). Its memory is used again by the next call."""
+        """Return (last layer,); the next call reuses its memory."""
         given = {0: input_ids.numpy(), 1: attention_mask.numpy()}
         return (torch.from_numpy(self.request.infer(given, share_inputs=True, share_outputs=True)[0]),)
 
@@ -89,6 +90,6 @@ class OpenVinoTower:
         return self
 
     def train(self, on: bool = True) -> "OpenVinoTower":
-        """Do nothing: there is nothing to train."""
+        """Do nothing: the tower cannot be trained."""
         assert not on
         return self
