@@ -293,7 +293,7 @@ def test_what_is_missing_incomplete_or_other_is_refused(world, use, tmp_path):
     manifest = world[0].manifest
     refused = [
         (FakeMilvus(None, index=""), "no such collection; load the vectors first"),
-        (FakeMilvus(None, index="FLAT"), "not made by python script/milvus_load.py"),
+        (FakeMilvus(None, index="FLAT"), "not created by python script/milvus_load.py"),
         (
             FakeMilvus({**manifest, "weights": "other"}),
             "other vectors .weights: other -> missing.; load these",
