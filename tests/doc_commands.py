@@ -11,6 +11,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+from unittest.mock import patch
 
 from script import run_all, run_rounds
 from script.lib.report.hparams import ReportHparams
@@ -155,24 +157,23 @@ def until_parsed(script: str, look: Callable[..., object], look_at_settings: Cal
     if not re.search(r"parse_args\(|hparams|torch_src import", (ROOT / script).read_text(encoding="utf-8")):
         return
 
-    def stop(parser, *_, **__):
+    def stop(parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
         look(parser)
         raise Stopped
 
-    def stop_settings(settings, *_):
+    def stop_settings(settings: type[hparams.Hparams], *_: object) -> NoReturn:
         look_at_settings(settings)
         raise Stopped
 
-    folder, before = (ROOT / script).parent, (sys.argv, sys.path, set(sys.modules))
-    sys.argv, sys.path = [script], [str(folder), *sys.path]
-    argparse.ArgumentParser.parse_args, hparams.parse = stop, stop_settings
-    try:
+    folder, modules = (ROOT / script).parent, set(sys.modules)
+    with (
+        patch.object(sys, "argv", [script]),
+        patch.object(sys, "path", [str(folder), *sys.path]),
+        patch.object(argparse.ArgumentParser, "parse_args", stop),
+        patch.object(hparams, "parse", stop_settings),
+        contextlib.suppress(Stopped),
+    ):
         runpy.run_path(str(ROOT / script), run_name="__main__")
-    except Stopped:
-        pass
-    finally:
-        sys.argv, sys.path = before[:2]
-        argparse.ArgumentParser.parse_args, hparams.parse = PARSE_ARGS, PARSE
-        for name in set(sys.modules) - before[2]:  # two folders have a `common`
-            if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
-                del sys.modules[name]
+    for name in set(sys.modules) - modules:  # two folders have a `common`
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
+            del sys.modules[name]
