@@ -105,7 +105,7 @@ def call(command: list[str]) -> None:
             signal.signal(number, handler)
     if status:
         raise UserError(
-            f"{command[0]} ended with status {status}; fix the error above, then the same command resumes"
+            f"{command[0]} ended with status {status}; the same command resumes once the cause is fixed"
         )
 
 
