@@ -4,9 +4,9 @@ Two ways to run it:
     python script/handle.py dureader-retrieval-baseline-dataset/passage-collection
     cd .../passage-collection && python handle.py     (after moving this file there)
 
-A passage is known by its row, counted from 0 over the parts in NUMERIC order, and passage2id.map.json
-names the rows in that order: any other order would give every passage another passage's id. Standard
-library only, because this file is moved away from the rest.
+A passage is identified by its row, counted from 0 over the parts in NUMERIC order, and passage2id.map.json
+lists the ids in that order: any other order would assign wrong ids. Uses the standard library only, because
+users move this file out of the repository.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-CHUNK = 1 << 24  # bytes read at once
+CHUNK = 1 << 24  # bytes
 MERGED = "all_doc"
 ID_MAP = "passage2id.map.json"
 
 
-class Fault(Exception):
-    """The user's or the data's fault: printed as one line, exit status 2."""
+class UserError(Exception):
+    """A mistake of the user or wrong data: printed as one line, exit status 2."""
 
 
 def numbered_parts(folder: Path) -> list[tuple[int, Path]]:
-    """(number, file) of every part-NN in folder, by number: part-2 stands before part-10."""
+    """Return (number, file) of every part-NN in the folder, by number: part-2 comes before part-10."""
     found = []
     for path in folder.iterdir():
         match = re.fullmatch(r"part-([0-9]+)", path.name)
@@ -39,24 +39,24 @@ def numbered_parts(folder: Path) -> list[tuple[int, Path]]:
 
 
 def checked_parts(folder: Path) -> list[Path]:
-    """The parts in numeric order; Fault unless they run 0, 1, 2, ... and none is empty."""
+    """Return the parts in numeric order; UserError unless they are 0, 1, 2, ... and none is empty."""
     if not folder.is_dir():
-        raise Fault(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder")
     numbered = numbered_parts(folder)
     if not numbered:
-        raise Fault(f"{folder}: no part-00, part-01, ... here; name the passage-collection folder")
+        raise UserError(f"{folder}: no part-00, part-01, ...; name the passage-collection folder")
     for expected, (number, path) in enumerate(numbered):
         if number < expected:
-            raise Fault(f"{path}: part {number} is there twice, under two spellings")
+            raise UserError(f"{path}: duplicate of part {number}; delete one of the two files")
         if number > expected:
-            raise Fault(f"{folder}: part-{expected:02d} is missing, yet {path.name} is there")
+            raise UserError(f"{folder}: part-{expected:02d} is missing (found {path.name})")
         if path.stat().st_size == 0:
-            raise Fault(f"{path}: empty, as after a broken download or unpacking")
+            raise UserError(f"{path}: empty file; download or unpack it again")
     return [path for _, path in numbered]
 
 
 def part_chunks(part: Path) -> Iterator[bytes]:
-    """The bytes of one part, with a final newline added where it lacks one: rows are never glued."""
+    """Yield the bytes of a part, and a final newline if it has none, so that rows stay separate."""
     last = b""
     with open(part, "rb") as source:
         while chunk := source.read(CHUNK):
@@ -67,34 +67,34 @@ def part_chunks(part: Path) -> Iterator[bytes]:
 
 
 def rows_if_merged(parts: list[Path], merged: Path) -> list[int] | None:
-    """Rows of each part if merged holds exactly the parts in this order, else None.
+    """Return the rows of each part if `merged` is exactly the parts in this order, else None.
 
-    Bytes are compared, not rows counted: a file merged in another order has the right number of rows.
+    Compares bytes: a file merged in another order has the same number of rows.
     """
     if merged.stat().st_size < sum(part.stat().st_size for part in parts):
         return None
     rows = []
-    with open(merged, "rb") as there:
+    with open(merged, "rb") as file:
         for part in parts:
             rows.append(0)
             for chunk in part_chunks(part):
-                if there.read(len(chunk)) != chunk:
+                if file.read(len(chunk)) != chunk:
                     return None
                 rows[-1] += chunk.count(b"\n")
-        return None if there.read(1) else rows
+        return None if file.read(1) else rows
 
 
 def check_space(parts: list[Path], folder: Path) -> None:
     needed = sum(part.stat().st_size + 1 for part in parts)
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise Fault(f"{folder}: {needed / 1e9:.2f} GB needed for {MERGED}, {free / 1e9:.2f} GB free")
+        raise UserError(f"{folder}: {needed / 1e9:.2f} GB needed for {MERGED}, {free / 1e9:.2f} GB free")
 
 
 def merge(parts: list[Path], merged: Path) -> list[int]:
-    """Write merged anew and return the rows of each part; a half-written file never bears its name."""
+    """Write `merged` and return the rows of each part; an unfinished file has another name."""
     unfinished = merged.with_name(merged.name + ".tmp")
-    unfinished.unlink(missing_ok=True)  # left by a killed run: its room counts as free
+    unfinished.unlink(missing_ok=True)  # from a killed run; its space counts as free
     check_space(parts, merged.parent)
     rows = []
     try:
@@ -114,7 +114,7 @@ def merge(parts: list[Path], merged: Path) -> list[int]:
 
 
 def rows_in_id_map(folder: Path) -> int | None:
-    """Rows that passage2id.map.json names, from its last key alone; None if it cannot be told."""
+    """Return the rows of passage2id.map.json, from its last key; None without a readable one."""
     path = folder / ID_MAP
     if not path.is_file():
         return None
@@ -125,19 +125,16 @@ def rows_in_id_map(folder: Path) -> int | None:
 
 
 def report(rows: list[int], folder: Path) -> None:
-    """Print the total; warn where the map names more or fewer rows, as when the LAST part is missing."""
+    """Print the total; warn if the id map has another number of rows, as when the LAST part is missing."""
     print(f"total    {sum(rows):,} rows from {len(rows)} parts")
-    named = rows_in_id_map(folder)
-    if named is not None and named != sum(rows):
-        print(
-            f"warning: {ID_MAP} ends at row {named - 1:,}, that is {named:,} rows, but the parts hold "
-            f"{sum(rows):,}: is a part missing or cut short?",
-            file=sys.stderr,
-        )
+    expected = rows_in_id_map(folder)
+    if expected is not None and expected != sum(rows):
+        found = f"{expected:,} rows, but the parts have {sum(rows):,}"
+        print(f"warning: {ID_MAP} has {found}: is a part missing or truncated?", file=sys.stderr)
 
 
 def collection_folder(argument: str | None) -> Path:
-    """The folder named; else the one this file lies in, if it holds parts; else the current one."""
+    """Return the given folder, else the folder of this file if it has parts, else the current one."""
     if argument is not None:
         return Path(argument)
     beside = Path(os.path.abspath(__file__)).parent
@@ -145,15 +142,16 @@ def collection_folder(argument: str | None) -> Path:
 
 
 def run(folder: Path, force: bool) -> None:
+    """Merge the parts unless all_doc is up to date."""
     parts = checked_parts(folder)
     merged = folder / MERGED
     if merged.exists() and not force:
         rows = rows_if_merged(parts, merged)
         if rows is not None:
-            print(f"{merged} is up to date: it holds exactly the parts in numeric order")
+            print(f"{merged}: up to date")
             report(rows, folder)
             return
-        print(f"{merged} is not the parts in numeric order: merging again", flush=True)
+        print(f"{merged}: differs from the parts in numeric order, merging again", flush=True)
     rows = merge(parts, merged)
     print(f"wrote {merged}  {merged.stat().st_size / 1e9:.2f} GB")
     report(rows, folder)
@@ -164,14 +162,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "folder",
         nargs="?",
-        help="the passage-collection folder (default: where this file "
-        "lies if it holds parts, else the current folder)",
+        help="the passage-collection folder (default: the folder of this file if it has parts, else .)",
     )
-    parser.add_argument("--force", action="store_true", help="write all_doc anew even if it is up to date")
+    parser.add_argument("--force", action="store_true", help="merge again even if all_doc is up to date")
     args = parser.parse_args(argv)
     try:
         run(collection_folder(args.folder), args.force)
-    except (Fault, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,4 +1,4 @@
-"""script/download.sh and lib/download.py against a little server on this machine; no network."""
+"""script/download.sh and lib/download.py with a local test server, without a network."""
 
 import gzip
 import hashlib
@@ -21,7 +21,7 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parents[2] / "script"
 FOLDER = "dureader-retrieval-baseline-dataset"
 ARCHIVE = f"{FOLDER}.tar.gz"
-NOISE = random.Random(0).randbytes(60_000).hex().encode()  # so that the archive does not shrink to nothing
+NOISE = random.Random(0).randbytes(60_000).hex().encode()  # incompressible
 FILES = {
     "train/dual.train.tsv": NOISE + b"\nq\t\tp\t\tn\t0",  # two rows, the last without a newline
     "dev/q2qid.dev.json": json.dumps({'a "quoted": query': "1", "一：\\": "2"}).encode(),
@@ -31,7 +31,7 @@ ROWS = {"train/dual.train.tsv": 2, "dev/q2qid.dev.json": 2, "passage-collection/
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `body`; can ignore Range, cut each of the first `cuts` answers half-way, or fail."""
+    """Serves `body`; can ignore Range, cut each of the first `cuts` responses in half, or fail."""
 
     body = b""
     etag = '"one"'
@@ -41,7 +41,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.sent = []  # (first byte, bytes sent) of each answer
+        self.sent = []  # (first byte, bytes sent) of each response
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -62,7 +62,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.cuts:
             server.cuts -= 1
             stop = (start + stop) // 2
-        server.sent.append((start, stop - start))  # before the client hears of it
+        server.sent.append((start, stop - start))  # before the client can read it
         self.end_headers()
         self.wfile.write(server.body[start:stop])
 
@@ -120,11 +120,11 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
     return info
 
 
-def assert_whole(folder: Path) -> None:
+def assert_complete(folder: Path) -> None:
     assert {name: (folder / FOLDER / name).read_bytes() for name in FILES} == FILES
 
 
-def assert_refused(folder: Path, captured, complaint: str) -> None:
+def assert_failed(folder: Path, captured, complaint: str) -> None:
     """An error on stderr, no data set, and no partly unpacked folder."""
     last = captured.err.splitlines()[-1]
     assert " ERROR " in last and complaint in last and captured.err.count(" ERROR ") == 1, captured.err
@@ -133,7 +133,7 @@ def assert_refused(folder: Path, captured, complaint: str) -> None:
 
 def test_fresh_download_then_up_to_date(download, server, tmp_path, capsys):
     assert download.get() == 0
-    assert_whole(tmp_path)
+    assert_complete(tmp_path)
     digest = hashlib.sha256(server.body).hexdigest()
     assert (tmp_path / f"{ARCHIVE}.sha256").read_text() == f"{digest}  {ARCHIVE}\n"
     left = sorted(path.name for path in tmp_path.iterdir())
@@ -147,50 +147,50 @@ def test_fresh_download_then_up_to_date(download, server, tmp_path, capsys):
 def test_an_interrupted_download_resumes_with_the_missing_bytes_only(download, server, tmp_path, capsys):
     server.cuts, size = 1, len(server.body)
     assert download.get("--retries", "0") == 2
-    assert_refused(tmp_path, capsys.readouterr(), "again to resume")
+    assert_failed(tmp_path, capsys.readouterr(), "again to resume")
     assert not (tmp_path / ARCHIVE).exists()
     assert download.get() == 0
     assert server.sent == [(0, size // 2), (size // 2, size - size // 2)]
-    assert_whole(tmp_path)
+    assert_complete(tmp_path)
 
 
-def test_a_lost_connection_is_tried_again_in_the_same_run(download, server, tmp_path):
+def test_a_lost_connection_is_retried(download, server, tmp_path):
     server.cuts = 2
-    assert download.get("--retries", "1") == 0  # each try brought new bytes, so none counts as the second
+    assert download.get("--retries", "1") == 0  # each attempt received new bytes, so the retries start over
     assert [start for start, _ in server.sent] == [0, server.sent[0][1], sum(n for _, n in server.sent[:2])]
     assert sum(count for _, count in server.sent) == len(server.body)
-    assert_whole(tmp_path)
+    assert_complete(tmp_path)
 
 
-def test_a_server_without_range_starts_anew(download, server, tmp_path, capsys):
+def test_a_server_without_range_sends_everything_again(download, server, tmp_path, capsys):
     server.cuts, server.ranges = 1, False
     assert download.get() == 0
     assert "cannot be resumed" in capsys.readouterr().out
     assert server.sent[1] == (0, len(server.body))
-    assert_whole(tmp_path)
+    assert_complete(tmp_path)
 
 
 @pytest.mark.parametrize("shorter", [False, True])
-def test_a_file_that_changed_meanwhile_is_not_glued_to_the_old_half(download, server, tmp_path, shorter):
+def test_a_changed_remote_file_replaces_the_old_part(download, server, tmp_path, shorter):
     server.cuts = 1
     server.body = pack({**FILES, "more": random.Random(1).randbytes(500_000)}) if shorter else server.body
     assert download.get("--retries", "0") == 2
     server.body, server.etag = pack(FILES), '"two"'
     assert download.get() == 0
     assert server.sent[-1] == (0, len(server.body))
-    assert_whole(tmp_path)
+    assert_complete(tmp_path)
 
 
 @pytest.mark.parametrize("status, answer", [(404, "404"), (503, "503")])
-def test_a_server_that_refuses(download, server, tmp_path, capsys, status, answer):
+def test_http_errors(download, server, tmp_path, capsys, status, answer):
     server.status = status
     assert download.get("--retries", "1") == 2
-    assert_refused(tmp_path, capsys.readouterr(), answer)
+    assert_failed(tmp_path, capsys.readouterr(), answer)
 
 
-def test_an_address_that_is_none(download, tmp_path, capsys):
+def test_an_invalid_address(download, tmp_path, capsys):
     assert download.get("--url", "ftp.example.com") == 2
-    assert_refused(tmp_path, capsys.readouterr(), "--url ftp.example.com")
+    assert_failed(tmp_path, capsys.readouterr(), "--url ftp.example.com")
 
 
 def broken_crc(body: bytes) -> bytes:
@@ -207,14 +207,14 @@ def broken_crc(body: bytes) -> bytes:
         (lambda body: gzip.compress(b""), "empty"),
     ],
 )
-def test_a_broken_archive_is_set_aside(download, server, tmp_path, capsys, harm, complaint):
+def test_a_damaged_archive_is_renamed(download, server, tmp_path, capsys, harm, complaint):
     server.body = harm(server.body)
     assert download.get() == 2
-    assert_refused(tmp_path, capsys.readouterr(), complaint)
+    assert_failed(tmp_path, capsys.readouterr(), complaint)
     assert not (tmp_path / ARCHIVE).exists() and (tmp_path / f"{ARCHIVE}.bad").exists()
     server.body = pack(FILES)
     assert download.get() == 0
-    assert_whole(tmp_path)
+    assert_complete(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_a_broken_archive_is_set_aside(download, server, tmp_path, capsys, harm,
 def test_wrong_row_counts(download, server, tmp_path, capsys, changed, complaint):
     server.body = pack({**FILES, **changed})
     assert download.get() == 2
-    assert_refused(tmp_path, capsys.readouterr(), complaint)
+    assert_failed(tmp_path, capsys.readouterr(), complaint)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7])
@@ -261,14 +261,14 @@ def test_the_published_counts_agree_with_each_other(download):
         (member(f"{FOLDER}/pipe", tarfile.FIFOTYPE), "device"),
     ],
 )
-def test_unsafe_archives_are_refused(
+def test_unsafe_archives_are_rejected(
     download, server, tmp_path, monkeypatch, capsys, bad, complaint, with_filter
 ):
     if not with_filter:
         monkeypatch.delattr(tarfile, "data_filter", raising=False)
     server.body = pack(FILES, bad)
     assert download.get() == 2
-    assert_refused(tmp_path, capsys.readouterr(), complaint)
+    assert_failed(tmp_path, capsys.readouterr(), complaint)
     assert not list(tmp_path.parent.glob("evil"))
 
 
@@ -283,36 +283,36 @@ def test_not_enough_disk(download, server, tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=len(server.body)))
     assert download.get() == 2
-    assert_refused(tmp_path, capsys.readouterr(), "not enough disk space")
+    assert_failed(tmp_path, capsys.readouterr(), "not enough disk space")
     assert not (tmp_path / ARCHIVE).exists() and not (tmp_path / f"{ARCHIVE}.part").exists()
 
 
 def test_expected_checksum(download, server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DATA_SHA256", "0" * 64)
     assert download.get() == 2
-    assert_refused(tmp_path, capsys.readouterr(), "DATA_SHA256")
+    assert_failed(tmp_path, capsys.readouterr(), "DATA_SHA256")
     monkeypatch.setenv("DATA_SHA256", hashlib.sha256(server.body).hexdigest().upper())
     assert download.get() == 0
     assert server.sent == [(0, len(server.body))]  # the bytes were kept
-    assert_whole(tmp_path)
+    assert_complete(tmp_path)
 
 
-def test_an_archive_that_no_longer_matches_its_record(download, tmp_path, capsys):
+def test_an_archive_that_no_longer_matches_its_checksum(download, tmp_path, capsys):
     (tmp_path / ARCHIVE).write_bytes(pack(FILES))
     (tmp_path / f"{ARCHIVE}.sha256").write_text(f"{'1' * 64}  {ARCHIVE}\n")
     assert download.get() == 2
-    assert_refused(tmp_path, capsys.readouterr(), f"{ARCHIVE}.sha256")
+    assert_failed(tmp_path, capsys.readouterr(), f"{ARCHIVE}.sha256")
 
 
-def test_an_archive_already_there_is_not_downloaded(download, server, tmp_path):
+def test_an_existing_archive_is_not_downloaded(download, server, tmp_path):
     (tmp_path / ARCHIVE).write_bytes(pack(FILES))
-    (tmp_path / f".{FOLDER}.unpacking").mkdir()  # left by a killed run
+    (tmp_path / f".{FOLDER}.unpacking").mkdir()  # from a killed run
     assert download.get() == 0
-    assert_whole(tmp_path)
+    assert_complete(tmp_path)
     assert server.sent == []
 
 
-def test_an_existing_folder_that_is_not_whole_is_left_alone(download, server, tmp_path, capsys):
+def test_an_incomplete_folder_is_not_touched(download, server, tmp_path, capsys):
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / "mine").write_text("mine")
     assert download.get() == 2
@@ -323,7 +323,7 @@ def test_an_existing_folder_that_is_not_whole_is_left_alone(download, server, tm
 def test_two_runs_at_once(download, tmp_path, capsys):
     with download.download_lock(tmp_path):
         assert download.get() == 2
-    assert_refused(tmp_path, capsys.readouterr(), "another download")
+    assert_failed(tmp_path, capsys.readouterr(), "another download")
 
 
 def test_the_shell_script_by_itself(server, tmp_path):
@@ -333,11 +333,17 @@ def test_the_shell_script_by_itself(server, tmp_path):
     shown = subprocess.run([*command, "--help"], env=env, capture_output=True, text=True, check=True)
     assert "DATA_URL" in shown.stdout
     subprocess.run([*command, "--counts", "rows.json"], cwd=tmp_path, env=env, check=True)
-    assert_whole(tmp_path)
+    assert_complete(tmp_path)
+
+
+def test_the_standard_library_is_enough(tmp_path):
+    command = [sys.executable, "-S", SCRIPTS / "lib/download.py", "--url", "none", "--to", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "--url none" in done.stderr
 
 
 class FakeHub(types.ModuleType):
-    """Stands for huggingface_hub: one repository, `names` in it; `lost` of them never arrive."""
+    """Replaces huggingface_hub: one repository with the files `names`, of which `lost` never arrive."""
 
     names = ["config.json", "vocab.txt", "pytorch_model.bin", "tf_model.h5", "onnx/config.json", "README.md"]
     lost = ()
@@ -363,7 +369,7 @@ def hub(monkeypatch):
     return hub
 
 
-def test_a_model_brings_only_what_is_needed(download, hub, tmp_path, capsys):
+def test_only_the_needed_files_of_a_model_are_downloaded(download, hub, tmp_path, capsys):
     assert download.get("model") == 0
     folder = tmp_path / "torch_pretrained_models" / "ernie-gram-zh"
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "pytorch_model.bin", "vocab.txt"]
@@ -385,10 +391,10 @@ def test_safetensors_are_preferred(download):
         ((), ["config.json", "tf_model.h5"], "no config.json with safetensors"),
     ],
 )
-def test_a_model_that_is_not_whole_never_looks_it(download, hub, tmp_path, capsys, lost, names, complaint):
+def test_an_incomplete_model_has_no_final_name(download, hub, tmp_path, capsys, lost, names, complaint):
     hub.lost, hub.names = lost, names
     assert download.get("model", "some/model") == 2
-    assert_refused(tmp_path, capsys.readouterr(), complaint)
+    assert_failed(tmp_path, capsys.readouterr(), complaint)
     assert not (tmp_path / "torch_pretrained_models" / "model").exists()
 
 

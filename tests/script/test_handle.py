@@ -1,4 +1,4 @@
-"""script/handle.py: numeric order, whole rows, and nothing half-written under the name all_doc."""
+"""script/handle.py: numeric order, whole rows, and never an unfinished all_doc."""
 
 import importlib.util
 import json
@@ -33,7 +33,7 @@ def row(text: str) -> bytes:
 
 
 def test_parts_are_merged_in_numeric_order(handle, tmp_path, capsys):
-    names = [f"part-{number}" for number in range(12)]  # as text, part-10 stands before part-2
+    names = [f"part-{number}" for number in range(12)]  # as text, part-10 sorts before part-2
     folder = write_parts(tmp_path, {name: row(name) for name in reversed(names)})
     assert handle.main([str(folder)]) == 0
     assert (folder / "all_doc").read_bytes() == b"".join(row(name) for name in names)
@@ -42,8 +42,8 @@ def test_parts_are_merged_in_numeric_order(handle, tmp_path, capsys):
     assert not (folder / "all_doc.tmp").exists()
 
 
-def test_a_missing_final_newline_never_glues_two_rows(handle, tmp_path):
-    odd = "a\x0b\x0c\x1c\x85\u2028b\r"  # no row ends but at \n
+def test_a_missing_final_newline_does_not_join_rows(handle, tmp_path):
+    odd = "a\x0b\x0c\x1c\x85\u2028b\r"  # only \n ends a row
     folder = write_parts(tmp_path, {"part-00": row(odd)[:-1], "part-01": row("c")[:-1]})
     assert handle.main([str(folder)]) == 0
     assert (folder / "all_doc").read_bytes() == row(odd) + row("c")
@@ -66,7 +66,7 @@ def test_the_chunk_size_changes_nothing(handle, tmp_path, monkeypatch, chunk):
         ({"part-00": row("a"), "part-02": row("c")}, "part-01 is missing"),
         ({"part-01": row("b")}, "part-00 is missing"),
         ({"part-00": row("a"), "part-01": b""}, "part-01: empty"),
-        ({"part-00": row("a"), "part-01": row("b"), "part-1": row("b")}, "twice"),
+        ({"part-00": row("a"), "part-01": row("b"), "part-1": row("b")}, "duplicate"),
     ],
 )
 def test_bad_parts_are_one_clear_line(handle, tmp_path, capsys, parts, complaint):
@@ -80,10 +80,10 @@ def test_bad_parts_are_one_clear_line(handle, tmp_path, capsys, parts, complaint
 
 def test_a_folder_that_is_not_there(handle, tmp_path, capsys):
     assert handle.main([str(tmp_path / "absent")]) == 2
-    assert "no such folder" in capsys.readouterr().err
+    assert "absent: no such folder" in capsys.readouterr().err
 
 
-def test_second_run_leaves_all_doc_and_force_redoes_it(handle, tmp_path, capsys):
+def test_a_second_run_keeps_all_doc_and_force_rewrites_it(handle, tmp_path, capsys):
     folder = write_parts(tmp_path, {"part-00": row("a"), "part-01": row("b")[:-1]})
     merged = folder / "all_doc"
     assert handle.main([str(folder)]) == 0
@@ -99,7 +99,7 @@ def test_second_run_leaves_all_doc_and_force_redoes_it(handle, tmp_path, capsys)
     "stale",
     [
         row("b") + row("a"),  # right rows and size, in directory order
-        row("a"),  # broken off
+        row("a"),  # truncated
         row("a") + row("b") + row("c"),  # a part too many
     ],
 )
@@ -131,7 +131,7 @@ def test_a_write_that_fails_leaves_nothing(handle, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("named, warned", [(2, False), (3, True)])
-def test_a_missing_last_part_is_noticed_by_the_id_map(handle, tmp_path, capsys, named, warned):
+def test_a_missing_last_part_is_found_by_the_id_map(handle, tmp_path, capsys, named, warned):
     ids = {str(number): f"pid{number}" for number in range(named)}
     folder = write_parts(
         tmp_path, {"part-00": row("a") + row("b"), "passage2id.map.json": json.dumps(ids).encode()}
