@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 import numpy as np
 
@@ -133,7 +133,7 @@ class OfficialLayoutWriter:
             raise UserError(f"query {query.qid}: no positive passage")
 
     def _write_training(
-        self, dual: TextIO, cross: TextIO, collection: PassageCollection, number: int, query: Query
+        self, dual: IO[str], cross: IO[str], collection: PassageCollection, number: int, query: Query
     ) -> None:
         text, positives = self._one_line(query.text), [self.rows[pid] for pid in query.positives]
         negatives = [self.rows[pid] for pid in query.negatives] or self._random_rows(number, positives)
