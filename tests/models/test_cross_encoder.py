@@ -1,4 +1,4 @@
-"""The cross-encoder's losses, FGM, tokenising of pairs, fp32 head and scoring, each against a slow or
+"""The cross-encoder's losses, FGM, tokenization of pairs, fp32 head and scoring, each against a slow or
 hand-computed counterpart.
 """
 
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_pointwise_loss_is_the_slow_one(seed):
+def test_pointwise_loss_equals_the_slow_one(seed):
     draw = random.Random(seed)
     logits = [draw.gauss(0, 4) for _ in range(17)]
     labels = [float(draw.random() < 0.3) for _ in range(17)]
@@ -47,7 +47,7 @@ def test_pointwise_loss_is_the_slow_one(seed):
 
 
 @pytest.mark.parametrize("group_size", [2, 5])
-def test_listwise_loss_is_the_slow_one(group_size):
+def test_listwise_loss_equals_the_slow_one(group_size):
     draw = random.Random(group_size)
     groups = [[draw.gauss(0, 3) for _ in range(group_size)] for _ in range(7)]
     terms = [math.log(math.fsum(math.exp(v) for v in group)) - group[0] for group in groups]
@@ -136,7 +136,7 @@ def test_fgm_with_no_gradient_gives_the_plain_loss():
     assert loss == 0 and not table.any() and np.isfinite(w).all() and toy.calls == 2
 
 
-def test_fgm_puts_the_table_back_after_an_error():
+def test_fgm_restores_the_table_after_an_error():
     toy = Toy()
     gradient = torch.autograd.grad(toy.loss()[0], toy.table)[0]
     with pytest.raises(KeyboardInterrupt), perturbed(toy.table, gradient, 0.5):
@@ -270,7 +270,7 @@ def test_a_passage_of_60975_characters(tokenizer):
 
 @pytest.mark.parametrize("passage", ["前" + " " * 3000 + "后", "a" * 3000 + " 后", " " * 1200 + "后" * 90])
 def test_few_tokens_from_many_characters(tokenizer, passage):
-    """The early cut by characters must not take away what the limit in tokens would keep."""
+    """The early cut by characters must not remove what the limit in tokens keeps."""
     pairs = pair(tokenizer, "问题", passage, 64)
     assert (pairs.ids[0], pairs.types[0]) == own(tokenizer, "问题", passage, 64)
     assert pairs.cut == (len(plain(tokenizer, passage)) > 59)
@@ -461,7 +461,7 @@ def test_scores_are_those_of_each_pair_alone(model, tokenizer):
         assert model.model(**inputs).logits.item() == pytest.approx(usual[at], abs=1e-4)
 
 
-def test_pieces_are_put_together_in_order(model, tokenizer, monkeypatch):
+def test_chunks_are_joined_in_order(model, tokenizer, monkeypatch):
     candidates = listed(tokenizer, 5, 7)
     usual = scorer(model, tokenizer).score_all(candidates)
     monkeypatch.setattr("torch_src.retrieval.reranking.TOKENIZE_AHEAD", 4)
@@ -471,7 +471,7 @@ def test_pieces_are_put_together_in_order(model, tokenizer, monkeypatch):
     assert np.abs(scorer(model, tokenizer).score_all(candidates) - usual).max() < 1e-4
 
 
-def test_scoring_leaves_the_mode_of_the_model_and_drops_nothing_out(model, tokenizer):
+def test_scoring_restores_the_mode_of_the_model_and_has_no_dropout(model, tokenizer):
     candidates = listed(tokenizer, 2, 5)
     usual = scorer(model, tokenizer).score_all(candidates)
     model.train()
@@ -515,7 +515,7 @@ def test_pairs_are_ranked_by_score_and_ties_by_the_retrievers_rank():
     assert orders(candidates, np.zeros(7, dtype=np.float32)) == [[0, 1, 2, 3], [4], [5, 6]]
 
 
-def test_neighbouring_floats_are_no_tie():
+def test_adjacent_floats_are_no_tie():
     scores = np.zeros(7, dtype=np.float32)
     scores[:2] = 1, np.nextafter(np.float32(1), np.float32(2))
     assert orders(three_queries([0] * 7), scores)[0] == [1, 0, 2, 3]

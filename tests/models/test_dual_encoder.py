@@ -148,7 +148,7 @@ def test_truncated_pickle_weights(folder, keep, tiny_bert):
         load(folder)
 
 
-def test_half_folder_an_index_without_one_of_its_shards(folder):
+def test_an_index_without_one_of_its_shards(folder):
     state = load_file(folder / "model.safetensors")
     names = sorted(state)
     parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
@@ -221,7 +221,7 @@ def test_weights_of_another_model_are_refused(tmp_path, tiny_bert, tiny_config):
             load_weights(str(path), model, "do_dual_train.py")
 
 
-def test_torn_or_missing_weights_file(tmp_path, tiny_bert):
+def test_truncated_or_missing_weights_file(tmp_path, tiny_bert):
     model, path = DualEncoder(tiny_bert(), True, "cls", False), tmp_path / "dual_params.bin"
     with pytest.raises(UserError, match="dual_params.bin: no such file.*do_dual_train.py"):
         load_weights(str(path), model, "do_dual_train.py")
@@ -242,7 +242,7 @@ def test_weights_that_would_run_code_are_refused(tmp_path, tiny_bert):
 
 
 class Exploding:
-    """Unpickling one of these makes a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path):
         self.path = path

@@ -63,7 +63,7 @@ def test_no_texts_give_no_ids(tokenizer):
     assert tokenize(tokenizer, [], RULES) == ([], 0)
 
 
-def test_prefix_stands_before_every_text_even_an_empty_one(tokenizer):
+def test_prefix_comes_before_every_text_even_an_empty_one(tokenizer):
     rules = TextRules(32, prefix="水: ")
     assert tokens(tokenizer, "油", rules)[0] == ["水", ":", "油"]
     assert tokens(tokenizer, "", rules)[0] == ["水", ":"]
@@ -113,7 +113,7 @@ def test_passage_of_60975_characters_keeps_its_first_tokens(tokenizer):
         " " * 10_000 + "油" * 500,
     ],
 )
-def test_early_cut_takes_nothing_from_a_text_of_many_spaces(tokenizer, text):
+def test_early_cut_removes_nothing_from_a_text_of_many_spaces(tokenizer, text):
     (ids,), cut = tokenize(tokenizer, [text], TextRules(384))
     assert (ids, bool(cut)) == uncut(tokenizer, text, 384)
 
@@ -129,7 +129,7 @@ def test_early_cut_inside_a_word_gives_the_ids_of_the_whole_text(tokenizer, text
 
 @STEADY
 @given(st.lists(st.text("水油 ab,\x0b\u2028", max_size=60), max_size=4), st.integers(3, 12))
-def test_ids_do_not_depend_on_the_company_or_on_the_call(tokenizer, texts, max_seq_len):
+def test_ids_do_not_depend_on_the_other_texts_or_the_call(tokenizer, texts, max_seq_len):
     rules = TextRules(max_seq_len)
     ids, cut = tokenize(tokenizer, texts, rules)
     assert tokenize(tokenizer, texts, rules) == (ids, cut)
@@ -199,7 +199,7 @@ def test_batches_are_filled_up_to_the_limits():
     assert [batch.tolist() for batch in length_sorted_batches([9, 9], 8, 4)] == [[0], [1]]
 
 
-def test_checksum_and_saving_wait_for_the_thread_that_tokenises(tokenizer, tmp_path, monkeypatch):
+def test_checksum_and_saving_wait_for_the_thread_that_tokenizes(tokenizer, tmp_path, monkeypatch):
     """Both reset the length limit of the shared tokenizer, so both must hold its lock."""
     held = []
 

@@ -31,7 +31,7 @@ def train(world: Path, *more: str) -> int:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Bytes of every result; caches and curves (which carry times) left out."""
+    """Bytes of every result; caches and curves (which hold times) omitted."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [path for path in files if not {"tensorboard", "cache"} & set(path.parts)]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}

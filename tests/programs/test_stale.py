@@ -48,14 +48,14 @@ def test_one_changed_setting_is_noticed(world, capsys, knob, value, passages):
     before = blocks(world)
     capsys.readouterr()
     assert infer(world, f"--{knob}", *([] if value is None else [value])) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     if knob != "topk":  # another k is another file
-        assert "res.top10: out of date" in said
+        assert "res.top10: out of date" in printed
         assert (
             "weights: " if knob == "seed" else f"{knob}: "
-        ) in said  # drawn from the seed: no weights there
+        ) in printed  # drawn from the seed: no weights there
     assert (blocks(world) != before) == passages
-    assert ("vectors up to date" in said) != passages
+    assert ("vectors up to date" in printed) != passages
 
 
 def test_another_tokenizer_is_noticed(world, capsys):
@@ -77,8 +77,8 @@ def test_one_changed_tower_is_noticed(trained_copy, capsys, tower):
     torch.save(state, path)
     capsys.readouterr()
     assert dual_infer.main(options(world, world / "output"), topk=10) == 0
-    said = "".join(capsys.readouterr())
-    assert "not the weights that" in said and "weights: " in said
+    printed = "".join(capsys.readouterr())
+    assert "not the weights that" in printed and "weights: " in printed
     assert (world / "output/res.top10").read_bytes() != run
 
 
@@ -129,8 +129,8 @@ def test_another_number_of_heads_is_noticed(trained_copy, capsys):
     assert "not the configuration that" in capsys.readouterr().err
     shutil.rmtree(world / "output/dual_model")  # as if only the weights and settings were copied
     assert dual_infer.main(words, topk=10) == 0
-    said = capsys.readouterr().out
-    assert "res.top10: out of date" in said and said.count("architecture: ") == 3
+    printed = capsys.readouterr().out
+    assert "res.top10: out of date" in printed and printed.count("architecture: ") == 3
 
 
 @pytest.mark.parametrize("own_weights", [True, False])

@@ -76,7 +76,7 @@ def test_order_and_batch_composition_do_not_matter(make_encoder, pooling):
     assert np.abs(backwards - expected).max() < 1e-5
 
 
-def test_same_texts_same_bytes_and_dropout_is_off_and_on_again(make_encoder, tiny_bert):
+def test_same_texts_same_bytes_and_dropout_is_restored(make_encoder, tiny_bert):
     tower = tiny_bert(0).train()
     encoder = make_encoder(tower=tower)
     first, second = encoder.encode(make_texts(20)), encoder.encode(make_texts(20))
@@ -85,7 +85,7 @@ def test_same_texts_same_bytes_and_dropout_is_off_and_on_again(make_encoder, tin
     assert encoder.encode(make_texts(20)).tobytes() == first.tobytes() and not tower.training
 
 
-def test_batches_keep_to_both_limits(make_encoder, monkeypatch):
+def test_batches_respect_both_limits(make_encoder, monkeypatch):
     shapes, real = [], encoding.embed
 
     def spy(tower, input_ids, mask, *rest):
@@ -160,7 +160,7 @@ def test_a_failure_keeps_the_blocks_before_it(make_encoder, make_collection, tmp
     assert not list((tmp_path / "emb").glob("*.tmp"))
 
 
-def test_a_malformed_passage_is_named_from_the_thread_that_tokenises(make_encoder, make_collection, tmp_path):
+def test_a_malformed_passage_is_named_from_the_thread_that_tokenizes(make_encoder, make_collection, tmp_path):
     collection = make_collection(make_texts(14) + ["a\tb"] + make_texts(5))
     with pytest.raises(UserError, match=r"part-01:9: 5 TAB-separated columns"):
         encode_collection(make_encoder(), collection, make_store(tmp_path / "emb", 20), 1e9)
@@ -247,7 +247,7 @@ def test_vectors_that_are_not_finite_are_refused(make_encoder, tiny_bert):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_worker_processes_tokenise_the_same(make_encoder, make_collection, tmp_path, monkeypatch, workers):
+def test_worker_processes_give_the_same_tokens(make_encoder, make_collection, tmp_path, monkeypatch, workers):
     monkeypatch.setattr(encoding, "TOKENIZE_AHEAD", 4)
     collection = make_collection(make_texts(37))
     for folder, count in (("a", 0), ("b", workers)):
@@ -263,7 +263,7 @@ def test_a_malformed_passage_is_named_by_a_worker_process(make_encoder, make_col
         encode_collection(make_encoder(), collection, make_store(tmp_path / "emb", 20), 1e9, 1)
 
 
-def test_out_of_memory_halves_the_budget_and_carries_on(make_encoder, monkeypatch, capsys):
+def test_out_of_memory_halves_the_budget(make_encoder, monkeypatch, capsys):
     real = encoding.embed
 
     def too_little_memory(tower, input_ids, *rest):
@@ -284,7 +284,7 @@ def test_out_of_memory_halves_the_budget_and_carries_on(make_encoder, monkeypatc
         make_encoder(1000, 1000).encode(texts)
 
 
-def test_the_budget_that_a_block_was_made_with_is_noted(make_encoder, make_collection, tmp_path):
+def test_the_stamp_of_a_block_has_its_token_budget(make_encoder, make_collection, tmp_path):
     store = make_store(tmp_path / "emb", 12)
     encode_collection(make_encoder(7, 99), make_collection(make_texts(12)), store, 1e9)
     note = json.loads((tmp_path / "emb/block-00001.json").read_text())

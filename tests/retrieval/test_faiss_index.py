@@ -47,7 +47,7 @@ def test_finds_most_of_the_exact_result_with_exact_scores(world, tmp_path, facto
     assert f"index {factory}: recall@10 " in index.recall(queries, 10, CPU, 7)
 
 
-def test_fewer_than_topk_are_found_and_no_row_is_made_up(world, tmp_path):
+def test_fewer_than_topk_results_are_padded(world, tmp_path):
     store, _, queries = world
     index = open_index(world, tmp_path / "i", "IVF8,Flat", "nprobe=1")
     rows, scores = index.search(queries, 2500)
@@ -57,7 +57,7 @@ def test_fewer_than_topk_are_found_and_no_row_is_made_up(world, tmp_path):
         assert len(set(real)) == len(real) > 100 and found[: len(real)] == real
 
 
-def test_the_index_is_read_again_while_its_stamp_agrees(world, tmp_path, capsys):
+def test_the_index_is_reused_while_its_stamp_agrees(world, tmp_path, capsys):
     path = tmp_path / "para.index"
     first = open_index(world, path).search(world[2], 5)[0]
     made = path.stat().st_mtime_ns
@@ -73,7 +73,7 @@ def test_the_index_is_read_again_while_its_stamp_agrees(world, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]])
-def test_a_damaged_index_is_made_again(world, tmp_path, capsys, damage):
+def test_a_damaged_index_is_rebuilt(world, tmp_path, capsys, damage):
     path = tmp_path / "para.index"
     open_index(world, path)
     whole = path.read_bytes()
@@ -83,7 +83,7 @@ def test_a_damaged_index_is_made_again(world, tmp_path, capsys, damage):
     assert path.read_bytes() == whole
 
 
-def test_an_index_of_other_vectors_is_named(world, tmp_path):
+def test_an_index_of_other_vectors_is_refused(world, tmp_path):
     path = tmp_path / "para.index"
     other = make_store(tmp_path / "other", world[1][:100], 50)
     FaissSearch(other, IndexSettings("Flat", "", 0.1, 1), path, {"a": 1}, force=True)
@@ -91,7 +91,7 @@ def test_an_index_of_other_vectors_is_named(world, tmp_path):
         open_index(world, path, factory="Flat")
 
 
-def test_malformed_strings_are_the_users_mistake(world, tmp_path):
+def test_malformed_options_are_user_errors(world, tmp_path):
     with pytest.raises(UserError, match="--index IVF: not a faiss index"):
         open_index(world, tmp_path / "i", factory="IVF")
     with pytest.raises(UserError, match="--search_params nprobes=8"):
@@ -104,7 +104,7 @@ def test_memory_is_estimated(factory, low, high):
     assert low * 10**6 <= estimate(factory, 32, 10**6)[0] <= high * 10**6
 
 
-def test_an_index_that_does_not_fit_is_refused_before_it_is_made(world, tmp_path, monkeypatch):
+def test_an_index_that_does_not_fit_is_refused_before_it_is_built(world, tmp_path, monkeypatch):
     check_memory("Flat", 89, lambda: 100)
     with pytest.raises(UserError, match="--index Flat: needs about"):
         check_memory("Flat", 91, lambda: 100)
@@ -123,7 +123,7 @@ def test_training_vectors_are_bounded_by_memory(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_program_takes_an_index(tmp_path, programs):
+def test_the_program_with_an_index(tmp_path, programs):
     world = make_world(tmp_path)
     words = [
         *options(world, tmp_path / "out"), "--topk", "10",
@@ -149,7 +149,7 @@ def only(*installed):
     return distribution
 
 
-def test_an_empty_faiss_is_named(monkeypatch):
+def test_an_empty_faiss_is_refused(monkeypatch):
     monkeypatch.setattr(module.metadata, "distribution", only("faiss-cpu"))
     monkeypatch.setattr(module, "import_module", lambda name: types.ModuleType(name))
     with pytest.raises(UserError, match="faiss.* empty.*pip uninstall -y faiss-cpu faiss-gpu"):
@@ -162,7 +162,7 @@ def test_both_wheels_are_refused(monkeypatch):
         load_faiss()
 
 
-def test_a_missing_faiss_is_named(monkeypatch):
+def test_a_missing_faiss_is_a_user_error(monkeypatch):
     def fail(name):
         raise ModuleNotFoundError(f"No module named {name!r}")
 

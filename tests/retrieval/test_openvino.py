@@ -23,7 +23,7 @@ def world(tmp_path_factory):
 
 @pytest.mark.tools
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_its_vectors_are_those_of_torch_whatever_the_size(world, pooling):
+def test_its_vectors_equal_those_of_torch_for_every_size(world, pooling):
     path = str(world / "model")
     tower = load_backbone(path, AutoConfig.from_pretrained(path), pooling, 1).eval()
     compiled = OpenVinoTower(tower, "fp32")
@@ -43,7 +43,7 @@ def infer(world, output, *more: str) -> int:
 
 
 @pytest.mark.tools
-def test_the_program_by_openvino(world, tmp_path, capsys):
+def test_the_program_with_openvino(world, tmp_path, capsys):
     openvino = ["--encoder_engine", "openvino"]
     assert infer(world, tmp_path / "torch") == 0
     assert infer(world, tmp_path / "one", *openvino) == 0
@@ -63,13 +63,13 @@ def test_the_program_by_openvino(world, tmp_path, capsys):
     ("cuda", "bf16", "mean", "needs a CPU"), ("cpu", "fp16", "mean", "bf16 or fp32"),
     ("cpu", "bf16", "pooler", "pooling layer"),
 ])  # fmt: skip
-def test_what_it_cannot_do_is_refused(device, precision, pooling, message):
+def test_unsupported_settings_are_refused(device, precision, pooling, message):
     check_openvino(CPU, "fp32", "cls")
     with pytest.raises(UserError, match=message):
         check_openvino(torch.device(device), precision, pooling)
 
 
-def test_without_it_the_mend_is_named(world, tmp_path, capsys, monkeypatch):
+def test_without_it_the_requirements_file_is_named(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     assert infer(world, tmp_path, "--encoder_engine", "openvino") == 2
     assert "pip install -r requirements-openvino.txt" in capsys.readouterr().err

@@ -139,7 +139,7 @@ def test_more_duplicates_of_the_kth_than_are_kept(tmp_path, monkeypatch, copies)
     vectors = draw.normal(size=(300, 16)) * 0.1
     query = draw.normal(size=(1, 16))
     order = draw.permutation(300)
-    vectors[order[:3]] = query * 2  # three that are certain to stand first
+    vectors[order[:3]] = query * 2  # the first three results
     vectors[order[3 : 3 + copies]] = query
     rows = check(tmp_path, vectors, query, 4, 77)
     assert rows[0, :3].tolist() == sorted(order[:3]) and rows[0, 3] == min(order[3 : 3 + copies])
@@ -154,7 +154,7 @@ def test_small_collections_and_topk_above_them(tmp_path, rows, topk, block_rows)
     assert found.shape == (3, min(topk, rows)) and found.min() >= 0
 
 
-def test_ties_of_one_query_leave_the_others_alone(tmp_path):
+def test_ties_of_one_query_do_not_change_the_others(tmp_path):
     draw = np.random.default_rng(0)
     vectors = draw.normal(size=(200, 8))
     vectors[:, 0] = 0
@@ -213,7 +213,7 @@ def scaled(world, seed, hidden=48):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world", WORLDS)
 def test_no_pair_that_reaches_its_floor_is_missed(world, kind):
-    """The floors stand exactly at true scores, where a bound too small by a little would show."""
+    """The floors are exactly true scores, where a slightly too small bound shows."""
     for seed in range(4):
         vectors, queries = scaled(world, seed)
         products = KINDS[kind](queries, CPU)
@@ -228,15 +228,15 @@ def test_no_pair_that_reaches_its_floor_is_missed(world, kind):
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
-def test_few_pairs_are_looked_at_again(tmp_path, kind):
-    """A bound that lets everything through would be exact, too, and useless."""
+def test_few_pairs_are_rescored(tmp_path, kind):
+    """A bound that selects all pairs is exact as well, but useless."""
     draw = np.random.default_rng(0)
     vectors = draw.normal(size=(60_000, 64)).astype(np.float16)
     queries = draw.normal(size=(20, 64)).astype(np.float32)
     store = make_store(tmp_path, vectors, 60_000)
-    _, _, effort = search(store, queries, 10, [CPU], kind, memory_gb=0.02)
-    assert effort.fp32_pairs < 0.02 * vectors.shape[0] * len(queries)
-    assert effort.chunks >= 9 and effort.fp32_chunks <= effort.chunks / 3
+    _, _, stats = search(store, queries, 10, [CPU], kind, memory_gb=0.02)
+    assert stats.fp32_pairs < 0.02 * vectors.shape[0] * len(queries)
+    assert stats.chunks >= 9 and stats.fp32_chunks <= stats.chunks / 3
 
 
 def test_a_constant_part_of_all_vectors_costs_int8_nothing():
@@ -252,18 +252,18 @@ def test_a_constant_part_of_all_vectors_costs_int8_nothing():
     assert counts[1] < 2 * counts[0]
 
 
-def test_a_product_that_decides_nothing_is_left_out_for_a_while(tmp_path, monkeypatch):
+def test_a_product_that_selects_too_many_pairs_is_skipped_for_a_while(tmp_path, monkeypatch):
     monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 64)
     vectors = np.zeros((64 * 60, 8), dtype=np.float16)
     store = make_store(tmp_path, vectors, 1000)
     tried = []
     monkeypatch.setattr(KINDS["int8"], "pairs_above", lambda self, *given: tried.append(1))
-    _, _, effort = search(store, np.ones((2, 8), dtype=np.float32), 3, [CPU], "int8")
-    assert effort.fp32_chunks == effort.chunks == 60 and 3 <= len(tried) <= 8
+    _, _, stats = search(store, np.ones((2, 8), dtype=np.float32), 3, [CPU], "int8")
+    assert stats.fp32_chunks == stats.chunks == 60 and 3 <= len(tried) <= 8
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 200])
-def test_above_finds_what_a_plain_comparison_finds(count):
+def test_select_pairs_equals_a_plain_comparison(count):
     draw = torch.Generator().manual_seed(count)
     scores = torch.randint(-3, 4, (count, 5), generator=draw).float()
     threshold = torch.tensor([2.0, 3.0, -3.0, float("-inf"), 4.0], dtype=torch.float64)
@@ -287,7 +287,7 @@ def test_several_devices_share_the_chunks_and_agree(tmp_path, monkeypatch, devic
         check(tmp_path / str(at), vectors, queries, 7, 100, devices=[CPU] * devices)
 
 
-def test_a_fault_on_one_device_ends_the_search(tmp_path, monkeypatch):
+def test_an_error_on_one_device_ends_the_search(tmp_path, monkeypatch):
     def fail(self, first, chunk):
         raise RuntimeError("this card is broken")
 
@@ -297,7 +297,7 @@ def test_a_fault_on_one_device_ends_the_search(tmp_path, monkeypatch):
         search(store, np.zeros((1, 8), np.float32), 3, [CPU, CPU])
 
 
-def test_best_rows_against_a_sort():
+def test_top_k_equals_a_sort():
     draw = np.random.default_rng(0)
     best, everything = TopK(5, 4), []
     for _ in range(20):
@@ -309,7 +309,7 @@ def test_best_rows_against_a_sort():
         )
         best.add(*pairs)
         everything += zip(*(part.tolist() for part in pairs), strict=True)
-        assert best.pending_pairs < best.max_pending  # what waits for the others is bounded
+        assert best.pending_pairs < best.max_pending  # bounded
     best.flush()
     for query in range(5):
         order = sorted((-score, row) for q, row, score in everything if q == query)[:4]
@@ -317,7 +317,7 @@ def test_best_rows_against_a_sort():
         assert best.scores[query].tolist() == [-score for score, _ in order]
 
 
-def test_chunks_follow_the_memory_that_is_allowed():
+def test_chunk_size_follows_the_memory_limit():
     sizes = [chunk_rows(1000, 768, gigabytes, [CPU]) for gigabytes in (0.12, 0.2, 2, 200)]
     assert sizes == sorted(sizes) and sizes[0] >= 64 and sizes[-1] == module.CHUNK_ROWS["cpu"]
     assert all(size % 64 == 0 for size in sizes)
@@ -325,11 +325,11 @@ def test_chunks_follow_the_memory_that_is_allowed():
         chunk_rows(100_000, 768, 0.5, [CPU])
 
 
-def test_auto_takes_the_fastest_and_says_so():
-    said = []
-    name = choose_kind("auto", 64, CPU, said.append)
+def test_auto_uses_the_fastest_and_logs_it():
+    lines = []
+    name = choose_kind("auto", 64, CPU, lines.append)
     measured, seconds = fastest_kind(64, CPU)
-    assert name in KINDS and f"{name} products" in said[0]
+    assert name in KINDS and f"{name} products" in lines[0]
     assert measured == min(seconds, key=seconds.get)
     assert ("int8" in seconds) == int8_is_exact(64)
 
@@ -389,7 +389,7 @@ def test_without_the_int8_operators_search_falls_back(tmp_path, monkeypatch, mis
     check(tmp_path, draw.normal(size=(400, 24)), draw.normal(size=(3, 24)), 5, 100, kinds=["int8"])
 
 
-def test_plain_scores_are_within_their_bound():
+def test_fp32_scores_are_within_their_bound():
     draw = np.random.default_rng(0)
     vectors = torch.from_numpy(draw.normal(size=(200, 768)).astype(np.float16)).float()
     plain = Float32(draw.normal(size=(20, 768)).astype(np.float32), CPU)
@@ -399,7 +399,7 @@ def test_plain_scores_are_within_their_bound():
 
 @pytest.mark.parametrize("devices", [1, 3])
 @pytest.mark.parametrize(("rows", "topk"), [(200, 500), (200, 200), (130, 129), (65, 1)])
-def test_more_asked_for_than_a_short_last_chunk_has(tmp_path, monkeypatch, rows, topk, devices):
+def test_topk_above_the_rows_of_a_short_last_chunk(tmp_path, monkeypatch, rows, topk, devices):
     monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 64)
     draw = np.random.default_rng(rows)
     vectors, queries = (
@@ -414,21 +414,21 @@ def test_more_asked_for_than_a_short_last_chunk_has(tmp_path, monkeypatch, rows,
 
 @pytest.mark.parametrize("devices", [1, 3])
 def test_vectors_that_stay_on_the_devices_are_read_once(tmp_path, monkeypatch, devices):
-    """A GPU's second round of queries, here with CPUs in their place: the same result without the files."""
+    """The second batch of queries on GPUs (here CPUs): the same result without the files."""
     monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 64)
     draw = np.random.default_rng(3)
     vectors = draw.normal(size=(500, 8)).astype(np.float16)
     rounds = [draw.normal(size=(count, 8)).astype(np.float32) for count in (9, 9, 4)]
     store, places = make_store(tmp_path / "v", vectors, 90), [CPU] * devices
-    resident = module.DeviceCache(places)
+    cache = module.DeviceCache(places)
     for number, queries in enumerate(rounds):
-        found, scores, _ = search(store, queries, 10, places, cache=resident)
+        found, scores, _ = search(store, queries, 10, places, cache=cache)
         expected, values = full_sort(vectors, queries, 10)
         assert np.array_equal(found, expected) and np.array_equal(scores, values)
         if not number:
             for path in (tmp_path / "v").glob("*.npy"):
                 path.unlink()
-    assert sum(len(chunk) for chunks in resident.chunks for _, chunk in chunks) == 500
+    assert sum(len(chunk) for chunks in cache.chunks for _, chunk in chunks) == 500
     assert module.DeviceCache.if_it_fits(store, places) is None  # no GPU
     share = 500 * 8 * 2 / devices / 1e9
     assert module.DeviceCache.if_it_fits(store, places, 1.01 * share)  # asked for
@@ -437,7 +437,7 @@ def test_vectors_that_stay_on_the_devices_are_read_once(tmp_path, monkeypatch, d
     assert module.DeviceCache.if_it_fits(store, places, 1.01 * share) is None
 
 
-def test_many_waiting_pairs_of_one_query_keep_its_best():
+def test_many_pending_pairs_of_one_query_keep_its_best():
     draw = np.random.default_rng(0)
     best = TopK(1000, 4)
     rows, scores = draw.permutation(7000), draw.integers(50, size=7000) * 1.0
