@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -38,7 +39,9 @@ OTHER_FIELDS = set(
     "use_cache output_attentions output_hidden_states return_dict bos_token_id eos_token_id sep_token_id "
     "cls_token_id".split()
 )
-LOAD_ERRORS = (*tensor_files.LOAD_ERRORS, AttributeError, SafetensorError)
+# What transformers raises for damaged or wrong files, measured (it is not documented).
+CONFIG_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError)
+WEIGHT_ERRORS = (*tensor_files.LOAD_ERRORS, SafetensorError)
 
 
 def load_config(path: str, dropout: float | None = None) -> PretrainedConfig:
@@ -55,7 +58,7 @@ def load_config(path: str, dropout: float | None = None) -> PretrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except LOAD_ERRORS as error:
+    except CONFIG_ERRORS as error:
         raise UserError(f"{path}: the model configuration cannot be read ({first_line(error)})") from error
     for name in DROPOUT_FIELDS if dropout is not None else ():
         if hasattr(config, name):
@@ -95,7 +98,7 @@ def load_pretrained(
             ignore_mismatched_sizes=True,
             **options,
         )
-    except LOAD_ERRORS as error:
+    except WEIGHT_ERRORS as error:
         raise UserError(
             f"{path}: the weights cannot be read ({first_line(error)}); download the model again"
         ) from error
