@@ -9,15 +9,17 @@ import time
 import pytest
 from toy_world import ROOT, make_world, options
 
+from torch_src import dual_infer
+
 PASSAGES = 440
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A collection of 440 passages in 22 blocks, and the blocks of an undisturbed run."""
+    """A collection of 440 passages in 22 blocks, and the blocks of a run without kills."""
     folder = make_world(tmp_path_factory.mktemp("world"), passages=PASSAGES)
-    run(folder, "undisturbed")
-    return folder, blocks(folder / "undisturbed")
+    run(folder, "whole")
+    return folder, blocks(folder / "whole")
 
 
 def words(world, name: str) -> list[str]:
@@ -38,11 +40,7 @@ def blocks(folder) -> dict[str, bytes]:
 
 
 def killed_runs(programs, world, name: str, kills: int, seed: int) -> int:
-    """Start the program `kills` times and kill it, each a little later than the last; return blocks found
-    then.
-
-    The moments lie between the first block and the end of a run, by watching the folder.
-    """
+    """Start the program `kills` times and kill it after its next block; return the number of blocks."""
     draw = random.Random(seed)
     for _ in range(kills):
         before = count_blocks(world / name)
@@ -61,7 +59,7 @@ def count_blocks(folder) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
-def test_killed_again_and_again_then_finished(programs, world, kills):
+def test_a_run_that_is_killed_several_times_ends_in_the_same_bytes(programs, world, kills):
     folder, expected = world
     name = f"killed{kills}"
     assert 0 < killed_runs(programs, folder, name, kills, seed=kills)
@@ -81,8 +79,8 @@ def test_any_number_of_processes_gives_the_same_bytes(world, processes):
 
 
 @pytest.mark.slow
-def test_a_process_takes_over_what_a_killed_one_left(programs, world):
-    """Two share the blocks, one is killed in the middle: the other finishes all of them."""
+def test_a_process_encodes_the_blocks_of_a_killed_one(programs, world):
+    """Two share the blocks, one is killed: the other finishes all of them."""
     folder, expected = world
     first, second = (
         programs.start("do_dual_infer.py", words(folder, "one_dies"), folder / f"log{rank}", RANK=rank)
@@ -94,3 +92,11 @@ def test_a_process_takes_over_what_a_killed_one_left(programs, world):
     second.wait()
     assert first.wait() == 0, first.output()
     assert blocks(folder / "one_dies") == expected
+
+
+def test_force_is_refused_with_several_processes(tmp_path, monkeypatch, capsys):
+    """One process would delete the vectors that the others encode."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert dual_infer.main(["--debug", "--force", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "--force with several processes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
