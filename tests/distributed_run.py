@@ -9,48 +9,47 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "training"))
 
 import torch
 from test_grad_cache import COMMON
 
+from metric.evaluation import MEASURES
 from torch_src.cross_hparams import CrossHparams
-from torch_src.cross_train import CrossTraining
+from torch_src.cross_train import training_stage as cross_stage
 from torch_src.dual_hparams import DualHparams
-from torch_src.dual_train import DualTraining
-from torch_src.training.trainer import Trainer
+from torch_src.dual_train import training_stage as dual_stage
 
 STEPS = 10
 
 
 def main(kind: str, world: str, result: str, knobs: str) -> None:
-    training, settings = {"dual": (DualTraining, DualHparams), "cross": (CrossTraining, CrossHparams)}[kind]
+    build, settings = {"dual": (dual_stage, DualHparams), "cross": (cross_stage, CrossHparams)}[kind]
     where = dict(data_dir=f"{world}/data", output_dir=result, pretrained_model_path=f"{world}/model")
     more = dict(dropout=0.0, max_steps=STEPS, epoch=STEPS, log_every=1, lr=1e-3, threads=1)
-    stage = training(settings(**{**COMMON, **where, **more, **json.loads(knobs)}))
-    stage.load()
-    stage.model.double()
-    trainer = Trainer(
-        stage.hp, stage.task(), stage.device, "fp32", f"{result}/checkpoint.pt", {}, stage.group
-    )
-    losses, gradients, note = [], [], trainer._note
-    sums = stage.group.sum_gradients
+    stage = build(settings(**{**COMMON, **where, **more, **json.loads(knobs)}))
+    stage.task.load()
+    stage.task.model.double()
+    trainer, processes = stage.trainer(result, {}), stage.processes
+    losses, gradients = [], []
+    real_update, real_sum = trainer.update, processes.all_reduce_gradients
+
+    def update(*given):
+        found = real_update(*given)
+        losses.append([found.loss, found.accuracy])
+        return found
 
     def summed(model) -> None:
-        sums(model)
+        real_sum(model)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
 
-    def noted(loss: float, accuracy: float, lr: float) -> None:
-        losses.append([loss, accuracy])
-        note(loss, accuracy, lr)
-
-    stage.group.sum_gradients, trainer._note = summed, noted
-    trainer.run()
-    if stage.group.rank == 0:
-        torch.save(
-            {"losses": torch.tensor(losses, dtype=torch.float64), "gradients": torch.stack(gradients)},
-            f"{result}/steps.pt",
-        )
-    stage.group.close()
+    trainer.update, processes.all_reduce_gradients = update, summed
+    history = trainer.run().history
+    metrics = [[entry[name] for name in MEASURES] for entry in history if "MRR@10" in entry]
+    if processes.is_first:
+        found = {"losses": torch.tensor(losses, dtype=torch.float64), "gradients": torch.stack(gradients)}
+        torch.save({**found, "metrics": metrics}, f"{result}/steps.pt")
+    processes.close()
 
 
 if __name__ == "__main__":

@@ -1,322 +1,290 @@
 """do_cross_train.py: train/cross.train.tsv -> output/cross_params.bin, cross_hparams.json, cross_model/."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from metric.evaluation import MEASURES, compute_metrics
 from torch_src import hparams
 from torch_src.cross_hparams import MODEL_SETTINGS, CrossHparams
-from torch_src.data.candidates import OFFICIAL, Candidates, open_candidates
-from torch_src.data.collection import PassageCollection
+from torch_src.data.candidates import OFFICIAL
 from torch_src.data.cross_training_set import CrossBatch, CrossTrainingSet
-from torch_src.data.formats import read_dev
 from torch_src.data.negative_scores import negative_scores_path, read_negative_scores, write_negative_scores
-from torch_src.data.passage_ids import check_length, read_passage_ids
-from torch_src.models.cross_encoder import load_cross_encoder, start_from_retriever
+from torch_src.models.cross_encoder import CrossEncoder, load_cross_encoder, start_from_retriever
 from torch_src.models.losses import listwise_loss, pointwise_loss, r_drop_loss
 from torch_src.models.tokenization import Pairs, TextRules, tokenize_pairs
-from torch_src.retrieval import score_checks as guards
-from torch_src.retrieval.reranking import PairScorer, pair_tensors, rank_pairs
+from torch_src.retrieval import score_checks
+from torch_src.retrieval.reranking import PairScorer, pair_tensors
 from torch_src.runtime.devices import autocast, token_budget
 from torch_src.runtime.files import require
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.planning import evenly_spaced, seconds_per_text
 from torch_src.runtime.program import exit_status
 from torch_src.runtime.stamps import checksum_files
+from torch_src.training.dev_evaluation import DevReranking, open_dev_reranking
 from torch_src.training.grad_cache import ChunkedForward
-from torch_src.training.stage import TrainingStage, rows_named
-from torch_src.training.trainer import Progress, Task
+from torch_src.training.stage import Setup, TrainingStage, checkpoint_activations, describe_rows
+from torch_src.training.trainer import Output, TrainingProgress, TrainingTask
 
-FGM_SCALE = 2.0**12  # of a gradient whose direction alone counts, so that fp16 does not round it to zero
-LOOKED_AT = 512  # training negatives that are scored at the end, to compare them with the dev candidates
+FGM_LOSS_SCALE = 2.0**12  # keeps fp16 from rounding FGM's gradient to zero; only its direction is used
+SAMPLED_NEGATIVES = 512  # training negatives scored at the end, to compare them with the dev candidates
 
 
 @dataclass(frozen=True)
-class TokenBatch:
-    """A micro-batch ready for the model."""
+class CrossInputs:
+    """This process's shard of a batch, ready for the model."""
 
     source: CrossBatch
-    at: tuple[int, int]  # (epoch, micro-step)
-    pairs: Pairs  # this process's share
-    labels: np.ndarray  # of that share
+    place: tuple[int, int]  # (epoch, step)
+    pairs: Pairs
+    labels: np.ndarray
 
 
-class DevReranking:
-    """A fixed list of dev candidates with the reference."""
+class CrossTask(TrainingTask):
+    """Training of the cross-encoder on pairs (pointwise) or on groups of one query (listwise)."""
 
-    def __init__(
-        self, candidates: Candidates, pids: list[str], reference: dict[str, set[str]], qids: dict[str, str]
-    ):
-        self.candidates, self.pids, self.reference = candidates, np.array(pids), reference
-        self.qids = [qids[query] for query in candidates.queries]
+    model: CrossEncoder
+    unit = "pairs"
 
-    def metrics(self, scores: np.ndarray) -> dict[str, float]:
-        """Return the measures of the candidates in the order of these scores."""
-        ranked = rank_pairs(self.candidates, scores)
-        result = {qid: self.pids[order].tolist() for qid, (_, order) in zip(self.qids, ranked, strict=True)}
-        metrics = compute_metrics(self.reference, result)
-        return {name: metrics[name] for name in MEASURES}
-
-    def not_relevant(self, scores: np.ndarray) -> np.ndarray:
-        """Return the scores of the candidates that are no answer of their query."""
-        spans = zip(self.qids, self.candidates.spans(), strict=True)
-        wrong = [[pid not in self.reference[qid] for pid in self.pids[span]] for qid, (_, span) in spans]
-        return scores[np.concatenate(wrong)]
-
-
-class CrossTraining(TrainingStage):
-    """Training of the cross-encoder on pairs or on groups of one query."""
-
-    name = "cross"
-    fixed_by_weights = MODEL_SETTINGS
-    lengths = ("max_seq_len",)
-
-    def __init__(self, hp: CrossHparams):
-        super().__init__(hp)
-        self.config.num_labels = 1
+    def __init__(self, hp: CrossHparams, setup: Setup):
+        self.hp, self.setup, self.files = hp, setup, setup.files
+        self.device, self.processes, self.chunking = setup.device, setup.processes, setup.chunking
+        setup.config.num_labels = 1
         self.rules = TextRules(hp.max_seq_len, "", hp.remove_spaces)
         self.listwise = hp.loss == "listwise"
-        self.units = hp.groups_per_step if self.listwise else hp.batch_size
+        self.accuracy_name = "group" if self.listwise else "pair"
+        # the processes share whole groups
+        self.groups = hp.groups_per_step if self.listwise else hp.batch_size
+        self.group_size = hp.group_size if self.listwise else 1
+        self.units_per_batch = self.texts_per_batch = self.groups * self.group_size
+        self.dev: DevReranking | None = None
 
-    def load(self) -> None:
+    def inputs(self) -> dict[str, Any]:
+        """Return the checksums of the collection, if the dev candidates need it, and of the start weights."""
         hp = self.hp
-        self.data = CrossTrainingSet(hp.train_set_path, self.rules.clean)
-        self.steps = self.data.steps_per_epoch(self.units, self.listwise)  # UserError when they are too many
-        log(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
-        short = self.data.short_lists(hp.group_size) if self.listwise else 0
-        if short:
-            log(
-                f"{short:,} of {len(self.data.lists):,} positives have fewer than "
-                f"{hp.group_size - 1} negatives: "
-                "some stand more than once in their group"
-            )
-        self.dev = build_dev_reranking(hp) if hp.eval_every >= 0 and self.group.rank == 0 else None
-        self.model = load_cross_encoder(hp.pretrained_model_path, self.config, hp.seed, trained=False)
+        needs_collection = hp.eval_every >= 0 and not hp.dev_candidates_path.endswith(OFFICIAL)
+        stamp = self.setup.collection_stamp() if needs_collection else {}
         if hp.dual_params != hparams.NONE:
-            start_from_retriever(self.model, hp.dual_params)
-        self.checkpoint_gradients(self.model.model)
-        self.model.to(self.device)
-
-    def forget(self) -> None:
-        negative_scores_path(self.hp.params_path).unlink(missing_ok=True)
-
-    def stamp(self) -> dict:
-        start, stamp = self.hp.dual_params, super().stamp()
-        if self.hp.eval_every >= 0 and not self.hp.dev_candidates_path.endswith(OFFICIAL):
-            stamp |= self.collection_stamp()  # a run names its texts and pids by rows
-        if start != hparams.NONE:
-            retriever = require(start, "trained retriever", "run do_dual_train.py first")
+            retriever = require(hp.dual_params, "trained retriever", "run do_dual_train.py first")
             stamp["start_weights"] = checksum_files([retriever])
         return stamp
 
-    def state(self) -> dict:
-        return self.model.model.state_dict()
+    def load(self) -> None:
+        """Load training set, dev candidates and model."""
+        hp, setup = self.hp, self.setup
+        self.data = CrossTrainingSet(hp.train_set_path, self.rules.clean)
+        self.batches_per_epoch = self.data.steps_per_epoch(self.groups, self.listwise)
+        log(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
+        if self.listwise and (short := self.data.short_lists(hp.group_size)):
+            log(
+                f"{short:,} of {len(self.data.lists):,} positives have fewer than {hp.group_size - 1} "
+                "negatives: their groups repeat some"
+            )
+        if hp.eval_every >= 0:
+            self.dev = open_dev_reranking(
+                hp.dev_set_path,
+                hp.dev_candidates_path,
+                hp.passage_dir_path,
+                hp.passage_ids_path,
+                hp.dev_queries,
+                hp.dev_depth,
+                setup.cache_dir,
+            )
+        self.model = load_cross_encoder(hp.pretrained_model_path, setup.config, hp.seed, trained=False)
+        if hp.dual_params != hparams.NONE:
+            start_from_retriever(self.model, hp.dual_params)
+        if hp.gradient_checkpointing:
+            checkpoint_activations(self.model.model)
+        if hp.head_lr:
+            self.peak_lr = dict.fromkeys(self.model.random_parameters, hp.head_lr)
+        self.model.to(self.device)
 
-    def task(self) -> Task:
-        pairs = self.texts_a_step()
-        own_lr = dict.fromkeys(self.model.random_parameters, self.hp.head_lr) if self.hp.head_lr else {}
-        return Task(
-            self.model, self.steps, *self.parts(), queries_per_step=pairs, unit="pairs", own_lr=own_lr
-        )
-
-    def prepare(self, epoch: int, micro_step: int) -> TokenBatch:
-        """Draw and tokenise one micro-batch (in the thread that runs ahead of the model)."""
-        hp = self.hp
+    def batch(self, epoch: int, step: int) -> CrossInputs:
+        """Draw a batch and tokenize this process's shard."""
+        hp, data = self.hp, self.data
         if self.listwise:
-            batch = self.data.lists_of(hp.seed, epoch, micro_step, self.units, hp.group_size)
+            source = data.lists_of(hp.seed, epoch, step, self.groups, hp.group_size)
         else:
-            batch = self.data.pairs(hp.seed, epoch, micro_step, self.units)
-        size = self.group_size
-        own = self.group.share(self.units)
-        own = slice(own.start * size, own.stop * size)
-        pairs = tokenize_pairs(self.tokenizer, batch.queries[own], batch.passages[own], self.rules)
-        return TokenBatch(batch, (epoch, micro_step), pairs, batch.labels[own])
+            source = data.pairs(hp.seed, epoch, step, self.groups)
+        groups = self.processes.shard(self.groups)
+        shard = slice(groups.start * self.group_size, groups.stop * self.group_size)
+        pairs = self._tokenize(source.queries[shard], source.passages[shard])
+        return CrossInputs(source, (epoch, step), pairs, source.labels[shard])
 
-    @property
-    def group_size(self) -> int:
-        """Return the pairs that belong together: a whole group when listwise."""
-        return self.hp.group_size if self.listwise else 1
+    def _tokenize(self, queries: list[str], passages: list[str]) -> Pairs:
+        return tokenize_pairs(self.setup.tokenizer, queries, passages, self.rules)
 
-    def backward(self, batch: TokenBatch, begin) -> torch.Tensor:
-        """Add the gradient of one micro-batch; return this process's part of its accuracy.
+    def forward(self, batch: CrossInputs) -> Output:
+        """Score the pairs of this process; with FGM on perturbed word embeddings alone."""
+        if self.hp.fgm_epsilon:
+            logits = self.logits(batch, 1, self._perturbed_embeddings(batch))
+            return Output(*self.loss(logits.outputs, batch), logits.deferred)
+        first = self.logits(batch, 0)
+        loss, accuracy = self.loss(first.outputs, batch)
+        if not self.hp.r_drop_alpha:
+            return Output(loss, accuracy, first.deferred)
+        second = self.logits(batch, 1)
+        loss = torch.stack([loss, self.loss(second.outputs, batch)[0]]).mean()
+        weight = self.hp.r_drop_alpha * self._weight(first.outputs)
+        loss = loss + weight * r_drop_loss(first.outputs, second.outputs)
+        return Output(loss, accuracy, first.deferred + second.deferred)
 
-        With FGM it is the gradient of the loss on perturbed word embeddings, and only that.
+    def logits(self, batch: CrossInputs, number: int, embeddings: Tensor | None = None) -> ChunkedForward:
+        """Return the logits of this process's pairs, computed in chunks.
+
+        `number` tells two passes over a batch apart; `embeddings` replace the word embeddings.
         """
-        if not self.hp.fgm_epsilon:
-            return self._plain_backward(batch, begin, 0)
+
+        def forward(rows: np.ndarray) -> Tensor:
+            tensors = pair_tensors(batch.pairs, rows, self.setup.tokenizer.pad_token_id, self.device)
+            with (
+                autocast(self.device, self.setup.precision),
+                replaced(self.model.word_embeddings, embeddings),
+            ):
+                return self.model(*tensors)
+
+        return self.chunking.run(forward, batch.pairs.lengths, (*batch.place, number))
+
+    def _perturbed_embeddings(self, batch: CrossInputs) -> Tensor:
+        """Return word embeddings moved by epsilon g / |g|, g their gradient of all processes' loss (FGM).
+
+        Miyato et al. 2017 (arXiv 1605.07725), on the whole table as in the official recipe. A gradient that
+        is zero or not finite moves nothing.
+        """
         table = self.model.word_embeddings
-        with perturbed(table, self._embedding_gradient(batch, table), self.hp.fgm_epsilon):
-            return self._plain_backward(batch, begin, 1)
-
-    def _plain_backward(self, batch: TokenBatch, begin, number: int) -> torch.Tensor:
-        passes = [self.logits(batch, number + at) for at in range(2 if self.hp.r_drop_alpha else 1)]
-        losses = [self.loss(logits.outputs, batch) for logits in passes]
-        loss = torch.stack([loss for loss, _ in losses]).mean()
-        if self.hp.r_drop_alpha:
-            share = len(batch.labels) / self.units
-            loss = loss + self.hp.r_drop_alpha * share * r_drop_loss(*(logits.outputs for logits in passes))
-        begin(loss).backward()
-        for logits in passes:
-            logits.backward(logits.outputs.grad)
-        return losses[0][1]
-
-    def _embedding_gradient(self, batch: TokenBatch, table: torch.nn.Parameter) -> torch.Tensor:
-        """Return the gradient of all processes' loss with respect to the word embeddings alone."""
-        before, table.grad = table.grad, None
         logits = self.logits(batch, 0)
-        gradient = torch.autograd.grad(self.loss(logits.outputs, batch)[0], logits.outputs)[0]
-        logits.backward(gradient * (FGM_SCALE if self.precision == "fp16" else 1), [table])
-        found, table.grad = table.grad, before
-        return self.group.sum_(found)
+        scale = FGM_LOSS_SCALE if self.setup.precision == "fp16" else 1.0
+        (self.loss(logits.outputs, batch)[0] * scale).backward()
+        accumulated, table.grad = table.grad, None
+        for chunk in logits.deferred:
+            chunk.backward(inputs=[table])
+        gradient, table.grad = table.grad, accumulated
+        assert gradient is not None
+        return perturb(table.detach(), self.processes.all_reduce_sum_(gradient), self.hp.fgm_epsilon)
 
-    def logits(self, batch: TokenBatch, number: int) -> ChunkedForward:
-        """Return the logits of this process's pairs; `number` tells two passes over one batch apart."""
-
-        def forward(rows) -> torch.Tensor:
-            with autocast(self.device, self.precision):
-                return self.model(*pair_tensors(batch.pairs, rows, self.tokenizer.pad_token_id, self.device))
-
-        return self.in_chunks(batch.pairs.lengths, forward, (*batch.at, number))
-
-    def loss(self, logits: torch.Tensor, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, logits: Tensor, batch: CrossInputs) -> tuple[Tensor, Tensor]:
         """Return this process's parts of (loss, accuracy)."""
-        share = len(logits) / (self.units * self.group_size)
         if self.listwise:
             loss, accuracy = listwise_loss(logits, self.hp.group_size)
         else:
             loss, accuracy = pointwise_loss(logits, torch.from_numpy(batch.labels).to(self.device))
-        return loss * share, accuracy * share
+        return loss * self._weight(logits), accuracy * self._weight(logits)
 
-    def describe(self, batch: TokenBatch) -> str:
-        return rows_named(batch.source.rows, self.hp.train_set_path)
+    def _weight(self, logits: Tensor) -> float:
+        """Return the share of the batch that these logits are."""
+        return len(logits) / self.texts_per_batch
+
+    def describe(self, batch: CrossInputs) -> str:
+        """Return which training rows are in the batch."""
+        return describe_rows(self.hp.train_set_path, batch.source.rows)
 
     def scorer(self) -> PairScorer:
-        """Return the scorer on the weights as they are now."""
+        """Return the scorer with the current weights."""
         return PairScorer(
             self.model,
-            self.tokenizer,
+            self.setup.tokenizer,
             self.rules,
             self.device,
-            self.precision,
-            256,
-            token_budget(0, self.device),
+            self.setup.precision,
+            batch_size=256,
+            tokens_per_batch=token_budget(0, self.device),
         )
 
     def evaluate(self) -> dict[str, float]:
-        """Return the dev metrics after re-ranking; empty without dev candidates."""
-        return {} if self.dev is None else self.dev.metrics(self.scorer().score_all(self.dev.candidates))
+        """Return the metrics after re-ranking the dev candidates."""
+        return {} if self.dev is None else self.dev.evaluate(self.scorer(), self.processes)
+
+    def save(self) -> str:
+        """Write cross_params.bin and the files beside it."""
+        return self.files.save(self.model.model.state_dict())
+
+    def saved_checksum(self) -> str | None:
+        """Return the checksum of cross_params.bin."""
+        return self.files.checksum()
 
     def evaluation_seconds(self) -> float:
-        pairs = self.dev.candidates
-        each = seconds_per_text(lambda rows: self.scorer().score_rows(pairs, rows), evenly_spaced(len(pairs)))
-        return len(pairs) * each
+        """Return a measured estimate of one dev evaluation."""
+        if self.dev is None:
+            return 0.0
+        pairs, scorer = self.dev.candidates, self.scorer()
+        seconds = seconds_per_text(lambda rows: scorer.score_rows(pairs, rows), evenly_spaced(len(pairs)))
+        return len(pairs) * seconds / self.processes.world
 
-    def texts_a_step(self) -> int:
-        return self.units * self.group_size
-
-    def _load_best(self) -> None:
-        """Load the weights that are kept, which need not be the last."""
-        state = torch.load(self.hp.params_path, map_location=self.device, weights_only=True)
-        self.model.model.load_state_dict(state)
-
-    def mend(self, weights: str) -> None:
-        if self.hp.eval_every < 0 or read_negative_scores(self.hp.params_path, weights) is not None:
-            return
-        log(f"{negative_scores_path(self.hp.params_path)}: missing or damaged; rewriting it")
-        self.load()
-        self._load_best()
-        write_negative_scores(self.hp.params_path, weights, self.scorer().score(self._negatives()))
-
-    def summary(self, progress: Progress) -> None:
-        """Warn of collapsed scores, a better retriever, too easy negatives."""
+    def finish(self, progress: TrainingProgress) -> None:
+        """Warn of collapsed scores, a re-ranker below its retriever, negatives that are too easy."""
         if self.dev is None:
             return
-        self._load_best()
+        negatives = self._score_negatives(progress.best_weights)
         scores = self.scorer().score_all(self.dev.candidates)
         reranked, retriever = self.dev.metrics(scores), self.dev.metrics(self.dev.candidates.scores)
         order = f"in the retriever's order {retriever['MRR@10']:.4f}, re-ranked {reranked['MRR@10']:.4f}"
         log(f"MRR@10 of the dev candidates: {order}")
-        spans = [span for _, span in self.dev.candidates.spans()]
-        negatives = self.scorer().score(self._negatives())
-        write_negative_scores(self.hp.params_path, progress.best_weights, negatives)
         warnings = (
-            guards.collapsed(scores, spans),
-            guards.below_retriever(reranked["MRR@10"], retriever["MRR@10"]),
-            guards.negatives_too_easy(negatives, self.dev.not_relevant(scores)),
+            score_checks.collapsed(scores, [span for _, span in self.dev.candidates.spans()]),
+            score_checks.below_retriever(reranked["MRR@10"], retriever["MRR@10"]),
+            score_checks.negatives_too_easy(negatives, self.dev.irrelevant_scores(scores)),
         )
         for warning in filter(None, warnings):
             warn(warning)
 
-    def _negatives(self) -> Pairs:
-        """Return some training negatives as pairs."""
+    def restore_files(self, weights: str) -> None:
+        """Rewrite the scores of training negatives when they are missing or damaged."""
+        path = self.hp.params_path
+        if self.hp.eval_every >= 0 and read_negative_scores(path, weights) is None:
+            log(f"{negative_scores_path(path)}: missing or damaged; rewritten")
+            self.load()
+            self._score_negatives(weights)
+
+    def _score_negatives(self, weights: str) -> np.ndarray:
+        """Load the best weights, score some training negatives, write and return the scores."""
+        state = torch.load(self.hp.params_path, map_location=self.device, weights_only=True)
+        self.model.model.load_state_dict(state)
         rows = np.flatnonzero(self.data.labels == 0)
-        rows = np.random.default_rng([self.hp.seed, 3]).permutation(rows)[:LOOKED_AT]
-        found = self.data.file.read(rows.tolist())
-        queries, passages = [row.query for row in found], [row.passage for row in found]
-        return tokenize_pairs(self.tokenizer, queries, passages, self.rules)
+        rows = np.random.default_rng([self.hp.seed, 3]).permutation(rows)[:SAMPLED_NEGATIVES]
+        sample = self.data.file.read(rows.tolist())
+        pairs = self._tokenize([row.query for row in sample], [row.passage for row in sample])
+        scores = self.scorer().score(pairs)
+        write_negative_scores(self.hp.params_path, weights, scores)
+        return scores
+
+
+def perturb(table: Tensor, gradient: Tensor, epsilon: float) -> Tensor:
+    """Return table + epsilon g / |g|; the table itself when the gradient g is zero or not finite."""
+    norm = gradient.double().norm()
+    if not torch.isfinite(norm) or norm == 0:
+        return table
+    return table.add(gradient.to(table.dtype), alpha=epsilon / norm.item())
 
 
 @contextmanager
-def perturbed(table: torch.nn.Parameter, gradient: torch.Tensor, epsilon: float) -> Iterator[None]:
-    """Within the block the word embeddings are moved by epsilon g / |g|, g the loss's gradient.
+def replaced(parameter: torch.nn.Parameter, values: Tensor | None) -> Iterator[None]:
+    """Within the block the parameter holds `values`.
 
-    Miyato et al. 2017 (arXiv 1605.07725), here on the whole table as the official recipe has it. A gradient
-    of zero or without end moves nothing.
+    Enough for FGM also when the backward pass follows later: a lookup keeps no values of its table for it.
     """
-    norm = gradient.double().norm()
-    kept = table.detach().clone()
-    with torch.no_grad():
-        if torch.isfinite(norm) and norm > 0:
-            table.data.add_(gradient.to(table.dtype), alpha=epsilon / norm.item())
+    own = parameter.data
+    parameter.data = own if values is None else values
     try:
         yield
     finally:
-        with torch.no_grad():
-            table.data.copy_(kept)
+        parameter.data = own
 
 
-def build_dev_reranking(hp: CrossHparams) -> DevReranking | None:
-    """Return the dev candidates that the settings name; None (said once) when the files are not there."""
-    for path in (hp.dev_set_path, hp.dev_candidates_path):
-        if not os.path.exists(path):
-            warn(f"{path} is not there: no dev re-ranking while training, the last weights are kept")
-            return None
-    cache = str(Path(hp.output_dir) / "cache")
-    is_run = not hp.dev_candidates_path.endswith(OFFICIAL)
-    collection = PassageCollection(hp.passage_dir_path, cache) if is_run else None
-    candidates = open_candidates(hp.dev_candidates_path, collection, cache).head(hp.dev_queries, hp.dev_depth)
-    dev = {query.query: query for query in read_dev(hp.dev_set_path)}
-    unknown = [query for query in candidates.queries if query not in dev]
-    if unknown:
-        warn(
-            f"{hp.dev_candidates_path}: {len(unknown)} queries are not in {hp.dev_set_path}: "
-            "no dev re-ranking"
-        )
-        return None
-    pids = candidates.pids
-    if is_run:
-        ids = read_passage_ids(hp.passage_ids_path, cache)
-        check_length(hp.passage_ids_path, len(ids), len(collection))
-        pids = ids[candidates.rows]
-    reference = {dev[query].qid: set(dev[query].answers) for query in candidates.queries}
-    qids = {query: dev[query].qid for query in candidates.queries}
-    log(
-        f"dev re-ranking: {len(candidates.queries):,} queries, {len(candidates):,} pairs of "
-        f"{hp.dev_candidates_path}"
-    )
-    return DevReranking(candidates, [pid.decode() for pid in pids], reference, qids)
+def training_stage(hp: CrossHparams) -> TrainingStage:
+    """Return the training with these settings; loads neither data nor model."""
+    batch = "groups_per_step" if hp.loss == "listwise" else "batch_size"
+    setup = Setup("cross", hp, MODEL_SETTINGS, batch, ("max_seq_len",))
+    return TrainingStage(setup, CrossTask(hp, setup))
 
 
 def run(hp: CrossHparams) -> None:
     """Train unless the result is up to date."""
     hparams.announce("train the cross-encoder", hp)
-    CrossTraining(hp).run()
+    training_stage(hp).run()
 
 
 def main(argv: list[str]) -> int:

@@ -1,11 +1,12 @@
 """do_dual_train.py: train/dual.train.tsv -> output/dual_params.bin, dual_hparams.json, dual_model/."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from metric.evaluation import MEASURES, compute_metrics
 from torch_src import hparams
 from torch_src.data.dual_training_set import DualBatch, DualTrainingSet
 from torch_src.data.mined_files import read_teacher, sidecar_path
@@ -20,109 +21,121 @@ from torch_src.runtime.log import log, warn
 from torch_src.runtime.planning import evenly_spaced, seconds_per_text
 from torch_src.runtime.program import exit_status
 from torch_src.runtime.stamps import checksum_files
-from torch_src.training.dev_evaluation import build_dev_retrieval
+from torch_src.training.dev_evaluation import DevRetrieval, open_dev_retrieval
 from torch_src.training.grad_cache import ChunkedForward
-from torch_src.training.stage import TrainingStage, rows_named
-from torch_src.training.trainer import Progress, Task
+from torch_src.training.stage import Setup, TrainingStage, checkpoint_activations, describe_rows
+from torch_src.training.trainer import Output, TrainingProgress, TrainingTask
 
 
 @dataclass(frozen=True)
-class TokenBatch:
-    """A micro-batch ready for the model: this process's share of the token ids, targets and mask of all."""
+class DualInputs:
+    """A batch ready for the model: targets and masks of all of it, token ids of this process's shard."""
 
     source: DualBatch
-    at: tuple[int, int]  # (epoch, micro-step)
+    place: tuple[int, int]  # (epoch, step)
     queries: list[list[int]]
     passages: list[list[int]]
 
 
-class DualTraining(TrainingStage):
-    """Training of the two towers by in-batch and hard negatives."""
+class DualTask(TrainingTask):
+    """Contrastive training of two towers with in-batch and hard negatives."""
 
-    name = "dual"
-    fixed_by_weights = MODEL_SETTINGS
-    lengths = ("q_max_seq_len", "p_max_seq_len")
+    model: DualEncoder
+    accuracy_name = "in-batch"
 
-    def __init__(self, hp: DualHparams):
-        super().__init__(hp)
+    def __init__(self, hp: DualHparams, setup: Setup):
+        self.hp, self.setup, self.files = hp, setup, setup.files
+        self.device, self.processes, self.chunking = setup.device, setup.processes, setup.chunking
+        self.units_per_batch = hp.batch_size
+        self.texts_per_batch = hp.batch_size * (2 + hp.hard_negatives)
         if hp.normalize and hp.temperature >= 1:
-            warn("--normalize with a temperature of 1 or more: scores within [-1, 1] are too flat to learn")
+            warn("--normalize with a --temperature of 1 or more: scores in [-1, 1] are too flat to learn")
         self.rules = {
             "query": TextRules(hp.q_max_seq_len, hp.query_prefix, hp.remove_spaces),
             "passage": TextRules(hp.p_max_seq_len, hp.passage_prefix, hp.remove_spaces),
         }
-        hidden = self.config.hidden_size
+        hidden = setup.config.hidden_size
         self.dims = [*hparams.dimensions("matryoshka_dims", hp.matryoshka_dims, hidden), hidden]
+        self.dev: DevRetrieval | None = None
 
-    def load(self) -> None:
-        hp = self.hp
-        teacher = None if hp.distill_loss == hparams.NONE else read_teacher(hp.train_set_path)
-        self.data = DualTrainingSet(hp.train_set_path, self.rules["passage"].clean, teacher)
-        self.steps = self.data.steps_per_epoch(hp.batch_size)  # UserError when the batch is too large
-        log(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
-        evaluates = hp.eval_every >= 0 and self.group.rank == 0
-        self.dev = build_dev_retrieval(hp, str(Path(hp.output_dir) / "cache")) if evaluates else None
-        backbone = load_backbone(hp.pretrained_model_path, self.config, hp.pooling, hp.seed)
-        self.checkpoint_gradients(backbone)
-        self.model = DualEncoder(backbone, hp.share_encoder, hp.pooling, hp.normalize).to(self.device)
-
-    def stamp(self) -> dict:
-        hp, stamp = self.hp, super().stamp()
-        if hp.eval_every >= 0:
-            stamp |= self.collection_stamp()  # the pool of dev decides which weights are kept
-        if hp.distill_loss != hparams.NONE:
-            stamp["teacher"] = checksum_files([sidecar_path(hp.train_set_path)])
+    def inputs(self) -> dict[str, Any]:
+        """Return the checksums of collection, as its dev pool decides the best weights, and the teacher."""
+        stamp = self.setup.collection_stamp() if self.hp.eval_every >= 0 else {}
+        if self.hp.distill_loss != hparams.NONE:
+            stamp["teacher"] = checksum_files([sidecar_path(self.hp.train_set_path)])
         return stamp
 
-    def task(self) -> Task:
-        hp = self.hp
+    def load(self) -> None:
+        """Load training set, dev set and model."""
+        hp, setup = self.hp, self.setup
+        teacher = None if hp.distill_loss == hparams.NONE else read_teacher(hp.train_set_path)
+        self.data = DualTrainingSet(hp.train_set_path, self.rules["passage"].clean, teacher)
+        self.batches_per_epoch = self.data.steps_per_epoch(hp.batch_size)
+        log(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
         negatives = hp.batch_size * (1 + hp.hard_negatives) - 1
-        return Task(
-            self.model, self.steps, *self.parts(), queries_per_step=hp.batch_size, negatives=negatives
+        log(f"each query is compared with {negatives} negatives in a batch (fewer with duplicate texts)")
+        if hp.eval_every >= 0:
+            self.dev = open_dev_retrieval(
+                hp.dev_set_path,
+                hp.passage_dir_path,
+                hp.passage_ids_path,
+                hp.dev_candidates_path,
+                hp.dev_random_passages,
+                hp.seed,
+                setup.cache_dir,
+            )
+        backbone = load_backbone(hp.pretrained_model_path, setup.config, hp.pooling, hp.seed)
+        if hp.gradient_checkpointing:
+            checkpoint_activations(backbone)
+        self.model = DualEncoder(backbone, hp.share_encoder, hp.pooling, hp.normalize).to(self.device)
+
+    def batch(self, epoch: int, step: int) -> DualInputs:
+        """Draw a batch and tokenize this process's shard of its queries and passages."""
+        source = self.data.batch(self.hp.seed, epoch, step, self.hp.batch_size, self.hp.hard_negatives)
+        return DualInputs(
+            source,
+            (epoch, step),
+            self._tokenize("query", source.queries),
+            self._tokenize("passage", source.passages),
         )
 
-    def prepare(self, epoch: int, micro_step: int) -> TokenBatch:
-        """Draw one micro-batch and tokenise this process's share (in the thread that runs ahead)."""
-        hp = self.hp
-        batch = self.data.batch(hp.seed, epoch, micro_step, hp.batch_size, hp.hard_negatives)
-        own = (("query", batch.queries), ("passage", batch.passages))
-        ids = [
-            tokenize(self.tokenizer, texts[self.group.share(len(texts))], self.rules[side])[0]
-            for side, texts in own
-        ]
-        return TokenBatch(batch, (epoch, micro_step), *ids)
+    def _tokenize(self, side: str, texts: list[str]) -> list[list[int]]:
+        shard = texts[self.processes.shard(len(texts))]
+        return tokenize(self.setup.tokenizer, shard, self.rules[side])[0]
 
-    def backward(self, batch: TokenBatch, begin) -> torch.Tensor:
-        """Add the gradient of one micro-batch; return this process's part of its accuracy.
+    def forward(self, batch: DualInputs) -> Output:
+        """Score this process's queries against the passages of all processes."""
+        queries = self.embed("query", batch, batch.queries)
+        passages = self.embed("passage", batch, batch.passages)
+        count = len(batch.source.queries)
+        # differentiable: the queries of the other processes also contribute to the gradient of a passage
+        all_passages = self.processes.all_gather_rows(passages.outputs, len(batch.source.passages))
+        shard = self.processes.shard(count)
+        loss, accuracy = self.loss(queries.outputs, all_passages, batch.source, shard)
+        weight = len(queries.outputs) / count
+        return Output(loss * weight, accuracy * weight, queries.deferred + passages.deferred)
 
-        Each process encodes its share of the queries and passages and holds its queries against the passages
-        of all. What the others' queries ask of its passages comes back as a sum over the processes.
-        """
-        queries, passages = (
-            self.embed("query", batch, batch.queries),
-            self.embed("passage", batch, batch.passages),
-        )
-        count, own = len(batch.source.queries), self.group.share(len(batch.source.queries))
-        everyones = self.group.gather(passages.outputs.detach(), len(batch.source.passages)).requires_grad_()
-        loss, accuracy = self.loss(queries.outputs, everyones, batch.source, own)
-        share = len(queries.outputs) / count
-        begin(loss * share).backward()
-        queries.backward(queries.outputs.grad)
-        passages.backward(self.group.sum_(everyones.grad)[self.group.share(len(everyones))])
-        return accuracy * share
+    def embed(self, side: str, batch: DualInputs, ids: list[list[int]]) -> ChunkedForward:
+        """Return the vectors (len(ids), H) fp32, computed in chunks."""
+
+        def forward(rows: np.ndarray) -> Tensor:
+            arrays = pad([ids[row] for row in rows], self.setup.tokenizer.pad_token_id)
+            with autocast(self.device, self.setup.precision):
+                return self.model(side, *tensors_to(self.device, *arrays))
+
+        return self.chunking.run(forward, [len(tokens) for tokens in ids], (*batch.place, side == "query"))
 
     def loss(
-        self, queries: torch.Tensor, passages: torch.Tensor, batch: DualBatch, own: slice
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (loss, accuracy) of this process's queries (`own` of the batch) against all passages."""
+        self, queries: Tensor, passages: Tensor, source: DualBatch, shard: slice
+    ) -> tuple[Tensor, Tensor]:
+        """Return (loss, accuracy) of the queries in this shard of the batch against all its passages."""
         hp = self.hp
-        arrays = (batch.targets, batch.masked, batch.lists, batch.teacher)
-        targets, masked, lists, teacher = tensors_to(self.device, *(array[own] for array in arrays))
+        arrays = (source.targets, source.masked, source.lists, source.teacher)
+        targets, masked, lists, teacher = tensors_to(self.device, *(array[shard] for array in arrays))
         losses, accuracies = [], []
         for dims in self.dims:
-            scores = contrastive_scores(
-                *(shorten(v, dims, hp.normalize) for v in (queries, passages)), hp.temperature
-            )
+            short_queries, short_passages = (shorten(v, dims, hp.normalize) for v in (queries, passages))
+            scores = contrastive_scores(short_queries, short_passages, hp.temperature)
             loss, accuracy = contrastive_loss(scores, targets, masked)
             if hp.distill_loss != hparams.NONE:
                 distilled = distillation_loss(hp.distill_loss, scores, lists, teacher, hp.distill_temperature)
@@ -131,51 +144,62 @@ class DualTraining(TrainingStage):
             accuracies.append(accuracy)
         return torch.stack(losses).mean(), accuracies[-1]
 
-    def embed(self, side: str, batch: TokenBatch, ids: list[list[int]]) -> ChunkedForward:
-        """Return the vectors (len(ids), H) fp32, chunk by chunk."""
-
-        def forward(rows) -> torch.Tensor:
-            arrays = pad([ids[row] for row in rows], self.tokenizer.pad_token_id)
-            with autocast(self.device, self.precision):
-                return self.model(side, *tensors_to(self.device, *arrays))
-
-        return self.in_chunks([len(tokens) for tokens in ids], forward, (*batch.at, side == "query"))
-
-    def describe(self, batch: TokenBatch) -> str:
-        return rows_named(batch.source.rows, self.hp.train_set_path)
+    def describe(self, batch: DualInputs) -> str:
+        """Return which training rows are in the batch."""
+        return describe_rows(self.hp.train_set_path, batch.source.rows)
 
     def encoder(self, side: str) -> Encoder:
-        """Return the encoder of one side, on the weights as they are now."""
-        hp = self.hp
+        """Return the encoder of one side with the current weights."""
         return Encoder(
-            self.model.tower(side), self.tokenizer, self.rules[side], hp.pooling, hp.normalize, self.device,
-            self.precision, batch_size=512, tokens_per_batch=token_budget(0, self.device),
-        )  # fmt: skip
+            self.model.tower(side),
+            self.setup.tokenizer,
+            self.rules[side],
+            self.hp.pooling,
+            self.hp.normalize,
+            self.device,
+            self.setup.precision,
+            batch_size=512,
+            tokens_per_batch=token_budget(0, self.device),
+        )
 
     def evaluate(self) -> dict[str, float]:
-        """Return the dev metrics; empty without a dev set."""
+        """Return the metrics of retrieval on dev."""
         if self.dev is None:
             return {}
-        result = self.dev.retrieve(self.encoder("query"), self.encoder("passage"))
-        metrics = compute_metrics(self.dev.reference, result)
-        return {name: metrics[name] for name in MEASURES}
+        return self.dev.evaluate(self.encoder("query"), self.encoder("passage"), self.processes)
+
+    def save(self) -> str:
+        """Write dual_params.bin and the files beside it."""
+        return self.files.save(self.model.state_dict())
+
+    def saved_checksum(self) -> str | None:
+        """Return the checksum of dual_params.bin."""
+        return self.files.checksum()
 
     def evaluation_seconds(self) -> float:
-        texts = [self.dev.passages[row] for row in evenly_spaced(len(self.dev.passages))]
-        queries = [query.query for query in self.dev.queries]
-        some = [queries[row] for row in evenly_spaced(len(queries))]
-        passages = len(self.dev.passages) * seconds_per_text(self.encoder("passage").encode, texts)
-        return passages + len(queries) * seconds_per_text(self.encoder("query").encode, some)
+        """Return a measured estimate of one dev evaluation."""
+        if self.dev is None:
+            return 0.0
+        sides = (("query", self.dev.queries), ("passage", self.dev.passages))
+        seconds = 0.0
+        for side, texts in sides:
+            sample = [texts[row] for row in evenly_spaced(len(texts))]
+            seconds += len(texts) * seconds_per_text(self.encoder(side).encode, sample)
+        return seconds / self.processes.world
 
-    def texts_a_step(self) -> int:
-        return self.hp.batch_size * (2 + self.hp.hard_negatives)
-
-    def summary(self, progress: Progress) -> None:
+    def finish(self, progress: TrainingProgress) -> None:
+        """Warn when training did not raise the dev metric."""
         if self.dev and progress.best <= progress.untrained:
             warn(
                 f"dev MRR@10 {progress.best:.4f} is not above {progress.untrained:.4f} before training: "
                 "try a lower --lr, a --temperature below 1 with --normalize, or more epochs"
             )
+
+
+def training_stage(hp: DualHparams) -> TrainingStage:
+    """Return the training with these settings; loads neither data nor model."""
+    setup = Setup("dual", hp, MODEL_SETTINGS, "batch_size", ("q_max_seq_len", "p_max_seq_len"))
+    return TrainingStage(setup, DualTask(hp, setup))
 
 
 def settings(argv: list[str]) -> DualHparams:
@@ -187,7 +211,7 @@ def settings(argv: list[str]) -> DualHparams:
 def run(hp: DualHparams) -> None:
     """Train unless the result is up to date."""
     hparams.announce("train the dual encoder", hp)
-    DualTraining(hp).run()
+    training_stage(hp).run()
 
 
 def main(argv: list[str]) -> int:

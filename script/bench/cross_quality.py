@@ -22,9 +22,10 @@ import torch
 from script.bench.common import Figures, compare_by_seed, seeded_parser
 from script.bench.peers import cross_encoder, set_dropout, step_recorder, trainer_arguments
 from script.bench.rerank import with_head
-from script.bench.train_step import TimedTrainer, figures
+from script.bench.train_step import figures, train
 from torch_src.cross_hparams import CrossHparams
-from torch_src.cross_train import CrossTraining
+from torch_src.cross_train import CrossTask, training_stage
+from torch_src.training.stage import TrainingStage
 
 LR, LENGTH = 5e-5, 384
 
@@ -38,19 +39,20 @@ def settings(args: argparse.Namespace, output: str) -> CrossHparams:
     )  # fmt: skip
 
 
-def loaded(args: argparse.Namespace, output: str) -> CrossTraining:
-    stage = CrossTraining(settings(args, output))
-    stage.load()
-    return stage
+def loaded(args: argparse.Namespace, output: str) -> tuple[TrainingStage, CrossTask]:
+    """Return a stage and its task with dev candidates, without evaluation during training."""
+    stage = training_stage(settings(args, output))
+    stage.task.load()
+    stage.hp = replace(stage.hp, eval_every=-1)
+    assert isinstance(stage.task, CrossTask)
+    return stage, stage.task
 
 
 def ours(args: argparse.Namespace) -> Figures:
     with tempfile.TemporaryDirectory() as output:
-        stage = loaded(args, output)
-        hp = replace(stage.hp, eval_every=-1)
-        trainer = TimedTrainer(hp, stage.task(), stage.device, stage.precision, f"{output}/checkpoint.pt", {})
-        trainer.run()
-        return {**figures(trainer.times, trainer.losses, "fp32"), **stage.evaluate()}
+        stage, task = loaded(args, output)
+        times, losses = train(stage, output)
+        return {**figures(times, losses, "fp32"), **task.evaluate()}
 
 
 def peer(args: argparse.Namespace) -> Figures:
@@ -58,11 +60,11 @@ def peer(args: argparse.Namespace) -> Figures:
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments, losses
 
     with tempfile.TemporaryDirectory() as output:
-        stage = loaded(args, output)
+        _, task = loaded(args, output)
         rows: dict[str, list] = {"query": [], "passage": [], "label": []}
         for step in range(args.steps):
-            epoch, at = divmod(step, stage.data.steps_per_epoch(args.batch, False))
-            batch = stage.data.pairs(args.seed, epoch, at, args.batch)
+            epoch, at = divmod(step, task.data.steps_per_epoch(args.batch, False))
+            batch = task.data.pairs(args.seed, epoch, at, args.batch)
             rows["query"] += batch.queries
             rows["passage"] += batch.passages
             rows["label"] += batch.labels.tolist()
@@ -75,8 +77,8 @@ def peer(args: argparse.Namespace) -> Figures:
             model=model, args=arguments, train_dataset=Dataset.from_dict(rows),
             loss=losses.BinaryCrossEntropyLoss(model), callbacks=[step_recorder(times, seen)],
         ).train()  # fmt: skip
-        stage.model.model.load_state_dict(trained_weights(model))
-        return {**figures(times, seen, "fp32"), **stage.evaluate()}
+        task.model.model.load_state_dict(trained_weights(model))
+        return {**figures(times, seen, "fp32"), **task.evaluate()}
 
 
 def trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -27,8 +27,7 @@ from script.bench.common import (
     unshared_gb,
 )
 from script.bench.train_step import settings
-from torch_src.dual_train import DualTraining
-from torch_src.training.trainer import Trainer
+from torch_src.dual_train import training_stage
 
 
 def update(args: argparse.Namespace, batch: int, chunk: int) -> Figures:
@@ -36,10 +35,10 @@ def update(args: argparse.Namespace, batch: int, chunk: int) -> Figures:
     args.batch, args.chunk, args.steps = batch, chunk, 1
     with tempfile.TemporaryDirectory() as output:
         hp = replace(settings(args, output), p_max_seq_len=args.p_max_seq_len)
-        stage = DualTraining(hp)
-        stage.load()
-        trainer = Trainer(hp, stage.task(), stage.device, stage.precision, f"{output}/checkpoint.pt", {})
-        before, prepared = unshared_gb(), stage.prepare(0, 0)
+        stage = training_stage(hp)
+        stage.task.load()
+        trainer = stage.trainer(output, {})
+        before, prepared = unshared_gb(), stage.task.batch(0, 0)
         tokens = sum(len(text) for texts in (prepared.queries, prepared.passages) for text in texts)
         return {"seconds": trainer.probe(1)[0], "before_gb": round(before, 3), "tokens": tokens}
 

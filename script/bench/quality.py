@@ -20,38 +20,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository r
 
 from transformers import PreTrainedModel
 
-from metric.evaluation import compute_metrics
 from script.bench.common import Figures, compare_by_seed, seeded_parser
-from script.bench.train_step import TimedTrainer, figures, settings, st_training
-from torch_src.dual_train import DualTraining
+from script.bench.train_step import figures, settings, st_training, train
+from torch_src.dual_train import DualTask, training_stage
 from torch_src.retrieval.encoding import Encoder
+from torch_src.training.stage import TrainingStage
 
 
-def dev_mrr(stage: DualTraining, tower: PreTrainedModel) -> float:
-    """Return dev MRR@10 of a tied tower, by the dev retrieval of the training program."""
-    hp, dev = stage.hp, stage.dev
-    assert dev is not None
-    encoder = partial(Encoder, tower, stage.tokenizer)
+def dev_mrr(stage: TrainingStage, tower: PreTrainedModel | None = None) -> float:
+    """Return dev MRR@10 of a tied tower (default: the trained one), by the dev retrieval of the program."""
+    hp, task = stage.hp, stage.task
+    assert isinstance(task, DualTask) and task.dev is not None
+    encoder = partial(Encoder, tower or task.model.query_encoder, stage.setup.tokenizer)
     more = (hp.pooling, hp.normalize, stage.device, "fp32", 512, 4096)
-    encoders = [encoder(stage.rules[side], *more) for side in ("query", "passage")]
-    return compute_metrics(dev.reference, dev.retrieve(*encoders))["MRR@10"]
+    query_encoder, passage_encoder = (encoder(task.rules[side], *more) for side in ("query", "passage"))
+    return task.dev.evaluate(query_encoder, passage_encoder, stage.processes)["MRR@10"]
 
 
-def loaded(args: argparse.Namespace, output: str) -> DualTraining:
+def loaded(args: argparse.Namespace, output: str) -> TrainingStage:
     """Return a stage with its dev set, without evaluation during training."""
-    stage = DualTraining(replace(settings(args, output), eval_every=10**9))
-    stage.load()
+    stage = training_stage(replace(settings(args, output), eval_every=10**9))
+    stage.task.load()
+    stage.hp = replace(stage.hp, eval_every=-1)
     return stage
 
 
 def ours(args: argparse.Namespace) -> Figures:
     with tempfile.TemporaryDirectory() as output:
         stage = loaded(args, output)
-        hp = replace(stage.hp, eval_every=-1)
-        trainer = TimedTrainer(hp, stage.task(), stage.device, stage.precision, f"{output}/checkpoint.pt", {})
-        trainer.run()
-        quality = dev_mrr(stage, stage.model.query_encoder)
-    return {**figures(trainer.times, trainer.losses, stage.precision), "MRR@10": quality}
+        times, losses = train(stage, output)
+        quality = dev_mrr(stage)
+    return {**figures(times, losses, stage.setup.precision), "MRR@10": quality}
 
 
 def peer(args: argparse.Namespace) -> Figures:

@@ -14,6 +14,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +26,29 @@ from script.bench.common import Figures, Variant, add_model, compare, make_parse
 from script.bench.peers import bi_encoder, set_dropout, step_recorder, trainer_arguments
 from torch_src.data.dual_training_set import DualTrainingSet
 from torch_src.dual_hparams import DualHparams
-from torch_src.dual_train import DualTraining
+from torch_src.dual_train import training_stage
 from torch_src.runtime.devices import choose_precision
-from torch_src.training.trainer import Trainer
+from torch_src.training.stage import TrainingStage
+from torch_src.training.trainer import Update
 
 LR, TEMPERATURE, QUERY_LENGTH, PASSAGE_LENGTH = 5e-5, 0.02, 40, 384
 CPU = torch.device("cpu")
 
 
-class TimedTrainer(Trainer):
-    """A trainer that records the end time and the loss of each update."""
+def train(stage: TrainingStage, output: str) -> tuple[list[float], list[float]]:
+    """Train a loaded task; return the end time and the loss of each update."""
+    trainer = stage.trainer(output, {})
+    times, losses, make_update = [], [], trainer.update
 
-    def __init__(self, *positional: Any):
-        super().__init__(*positional)
-        self.times: list[float] = []
-        self.losses: list[float] = []
+    def timed(step: int, batches: Iterable[Any]) -> Update:
+        update = make_update(step, batches)
+        times.append(time.perf_counter())
+        losses.append(update.loss)
+        return update
 
-    def _note(self, loss: float, accuracy: float, lr: float) -> None:
-        self.times.append(time.perf_counter())
-        self.losses.append(loss)
-        super()._note(loss, accuracy, lr)
+    trainer.update = timed  # type: ignore[method-assign]  # measured from outside
+    trainer.run()
+    return times, losses
 
 
 def figures(times: list[float], losses: list[float], precision: str) -> Figures:
@@ -66,12 +70,10 @@ def settings(args: argparse.Namespace, output: str) -> DualHparams:
 
 def ours(args: argparse.Namespace) -> Figures:
     with tempfile.TemporaryDirectory() as output:
-        hp = settings(args, output)
-        stage = DualTraining(hp)
-        stage.load()
-        trainer = TimedTrainer(hp, stage.task(), stage.device, stage.precision, f"{output}/checkpoint.pt", {})
-        trainer.run()
-    return figures(trainer.times, trainer.losses, stage.precision)
+        stage = training_stage(settings(args, output))
+        stage.task.load()
+        times, losses = train(stage, output)
+    return figures(times, losses, stage.setup.precision)
 
 
 def triplets(args: argparse.Namespace) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, DistilBertConfig
 
-from torch_src.cross_train import perturbed
+from torch_src.cross_train import perturb, replaced
 from torch_src.data.candidates import Candidates
 from torch_src.models import tokenization
 from torch_src.models.cross_encoder import (
@@ -92,7 +92,7 @@ class Toy:
 
     def fgm(self, epsilon: float):
         gradient = torch.autograd.grad(self.loss()[0], self.table)[0]
-        with perturbed(self.table, gradient, epsilon):
+        with replaced(self.table, perturb(self.table.detach(), gradient, epsilon)):
             loss = self.loss()[0]
             loss.backward()
         return loss.item(), self.table.grad.numpy(), self.w.grad.numpy()
@@ -139,7 +139,7 @@ def test_fgm_with_no_gradient_gives_the_plain_loss():
 def test_fgm_restores_the_table_after_an_error():
     toy = Toy()
     gradient = torch.autograd.grad(toy.loss()[0], toy.table)[0]
-    with pytest.raises(KeyboardInterrupt), perturbed(toy.table, gradient, 0.5):
+    with pytest.raises(KeyboardInterrupt), replaced(toy.table, perturb(toy.table.detach(), gradient, 0.5)):
         assert toy.table.detach().numpy().tolist() != TABLE
         raise KeyboardInterrupt
     assert toy.table.detach().numpy().tolist() == TABLE
@@ -170,7 +170,7 @@ def test_fgm_of_a_cross_encoder_is_the_gradient_at_the_moved_table(tiny_config, 
     with autocast(CPU, precision):
         expected = loss_of(moved)[0]
     expected = gradients(moved, expected)
-    with perturbed(model.word_embeddings, step, 0.5):
+    with replaced(model.word_embeddings, perturb(model.word_embeddings.detach(), step, 0.5)):
         with autocast(CPU, precision):
             loss = loss_of(model)[0]
         found = gradients(model, loss)

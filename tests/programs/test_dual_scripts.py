@@ -251,4 +251,4 @@ def test_infer_before_training(world, capsys):
 
 def test_non_finite_loss_stops_and_names_the_rows(world, capsys):
     status = train(world, "--lr", "1e30", "--force")
-    refused(capsys, world, status, "at step", "stopped")
+    refused(capsys, world, status, "at step", "dual.train.tsv")

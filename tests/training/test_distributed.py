@@ -8,18 +8,31 @@ import time
 
 import pytest
 import torch
-from toy_world import ROOT, make_world, train_options
+from toy_world import ROOT, lines, make_world, train_options, write
 
 LAUNCH = ("-m", "torch.distributed.run", "--standalone")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"), train_queries=24)
+    world = make_world(tmp_path_factory.mktemp("world"), dev_queries=5, train_queries=24)
+    queries = [line.split("\t")[0] for line in lines(world / "data/dev/dev.q.format")]
+    # an odd number of dev queries and of pairs: the shards differ in size
+    run = [
+        f"{query}\t{7 * at + rank}\t{rank}\t{-rank}"
+        for at, query in enumerate(queries)
+        for rank in range(1, 12)
+    ]
+    write(world / "run", run)
+    return world
 
 
-def steps(world, kind: str, processes: int, name: str, **knobs) -> dict:
-    """Return {losses (10, 2), gradients (10, n)} of a run by so many processes."""
+def steps(world, processes: int, name: str, **knobs) -> dict:
+    """Return {losses (10, 2), gradients (10, n), metrics} of a run by this number of processes."""
+    if knobs["kind"] == "cross":
+        knobs = {**knobs, "dev_candidates": str(world / "run"), "dev_depth": 11}
+    kind, knobs = knobs["kind"], {**knobs, "eval_every": 5}
+    del knobs["kind"]
     folder = world / f"{name}-{processes}"
     folder.mkdir()
     launcher = [*LAUNCH, f"--nproc_per_node={processes}"] if processes > 1 else []
@@ -47,11 +60,12 @@ def test_two_processes_take_the_steps_of_one(world, name):
     for mine, theirs in zip(one["gradients"], two["gradients"], strict=True):
         assert (mine - theirs).norm() / mine.norm() < 1e-9
     assert (one["losses"][0] - one["losses"][-1]).abs().max() > 1e-3  # it did learn
+    assert len(one["metrics"]) == 3 and one["metrics"] == two["metrics"]  # also before training
 
 
 @pytest.mark.slow
 def test_the_program_under_torchrun(world):
-    """Only the first process writes and evaluates; the weights are those of one process up to rounding."""
+    """Only the first process writes and logs; the weights are those of one process up to rounding."""
     weights = []
     for processes in (1, 2):
         launcher = [*LAUNCH, f"--nproc_per_node={processes}"] if processes > 1 else []
@@ -64,7 +78,7 @@ def test_the_program_under_torchrun(world):
         assert done.returncode == 0, done.stdout + done.stderr
         weights.append(torch.load(world / f"run{processes}/dual_params.bin", weights_only=True))
         assert done.stdout.count("dev step") == 2
-    assert "process 2 of 2; they share each step's batch" in done.stdout
+    assert "process 2 of 2; they share each batch" in done.stdout
     for name, value in weights[0].items():
         assert torch.allclose(value, weights[1][name], atol=2e-3), name
 
@@ -96,10 +110,10 @@ def test_a_process_that_dies_ends_the_run_instead_of_a_hang(world):
 
 @pytest.mark.slow
 def test_an_error_of_one_process_ends_the_run_with_its_line(world):
-    """Only the first process reads the dev set: the other waits for it in a sum that will not come."""
-    bad = world / "bad_dev.json"
-    bad.write_text('{"question_id": \n', encoding="utf-8")
-    words = [*train_options(world, world / "errs"), "--dev_set", str(bad)]
+    """Only the first process writes the settings: the other is waiting for it in a collective."""
+    bad = world / "errs/dual_hparams.json"
+    bad.mkdir(parents=True)
+    words = train_options(world, world / "errs")
     command = [sys.executable, *LAUNCH, "--nproc_per_node=2", str(ROOT / "do_dual_train.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0

@@ -8,16 +8,15 @@ import torch
 from toy_world import lines, make_world, write
 
 from torch_src.cross_hparams import CrossHparams
-from torch_src.cross_train import CrossTraining
+from torch_src.cross_train import training_stage as cross_stage
 from torch_src.data.mined_files import COLUMNS
 from torch_src.dual_hparams import DualHparams
-from torch_src.dual_train import DualTraining
+from torch_src.dual_train import training_stage as dual_stage
 from torch_src.models.losses import contrastive_loss, contrastive_scores, listwise_loss, pointwise_loss
 from torch_src.models.tokenization import pad
 from torch_src.retrieval.reranking import pair_tensors
 from torch_src.runtime.errors import UserError
 from torch_src.training.grad_cache import ChunkedForward, seed_of
-from torch_src.training.trainer import Trainer
 
 COMMON = dict(eval_every=-1, precision="fp32", device="cpu", tokens_per_batch=10**6, log_every=100)
 
@@ -28,44 +27,57 @@ def world(tmp_path_factory):
 
 
 def stage(world, kind, double=True, **knobs):
-    """Return a loaded training stage of this world, in fp64 when asked."""
-    training, settings = {"dual": (DualTraining, DualHparams), "cross": (CrossTraining, CrossHparams)}[kind]
+    """Return the training stage of this world with its task loaded, in fp64 when asked."""
+    build, settings = {"dual": (dual_stage, DualHparams), "cross": (cross_stage, CrossHparams)}[kind]
     where = dict(data_dir=str(world / "data"), output_dir=str(world / "out"))
-    made = training(settings(pretrained_model_path=str(world / "model"), **{**COMMON, **where, **knobs}))
-    made.load()
+    made = build(settings(pretrained_model_path=str(world / "model"), **{**COMMON, **where, **knobs}))
+    made.task.load()
     if double:
-        made.model.double()
-    made.model.train()
+        made.task.model.double()
+    made.task.model.train()
     return made
 
 
-def gradients(made, batches=1) -> torch.Tensor:
-    """Return the gradient after so many micro-batches, as the loop adds it up."""
-    made.model.zero_grad(set_to_none=True)
+def load(world, kind, double=True, **knobs):
+    """Return the loaded task of this world."""
+    return stage(world, kind, double, **knobs).task
+
+
+def backward(task, batch, scale=1.0) -> None:
+    """Add the gradient of a batch as the trainer does."""
+    out = task.forward(batch)
+    (out.loss * scale).backward()
+    for chunk in out.deferred:
+        chunk.backward()
+
+
+def gradients(task, batches=1) -> torch.Tensor:
+    """Return the gradient accumulated over this many batches."""
+    task.model.zero_grad(set_to_none=True)
     for at in range(batches):
-        made.backward(made.prepare(0, at), lambda loss: loss / batches)
-    return flat(made.model)
+        backward(task, task.batch(0, at), 1 / batches)
+    return flat(task.model)
 
 
 def flat(model) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def one_graph(made, batches=1) -> torch.Tensor:
-    """Return the gradient of the plain dual loss, all texts in one forward pass a side."""
-    made.model.zero_grad(set_to_none=True)
+def one_graph(task, batches=1) -> torch.Tensor:
+    """Return the gradient of the plain dual loss, all texts of a side in one forward pass."""
+    task.model.zero_grad(set_to_none=True)
     for at in range(batches):
-        batch = made.prepare(0, at)
+        batch = task.batch(0, at)
         queries, passages = (
-            made.model(side, *map(torch.from_numpy, pad(ids, made.tokenizer.pad_token_id)))
+            task.model(side, *map(torch.from_numpy, pad(ids, task.setup.tokenizer.pad_token_id)))
             for side, ids in (("query", batch.queries), ("passage", batch.passages))
         )
-        scores = contrastive_scores(queries, passages, made.hp.temperature)
+        scores = contrastive_scores(queries, passages, task.hp.temperature)
         loss, _ = contrastive_loss(
             scores, *map(torch.from_numpy, (batch.source.targets, batch.source.masked))
         )
         (loss / batches).backward()
-    return flat(made.model)
+    return flat(task.model)
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -84,48 +96,47 @@ DUAL = [
 @pytest.mark.parametrize("batches", [1, 2])
 @pytest.mark.parametrize("knobs", DUAL, ids=lambda knobs: "-".join(map(str, knobs.values())))
 def test_dual_gradients_are_those_of_one_graph(world, knobs, batches):
-    made = stage(world, "dual", batch_size=6, dropout=0.0, **knobs)
-    expected = one_graph(made, batches)
+    task = load(world, "dual", batch_size=6, dropout=0.0, **knobs)
+    expected = one_graph(task, batches)
     for chunk in (0, 1, 4, 100):
-        made.hp = dataclasses.replace(made.hp, grad_cache_chunk=chunk)
-        assert apart(gradients(made, batches), expected) < 1e-9
+        task.chunking = dataclasses.replace(task.chunking, texts=chunk)
+        assert apart(gradients(task, batches), expected) < 1e-9
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_in_fp32(world, share):
-    # Normalised: raw products of a random model are some 30 each and apart by 1e-3, so that fp32 itself
-    # leaves three digits of their gradient, cached or not.
+    # Normalized: raw products of a random model are about 30 each and differ by 1e-3, so fp32 leaves three
+    # digits of their gradient, cached or not.
     knobs = dict(normalize=True, temperature=0.05, pooling="mean", share_encoder=share)
-    made = stage(world, "dual", False, batch_size=8, dropout=0.0, grad_cache_chunk=3, **knobs)
-    assert apart(gradients(made), one_graph(made)) < 1e-5
+    task = load(world, "dual", False, batch_size=8, dropout=0.0, grad_cache_chunk=3, **knobs)
+    assert apart(gradients(task), one_graph(task)) < 1e-5
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("knobs", DUAL, ids=lambda knobs: "-".join(map(str, knobs.values())))
 def test_with_dropout_and_mixed_precision_the_same_chunks_give_the_same(world, knobs, precision):
-    """tokens_per_batch cuts the same chunks without the cache, and keeps all of their graphs."""
+    """tokens_per_batch makes the same chunks without the cache, and keeps all of their graphs."""
     kept, cached = (
-        stage(
+        load(
             world, "dual", precision == "fp32", batch_size=8, dropout=0.3, precision=precision,
             tokens_per_batch=70, grad_cache_chunk=chunk, **knobs,
         )
         for chunk in (0, 1000)
     )  # fmt: skip
     chunks = [
-        len(made.embed("passage", b := made.prepare(0, 0), b.passages).chunks) for made in (kept, cached)
+        len(task.embed("passage", b := task.batch(0, 0), b.passages).deferred) for task in (kept, cached)
     ]
     assert chunks[0] == chunks[1] > 2
     assert apart(gradients(cached), gradients(kept)) < (1e-9 if precision == "fp32" else 1e-5)
-    assert gradients(cached).equal(
-        gradients(cached)
-    )  # the same dropout each time: seed, step and place decide
+    # the same dropout each time: a function of seed, step and place
+    assert gradients(cached).equal(gradients(cached))
 
 
 def test_dropout_differs_between_steps_sides_and_chunks(world):
-    made = stage(world, "dual", batch_size=4, dropout=0.5, grad_cache_chunk=2)
-    batch, other = made.prepare(0, 0), made.prepare(0, 1)
+    task = load(world, "dual", batch_size=4, dropout=0.5, grad_cache_chunk=2)
+    batch, other = task.batch(0, 0), task.batch(0, 1)
     same_ids = [batch.passages[0]] * 4
-    outputs = [made.embed(side, b, same_ids).outputs for side in ("query", "passage") for b in (batch, other)]
+    outputs = [task.embed(side, b, same_ids).outputs for side in ("query", "passage") for b in (batch, other)]
     rows = torch.cat(outputs).detach()
     assert len(torch.unique(rows, dim=0)) == len(rows)
 
@@ -135,55 +146,78 @@ def test_dropout_differs_between_steps_sides_and_chunks(world):
 def test_cross_gradients_are_those_of_one_graph(world, loss, epsilon):
     knobs = dict(loss=loss, batch_size=6, groups_per_step=3, group_size=3, dropout=0.0, fgm_epsilon=epsilon)
     for chunk in (0, 2):
-        made = stage(world, "cross", grad_cache_chunk=chunk, **knobs)
-        batch, table = made.prepare(0, 0), made.model.word_embeddings
+        task = load(world, "cross", grad_cache_chunk=chunk, **knobs)
+        batch, table = task.batch(0, 0), task.model.word_embeddings
 
-        def plain(made=made, batch=batch):
+        def plain(task=task, batch=batch):
             rows = range(len(batch.pairs.ids))
-            logits = made.model(*pair_tensors(batch.pairs, rows, made.tokenizer.pad_token_id, made.device))
-            if made.listwise:
+            logits = task.model(
+                *pair_tensors(batch.pairs, rows, task.setup.tokenizer.pad_token_id, task.device)
+            )
+            if task.listwise:
                 return listwise_loss(logits, 3)[0]
             return pointwise_loss(logits, torch.from_numpy(batch.labels))[0]
 
-        found, before = gradients(made), table.detach().clone()
+        found, before = gradients(task), table.detach().clone()
         if epsilon:
             g = torch.autograd.grad(plain(), table)[0]
             table.data.add_(epsilon * g / g.norm())
-        made.model.zero_grad(set_to_none=True)
+        task.model.zero_grad(set_to_none=True)
         plain().backward()
-        assert apart(found, flat(made.model)) < 1e-9
+        assert apart(found, flat(task.model)) < 1e-9
         assert not epsilon or not table.equal(before)
         table.data.copy_(before)
-        gradients(made)
-        assert table.equal(before)  # FGM puts it back
+        gradients(task)
+        assert table.equal(before)  # restored
 
 
-def test_fgm_leaves_what_earlier_micro_batches_asked_of_the_embeddings(world):
+def test_fgm_keeps_the_accumulated_gradient_of_the_embeddings(world):
     knobs = dict(batch_size=4, dropout=0.0, fgm_epsilon=0.1)
-    made = stage(world, "cross", **knobs)
+    task = load(world, "cross", **knobs)
     parts = []
     for at in range(2):
-        made.model.zero_grad(set_to_none=True)
-        made.backward(made.prepare(0, at), lambda loss: loss / 2)
-        parts.append(flat(made.model))
-    assert apart(gradients(made, 2), parts[0] + parts[1]) < 1e-9
+        task.model.zero_grad(set_to_none=True)
+        backward(task, task.batch(0, at), 1 / 2)
+        parts.append(flat(task.model))
+    assert apart(gradients(task, 2), parts[0] + parts[1]) < 1e-9
+
+
+def test_the_word_embeddings_are_restored_after_an_error_in_fgm(world, monkeypatch):
+    task = load(world, "cross", batch_size=4, dropout=0.0, fgm_epsilon=0.5, grad_cache_chunk=2)
+    before, real, calls = task.model.word_embeddings.detach().clone(), task.model.forward, []
+
+    def failing(*tensors):
+        calls.append(task.model.word_embeddings.equal(before))
+        if len(calls) == 8:  # 2 chunks, forward and backward: unperturbed, then perturbed
+            raise MemoryError
+        return real(*tensors)
+
+    monkeypatch.setattr(task.model, "forward", failing)
+    with pytest.raises(MemoryError):
+        backward(task, task.batch(0, 0))
+    assert calls == [True] * 4 + [False] * 4 and task.model.word_embeddings.equal(before)
 
 
 def test_gradient_checkpointing_changes_no_gradient(world):
-    for kind, knobs in (("dual", dict(batch_size=6)), ("cross", dict(batch_size=6, loss="pointwise"))):
+    cross = dict(batch_size=6, loss="pointwise")
+    for kind, knobs in (
+        ("dual", dict(batch_size=6)),
+        ("cross", cross),
+        ("cross", {**cross, "fgm_epsilon": 1.0}),
+    ):
         plain, twice = (
-            gradients(stage(world, kind, dropout=0.2, gradient_checkpointing=on, **knobs))
+            gradients(load(world, kind, dropout=0.2, gradient_checkpointing=on, **knobs))
             for on in (False, True)
         )
         assert apart(twice, plain) < 1e-9
 
 
 def test_memory_follows_the_chunk(world):
-    """What autograd keeps of a step, in numbers, with and without the cache."""
+    """The numbers that autograd keeps for a backward pass, with and without the cache."""
     kept = {}
     for chunk in (0, 2):
         for batch in (4, 16):
-            made, count = stage(world, "dual", batch_size=batch, dropout=0.0, grad_cache_chunk=chunk), [0, 0]
+            task, count = load(world, "dual", batch_size=batch, dropout=0.0, grad_cache_chunk=chunk), [0, 0]
 
             def pack(tensor, count=count):
                 count[0] += tensor.numel()
@@ -196,20 +230,21 @@ def test_memory_follows_the_chunk(world):
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-                gradients(made)
+                gradients(task)
             kept[chunk, batch] = count[1]
     assert kept[0, 16] > 3 * kept[0, 4]
     assert kept[2, 16] < 1.5 * kept[2, 4] and kept[2, 16] < kept[0, 16] / 4
 
 
 def test_ema_with_cached_gradients_follows_its_formula(world):
-    made = stage(world, "dual", batch_size=8, dropout=0.1, grad_cache_chunk=3, ema_decay=0.9, max_steps=3)
-    trainer = Trainer(made.hp, made.task(), made.device, "fp32", str(world / "ema.pt"), {})
-    live = [[p.detach().clone() for p in made.model.parameters()]]
+    knobs = dict(batch_size=8, dropout=0.1, grad_cache_chunk=3, ema_decay=0.9, max_steps=3)
+    made = stage(world, "dual", **knobs)
+    task, trainer = made.task, made.trainer(world / "ema", {})
+    live = [[p.detach().clone() for p in task.model.parameters()]]
     update = trainer.ema.update
 
     def recorded():
-        live.append([p.detach().clone() for p in made.model.parameters()])
+        live.append([p.detach().clone() for p in task.model.parameters()])
         update()
 
     trainer.ema.update = recorded
@@ -222,8 +257,8 @@ def test_ema_with_cached_gradients_follows_its_formula(world):
         assert torch.allclose(found, expected, rtol=1e-12, atol=1e-14)
     saved = torch.load(world / "out/dual_params.bin", weights_only=True)
     for name, value in trainer.ema.shadow.items():
-        assert saved[name].equal(value)  # the shadow is saved, the live weights go on
-    now = list(made.model.parameters())
+        assert saved[name].equal(value)  # the shadow is saved, training continues with the live weights
+    now = list(task.model.parameters())
     assert all(p.equal(last) for p, last in zip(now, live[-1], strict=True))
 
 
@@ -243,12 +278,12 @@ def test_outputs_are_in_the_order_of_the_texts():
 @pytest.mark.parametrize("share", [True, False])
 def test_matryoshka_is_the_mean_over_its_dimensions(world, share):
     knobs = dict(batch_size=8, dropout=0.0, normalize=True, temperature=0.1, share_encoder=share)
-    made = stage(world, "dual", matryoshka_dims="4,16", grad_cache_chunk=3, **knobs)
-    found = gradients(made)
-    made.model.zero_grad(set_to_none=True)
-    batch = made.prepare(0, 0)
+    task = load(world, "dual", matryoshka_dims="4,16", grad_cache_chunk=3, **knobs)
+    found = gradients(task)
+    task.model.zero_grad(set_to_none=True)
+    batch = task.batch(0, 0)
     queries, passages = (
-        made.model(side, *map(torch.from_numpy, pad(ids, made.tokenizer.pad_token_id)))
+        task.model(side, *map(torch.from_numpy, pad(ids, task.setup.tokenizer.pad_token_id)))
         for side, ids in (("query", batch.queries), ("passage", batch.passages))
     )
     masks = [torch.from_numpy(array) for array in (batch.source.targets, batch.source.masked)]
@@ -257,31 +292,27 @@ def test_matryoshka_is_the_mean_over_its_dimensions(world, share):
         q, p = (torch.nn.functional.normalize(v[:, :dims], dim=1) for v in (queries, passages))
         losses.append(contrastive_loss(q @ p.T / 0.1, *masks)[0])
     (sum(losses) / 3).backward()
-    assert apart(found, flat(made.model)) < 1e-9
+    assert apart(found, flat(task.model)) < 1e-9
     for wrong in ("16,4", "4,32", "0", "a", "4,4"):
         with pytest.raises(UserError, match="matryoshka_dims"):
-            stage(world, "dual", matryoshka_dims=wrong, **knobs)
+            load(world, "dual", matryoshka_dims=wrong, **knobs)
 
 
 def test_r_drop_with_cached_gradients(world):
-    """Without dropout both passes agree and it adds nothing; with it the loss is higher and it is learnt
-    from.
-    """
+    """Without dropout both passes agree and R-Drop adds nothing; with dropout it changes the gradient."""
     knobs = dict(batch_size=6, loss="pointwise", grad_cache_chunk=2)
-    plain, same = (stage(world, "cross", dropout=0.0, r_drop_alpha=alpha, **knobs) for alpha in (0.0, 5.0))
+    plain, same = (load(world, "cross", dropout=0.0, r_drop_alpha=alpha, **knobs) for alpha in (0.0, 5.0))
     assert apart(gradients(same), gradients(plain)) < 1e-9
-    with_dropout = [
-        stage(world, "cross", dropout=0.5, r_drop_alpha=alpha, **knobs) for alpha in (1e-12, 50.0)
-    ]
+    with_dropout = [load(world, "cross", dropout=0.5, r_drop_alpha=alpha, **knobs) for alpha in (1e-12, 50.0)]
     assert apart(gradients(with_dropout[1]), gradients(with_dropout[0])) > 1e-2
     kept, cached = (
-        stage(
+        load(
             world, "cross", dropout=0.5, r_drop_alpha=50.0, tokens_per_batch=150,
             **{**knobs, "grad_cache_chunk": chunk},
         )
         for chunk in (0, 1000)
     )  # fmt: skip
-    assert len(kept.logits(kept.prepare(0, 0), 0).chunks) > 2
+    assert len(kept.logits(kept.batch(0, 0), 0).deferred) > 2
     assert apart(gradients(cached), gradients(kept)) < 1e-9
 
 
@@ -309,31 +340,28 @@ def test_distillation_with_cached_gradients(world, tmp_path, kind, share, more):
         share_encoder=share, tokens_per_batch=100, distill_loss=kind, distill_weight=3.0,
     )  # fmt: skip
     kept, cached = (
-        stage(world, "dual", **knobs, **more, **with_teacher(world, tmp_path), grad_cache_chunk=chunk)
+        load(world, "dual", **knobs, **more, **with_teacher(world, tmp_path), grad_cache_chunk=chunk)
         for chunk in (0, 1000)
     )
     assert apart(gradients(cached, 2), gradients(kept, 2)) < 1e-9
-    without = stage(world, "dual", **{**knobs, "distill_loss": "none"}, **more)
+    without = load(world, "dual", **{**knobs, "distill_loss": "none"}, **more)
     assert apart(gradients(without, 2), gradients(kept, 2)) > 1e-2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kl", "margin_mse"])
 def test_distillation_alone_fits_the_teacher(world, tmp_path, kind):
-    """With the contrastive loss off, the student comes to score its own passages as the teacher does."""
+    """Without the contrastive loss the student learns the teacher's scores of its own passages."""
     knobs = dict(
         batch_size=6, dropout=0.0, normalize=True, temperature=0.05, pooling="mean", hard_negatives=2
     )
     more = dict(distill_loss=kind, contrastive_weight=0.0, lr=2e-3, **with_teacher(world, tmp_path))
-    made = stage(world, "dual", epoch=30, max_steps=40, **knobs, **more)
-    losses = []
-    trainer = Trainer(made.hp, made.task(), made.device, "fp32", str(tmp_path / "c.pt"), {})
-    note = trainer._note
-    trainer._note = lambda loss, *rest: (losses.append(loss), note(loss, *rest))
-    trainer.run()
+    made = stage(world, "dual", epoch=30, max_steps=40, log_every=1, **knobs, **more)
+    progress = made.trainer(tmp_path, {}).run()
+    losses = [entry["loss"] for entry in progress.history]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
 def test_a_training_file_without_a_teacher_is_named(world):
     with pytest.raises(UserError, match="dual.train.ids.tsv: no such file"):
-        stage(world, "dual", batch_size=8, distill_loss="kl")
+        load(world, "dual", batch_size=8, distill_loss="kl")

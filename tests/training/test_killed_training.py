@@ -31,13 +31,13 @@ def command(world, kind: str, name: str) -> tuple[str, list[str]]:
 
 
 def wait_for(process, *words: str) -> None:
-    """Return when one of the words stands in the program's output, or it has ended."""
+    """Wait until one of the words is in the program's output, or it has ended."""
     while process.poll() is None and not any(word in process.output() for word in words):
         time.sleep(0.005)
 
 
 def results(folder, kind: str) -> list[bytes]:
-    """The best weights, and the last ones with the optimiser as the checkpoint has them."""
+    """The best weights, and the last weights and optimizer state in the checkpoint."""
     state = load_checkpoint(folder / f"{kind}_checkpoint.pt")
     tensors = [*state["model"].values(), *state["ema"].values()]
     tensors += [
@@ -64,19 +64,19 @@ def test_killed_at_random_moments(programs, world, kind, kills):
     assert done.returncode == 0, done.output()
     assert "starting from the beginning" not in done.output()
     assert results(world / name, kind) == results(world / whole, kind)
-    # -SIGTERM: it came before or after the training itself, where there is nothing to save
+    # -SIGTERM: received before or after the training loop, where there is nothing to save
     assert set(statuses) <= {-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT, 0}
     assert "up to date" in programs.run(*command(world, kind, name), log).output()
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_says_how_to_carry_on(programs, world):
+def test_a_signal_saves_and_reports_how_to_resume(programs, world):
     process = programs.start(*command(world, "dual", "asked"), world / "log")
     wait_for(process, "step 3/")
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
     out = process.output()
-    assert "stopped by SIGTERM" in out and "the same command carries on" in out and "Traceback" not in out
+    assert "stopped by SIGTERM" in out and "the same command resumes" in out and "Traceback" not in out
     assert load_checkpoint(world / "asked/dual_checkpoint.pt")["progress"]["step"] >= 3
 
 
@@ -84,7 +84,7 @@ def state(step: int) -> dict:
     return {"stamp": {}, "progress": {"step": step}, "model": {"w": torch.full((1000,), float(step))}}
 
 
-def test_the_last_two_are_kept_and_a_damaged_one_gives_way(tmp_path, capsys):
+def test_the_last_two_are_kept_and_a_damaged_one_is_skipped(tmp_path, capsys):
     path = tmp_path / "dual_checkpoint.pt"
     assert load_checkpoint(path) is None
     for step in (1, 2, 3):
@@ -95,14 +95,14 @@ def test_the_last_two_are_kept_and_a_damaged_one_gives_way(tmp_path, capsys):
     path.write_bytes(data[: len(data) // 2])
     assert load_checkpoint(path)["progress"]["step"] == 2
     assert "damaged" in capsys.readouterr().err
-    path.unlink()  # killed between the two renames: only the one before is there
+    path.unlink()  # killed between the two renames: only the previous one exists
     assert load_checkpoint(path)["progress"]["step"] == 2
     previous(path).write_bytes(b"nothing")
-    with pytest.raises(UserError, match="damaged; delete it"):
+    with pytest.raises(UserError, match="damaged checkpoint; delete it"):
         load_checkpoint(path)
 
 
-def test_a_failed_write_leaves_both_whole(tmp_path, monkeypatch):
+def test_a_failed_write_changes_neither_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "dual_checkpoint.pt"
     save_checkpoint(path, state(1)), save_checkpoint(path, state(2))
 

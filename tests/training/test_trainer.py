@@ -3,61 +3,53 @@
 import math
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from torch_src.dual_hparams import DualHparams
-from torch_src.dual_train import DualTraining
+from torch_src.dual_train import training_stage
 from torch_src.runtime.errors import UserError
 from torch_src.training.checkpoints import save_checkpoint
+from torch_src.training.distributed import Processes
 from torch_src.training.grad_cache import seed_of
-from torch_src.training.trainer import Task, Trainer, lr_factor, parameter_groups
+from torch_src.training.optimizer import lr_factor, parameter_groups
+from torch_src.training.trainer import Output, Trainer, TrainerOptions, TrainingTask
 
 CPU = torch.device("cpu")
 SAMPLE = Path(__file__).resolve().parents[2] / "script" / "sample_data"
 
 
-class Toy:
-    """A small classifier with dropout; every call of the loop is recorded."""
+class Toy(TrainingTask):
+    """A small classifier with dropout that records every call of the trainer."""
 
-    def __init__(self, folder, micro_steps=4, dropout=0.2, metrics=(), **knobs):
-        self.hp = SimpleNamespace(
-            **(dict(
-                epoch=3, batch_size=5, lr=0.05, weight_decay=0.0, max_grad_norm=1.0, accumulation_steps=1,
-                max_steps=0, warmup_proportion=0.1, eval_every=0, early_stop=0, seed=42, log_every=1,
-                output_dir=str(folder), ema_decay=0.0, save_every_minutes=0.0, precision="fp32",
-            ) | knobs)
-        )  # fmt: skip
+    def __init__(self, folder, micro_steps=4, dropout=0.2, metrics=(), seed=42, precision="fp32", **knobs):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Dropout(dropout), nn.Linear(8, 4))
-        self.micro_steps, self.metrics = micro_steps, list(metrics)
-        self.prepared, self.saved, self.gradients, self.fail_at = [], [], [], None
-        self.scale = 1.0  # of the loss, by (epoch, micro_step) where it is a function
-        task = Task(
-            self.model, micro_steps, self.prepare, self.backward, lambda batch: f"rows {batch[2]}",
-            self.evaluate, self.save_best,
-        )  # fmt: skip
-        checkpoint, stamp = str(folder / "checkpoint.pt"), {"lr": self.hp.lr}
-        self.trainer = Trainer(self.hp, task, CPU, self.hp.precision, checkpoint, stamp)
+        self.batches_per_epoch, self.metrics, self.seed = micro_steps, list(metrics), seed
+        self.drawn, self.saved, self.gradients, self.fail_at = [], [], [], None
+        self.scale = 1.0  # of the loss, by (epoch, step) where it is a function
+        options = TrainerOptions(**{"epochs": 3, "lr": 0.05, "log_every": 1, **knobs})
+        stamp = {"lr": options.lr}
+        self.trainer = Trainer(self, options, Processes(CPU), precision, folder / "checkpoint.pt", stamp)
         step = self.trainer.optimizer.step
         self.trainer.optimizer.step = lambda: (self.gradients.append(self.gradient()), step())
 
-    def prepare(self, epoch, micro_step):
-        self.prepared.append((epoch, micro_step))
-        if self.fail_at == (epoch, micro_step):
+    def batch(self, epoch, step):
+        self.drawn.append((epoch, step))
+        if self.fail_at == (epoch, step):
             raise ConnectionError("stopped by the test")
-        draw = torch.Generator().manual_seed(1000 * epoch + micro_step)
+        draw = torch.Generator().manual_seed(1000 * epoch + step)
         x = torch.randn(5, 6, generator=draw)
-        return x, torch.randint(4, (5,), generator=draw), (epoch, micro_step)
+        return x, torch.randint(4, (5,), generator=draw), (epoch, step)
 
-    def backward(self, batch, begin):
-        torch.manual_seed(seed_of(self.hp.seed, *batch[2]))
-        loss, accuracy = self.loss(batch)
-        begin(loss).backward()
-        return accuracy
+    def forward(self, batch):
+        torch.manual_seed(seed_of(self.seed, *batch[2]))
+        return Output(*self.loss(batch), deferred=[])
+
+    def describe(self, batch):
+        return f"rows {batch[2]}"
 
     def loss(self, batch):
         scores = self.model(batch[0])
@@ -68,8 +60,12 @@ class Toy:
     def evaluate(self):
         return {"MRR@10": self.metrics.pop(0)} if self.metrics else {}
 
-    def save_best(self):
+    def save(self):
         self.saved.append((self.trainer.progress.step, self.weights()))
+        return ""
+
+    def saved_checksum(self):
+        return None
 
     def weights(self):
         return b"".join(value.numpy().tobytes() for value in self.model.state_dict().values())
@@ -98,12 +94,12 @@ def test_lr_factor_at_its_corners(total, warmup, expected):
 
 
 def test_the_loop_uses_the_schedule_and_walks_through_the_epochs(tmp_path):
-    toy = Toy(tmp_path, epoch=2, micro_steps=5, accumulation_steps=2, warmup_proportion=0.5)
+    toy = Toy(tmp_path, epochs=2, micro_steps=5, accumulation_steps=2, warmup_proportion=0.5)
     progress = toy.run()
     rates = [entry["lr"] for entry in progress.history]
     assert rates == pytest.approx([0.025, 0.05, 0.05, 0.025], rel=1e-9)
     assert progress.step == 4
-    assert toy.prepared[:8] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)]
+    assert toy.drawn[:8] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)]
 
 
 def test_max_steps_shortens_run_and_schedule(tmp_path):
@@ -127,7 +123,7 @@ def test_weight_decay_on_matrices_only_and_tied_weights_once():
 
 
 def test_a_learning_rate_of_its_own(tmp_path):
-    toy = Toy(tmp_path, epoch=1, warmup_proportion=0.5)
+    toy = Toy(tmp_path, epochs=1, warmup_proportion=0.5)
     groups = parameter_groups(toy.model, 0.1, {"3.weight": 0.5, "3.bias": 0.5})
     assert [(len(g["params"]), g["weight_decay"], g.get("peak_lr")) for g in groups] == [
         (1, 0.1, None), (3, 0.0, None), (1, 0.1, 0.5), (1, 0.0, 0.5),
@@ -141,7 +137,7 @@ def test_a_learning_rate_of_its_own(tmp_path):
 
 
 def test_weight_decay_shrinks_matrices_and_leaves_vectors(tmp_path):
-    toy = Toy(tmp_path, epoch=1, micro_steps=1, weight_decay=0.1)
+    toy = Toy(tmp_path, epochs=1, micro_steps=1, weight_decay=0.1)
     toy.scale = 0.0  # no gradient: what moves is the decay
     before = {name: p.detach().clone() for name, p in toy.model.named_parameters()}
     toy.run()
@@ -151,8 +147,8 @@ def test_weight_decay_shrinks_matrices_and_leaves_vectors(tmp_path):
 
 
 def test_the_gradient_is_clipped_to_its_norm_and_keeps_its_direction(tmp_path):
-    plain = Toy(tmp_path / "a", epoch=1, micro_steps=1, max_grad_norm=1e9)
-    clipped = Toy(tmp_path / "b", epoch=1, micro_steps=1, max_grad_norm=0.01)
+    plain = Toy(tmp_path / "a", epochs=1, micro_steps=1, max_grad_norm=1e9)
+    clipped = Toy(tmp_path / "b", epochs=1, micro_steps=1, max_grad_norm=0.01)
     plain.run(), clipped.run()
     norm = plain.gradients[0].norm().item()
     assert norm > 0.1 and clipped.gradients[0].norm().item() == pytest.approx(0.01, rel=1e-3)
@@ -160,10 +156,10 @@ def test_the_gradient_is_clipped_to_its_norm_and_keeps_its_direction(tmp_path):
 
 
 def test_two_micro_batches_give_the_mean_gradient(tmp_path):
-    both = Toy(tmp_path, epoch=1, micro_steps=2, accumulation_steps=2, dropout=0.0, max_grad_norm=1e9)
+    both = Toy(tmp_path, epochs=1, micro_steps=2, accumulation_steps=2, dropout=0.0, max_grad_norm=1e9)
     parts, losses = [], []
     for micro in range(2):
-        loss, _ = both.loss(both.prepare(0, micro))
+        loss, _ = both.loss(both.batch(0, micro))
         losses.append(loss.item())
         parts.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, both.model.parameters())]))
     assert (parts[0] - parts[1]).norm() > 0.1
@@ -175,7 +171,7 @@ def test_two_micro_batches_give_the_mean_gradient(tmp_path):
 
 def test_accumulation_beyond_an_epoch_asks_for_no_batch_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="--accumulation_steps 3: an epoch has only 1 batches"):
-        Toy(tmp_path, micro_steps=1, accumulation_steps=3, epoch=2).run()
+        Toy(tmp_path, micro_steps=1, accumulation_steps=3, epochs=2).run()
 
 
 def test_same_seed_same_bytes_another_seed_others(tmp_path):
@@ -217,7 +213,7 @@ def test_a_checkpoint_of_other_settings_is_not_continued(tmp_path, capsys):
     fresh.run()
     again = Toy(tmp_path, lr=0.01)
     again.run()
-    assert "a checkpoint of other settings (lr: 0.05 -> 0.01)" in capsys.readouterr().out
+    assert "settings differ (lr: 0.05 -> 0.01)" in capsys.readouterr().out
     assert again.weights() == fresh.weights() and len(again.gradients) == 12
 
 
@@ -226,7 +222,7 @@ def test_a_non_finite_loss_names_step_and_rows_and_keeps_the_best(tmp_path, bad)
     toy = Toy(tmp_path, metrics=[0.1, 0.5])
     toy.scale = lambda rows: bad if rows == (1, 1) else 1.0
     with pytest.raises(
-        UserError, match=r"the loss is (nan|inf) at step 6, .*rows \(1, 1\).*weights of step 4, best on dev"
+        UserError, match=r"the loss is (nan|inf) at step 6, .*rows \(1, 1\).*best weights \(step 4\)"
     ):
         toy.run()
     assert [step for step, _ in toy.saved] == [4] and len(toy.gradients) == 5
@@ -240,17 +236,17 @@ def test_a_non_finite_loss_before_any_weights_were_kept_claims_none(tmp_path):
     with pytest.raises(UserError, match="at step 1, ") as caught:
         toy.run()
     assert toy.saved == [] and "step -1" not in str(caught.value)
-    assert "no weights were saved yet" in str(caught.value)
+    assert "no weights are saved" in str(caught.value)
 
 
 def test_a_non_finite_loss_tells_of_the_checkpoint(tmp_path):
     toy = Toy(tmp_path, metrics=[0.1], eval_every=-1)
     toy.scale = lambda rows: math.nan if rows == (2, 1) else 1.0
-    with pytest.raises(UserError, match="stopped, the checkpoint of step 8 is whole"):
+    with pytest.raises(UserError, match="at step 10, .*last checkpoint is of step 8"):
         toy.run()
     again = Toy(tmp_path, eval_every=-1)
     again.scale = math.nan
-    with pytest.raises(UserError, match="at step 9, .*the checkpoint of step 8 is whole"):
+    with pytest.raises(UserError, match="at step 9, .*last checkpoint is of step 8"):
         again.run()
 
 
@@ -263,14 +259,14 @@ def test_fp16_skips_are_counted_logged_and_too_many_stop(tmp_path, capsys):
     before, shadows, update = toy.weights(), [], toy.trainer.ema.update
     toy.trainer.ema.update = lambda: (shadows.append(toy.trainer.progress.step), update())
     progress = toy.run()
-    assert (progress.skipped, progress.skipped_in_all) == (0, 4) and "skipped 4" in capsys.readouterr().out
+    assert (progress.skipped, progress.skipped_total) == (0, 4) and "skipped 4" in capsys.readouterr().out
     assert len(toy.gradients) == 8 and shadows == [0, 1, 2, 3, 8, 9, 10, 11] and toy.weights() != before
     assert all(gradient.isfinite().all() for gradient in toy.gradients)
-    plain = Toy(tmp_path / "plain", eval_every=-1, epoch=1)
+    plain = Toy(tmp_path / "plain", eval_every=-1, epochs=1)
     plain.run()  # the loss is scaled and its gradient scaled back: the same direction and size
     assert toy.gradients[0].allclose(plain.gradients[0], rtol=1e-4, atol=1e-7)
 
-    endless = Toy(tmp_path / "endless", precision="fp16", epoch=30, eval_every=-1)
+    endless = Toy(tmp_path / "endless", precision="fp16", epochs=30, eval_every=-1)
     endless.scale = 1e38
     before = endless.weights()
     with pytest.raises(UserError, match="fp16: 50 updates in a row overflowed.*at step 50, lr"):
@@ -296,20 +292,13 @@ def test_what_an_fp16_run_skipped_is_known_to_its_resume(tmp_path):
     assert again.trainer.scaler.state_dict() == whole.trainer.scaler.state_dict()
 
 
-def test_other_negatives_or_processes_are_told_of(tmp_path, capsys):
-    first = Toy(tmp_path)
-    first.trainer.task.negatives = first.trainer.progress.negatives = 63
-    first.run()
-    other = Toy(tmp_path, lr=0.01)
-    other.trainer.task.negatives = 127
-    capsys.readouterr()
-    other.run()
-    assert "WARNING negatives a query in a step: 63 -> 127" in capsys.readouterr().err
+def test_another_number_of_processes_is_reported(tmp_path, capsys):
+    Toy(tmp_path).run()
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     state = {key: value for key, value in saved.items() if key != "xxh3"}
     save_checkpoint(tmp_path / "checkpoint.pt", {**state, "progress": {**state["progress"], "processes": 2}})
-    Toy(tmp_path, lr=0.01).run()
-    assert "WARNING 1 processes, 2 before" in capsys.readouterr().err
+    Toy(tmp_path).run()
+    assert "WARNING 1 processes now, 2 before" in capsys.readouterr().err
 
 
 def test_a_non_finite_gradient_of_a_finite_loss_stops(tmp_path):
@@ -323,7 +312,7 @@ def test_a_non_finite_gradient_of_a_finite_loss_stops(tmp_path):
 
 
 def test_the_best_weights_are_kept_rather_than_the_last(tmp_path):
-    toy = Toy(tmp_path, epoch=4, metrics=[0.9, 0.2, 0.6, 0.6, 0.4])
+    toy = Toy(tmp_path, epochs=4, metrics=[0.9, 0.2, 0.6, 0.6, 0.4])
     progress = toy.run()
     assert [step for step, _ in toy.saved] == [4, 8]  # 12 is as good, not better
     assert (progress.best, progress.best_step, progress.untrained, progress.step) == (0.6, 8, 0.9, 16)
@@ -333,10 +322,10 @@ def test_the_best_weights_are_kept_rather_than_the_last(tmp_path):
 
 
 def test_early_stop_counts_evaluations_without_gain(tmp_path):
-    toy = Toy(tmp_path, epoch=10, early_stop=2, metrics=[0.0, 0.3, 0.2, 0.5, 0.4, 0.5, 0.9])
+    toy = Toy(tmp_path, epochs=10, early_stop=2, metrics=[0.0, 0.3, 0.2, 0.5, 0.4, 0.5, 0.9])
     progress = toy.run()
     assert (progress.step, progress.best_step, toy.metrics) == (20, 12, [0.9])
-    toy = Toy(tmp_path / "never", epoch=5, early_stop=0, metrics=[0.0, 0.3, 0.2, 0.1, 0.1, 0.1])
+    toy = Toy(tmp_path / "never", epochs=5, early_stop=0, metrics=[0.0, 0.3, 0.2, 0.1, 0.1, 0.1])
     assert toy.run().step == 20
 
 
@@ -355,38 +344,39 @@ def test_without_a_dev_set_the_last_weights_are_kept(tmp_path):
     assert toy.saved[-1] == (12, toy.weights())
 
 
-def test_tokenising_ahead_is_not_disturbed_by_an_evaluation(tmp_path, monkeypatch):
-    # The thread that prepares the next batch is held between setting its length limit and tokenising, until
-    # the evaluation has tokenised to another limit, or for 0.3 s where the two never meet.
+def test_tokenizing_ahead_is_not_disturbed_by_an_evaluation(tmp_path, monkeypatch):
+    # The thread that prepares the next batch waits between setting its length limit and tokenizing, until the
+    # evaluation has tokenized to another limit, or for 0.3 s when the two never meet.
     hp = DualHparams(
         data_dir=str(SAMPLE), pretrained_model_path=str(SAMPLE / "tiny_bert"), output_dir=str(tmp_path),
         batch_size=2, q_max_seq_len=8, p_max_seq_len=40, max_steps=2, eval_every=1, precision="fp32",
         device="cpu",
     )  # fmt: skip
-    training = DualTraining(hp)
-    kind, prepared, evaluated = type(training.tokenizer), {}, threading.Event()
-    real_set, real_prepare = kind.set_truncation_and_padding, training.prepare
+    stage = training_stage(hp)
+    task, kind, drawn = stage.task, type(stage.setup.tokenizer), {}
+    evaluated = threading.Event()
+    real_set, real_batch = kind.set_truncation_and_padding, task.batch
 
-    def held(self, *args, **kwargs):
+    def delayed(self, *args, **kwargs):
         real_set(self, *args, **kwargs)
         if threading.current_thread() is not threading.main_thread():
             evaluated.wait(0.3)
 
     def evaluate():
-        training.encoder("passage").tokenize(["银杏从小苗到挂果得等多少年" * 9])
+        task.encoder("passage").tokenize(["银杏从小苗到挂果得等多少年" * 9])
         evaluated.set()
         return {}
 
-    def prepare(epoch, micro_step):
+    def batch(epoch, step):
         evaluated.clear()
-        prepared[epoch, micro_step] = real_prepare(epoch, micro_step)
-        return prepared[epoch, micro_step]
+        drawn[epoch, step] = real_batch(epoch, step)
+        return drawn[epoch, step]
 
-    monkeypatch.setattr(kind, "set_truncation_and_padding", held)
-    monkeypatch.setattr("torch_src.dual_train.build_dev_retrieval", lambda *_: None)
-    training.load()
-    training.evaluate, training.prepare = evaluate, prepare
-    Trainer(hp, training.task(), CPU, "fp32", str(tmp_path / "checkpoint.pt"), {}).run()
-    for (epoch, micro_step), batch in prepared.items():
-        again = real_prepare(epoch, micro_step)
-        assert (batch.queries, batch.passages) == (again.queries, again.passages)
+    monkeypatch.setattr(kind, "set_truncation_and_padding", delayed)
+    monkeypatch.setattr("torch_src.dual_train.open_dev_retrieval", lambda *_: None)
+    task.load()
+    task.evaluate, task.batch = evaluate, batch
+    stage.trainer(tmp_path, {}).run()
+    for place, found in drawn.items():
+        again = real_batch(*place)
+        assert (found.queries, found.passages) == (again.queries, again.passages)

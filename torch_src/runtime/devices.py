@@ -50,12 +50,13 @@ def token_budget(asked: int, device: torch.device, training: bool = False) -> in
     """Return the padded tokens of one forward pass: `asked`, or with 0 a default for the device.
 
     On a CPU the activations of a layer should fit in the caches: at inference 4,096 was the fastest of
-    2,048 to 16,384; training keeps the activations of all layers and takes half of that.
+    2,048 to 16,384; training keeps the activations of all layers and takes half of that. The default does
+    not depend on free memory: a resumed training must split its batches as before.
     """
     if asked:
         return asked
     if device.type == "cuda":
-        return 32768
+        return 16384 if training else 32768
     return 2048 if training else 4096
 
 

@@ -1,43 +1,44 @@
-"""Checkpoints of a training run: the last two, each whole or not there."""
+"""Checkpoints of a training run: the last two, written atomically, with a checksum."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 
-from torch_src.runtime.errors import UserError
+from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.tensor_files import DamagedFile, load_tensors
 
 
-def previous(path) -> Path:
-    """Return where the checkpoint before the last one is."""
+def previous(path: str | Path) -> Path:
+    """Return the path of the checkpoint before the last one."""
     return Path(path).with_suffix(".previous.pt")
 
 
-def save_tensors(path, state: dict, **options) -> None:
-    """Write nested dictionaries of tensors and plain values, atomically; UserError when that fails."""
+def save_tensors(path: str | Path, state: dict[str, Any], **options: Any) -> None:
+    """Write nested dictionaries of tensors and plain values, atomically; UserError when the disk is full."""
     try:
         with atomic_write(path, "wb", **options) as file:
             torch.save(state, file)
-    except RuntimeError as error:  # torch reports a full disk so
+    except RuntimeError as error:  # torch's form of a failed write
         raise UserError(
-            f"{path}: could not be written ({str(error).strip().split(chr(10))[0][:100]}); is the disk full? "
-            "What was there before is whole; the same command carries on"
+            f"{path}: could not be written ({first_line(error)[:100]}), the old file is unchanged; "
+            "is the disk full? the same command resumes"
         ) from error
 
 
-def save_checkpoint(path, state: dict) -> None:
-    """Write the checkpoint; the one that was there becomes the previous. A full disk leaves both whole."""
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Write the checkpoint and keep the last one as the previous; after a failure both are unchanged."""
     save_tensors(path, {**state, "xxh3": checksum(state)}, keep_old=previous(path))
 
 
-def checksum(state) -> str:
-    """Return 16 hex digits over all that is in nested dictionaries and lists of tensors and plain values."""
+def checksum(state: Any) -> str:
+    """Return 16 hex digits over nested dictionaries and lists of tensors and plain values."""
     digest = xxhash.xxh3_64()
 
-    def add(value) -> None:
+    def add(value: Any) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
                 digest.update(f"{key!r}:".encode())
@@ -48,7 +49,7 @@ def checksum(state) -> str:
                 add(inner)
         elif isinstance(value, torch.Tensor):
             digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         else:
             digest.update(repr(value).encode())
 
@@ -56,9 +57,9 @@ def checksum(state) -> str:
     return digest.hexdigest()
 
 
-def load_checkpoint(path) -> dict | None:
-    """Return the last checkpoint, or the one before where that is damaged; None when there is none."""
-    damaged = []
+def load_checkpoint(path: str | Path) -> dict[str, Any] | None:
+    """Return the last checkpoint, or the previous one when the last is damaged; None when there is none."""
+    damaged: list[Path] = []
     for candidate in (Path(path), previous(path)):
         if not candidate.exists():
             continue
@@ -66,19 +67,19 @@ def load_checkpoint(path) -> dict | None:
             state = load_tensors(candidate)
             if not isinstance(state, dict) or state.pop("xxh3", None) != checksum(state):
                 raise DamagedFile(f"{candidate}: checksum mismatch")
-        except DamagedFile as damage:
-            warn(str(damage))
+        except DamagedFile as error:
+            warn(str(error))
             damaged.append(candidate)
             continue
         if damaged:
-            log(f"{candidate}: taking up the checkpoint before it")
+            log(f"{candidate}: using the previous checkpoint")
         return state
     if damaged:
-        raise UserError(f"{damaged[0]}: damaged; delete it to start from the beginning")
+        raise UserError(f"{damaged[0]}: damaged checkpoint; delete it to train from the start")
     return None
 
 
-def delete_checkpoints(path) -> None:
-    """Remove both."""
-    for each in (Path(path), previous(path)):
-        each.unlink(missing_ok=True)
+def delete_checkpoints(path: str | Path) -> None:
+    """Delete both checkpoints."""
+    for checkpoint in (Path(path), previous(path)):
+        checkpoint.unlink(missing_ok=True)

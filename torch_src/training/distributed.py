@@ -1,9 +1,10 @@
-"""The processes that train together: torchrun's (gloo on a CPU, nccl on CUDA), or this one alone."""
+"""The processes that train together: those of torchrun (gloo on a CPU, NCCL on CUDA), or this one alone."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,92 +13,118 @@ from torch import Tensor, nn
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import rank
 
-# what gloo and NCCL say of a process that is gone
-GONE = ("Connection closed", "onnection reset", "Broken pipe", "remote process exited")
-PATIENCE = timedelta(
-    hours=12
-)  # the others wait for the first during a dev evaluation; torchrun ends them when it dies
+# How gloo and NCCL report that another process has ended.
+PEER_ENDED = ("Connection closed", "onnection reset", "Broken pipe", "remote process exited")
+# All work is shared, so processes wait only for slower reading at the start and for the first process while
+# it writes weights or ranks the dev set: minutes at most, also on a slow disk.
+TIMEOUT = timedelta(minutes=30)
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """A sum that fails since another process is gone is no fault of this one: UserError, no traceback."""
+def _peer_errors() -> Iterator[None]:
+    """Turn the error of a collective whose other process has ended into a UserError."""
     try:
         yield
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in GONE):
+        if not any(sign in str(error) for sign in PEER_ENDED):
             raise
-        why = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"another process of this run has ended: its own message says why ({why})") from error
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"another process of this run has ended ({reason}); see its own error") from error
 
 
-class ProcessGroup:
-    """Sums and gathers over all processes; with one process everything is as it was."""
+class Processes:
+    """Collectives over all processes of a run. With a single process each returns its input."""
 
     def __init__(self, device: torch.device):
-        """Join the processes that torchrun started, if it did."""
+        """Join the process group when torchrun started several processes."""
         self.rank, self.world, self.device = rank(), int(os.getenv("WORLD_SIZE", "1")), device
         self.joined = self.world > 1 and not dist.is_initialized()
         if self.joined:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
 
-    def share(self, count: int) -> slice:
-        """Return this process's share of `count` things: an even, contiguous part."""
-        counts = self.counts(count)
-        first = sum(counts[: self.rank])
-        return slice(first, first + counts[self.rank])
+    @property
+    def is_first(self) -> bool:
+        """Return whether this process writes the files and the log."""
+        return self.rank == 0
 
-    def counts(self, count: int) -> list[int]:
-        """Return how many of `count` things each process has."""
+    def shard(self, count: int) -> slice:
+        """Return this process's contiguous shard of `count` items."""
+        sizes = self._shard_sizes(count)
+        start = sum(sizes[: self.rank])
+        return slice(start, start + sizes[self.rank])
+
+    def _shard_sizes(self, count: int) -> list[int]:
         return [count // self.world + (at < count % self.world) for at in range(self.world)]
 
-    def gather(self, own: Tensor, count: int) -> Tensor:
-        """Return the rows (count, ...) of all processes in the order of their shares; no gradient flows."""
-        if self.world == 1:
-            return own
-        counts = self.counts(count)
-        padded = own.new_zeros((max(counts), *own.shape[1:]))
-        padded[: len(own)] = own
-        parts = [torch.empty_like(padded) for _ in counts]
-        with _together():
-            dist.all_gather(parts, padded)
-        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+    def all_gather_rows(self, rows: Tensor, count: int) -> Tensor:
+        """Return the rows (count, ...) of all processes in the order of their shards.
 
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all processes, in place."""
+        Differentiable: the gradient of a row is its sum over all processes.
+        """
+        return rows if self.world == 1 else _AllGatherRows.apply(rows, count, self)
+
+    def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all processes, in place; return it."""
         if self.world > 1:
-            with _together():
+            with _peer_errors():
                 dist.all_reduce(tensor)
         return tensor
 
-    def sum_gradients(self, model: nn.Module) -> None:
-        """Sum every parameter's gradient over all processes, by one all-reduce of one flat tensor."""
+    def sum_of(self, value: Tensor | float) -> float:
+        """Return the sum of a number over all processes, added in fp64."""
+        number = torch.as_tensor(value, device=self.device).detach().double().clone()
+        return self.all_reduce_sum_(number).item()
+
+    def all_reduce_gradients(self, model: nn.Module) -> None:
+        """Sum the gradients of all parameters over all processes, by one all-reduce of one flat tensor."""
         if self.world == 1:
             return
         parameters = [p for p in model.parameters() if p.requires_grad]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-        self.sum_(flat)
+        self.all_reduce_sum_(flat)
         start = 0
         for parameter in parameters:
             parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
             start += parameter.numel()
 
-    def from_first_(self, tensor: Tensor) -> Tensor:
-        """Give every process the first one's tensor, in place."""
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Copy the first process's tensor to all processes, in place; return it."""
         if self.world > 1:
-            with _together():
+            with _peer_errors():
                 dist.broadcast(tensor, 0)
         return tensor
 
-    def wait(self) -> None:
-        """Go on when all processes have come here."""
-        if self.world > 1:
-            self.sum_(torch.zeros(1, device=self.device))
+    def require_same(self, value: int, message: str) -> None:
+        """UserError `message` when the first process has another value (an int64)."""
+        if self.broadcast_(torch.tensor([value], device=self.device)).item() != value:
+            raise UserError(message)
+
+    def barrier(self) -> None:
+        """Wait until all processes have called this."""
+        self.all_reduce_sum_(torch.zeros(1, device=self.device))
 
     def close(self) -> None:
-        """Leave the group. Not after an error: the others may be within a sum, and NCCL would wait for them.
+        """Leave the process group. Not after an error: NCCL would wait for a collective of the others.
 
-        A process that just ends is noticed by torchrun, which ends the others.
+        torchrun notices a process that ends with an error and ends the others.
         """
         if self.joined:
             dist.destroy_process_group()
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, count: int, processes: Processes) -> Tensor:
+        ctx.count, ctx.processes = count, processes
+        sizes = processes._shard_sizes(count)
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        shards = [torch.empty_like(padded) for _ in sizes]
+        with _peer_errors():
+            dist.all_gather(shards, padded)
+        return torch.cat([shard[:size] for shard, size in zip(shards, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        summed = ctx.processes.all_reduce_sum_(gradient.clone(memory_format=torch.contiguous_format))
+        return summed[ctx.processes.shard(ctx.count)], None, None

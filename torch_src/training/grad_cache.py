@@ -1,54 +1,89 @@
-"""Outputs of many texts computed chunk by chunk, and the way back of their gradient (GradCache).
+"""Forward passes in chunks whose backward passes run later, chunk by chunk (GradCache).
 
 Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (arXiv 2101.06983):
-the outputs are computed without a graph, the loss's gradient with respect to them is taken, and each chunk is
-then computed once more, with a graph, to carry its part of that gradient to the weights. Memory follows the
-chunk; the gradient is that of the whole batch.
+the outputs are computed without a graph, the loss is differentiated with respect to them, and each chunk is
+then recomputed with a graph to back-propagate its part of that gradient. Memory follows the chunk; the
+gradient is that of the whole batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from torch_src.models.tokenization import length_sorted_batches
+
+
+class Chunk:
+    """The forward pass of some rows of a batch, and its backward pass once the loss is differentiated."""
+
+    def __init__(self, forward: Callable[[np.ndarray], Tensor], rows: np.ndarray, seed: int, cached: bool):
+        self.forward, self.rows, self.seed, self.cached = forward, rows, seed, cached
+        with torch.set_grad_enabled(not cached):
+            self.output = self._run()
+        self.leaf: Tensor | None = None  # outputs of the whole batch, set by ChunkedForward
+
+    def _run(self) -> Tensor:
+        # torch.manual_seed takes 2.5 ms without a GPU (it keeps a stack trace): seed the generators directly.
+        torch.default_generator.manual_seed(self.seed)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed(self.seed)
+        return self.forward(self.rows)
+
+    def backward(self, inputs: list[Tensor] | None = None) -> None:
+        """Back-propagate the gradient of the batch's outputs into the weights, or into `inputs` alone."""
+        assert self.leaf is not None and self.leaf.grad is not None, "the loss was not differentiated"
+        output = self._run() if self.cached else self.output
+        gradient = self.leaf.grad[torch.from_numpy(self.rows).to(self.leaf.device)]
+        torch.autograd.backward(output, gradient, inputs=inputs)
+
 
 class ChunkedForward:
-    """One forward pass over all texts. `outputs` (N, ...) are detached, in the order of the texts.
+    """One forward pass over all rows. `outputs` (N, ...) is a leaf tensor in the order of the rows.
 
-    forward(rows) gives the outputs of some texts; `chunks` are index arrays that cover all N. Before each
-    chunk the generator is seeded from `seed` and the chunk's number: the second computation then has the
-    dropout of the first, and a run that is taken up again has that of the undisturbed one. Without `cached`
-    the graphs are kept.
+    After loss.backward(), backward() of each chunk in `deferred` adds to the gradients of the weights.
+
+    forward(rows) returns the outputs of the given rows; `chunks` are index arrays that cover all N. Before
+    each chunk the generators are seeded from `seed` and the chunk's number, so that the recomputation and a
+    resumed run draw the same dropout. When not `cached`, the graphs are kept instead of recomputed.
     """
 
-    def __init__(self, forward: Callable, chunks: list[np.ndarray], seed: tuple[int, ...], cached: bool):
-        self.forward, self.chunks, self.seed, self.cached = forward, chunks, seed, cached
-        with torch.set_grad_enabled(not cached):
-            self.parts = [self._chunk(at) for at in range(len(chunks))]
-        back = np.argsort(np.concatenate(chunks))
-        outputs = torch.cat([part.detach() for part in self.parts])
-        self.outputs = outputs[torch.from_numpy(back).to(outputs.device)].requires_grad_()
-        if cached:
-            self.parts = []
+    def __init__(
+        self,
+        forward: Callable[[np.ndarray], Tensor],
+        chunks: list[np.ndarray],
+        seed: tuple[int, ...],
+        cached: bool,
+    ):
+        self.deferred = [Chunk(forward, rows, seed_of(*seed, at), cached) for at, rows in enumerate(chunks)]
+        outputs = torch.cat([chunk.output.detach() for chunk in self.deferred])
+        order = np.argsort(np.concatenate(chunks))
+        self.outputs = outputs[torch.from_numpy(order).to(outputs.device)].requires_grad_()
+        for chunk in self.deferred:
+            chunk.leaf = self.outputs
 
-    def _chunk(self, at: int) -> Tensor:
-        seed = seed_of(*self.seed, at)
-        # torch.manual_seed takes 2.5 ms where there is no GPU: it keeps a stack trace for the one to come
-        torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_available():
-            torch.cuda.manual_seed(seed)
-        return self.forward(self.chunks[at])
 
-    def backward(self, gradient: Tensor, inputs: list[Tensor] | None = None) -> None:
-        """Add to the weights' gradients (or to those of `inputs` alone) what `gradient` (N, ...) asks for."""
-        for at, rows in enumerate(self.chunks):
-            part = self._chunk(at) if self.cached else self.parts[at]
-            wanted = gradient[torch.from_numpy(rows).to(gradient.device)]
-            torch.autograd.backward(part, wanted, inputs=inputs)
+@dataclass(frozen=True)
+class Chunking:
+    """How a batch is split into forward passes: chunks of texts of similar length."""
+
+    texts: int  # in a chunk, at most, recomputed in the backward pass (GradCache); 0: keep all graphs
+    tokens: int  # padded tokens in a chunk, at most
+    seed: int
+    rank: int = 0  # each process draws its own dropout
+
+    def run(
+        self, forward: Callable[[np.ndarray], Tensor], lengths: Sequence[int], place: tuple[int, ...]
+    ) -> ChunkedForward:
+        """Run forward(rows) over texts of these lengths; `place` (epoch, step, ...) seeds the dropout."""
+        chunks = length_sorted_batches(lengths, self.texts or len(lengths), self.tokens)
+        seed = (self.seed, *map(int, place), self.rank)
+        return ChunkedForward(forward, chunks, seed, cached=bool(self.texts))
 
 
 def seed_of(*numbers: int) -> int:
-    """Return one 63-bit seed for a tuple of numbers."""
+    """Return a 63-bit seed for a tuple of numbers."""
     high, low = np.random.SeedSequence(numbers).generate_state(2, np.uint32).tolist()
     return (high << 32 | low) >> 1

@@ -1,22 +1,23 @@
-"""What both training programs do around the loop: choose, check, stamp, load, save, warn."""
+"""A training program around its task: device, stamp, saved files, plan."""
 
 import dataclasses
+import json
 import os
 import tempfile
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from torch_src.data.candidates import OFFICIAL, OFFICIAL_IDS
 from torch_src.data.collection import PassageCollection
 from torch_src.models.backbones import check_fits, load_config, model_checksum
-from torch_src.models.tokenization import (
-    length_sorted_batches,
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_checksum,
-)
+from torch_src.models.tokenization import load_tokenizer, save_tokenizer, tokenizer_checksum
 from torch_src.models.trained_settings import model_fields_intact, write_trained_settings
 from torch_src.runtime.devices import (
     choose_device,
@@ -25,6 +26,7 @@ from torch_src.runtime.devices import (
     free_memory,
     make_deterministic,
     set_threads,
+    token_budget,
 )
 from torch_src.runtime.errors import UserError, is_out_of_memory
 from torch_src.runtime.files import read_json, require
@@ -34,19 +36,21 @@ from torch_src.runtime.planning import Plan, checkpoint_gb, memory_gb, smaller_c
 from torch_src.runtime.stamps import (
     changed_files,
     checksum_files,
+    checksum_text,
     clear_stamp,
     up_to_date,
     write_stamp,
 )
 from torch_src.training.checkpoints import delete_checkpoints, save_tensors
-from torch_src.training.distributed import ProcessGroup
-from torch_src.training.grad_cache import ChunkedForward
-from torch_src.training.trainer import Progress, Task, Trainer
+from torch_src.training.distributed import Processes
+from torch_src.training.grad_cache import Chunking
+from torch_src.training.trainer import Trainer, TrainerOptions, TrainingTask
 
-NAMED_ROWS = 40  # of a batch, at most, in an error
-PROBED_UPDATES = 3  # that a plan times, after one more
+ROWS_IN_ERROR = 40  # of a batch that an error message lists
+PROBED_UPDATES = 3  # that a plan measures, after one warm-up
 
-# Settings that change where things lie or what is said, but not the weights a run ends with.
+# Settings that change paths or log lines, but not the weights of a run. `tokens_per_batch` is stamped as the
+# user gave it: 0 stands for any device's own number, as `device` itself is not stamped.
 NOT_STAMPED = {
     "data_dir", "train_set", "dev_set", "passage_dir", "passage_ids", "dev_candidates", "output_dir",
     "log_every", "save_every_minutes", "pretrained_model_path", "dual_params", "vocab_path", "force", "debug",
@@ -54,278 +58,262 @@ NOT_STAMPED = {
 }  # fmt: skip
 
 
-def rows_named(rows: list[int], path: str) -> str:
-    """Return `rows 1, 2, 3 of PATH` for an error; of a large batch the first ones and how many more."""
-    more = f" and {len(rows) - NAMED_ROWS:,} more" if len(rows) > NAMED_ROWS else ""
-    return f"rows {', '.join(map(str, rows[:NAMED_ROWS]))}{more} of {path}"
+def describe_rows(path: str, rows: list[int]) -> str:
+    """Return `rows 1, 2, 3 of PATH` for an error; of a large batch the first rows and a count."""
+    more = f" and {len(rows) - ROWS_IN_ERROR:,} more" if len(rows) > ROWS_IN_ERROR else ""
+    return f"rows {', '.join(map(str, rows[:ROWS_IN_ERROR]))}{more} of {path}"
 
 
-class TrainingStage:
-    """Base of the two training programs; `name` is dual or cross, `hp` their settings.
+def checkpoint_activations(backbone: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass instead of keeping them."""
+    if hasattr(backbone, "activation_checkpointing_enable"):  # its name in newer versions of transformers
+        backbone.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
-    A subclass opens its training set, sets `self.model` in load(), and brings task() and summary().
-    """
+
+@dataclass
+class ModelFiles:
+    """NAME_params.bin, and beside it NAME_hparams.json and NAME_model/, which inference reads."""
 
     name: str
-    fixed_by_weights: tuple[str, ...]
-    lengths: tuple[str, ...]  # the knobs that are lengths in tokens
+    hp: Any
+    fixed_by_weights: Sequence[str]  # settings that inference takes from the weights
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
 
-    def __init__(self, hp):
-        self.hp = hp
+    def __post_init__(self) -> None:
+        self.params = Path(self.hp.params_path)
+        self.settings = self.params.with_name(f"{self.name}_hparams.json")
+        self.model = self.params.with_name(f"{self.name}_model")
+
+    def save(self, state: dict[str, torch.Tensor]) -> str:
+        """Write all of them; return the checksum of the weights."""
+        self.settings.unlink(missing_ok=True)  # first, so that settings never lie beside other weights
+        save_tensors(self.params, state)
+        weights = checksum_files([self.params])
+        self.save_settings(weights)
+        return weights
+
+    def checksum(self) -> str | None:
+        """Return the checksum of the weights on disk, None when there are none."""
+        return checksum_files([self.params]) if self.params.exists() else None
+
+    def save_settings(self, weights: str) -> None:
+        """Write settings, configuration and tokenizer of weights with this checksum."""
+        self.config.save_pretrained(self.model)
+        save_tokenizer(self.tokenizer, self.model)
+        model = {
+            "fixed_by_weights": {name: getattr(self.hp, name) for name in self.fixed_by_weights},
+            "tokenizer": tokenizer_checksum(self.tokenizer),
+            "model_files": {path.name: checksum_files([path]) for path in sorted(self.model.iterdir())},
+            "weights": weights,
+        }
+        write_trained_settings(self.settings, dataclasses.asdict(self.hp), model)
+
+    def settings_intact(self, weights: str) -> bool:
+        """Return whether settings, configuration and tokenizer are those of these weights, undamaged."""
+        try:
+            saved = read_json(self.settings)
+        except UserError:
+            return False
+        if not model_fields_intact(saved) or saved["weights"] != weights:
+            return False
+        return not changed_files(self.model, saved["model_files"])
+
+
+class Setup:
+    """Device, processes, configuration and tokenizer: what a program chooses before it loads data and model.
+
+    `hp`: settings of the program; `batch`: name and value of the knob whose units the processes share;
+    `lengths`: names of the knobs that are lengths in tokens.
+    """
+
+    def __init__(
+        self, name: str, hp: Any, fixed_by_weights: Sequence[str], batch: str, lengths: Sequence[str]
+    ):
+        self.name, self.hp = name, hp
         self.device = choose_device(hp.device)
         if hp.deterministic:
             make_deterministic(self.device)
         self.precision = choose_precision(hp.precision, self.device)
         threads = set_threads(hp.threads)
-        tokens = hp.tokens_per_batch or (16384 if self.device.type == "cuda" else 2048)
-        self.hp = dataclasses.replace(hp, tokens_per_batch=tokens)
-        self.group = ProcessGroup(self.device)
-        same = "  deterministic" if hp.deterministic else ""
-        log(f"device {self.device}  precision {self.precision}  threads {threads}{same}")
-        self._check_share()
-        if self.group.world > 1:
-            log(f"process {self.group.rank + 1} of {self.group.world}; they share each step's batch")
+        self.processes = Processes(self.device)
+        deterministic = "  deterministic" if hp.deterministic else ""
+        log(f"device {self.device}  precision {self.precision}  threads {threads}{deterministic}")
+        rank, world = self.processes.rank, self.processes.world
+        if getattr(hp, batch) < world:
+            raise UserError(f"--{batch} {getattr(hp, batch)}: must be at least {world}, the processes")
+        if world > 1:
+            log(f"process {rank + 1} of {world}; they share each batch")
         self.config = load_config(hp.pretrained_model_path, hp.dropout)
         self.tokenizer = load_tokenizer(hp.pretrained_model_path, hp.vocab_path)
-        lengths = {name: getattr(hp, name) for name in self.lengths}
-        check_fits(self.config, len(self.tokenizer), lengths, hp.pretrained_model_path)
+        limits = {name: getattr(hp, name) for name in lengths}
+        check_fits(self.config, len(self.tokenizer), limits, hp.pretrained_model_path)
+        tokens = token_budget(hp.tokens_per_batch, self.device, training=True)
+        self.chunking = Chunking(hp.grad_cache_chunk, tokens, hp.seed, rank)
+        self.files = ModelFiles(name, hp, fixed_by_weights, self.config, self.tokenizer)
+        self.cache_dir = str(Path(hp.output_dir) / "cache")
 
-    def _check_share(self) -> None:
-        for name in ("batch_size", "groups_per_step"):
-            if hasattr(self.hp, name):
-                if getattr(self.hp, name) < self.group.world:
-                    raise UserError(f"--{name} {getattr(self.hp, name)}: must be at least {self.group.world}")
-
-    def load(self) -> None:
-        """Load the dev set and the model: what takes time, after everything cheap was checked."""
-        raise AssertionError("a subclass loads its model")
-
-    def task(self) -> Task:
-        """Return what the loop needs."""
-        raise AssertionError("a subclass makes its task")
-
-    def parts(self) -> tuple:
-        """Return what both tasks give the loop, in Task's order after the model and its steps."""
-        return (
-            self.prepare, self.backward, self.describe, self.evaluate, self.save_best, self.best_checksum,
-        )  # fmt: skip
-
-    def summary(self, progress: Progress) -> None:
-        """Say what the finished run was worth; warn where it was worth little."""
-        raise AssertionError("a subclass looks at its result")
-
-    def forget(self) -> None:
-        """Delete what was found out about the weights that are about to be replaced."""
-
-    def stamp(self) -> dict:
-        """Return what decides the weights: settings, the model started from, the files."""
-        settings = {k: v for k, v in dataclasses.asdict(self.hp).items() if k not in NOT_STAMPED}
-        if not self.hp.deterministic:
-            del settings["deterministic"]  # as before there was this knob
-        ids_path = self.hp.dev_candidates_path.replace(".res.tsv", ".res.id_map.tsv")
-        dev = [self.hp.dev_set_path, *{self.hp.dev_candidates_path: 0, ids_path: 0}]
-        dev = [path for path in dev if os.path.exists(path)]
-        rows = require(self.hp.train_set_path, "training rows", "get it with `sh script/download.sh`")
+    def stamp(self) -> dict[str, Any]:
+        """Return what decides the weights of both models: settings, model to start from, files."""
+        hp = self.hp
+        settings = {k: v for k, v in dataclasses.asdict(hp).items() if k not in NOT_STAMPED}
+        dev = [hp.dev_set_path, hp.dev_candidates_path]
+        if hp.dev_candidates_path.endswith(OFFICIAL):
+            dev.append(hp.dev_candidates_path.replace(OFFICIAL, OFFICIAL_IDS))
+        rows = require(hp.train_set_path, "training rows", "get it with `sh script/download.sh`")
         return {
-            "stage": f"{self.name}_train", **settings, "precision": self.precision,
-            "start": model_checksum(self.hp.pretrained_model_path),
+            "stage": f"{self.name}_train",
+            **settings,
+            "precision": self.precision,
+            "start": model_checksum(hp.pretrained_model_path),
             "tokenizer": tokenizer_checksum(self.tokenizer),
-            "train_rows": checksum_files([rows]), "dev": checksum_files(dev),
-        }  # fmt: skip
+            "train_rows": checksum_files([rows]),
+            "dev": checksum_files([path for path in dev if os.path.exists(path)]),
+        }
 
-    def collection_stamp(self) -> dict:
-        """Return the checksums of the collection and its map, as far as they are there."""
+    def collection_stamp(self) -> dict[str, Any]:
+        """Return the checksums of the collection and its ids; empty when a file is missing."""
         hp = self.hp
         if not os.path.exists(hp.passage_dir_path) or not os.path.exists(hp.passage_ids_path):
             return {}
-        collection = PassageCollection(hp.passage_dir_path, str(Path(hp.output_dir) / "cache"))
-        return {
-            "collection": collection.checksum, "passage_ids_map": checksum_files([hp.passage_ids_path]),
-        }  # fmt: skip
+        collection = PassageCollection(hp.passage_dir_path, self.cache_dir)
+        ids = checksum_files([hp.passage_ids_path])
+        return {"collection": collection.checksum, "passage_ids_map": ids}
 
-    def in_chunks(self, lengths: list[int], forward, at: tuple[int, ...]) -> ChunkedForward:
-        """Return forward's outputs for all texts, run in length-sorted chunks and put back in order.
 
-        `forward(rows)` gives one row of output for each of `rows`; `at` names this place in the run, for its
-        dropout. Every text still takes part in one loss; only the padding is saved, and with grad_cache_chunk
-        the memory.
-        """
-        cached = self.hp.grad_cache_chunk
-        chunks = length_sorted_batches(lengths, cached or len(lengths), self.hp.tokens_per_batch)
-        seed = (self.hp.seed, *map(int, at), self.group.rank)
-        return ChunkedForward(forward, chunks, seed, bool(cached))
+class TrainingStage:
+    """Runs a task: nothing when the weights are up to date, a plan when asked, else the training."""
 
-    def checkpoint_gradients(self, backbone) -> None:
-        """Compute activations once more in the backward pass instead of keeping them, when asked."""
-        if not self.hp.gradient_checkpointing:
-            return
-        if hasattr(backbone, "activation_checkpointing_enable"):  # its name in newer versions of transformers
-            backbone.activation_checkpointing_enable({"use_reentrant": False})
-        else:
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    def __init__(self, setup: Setup, task: TrainingTask):
+        self.setup, self.task, self.hp = setup, task, setup.hp
+        self.processes, self.device = setup.processes, setup.device
 
-    def state(self) -> dict:
-        """Return the state dict that is saved."""
-        return self.model.state_dict()
+    def stamp(self) -> dict[str, Any]:
+        """Return what decides the weights."""
+        return {**self.setup.stamp(), **self.task.inputs()}
 
-    def best_checksum(self) -> str | None:
-        """Return the checksum of NAME_params.bin, None when it is not there."""
-        return checksum_files([self.hp.params_path]) if os.path.exists(self.hp.params_path) else None
-
-    @property
-    def record_path(self) -> Path:
-        return Path(self.hp.params_path).with_name(f"{self.name}_hparams.json")
-
-    @property
-    def model_folder(self) -> Path:
-        """Return where configuration and tokenizer are kept, for inference."""
-        return Path(self.hp.params_path).with_name(f"{self.name}_model")
-
-    def save_best(self) -> str:
-        """Write NAME_params.bin and what inference must know of it; return its checksum.
-
-        The record goes first and comes last: weights never stand beside the settings of others.
-        """
-        self.record_path.unlink(missing_ok=True)
-        save_tensors(self.hp.params_path, self.state())
-        weights = checksum_files([self.hp.params_path])
-        self.write_record(weights)
-        return weights
-
-    def write_record(self, weights: str) -> None:
-        """Write NAME_model/ and NAME_hparams.json of weights with this checksum."""
-        self.config.save_pretrained(self.model_folder)
-        save_tokenizer(self.tokenizer, self.model_folder)
-        fixed = {name: getattr(self.hp, name) for name in self.fixed_by_weights}
-        files = sorted(self.model_folder.iterdir())
-        model = {
-            "fixed_by_weights": fixed,
-            "tokenizer": tokenizer_checksum(self.tokenizer),
-            "model_files": {path.name: checksum_files([path]) for path in files},
-            "weights": weights,
-        }
-        write_trained_settings(self.record_path, dataclasses.asdict(self.hp), model)
-
-    def record_is_sound(self) -> bool:
-        """Return whether record and model folder are, byte for byte, what was written beside the weights."""
-        try:
-            record = read_json(self.record_path)
-        except UserError:
-            return False
-        return model_fields_intact(record) and not changed_files(self.model_folder, record["model_files"])
-
-    def _is_done(self, params: str, stamp: dict) -> bool:
-        weights = self.best_checksum()
-        if not up_to_date(params, {**stamp, "weights": weights}, log):
-            return False
-        if self.group.rank == 0 and not self.record_is_sound():
-            log(f"{self.record_path}, {self.model_folder}: missing or damaged; rewriting them")
-            self.load()  # the configuration is complete once there is a model of it
-            self.write_record(weights)
-        if self.group.rank == 0:
-            self.mend(weights)
-        return True
-
-    def mend(self, weights: str) -> None:
-        """Write again what a finished training left beside its weights, where that is damaged."""
-
-    def evaluation_seconds(self) -> float:
-        """Return about how long one measurement on dev takes, by a probe."""
-        raise AssertionError("a subclass knows what it measures")
-
-    def texts_a_step(self) -> int:
-        """Return the texts, or pairs, of one micro-batch."""
-        raise AssertionError("a subclass knows its batch")
-
-    def plan(self) -> Plan:
-        """Return what the training would take."""
-        self.load()
-        planned = Plan(f"do_{self.name}_train.py")
-        base = memory_gb(self.device)
-        while True:
-            with tempfile.TemporaryDirectory() as folder:
-                hp = dataclasses.replace(self.hp, output_dir=folder)
-                place = f"{folder}/none"
-                trainer = Trainer(hp, self.task(), self.device, self.precision, place, {}, self.group)
-            if seconds := self._probe(trainer):
-                break
-            planned.too_large = True
-        chunk = f" with --grad_cache_chunk {self.hp.grad_cache_chunk}" if planned.too_large else ""
-        what = f"{trainer.total_steps:,} updates ({seconds:.2f} s each{chunk})"
-        planned.add(what, seconds * trainer.total_steps)
-        if (evaluations := trainer.evaluations()) and self.dev is not None:
-            each = self.evaluation_seconds()
-            what = f"{evaluations} dev evaluations ({duration(each)} each)"
-            planned.add(what, each * evaluations)
-        planned.ram_gb, planned.gpu_gb = memory_gb(self.device)
-        planned.disk_gb = checkpoint_gb(self.model, bool(self.hp.ema_decay))
-        planned.advice = self._advice(base, (planned.ram_gb, planned.gpu_gb))
-        if planned.too_large:
-            planned.advice = f"out of memory as set; --grad_cache_chunk {self.hp.grad_cache_chunk} went"
-        return planned
-
-    def _probe(self, trainer: Trainer) -> float | None:
-        """Return seconds of one update; None when memory did not suffice, and half the chunk is set."""
-        try:
-            return float(np.median(trainer.probe(1 + PROBED_UPDATES)[1:]))
-        except (RuntimeError, MemoryError) as error:
-            chunk = (self.hp.grad_cache_chunk or self.texts_a_step()) // 2
-            if self.group.world > 1 or not is_out_of_memory(error) or not chunk:
-                raise  # (the others would wait within a sum for this one)
-        self.model.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-        log(f"out of memory; looking at --grad_cache_chunk {chunk}")
-        self.hp = dataclasses.replace(self.hp, grad_cache_chunk=chunk)
-        return None
-
-    def _advice(self, base: tuple[float, float], peak: tuple[float, float]) -> str:
-        cuda = self.device.type == "cuda"
-        free = free_gpu_memory(self.device) if cuda else free_memory()
-        texts = self.hp.grad_cache_chunk or self.texts_a_step()
-        return f"try --grad_cache_chunk {smaller_chunk(texts, base[cuda], peak[cuda], free / 1e9)}"
+    def trainer(self, folder: str | Path, stamp: dict[str, Any]) -> Trainer:
+        """Return the trainer of the loaded task, with checkpoints and curves in `folder`."""
+        hp = self.hp
+        options = TrainerOptions(
+            epochs=hp.epoch,
+            lr=hp.lr,
+            warmup_proportion=hp.warmup_proportion,
+            weight_decay=hp.weight_decay,
+            max_grad_norm=hp.max_grad_norm,
+            accumulation_steps=hp.accumulation_steps,
+            max_steps=hp.max_steps,
+            ema_decay=hp.ema_decay,
+            eval_every=hp.eval_every,
+            early_stop=hp.early_stop,
+            save_every_minutes=hp.save_every_minutes,
+            log_every=hp.log_every,
+        )
+        checkpoint = Path(folder) / f"{self.setup.name}_checkpoint.pt"
+        return Trainer(self.task, options, self.processes, self.setup.precision, checkpoint, stamp)
 
     def run(self) -> None:
-        """Train unless the result is up to date, or say what it would take."""
+        """Train unless the weights are up to date; with --plan print an estimate instead."""
         if self.hp.plan:
             self.plan().report(self.hp.output_dir, self.device)
         else:
-            with folder_lock(self.hp.output_dir) if self.group.rank == 0 else nullcontext():
-                self._run()
-        self.group.close()
+            with folder_lock(self.hp.output_dir) if self.processes.is_first else nullcontext():
+                self._train()
+        self.processes.close()
 
-    def _run(self) -> None:
-        params, checkpoint = self.hp.params_path, Path(self.hp.output_dir) / f"{self.name}_checkpoint.pt"
-        stamp, first = self.stamp(), self.group.rank == 0
-        if self.hp.force:
-            if first:
-                delete_checkpoints(checkpoint)
-            self.group.wait()
-        elif self._is_done(params, stamp):
-            log(f"{params}: up to date")
+    def _train(self) -> None:
+        files, stamp, first = self.setup.files, self.stamp(), self.processes.is_first
+        self.processes.require_same(
+            int(checksum_text(json.dumps(stamp, sort_keys=True)), 16) >> 1,
+            f"{self.hp.train_set_path} or another input differs from that of the first process; "
+            "use the same files on all machines",
+        )
+        if not self.hp.force and self._is_up_to_date(stamp):
+            log(f"{files.params}: up to date")
             return
-        self.group.wait()  # the first process must not change what the others are looking at
-        self.load()
+        self.processes.barrier()  # until all have compared the stamps
+        self.task.load()
+        trainer = self.trainer(self.hp.output_dir, stamp)
         if self.stamp() != stamp:
-            raise UserError("an input changed while it was being read; run again")
+            raise UserError(f"{self.hp.train_set_path} or another input changed while it was read; run again")
         if first:
-            clear_stamp(params)
-            self.forget()
-        task = self.task()
-        if task.negatives:
-            log(f"each query is held against {task.negatives} negatives in a step (fewer where texts repeat)")
-        progress = Trainer(
-            self.hp, task, self.device, self.precision, str(checkpoint), stamp, self.group
-        ).run()
-        if first:
-            if self.best_checksum() != progress.best_weights:
-                raise UserError(
-                    f"{params}: no longer the best weights of this run (replaced or damaged); train again "
-                    "with --force"
-                )
-            if not self.record_is_sound():
-                self.write_record(progress.best_weights)
-            log(f"wrote {params} (step {progress.best_step})")
-            self.summary(progress)
-            write_stamp(params, {**stamp, "weights": progress.best_weights})  # last: it says that all is done
+            clear_stamp(files.params)
+            if self.hp.force:
+                delete_checkpoints(trainer.checkpoint)
+        self.processes.barrier()  # before any process looks for a checkpoint
+        progress = trainer.run()
+        if not first:
+            return
+        if files.checksum() != progress.best_weights:
+            raise UserError(
+                f"{files.params}: checksum mismatch with the best weights of this run; "
+                "train again with --force"
+            )
+        files.save_settings(progress.best_weights)
+        log(f"wrote {files.params} (step {progress.best_step})")
+        self.task.finish(progress)
+        # last: a stamp means that everything is complete
+        write_stamp(files.params, {**stamp, "weights": progress.best_weights})
+
+    def _is_up_to_date(self, stamp: dict[str, Any]) -> bool:
+        """Return whether the weights are up to date; rewrite damaged files beside them."""
+        files = self.setup.files
+        weights = files.checksum()
+        if weights is None or not up_to_date(files.params, {**stamp, "weights": weights}, log):
+            return False
+        if self.processes.is_first:
+            if not files.settings_intact(weights):
+                log(f"{files.settings} or {files.model}: missing or damaged; rewritten")
+                self.task.load()  # loading the model completes the configuration
+                files.save_settings(weights)
+            self.task.restore_files(weights)
+        return True
+
+    def plan(self) -> Plan:
+        """Return the time, memory and disk that the training needs, from a short probe."""
+        self.task.load()
+        plan, task = Plan(f"do_{self.setup.name}_train.py"), self.task
+        base = memory_gb(self.device)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = self.trainer(folder, {})
+            while (seconds := self._probe(trainer)) is None:
+                plan.too_large = True
+                trainer = self.trainer(folder, {})
+        chunk = f" with --grad_cache_chunk {task.chunking.texts}" if plan.too_large else ""
+        updates = f"{trainer.total_steps:,} updates ({seconds:.2f} s each{chunk})"
+        plan.add(updates, seconds * trainer.total_steps)
+        if trainer.evaluations and (each := task.evaluation_seconds()):
+            name = f"{trainer.evaluations} dev evaluations ({duration(each)} each)"
+            plan.add(name, each * trainer.evaluations)
+        plan.ram_gb, plan.gpu_gb = memory_gb(self.device)
+        plan.disk_gb = checkpoint_gb(task.model, bool(self.hp.ema_decay))
+        plan.advice = f"try --grad_cache_chunk {self._chunk_that_fits(base, (plan.ram_gb, plan.gpu_gb))}"
+        if plan.too_large:
+            plan.advice = f"out of memory with these settings; --grad_cache_chunk {task.chunking.texts} fits"
+        return plan
+
+    def _probe(self, trainer: Trainer) -> float | None:
+        """Return the seconds of an update; when out of memory halve the chunk and return None."""
+        task = self.task
+        try:
+            return float(np.median(trainer.probe(1 + PROBED_UPDATES)[1:]))
+        except (RuntimeError, MemoryError) as error:
+            chunk = (task.chunking.texts or task.texts_per_batch) // 2
+            # with several processes the others are waiting in a collective
+            if self.processes.world > 1 or not is_out_of_memory(error) or not chunk:
+                raise
+        task.model.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        log(f"out of memory; trying --grad_cache_chunk {chunk}")
+        task.chunking = dataclasses.replace(task.chunking, texts=chunk)
+        return None
+
+    def _chunk_that_fits(self, base: tuple[float, float], peak: tuple[float, float]) -> int:
+        on_gpu = self.device.type == "cuda"
+        free = free_gpu_memory(self.device) if on_gpu else free_memory()
+        texts = self.task.chunking.texts or self.task.texts_per_batch
+        return smaller_chunk(texts, base[on_gpu], peak[on_gpu], free / 1e9)

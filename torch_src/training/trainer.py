@@ -1,288 +1,274 @@
-"""The one training loop of both models: schedule, accumulation, several processes, log, evaluation,
-checkpoints.
-"""
+"""The training loop of both models and the interface of a task: the data and the loss that it trains on."""
 
 import math
 import signal
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from torch_src.runtime.devices import peak_memory_gb
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import duration, log, warn
+from torch_src.runtime.prefetch import one_ahead
 from torch_src.runtime.signals import StopSignals
 from torch_src.runtime.stamps import differences
 from torch_src.training.checkpoints import load_checkpoint, save_checkpoint
-from torch_src.training.distributed import ProcessGroup
-from torch_src.training.ema import Ema
-from torch_src.training.optimizer import lr_factor, parameter_groups
-from torch_src.training.training_log import Log
+from torch_src.training.distributed import Processes
+from torch_src.training.grad_cache import Chunk, Chunking
+from torch_src.training.optimizer import Ema, lr_factor, parameter_groups
 
-MAX_SKIPS = 50  # fp16 updates in a row that the scaler skips end the run: its scale will not recover then
+MAIN_METRIC = "MRR@10"  # decides which weights are the best
+MAX_SKIPS = 50  # fp16 updates skipped in a row that end the run: its loss scale will not recover
 
 
 @dataclass
-class Task:
-    """What one model brings to the loop.
+class Output:
+    """A forward pass. The losses and accuracies of all processes sum to those of the batch."""
 
-    prepare(epoch, micro_step) -> batch      runs ahead in a thread: reading and tokenising
-    backward(batch, begin) -> accuracy       adds the gradient of begin(loss); loss and accuracy are this
-                                             process's parts, whose sums over all processes are the batch's
-    describe(batch) -> str                   names the batch's rows in an error
-    evaluate() -> {metric: value}            on the dev set; empty when there is none
-    save_best() -> checksum               writes the weights
-    best_checksum() -> checksum        of the weights that lie there, None without any
-    """
+    loss: Tensor  # scalar
+    accuracy: Tensor  # scalar, without a graph
+    deferred: list[Chunk]  # to back-propagate after the loss
+
+
+class TrainingTask(ABC):
+    """Data, loss and dev evaluation of one model: all that the trainer and the stage know of it."""
 
     model: nn.Module
-    micro_steps_per_epoch: int
-    prepare: Callable[[int, int], object]
-    backward: Callable[[object, Callable[[Tensor], Tensor]], Tensor]
-    describe: Callable[[object], str]
-    evaluate: Callable[[], dict[str, float]]
-    save_best: Callable[[], str]
-    best_checksum: Callable[[], str | None] = lambda: None
-    main_metric: str = "MRR@10"
-    queries_per_step: int = 1  # of one micro-batch, for the rate in the log
-    unit: str = "queries"  # what that counts
-    own_lr: dict[str, float] = field(default_factory=dict)  # parameter name -> its peak learning rate
-    negatives: int = 0  # that each query is held against in a step
+    chunking: Chunking
+    batches_per_epoch: int
+    unit = "queries"  # of the rate in the log
+    units_per_batch = 1
+    texts_per_batch = 1  # or pairs: what a forward pass takes
+    accuracy_name = "accuracy"  # which share `Output.accuracy` is
+    peak_lr: dict[str, float] = {}  # parameter name -> peak learning rate that replaces the common one
+
+    @abstractmethod
+    def batch(self, epoch: int, step: int) -> Any:
+        """Read and tokenize a batch, both numbers from 0; runs ahead in a thread."""
+
+    @abstractmethod
+    def forward(self, batch: Any) -> Output:
+        """Return loss and accuracy of a batch."""
+
+    @abstractmethod
+    def describe(self, batch: Any) -> str:
+        """Return which rows of which file are in the batch, for an error message."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Return the dev metrics, equal in all processes; empty without a dev set."""
+
+    @abstractmethod
+    def save(self) -> str:
+        """Write the weights; return their checksum."""
+
+    @abstractmethod
+    def saved_checksum(self) -> str | None:
+        """Return the checksum of the weights on disk, None when there are none."""
+
+    # For the stage that runs the task.
+
+    def inputs(self) -> dict[str, Any]:
+        """Return what decides the weights besides the common settings and files; part of the stamp."""
+        return {}
+
+    def load(self) -> None:  # noqa: B027 (these methods need not be overridden)
+        """Load data, dev set and model."""
+
+    def evaluation_seconds(self) -> float:
+        """Return a measured estimate of one dev evaluation."""
+        return 0.0
+
+    def finish(self, progress: "TrainingProgress") -> None:  # noqa: B027
+        """Log the quality of the finished run; warn when it is poor."""
+
+    def restore_files(self, weights: str) -> None:  # noqa: B027
+        """Rewrite missing or damaged files beside finished weights with this checksum."""
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """Settings of the loop."""
+
+    epochs: int
+    lr: float  # peak learning rate
+    warmup_proportion: float = 0.1  # share of the updates
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    accumulation_steps: int = 1  # batches in an update
+    max_steps: int = 0  # updates; 0: all epochs
+    ema_decay: float = 0.0  # of averaged weights; 0: none
+    eval_every: int = 0  # updates between evaluations; 0: an epoch; -1: never
+    early_stop: int = 0  # evaluations without a gain that end the run; 0: never
+    save_every_minutes: float = 0.0  # between checkpoints; 0: only at epochs and evaluations
+    log_every: int = 20  # updates between log lines
 
 
 @dataclass
-class Progress:
-    """Where the run stands; saved in every checkpoint."""
+class TrainingProgress:
+    """State of the run, saved in every checkpoint."""
 
     step: int = 0  # updates done
-    evaluated: int = -1  # the step of the last dev evaluation
-    best: float = -1.0
+    evaluated: int = -1  # step of the last dev evaluation
+    best: float = -1.0  # main metric of the saved weights
     best_step: int = -1
-    best_weights: str = ""  # checksum of the weights kept
-    untrained: float = -1.0  # the main metric before the first update
+    best_weights: str = ""  # checksum of the saved weights
+    untrained: float = -1.0  # main metric before the first update
     evaluations_without_gain: int = 0
-    processes: int = 1  # that the last updates were shared by
+    processes: int = 1  # that share the updates
     skipped: int = 0  # fp16 updates skipped in a row
-    skipped_in_all: int = 0
-    negatives: int = 0  # that each query was held against
-    history: list = field(default_factory=list)  # {step, loss} and {step, metrics...}
+    skipped_total: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)  # {step, loss, ...} and {step, metrics...}
+
+
+@dataclass
+class Update:
+    """Figures of one update over all processes."""
+
+    loss: float
+    accuracy: float
+    lr: float
+    seconds: float
 
 
 class Trainer:
-    """Runs a Task to the end of its last epoch; `hp` holds the shared knobs of the training programs."""
+    """Trains a task: schedule, precision, accumulation, evaluation, checkpoints, log, stop signals."""
 
     def __init__(
-        self, hp, task: Task, device: torch.device, precision: str, checkpoint: str, stamp: dict,
-        group: ProcessGroup | None = None,
-    ):  # fmt: skip
-        self.hp, self.task, self.device, self.precision = hp, task, device, precision
-        self.checkpoint, self.stamp = Path(checkpoint), stamp
-        self.group = group or ProcessGroup(device)
-        self.is_first = self.group.rank == 0  # the one that writes, logs and evaluates
-        if hp.accumulation_steps > task.micro_steps_per_epoch:
+        self,
+        task: TrainingTask,
+        options: TrainerOptions,
+        processes: Processes,
+        precision: str,
+        checkpoint: Path,
+        stamp: dict[str, Any],
+    ):
+        self.task, self.options, self.processes = task, options, processes
+        self.checkpoint, self.stamp = checkpoint, stamp
+        if options.accumulation_steps > task.batches_per_epoch:
             raise UserError(
-                f"--accumulation_steps {hp.accumulation_steps}: an epoch has only "
-                f"{task.micro_steps_per_epoch} batches; lower it or the batch"
+                f"--accumulation_steps {options.accumulation_steps}: an epoch has only "
+                f"{task.batches_per_epoch} batches; lower it or the batch size"
             )
-        self.steps_per_epoch = task.micro_steps_per_epoch // hp.accumulation_steps
-        total = hp.epoch * self.steps_per_epoch
-        self.total_steps = min(total, hp.max_steps) if hp.max_steps else total
-        self.progress = Progress(negatives=task.negatives, processes=self.group.world)
-        self.saved_step = -1  # of the checkpoint on disk
-        self.batches: list = []  # of this update so far, to name their rows in an error
-        self.lr = 0.0  # of this update
-        self.log: Log | None = None
-        groups = parameter_groups(task.model, hp.weight_decay, task.own_lr)
-        self.optimizer = torch.optim.AdamW(groups, lr=hp.lr)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.ema = Ema(task.model, hp.ema_decay) if hp.ema_decay else None
-        self.saved_at = time.monotonic()
+        self.steps_per_epoch = task.batches_per_epoch // options.accumulation_steps
+        total = options.epochs * self.steps_per_epoch
+        self.total_steps = min(total, options.max_steps) if options.max_steps else total
+        self.eval_every = options.eval_every or self.steps_per_epoch
+        groups = parameter_groups(task.model, options.weight_decay, task.peak_lr)
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=precision == "fp16")
+        self.ema = Ema(task.model, options.ema_decay) if options.ema_decay else None
+        self.progress = TrainingProgress(processes=processes.world)
+        self.signals = StopSignals()
+        self.saved_step, self.saved_at = -1, time.monotonic()  # of the last checkpoint
 
-    def run(self) -> Progress:
-        """Train, evaluate, keep the best and the last weights; return how it went.
+    def run(self) -> TrainingProgress:
+        """Train to the last update, evaluate, save the best weights; return the final progress.
 
-        Stopped when a signal asked for it; what is needed to carry on has been saved by then.
+        After a stop signal: save a checkpoint and raise Stopped. The same run then resumes from it.
         """
+        options = self.options
         self._resume()
-        if self.is_first:
-            self.board = SummaryWriter(
-                Path(self.hp.output_dir) / "tensorboard", purge_step=self.progress.step
-            )
-        with StopSignals() as self.signals:
+        self.log = TrainingLog(self)
+        with closing(self.log), self.signals, closing(self._batches()) as batches:
             if self._evaluation_due():
-                self._evaluate()
-            self.log = Log(self)
-            with ThreadPoolExecutor(max_workers=1) as ahead:
-                self._loop(ahead)
-        if self.is_first:
-            self.board.close()
+                self.evaluate()
+            for step in range(self.progress.step, self.total_steps):
+                if 0 < options.early_stop <= self.progress.evaluations_without_gain:
+                    self.log.line(
+                        f"early stop: {options.early_stop} evaluations without a better {MAIN_METRIC}"
+                    )
+                    break
+                update = self.update(step, islice(batches, options.accumulation_steps))
+                self.progress.step = step + 1
+                self.log.update(update)
+                stop = self.processes.sum_of(float(self.signals.asked)) > 0
+                if stop or self._checkpoint_due():
+                    self._save_checkpoint()
+                if stop:
+                    # the signal may have reached another process only
+                    self.signals.asked = self.signals.asked or signal.SIGTERM
+                    raise self.signals.stopped(f"after step {step + 1} of {self.total_steps}")
+                if self._evaluation_due():
+                    self.evaluate()
+        if options.eval_every < 0:
+            self._save_weights()
+            self._save_checkpoint()
         return self.progress
 
-    def probe(self, updates: int) -> list[float]:
-        """Make some updates, nothing being written or measured on dev; return seconds of each."""
-        seconds = []
-        for step in range(updates):
-            begun = time.perf_counter()
-            self.loss, self.batches, self.lr = 0.0, [], self._set_lr(step)
-            for micro in range(self.hp.accumulation_steps):
-                at = step * self.hp.accumulation_steps + micro
-                self._backward(self.task.prepare(0, at % self.task.micro_steps_per_epoch))
-            self._update()
-            seconds.append(time.perf_counter() - begun)
-        return seconds
+    def _batches(self) -> Generator[Any, None, None]:
+        """Yield the batches from the current step on, the next one prepared in a thread."""
+        count = self.options.accumulation_steps
+        steps = (divmod(step, self.steps_per_epoch) for step in range(self.progress.step, self.total_steps))
+        places = ((epoch, at * count + micro) for epoch, at in steps for micro in range(count))
+        yield from one_ahead(lambda place: self.task.batch(*place), places)
 
-    def evaluations(self) -> int:
-        """Return how often the run will measure on dev."""
-        every = self.hp.eval_every or self.steps_per_epoch
-        return 0 if every < 0 else 1 + -(-self.total_steps // every)
-
-    def _loop(self, ahead: ThreadPoolExecutor) -> None:
-        waiting = self._submit(ahead, self.progress.step, 0)
-        try:
-            while self.progress.step < self.total_steps and not self._stopped_early():
-                self.loss, accuracy, self.batches = 0.0, 0.0, []
-                self.lr = self._set_lr(self.progress.step)
-                for micro in range(self.hp.accumulation_steps):
-                    batch, waiting = waiting.result(), self._submit(ahead, *self._next(micro))
-                    accuracy += self._backward(batch)
-                self._update()
-                self.progress.step += 1
-                self._note(self.loss, accuracy / self.hp.accumulation_steps, self.lr)
-                self._save_when_due()
-                if self._evaluation_due():
-                    self._evaluate()
-        finally:
-            waiting.cancel()
-        if self._stopped_early():
-            self.say(f"early stop: no better {self.task.main_metric} in {self.hp.early_stop} evaluations")
-        if self.hp.eval_every < 0:
-            self._keep_weights()
-            self._save_checkpoint()
-
-    def _next(self, micro: int) -> tuple[int, int]:
-        """Return (step, micro-step) of the batch after this one."""
-        last = micro + 1 == self.hp.accumulation_steps
-        return (self.progress.step + 1, 0) if last else (self.progress.step, micro + 1)
-
-    def _submit(self, ahead: ThreadPoolExecutor, step: int, micro: int):
-        epoch, at = divmod(step, self.steps_per_epoch)
-        return ahead.submit(self.task.prepare, epoch, at * self.hp.accumulation_steps + micro)
-
-    def _set_lr(self, step: int) -> float:
-        factor = lr_factor(step, self.total_steps, self.hp.warmup_proportion)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group.get("peak_lr", self.hp.lr) * factor
-        return self.hp.lr * factor
-
-    def _backward(self, batch) -> float:
-        """Add one micro-batch's gradient; return its accuracy."""
+    def update(self, step: int, batches: Iterable[Any]) -> Update:
+        """Make one update from `accumulation_steps` batches."""
+        begun, used, loss, accuracy = time.perf_counter(), [], 0.0, 0.0
+        lr = self._set_lr(step)
         self.task.model.train()
-        self.batches.append(batch)
-
-        def begin(loss: Tensor) -> Tensor:
-            """Return what is differentiated, once the loss of all processes is known to be finite."""
-            value = self.group.sum_(loss.detach().double().clone()).item()
-            if not math.isfinite(value):
-                raise self._not_finite(f"the loss is {value}", [batch])
-            self.loss += value / self.hp.accumulation_steps
-            return self.scaler.scale(loss / self.hp.accumulation_steps)
-
-        return self.group.sum_(self.task.backward(batch, begin).detach().double().clone()).item()
-
-    def _not_finite(self, what: str, batches: list) -> UserError:
-        rows = "; ".join(map(self.task.describe, batches))
-        best, kept = self.progress.best_step, []
-        if best > 0:
-            kept.append(f"the weights of step {best}, best on dev, are kept")
-        if self.saved_step > 0:
-            kept.append(f"the checkpoint of step {self.saved_step} is whole")
-        return UserError(
-            f"{what} at step {self.progress.step + 1}, lr {self.lr:.2g}, {rows}; stopped, "
-            f"{' and '.join(kept) or 'no weights were saved yet'}. "
-            "Try a lower --lr, --precision fp32, or look at those rows"
-        )
-
-    def _update(self) -> None:
-        self.group.sum_gradients(self.task.model)
+        for batch in batches:
+            used.append(batch)
+            batch_loss, batch_accuracy = self._backward(batch, step, lr)
+            loss += batch_loss / self.options.accumulation_steps
+            accuracy += batch_accuracy
+        self.processes.all_reduce_gradients(self.task.model)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.task.model.parameters(), self.hp.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.task.model.parameters(), self.options.max_grad_norm)
         finite = bool(torch.isfinite(norm))
-        if not self.scaler.is_enabled() and not finite:
-            raise self._not_finite("the gradient is not finite", self.batches)
-        self.scaler.step(self.optimizer)
+        if not finite and not self.scaler.is_enabled():
+            raise self._not_finite("the gradient is not finite", used, step, lr)
+        self.scaler.step(self.optimizer)  # skipped when the gradient overflowed in fp16
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None and finite:
             self.ema.update()
         self.progress.skipped = 0 if finite else self.progress.skipped + 1
-        self.progress.skipped_in_all += not finite
+        self.progress.skipped_total += not finite
         if self.progress.skipped >= MAX_SKIPS:
-            what = f"fp16: {MAX_SKIPS} updates in a row overflowed, the last one"
-            raise self._not_finite(what, self.batches)
+            raise self._not_finite(f"fp16: {MAX_SKIPS} updates in a row overflowed, the last", used, step, lr)
+        accuracy /= self.options.accumulation_steps
+        return Update(loss, accuracy, lr, time.perf_counter() - begun)
 
-    def _note(self, loss: float, accuracy: float, lr: float) -> None:
-        step = self.progress.step
-        self.log.add(loss, accuracy)
-        if step % self.hp.log_every and step != self.total_steps:
-            return
-        mean_loss, mean_accuracy = self.log.line(step, lr)
-        self.progress.history.append({"step": step, "loss": round(mean_loss, 5), "lr": lr})
-        for name, value in (("loss", mean_loss), ("in_batch_accuracy", mean_accuracy), ("lr", lr)):
-            self._plot(f"train/{name}", value)
+    def _backward(self, batch: Any, step: int, lr: float) -> tuple[float, float]:
+        """Add the gradient of one batch; return its (loss, accuracy) over all processes."""
+        out = self.task.forward(batch)
+        loss = self.processes.sum_of(out.loss)
+        if not math.isfinite(loss):
+            raise self._not_finite(f"the loss is {loss}", [batch], step, lr)
+        self.scaler.scale(out.loss / self.options.accumulation_steps).backward()
+        for chunk in out.deferred:
+            chunk.backward()
+        return loss, self.processes.sum_of(out.accuracy)
 
-    def _plot(self, name: str, value: float) -> None:
-        if self.is_first:
-            self.board.add_scalar(name, value, self.progress.step)
+    def probe(self, updates: int) -> list[float]:
+        """Make some updates without evaluating or writing anything; return the seconds of each."""
+        count = self.options.accumulation_steps
+        places = (at % self.task.batches_per_epoch for at in range(updates * count))
+        batches = (self.task.batch(0, at) for at in places)
+        return [self.update(step, islice(batches, count)).seconds for step in range(updates)]
 
-    def say(self, line: str) -> None:
-        """Print a log line, once for all processes."""
-        if self.is_first:
-            log(line)
-
-    def _evaluation_due(self) -> bool:
-        return self.hp.eval_every >= 0 and self._keeps_weights_at(self.progress)
-
-    def _keeps_weights_at(self, progress: Progress) -> bool:
-        """Return whether what follows this progress at once may write the best weights."""
-        step, every = progress.step, self.hp.eval_every or self.steps_per_epoch
-        due = step == self.total_steps or (every > 0 and step % every == 0)
-        return due and progress.evaluated != step
-
-    def _stopped_early(self) -> bool:
-        return 0 < self.hp.early_stop <= self.progress.evaluations_without_gain
-
-    def _save_when_due(self) -> None:
-        """Save on the clock, before an evaluation, after an epoch, and when a signal asked to stop."""
-        step, minutes = self.progress.step, self.hp.save_every_minutes
-        asked = self.group.sum_(torch.tensor([float(self.signals.asked)], device=self.device)).item()
-        due = minutes and time.monotonic() - self.saved_at >= 60 * minutes
-        if asked or due or self._evaluation_due() or step % self.steps_per_epoch == 0:
-            self._save_checkpoint()
-        if asked:
-            self.signals.asked = self.signals.asked or signal.SIGTERM  # another process heard it
-            raise self.signals.stopped(f"after step {step} of {self.total_steps}")
-
-    def _evaluate(self) -> None:
-        """Measure on dev; keep the weights when they are the best so far. Before training nothing is kept."""
+    def evaluate(self) -> None:
+        """Evaluate on dev; after the first update save the weights when they are the best so far."""
         begun, progress = time.monotonic(), self.progress
-        metrics = {}
-        if self.is_first:
-            with self.signals.interruptible():
-                metrics = self._averaged(self.task.evaluate)
-        # Without a dev set the last weights are the best.
-        value = metrics.get(self.task.main_metric, float(progress.step))
-        value = self.group.from_first_(torch.tensor([value], dtype=torch.float64, device=self.device)).item()
+        with self.signals.interruptible(), self._averaged_weights():
+            metrics = self.task.evaluate()
+        value = metrics.get(
+            MAIN_METRIC, float(progress.step)
+        )  # without a dev set the last weights are the best
         better = progress.step > 0 and value > progress.best
         if metrics:
-            self._say_metrics(metrics, duration(time.monotonic() - begun), better)
-            progress.history.append({"step": progress.step, **metrics})
-        if self.log is not None:
-            self.log.pause(time.monotonic() - begun)
+            self.log.evaluation(metrics, time.monotonic() - begun, better)
         progress.evaluated = progress.step
         if not progress.step:
             progress.untrained = value
@@ -290,52 +276,70 @@ class Trainer:
         progress.evaluations_without_gain = 0 if better else progress.evaluations_without_gain + 1
         if better:
             progress.best = value
-            self._keep_weights()
+            self._save_weights()
         self._save_checkpoint()
 
-    def _say_metrics(self, metrics: dict[str, float], took: str, better: bool) -> None:
-        when = f"step {self.progress.step}" if self.progress.step else "before training"
-        figures = "  ".join(f"{name} {figure:.4f}" for name, figure in metrics.items())
-        log(f"dev {when}: {figures}  ({took})" + ("  best so far" if better else ""))
-        for name, figure in metrics.items():
-            self._plot(f"dev/{name}", figure)
+    @property
+    def evaluations(self) -> int:
+        """The number of dev evaluations in the whole run."""
+        return 0 if self.eval_every < 0 else 1 + -(-self.total_steps // self.eval_every)
 
-    def _averaged(self, program: Callable):
-        """Return program() with the averaged weights in place of the live ones, where there are any."""
-        if self.ema is None:
-            return program()
-        with self.ema.applied():
-            return program()
+    def _evaluation_due(self, progress: TrainingProgress | None = None) -> bool:
+        step = (progress or self.progress).step
+        due = self.eval_every > 0 and (step == self.total_steps or step % self.eval_every == 0)
+        return due and (progress or self.progress).evaluated != step
 
-    def _keep_weights(self) -> None:
+    def _checkpoint_due(self) -> bool:
+        """Return whether the interval has passed, an epoch has ended or an evaluation follows."""
+        seconds = 60 * self.options.save_every_minutes
+        late = seconds > 0 and time.monotonic() - self.saved_at >= seconds
+        return late or self.progress.step % self.steps_per_epoch == 0 or self._evaluation_due()
+
+    def _set_lr(self, step: int) -> float:
+        factor = lr_factor(step, self.total_steps, self.options.warmup_proportion)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.get("peak_lr", self.options.lr) * factor
+        return self.options.lr * factor
+
+    def _averaged_weights(self) -> AbstractContextManager[None]:
+        return self.ema.applied() if self.ema is not None else nullcontext()
+
+    def _save_weights(self) -> None:
         self.progress.best_step = self.progress.step
-        if self.is_first:
-            self.progress.best_weights = self._averaged(self.task.save_best)
+        if self.processes.is_first:
+            with self._averaged_weights():
+                self.progress.best_weights = self.task.save()
 
     def _save_checkpoint(self) -> None:
-        """Write everything that the run needs to go on: the last weights, not the best ones.
+        """Save all that a resumed run needs: the last weights, not the best ones.
 
-        No state of a random generator is in it: every draw is a function of seed, step and place in the
-        batch.
+        No state of random generators: every draw is a function of seed, step and place in the batch.
         """
         self.saved_at, self.saved_step = time.monotonic(), self.progress.step
-        if self.is_first:
-            save_checkpoint(self.checkpoint, {
-                "stamp": self.stamp, "progress": vars(self.progress), "model": self.task.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "ema": self.ema.state() if self.ema else {},
-            })  # fmt: skip
+        if self.processes.is_first:
+            state = {
+                "stamp": self.stamp,
+                "progress": asdict(self.progress),
+                "model": self.task.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "ema": self.ema.shadow if self.ema is not None else {},
+            }
+            save_checkpoint(self.checkpoint, state)
 
     def _resume(self) -> None:
-        state = self._usable(load_checkpoint(self.checkpoint))
-        # The first process decides for all: on a shared folder they see the same, elsewhere they may not.
+        """Continue from the checkpoint when it belongs to this run."""
+        state = load_checkpoint(self.checkpoint)
+        if state is not None and (reason := self._reason_to_restart(state)):
+            if self.processes.is_first:
+                log(f"{self.checkpoint}: {reason}; starting from the beginning")
+            state = None
         step = state["progress"]["step"] if state else -1
-        agreed = int(self.group.from_first_(torch.tensor([step], device=self.device)).item())
-        if agreed != step:
-            raise UserError(
-                f"{self.checkpoint}: the first process carries on after step {agreed}, this one sees {step}; "
-                "--output_dir must be one folder that all machines share"
-            )
+        self.processes.require_same(
+            step,
+            f"{self.checkpoint}: step {step} here, another one in the first process; "
+            "--output_dir must be one folder that all machines share",
+        )
         if state is None:
             return
         self.task.model.load_state_dict(state["model"])
@@ -343,35 +347,100 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load(state["ema"])
-        self.progress, self.saved_step = Progress(**state["progress"]), step
-        if self.progress.processes != self.group.world:
+        self.progress = TrainingProgress(**state["progress"])
+        self.saved_step, before = self.progress.step, self.progress.processes
+        if before != self.processes.world:
             warn(
-                f"{self.group.world} processes, {self.progress.processes} before: each draws dropout of its "
-                "own, so the weights will not be those of a run that kept its number"
+                f"{self.processes.world} processes now, {before} before: each draws its own dropout, so the "
+                "weights will differ from those of a run with a constant number"
             )
-            self.progress.processes = self.group.world
-        self.say(f"{self.checkpoint}: carrying on after step {self.progress.step} of {self.total_steps}")
+            self.progress.processes = self.processes.world
+        if self.processes.is_first:
+            log(f"{self.checkpoint}: resuming after step {self.progress.step} of {self.total_steps}")
 
-    def _usable(self, state: dict | None) -> dict | None:
-        """Return the checkpoint if it is one of this run; None, said why, otherwise."""
-        if state is None:
-            return None
+    def _reason_to_restart(self, state: dict[str, Any]) -> str | None:
+        """Return why the run cannot resume from this checkpoint, None when it can."""
         if state["stamp"] != self.stamp:
-            self.say(
-                f"{self.checkpoint}: a checkpoint of other settings "
-                f"({'; '.join(differences(state['stamp'], self.stamp))}); starting from the beginning"
-            )
-            before = state["progress"].get("negatives", 0)
-            if before != self.task.negatives and self.is_first:
-                warn(f"negatives a query in a step: {before} -> {self.task.negatives}: another training")
-            return None
-        kept, there = state["progress"]["best_weights"], self.task.best_checksum()
-        # Killed after the best weights were written and before that was noted: the evaluation of this step
-        # comes once more and writes the same again.
-        pending = there is not None and self._keeps_weights_at(Progress(**state["progress"]))
-        if kept and kept != there and not pending:
-            self.say(
-                f"{self.checkpoint}: the best weights it speaks of are not there; starting from the beginning"
-            )
-            return None
-        return state
+            return f"its settings differ ({'; '.join(differences(state['stamp'], self.stamp))})"
+        progress, on_disk = TrainingProgress(**state["progress"]), self.task.saved_checksum()
+        # A run killed between saving the best weights and the checkpoint that follows repeats the evaluation
+        # and saves the same weights again.
+        repeats = on_disk is not None and self._evaluation_due(progress)
+        if progress.best_weights and progress.best_weights != on_disk and not repeats:
+            return "the best weights of its run are missing or replaced"
+        return None
+
+    def _not_finite(self, what: str, batches: list[Any], step: int, lr: float) -> UserError:
+        rows = "; ".join(map(self.task.describe, batches))
+        kept = []
+        if self.progress.best_step > 0:
+            kept.append(f"the best weights (step {self.progress.best_step}) are saved")
+        if self.saved_step > 0:
+            kept.append(f"the last checkpoint is of step {self.saved_step}")
+        saved = " and ".join(kept) or "no weights are saved"
+        return UserError(
+            f"{what} at step {step + 1}, lr {lr:.2g}, {rows}; {saved}; "
+            "try a lower --lr or --precision fp32, or check those rows"
+        )
+
+
+class TrainingLog:
+    """Log lines, tensorboard curves and history of a run; the first process writes them."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.first_step, self.begun = trainer, trainer.progress.step, time.monotonic()
+        self.recent: list[Update] = []  # since the last line
+        self.board: SummaryWriter | None = None
+        if trainer.processes.is_first:
+            folder = trainer.checkpoint.parent / "tensorboard"
+            self.board = SummaryWriter(folder, purge_step=self.first_step)
+
+    def update(self, update: Update) -> None:
+        """Log the means since the last line, every `log_every` updates and after the last one."""
+        trainer, task, options = self.trainer, self.trainer.task, self.trainer.options
+        step, total = trainer.progress.step, trainer.total_steps
+        self.recent.append(update)
+        if step % options.log_every and step != total:
+            return
+        count = len(self.recent)
+        loss = sum(each.loss for each in self.recent) / count
+        accuracy = sum(each.accuracy for each in self.recent) / count
+        seconds = max(sum(each.seconds for each in self.recent), 1e-9)
+        rate = count * options.accumulation_steps * task.units_per_batch / seconds
+        left = (time.monotonic() - self.begun) / (step - self.first_step) * (total - step)
+        skipped = f"  skipped {trainer.progress.skipped_total}" if trainer.progress.skipped_total else ""
+        self.line(
+            f"epoch {(step - 1) // trainer.steps_per_epoch + 1}/{options.epochs}  step {step}/{total} "
+            f"({100 * step / total:.1f}%)  loss {loss:.3f}  {task.accuracy_name} acc {accuracy:.3f}  "
+            f"lr {update.lr:.1e}  {rate:.1f} {task.unit}/s  "
+            f"mem {peak_memory_gb(trainer.processes.device):.1f} GB  eta {duration(left)}{skipped}"
+        )
+        name = f"{task.accuracy_name.replace('-', '_')}_accuracy"
+        self._plot("train", {"loss": loss, name: accuracy, "lr": update.lr})
+        rounded = {"loss": round(loss, 5), name: round(accuracy, 5), "lr": update.lr}
+        trainer.progress.history.append({"step": step, **rounded})
+        self.recent = []
+
+    def evaluation(self, metrics: dict[str, float], seconds: float, better: bool) -> None:
+        """Log the metrics of a dev evaluation."""
+        step = self.trainer.progress.step
+        when = f"step {step}" if step else "before training"
+        figures = "  ".join(f"{name} {figure:.4f}" for name, figure in metrics.items())
+        self.line(f"dev {when}: {figures}  ({duration(seconds)})" + ("  best so far" if better else ""))
+        self._plot("dev", metrics)
+        self.trainer.progress.history.append({"step": step, **metrics})
+
+    def _plot(self, group: str, values: dict[str, float]) -> None:
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(f"{group}/{name}", value, self.trainer.progress.step)
+
+    def line(self, line: str) -> None:
+        """Log a line once for all processes."""
+        if self.trainer.processes.is_first:
+            log(line)
+
+    def close(self) -> None:
+        """Write the last curves."""
+        if self.board is not None:
+            self.board.close()
