@@ -69,7 +69,7 @@ def test_losses_of_huge_logits_are_finite():
     assert listwise_loss(logits, 2)[0].item() == pytest.approx(600)
 
 
-# ---- FGM, by hand: s = w . mean of E[ids], loss = s^2 / 2; dloss/dE[i] = s w n_i / n and dloss/dw = s mean
+# ---- FGM by hand: s = w . mean of E[ids], loss = s^2 / 2; dloss/dE[i] = s w n_i / n and dloss/dw = s mean
 
 TABLE = [[0.1, 0.2, -0.3], [0.5, -0.4, 0.2], [-0.2, 0.3, 0.7], [1.0, 1.0, 1.0]]
 IDS = [0, 2, 2, 1]
@@ -78,7 +78,7 @@ W = [0.7, -1.1, 0.4]
 
 
 class Toy:
-    """The model above, with the number of times its loss was asked for."""
+    """The model above, which counts the calls of its loss."""
 
     def __init__(self):
         self.table = torch.nn.Parameter(torch.tensor(TABLE, dtype=torch.float64))
@@ -153,7 +153,7 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 1e-5)])
 def test_fgm_of_a_cross_encoder_is_the_gradient_at_the_moved_table(tiny_config, precision, tolerance):
-    """Against a second model whose table is moved for good; under bf16 the casts of both forwards agree."""
+    """Compared with a second model whose table is permanently moved; both run the same casts under bf16."""
     torch.manual_seed(0)
     tiny_config.initializer_range = 0.1
     model = build_cross_encoder(tiny_config).eval()

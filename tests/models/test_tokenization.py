@@ -174,7 +174,7 @@ def test_pad_fills_to_the_longest_with_the_pad_id():
 
 @STEADY
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=7), min_size=1, max_size=6))
-def test_pad_gives_every_sequence_back_under_its_mask(sequences):
+def test_padded_sequences_are_unchanged_under_the_mask(sequences):
     input_ids, mask = pad(sequences, pad_id=11)
     assert input_ids.shape == mask.shape == (len(sequences), max(map(len, sequences)))
     assert [row[on == 1].tolist() for row, on in zip(input_ids, mask, strict=True)] == sequences

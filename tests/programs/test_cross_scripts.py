@@ -1,5 +1,5 @@
-"""do_cross_train.py, do_cross_infer.py and what surrounds them (converters, run_all.py, fuse_curve.py) on a
-tiny world: what they write, and what bad input gets.
+"""do_cross_train.py, do_cross_infer.py, the converters, run_all.py and fuse_curve.py on a tiny data set:
+output, and errors for bad input.
 """
 
 import json
@@ -212,8 +212,8 @@ def test_training_and_inference_agree_on_the_dev_figures(trained, capsys):
     assert params.read_bytes() == (trained / "output/cross_params.bin").read_bytes()  # same seed, same bytes
 
 
-def test_negatives_that_were_too_easy_are_noticed_at_inference_too(world, capsys):
-    """The scores of some training negatives lie beside the weights; here they are far below the others."""
+def test_inference_warns_of_training_negatives_that_are_too_easy(world, capsys):
+    """The scores of some training negatives are saved with the weights; here they are lowered."""
     path = world / "output/cross_negatives.json"
     assert len(load(path)["scores"]) > 10
     assert infer(world, "--force") == 0
@@ -338,7 +338,7 @@ def test_fgm_changes_the_weights_and_zero_does_not(world):
     assert weights["off"] == weights["none"] != weights["on"]
 
 
-def test_a_second_epsilon_is_noticed(world, capsys):
+def test_a_changed_epsilon_is_detected(world, capsys):
     assert train(world, "--fgm_epsilon", "0.01", "--max_steps", "1") == 0
     assert "fgm_epsilon: 0.0 -> 0.01" in capsys.readouterr().out
 
@@ -353,8 +353,8 @@ def test_the_same_command_again_is_up_to_date(world, capsys):
     assert content(world / "output") == before
 
 
-def test_another_topk_does_not_leave_its_list_behind(world):
-    """Whichever of two results was asked for last is the one that cross_res.json holds."""
+def test_cross_res_is_of_the_latest_topk(world):
+    """cross_res.json has the latest of two results, even if that one is up to date."""
     before = load(world / "output/cross_res.json")
     assert infer(world, "--topk", "7") == 0
     assert {len(pids) for pids in load(world / "output/cross_res.json").values()} == {7}
@@ -362,7 +362,7 @@ def test_another_topk_does_not_leave_its_list_behind(world):
     assert load(world / "output/cross_res.json") == before
 
 
-def test_a_lost_list_is_written_again(world):
+def test_a_missing_result_is_rewritten(world):
     before = content(world / "output")
     (world / "output/cross_res.json").unlink()
     assert infer(world) == 0
@@ -394,7 +394,7 @@ def test_a_killed_scoring_continues_with_its_finished_blocks(world, monkeypatch)
 
 
 def test_blocks_do_not_change_the_scores(world):
-    """Other blocks and batches round otherwise, by less than what is far from deciding anything."""
+    """Other blocks and batches round differently, by too little to change the ranking."""
     one = ranking(world / "output/res.rerank50")
     files = ["--retrieval_result", str(world / "output/res.top50")]
     files += ["--cross_params", str(world / "output/cross_params.bin")]
@@ -437,7 +437,7 @@ def test_an_official_id_map_replaced_is_noticed(world, capsys):
     assert load(world / "output/cross_res.json") != before
 
 
-# ---- bad input: one line, exit status 2, nothing overwritten
+# ---- bad input: an error of one line, exit status 2, nothing overwritten
 
 
 def untouched(capsys, world: Path, run, *words: str) -> None:

@@ -66,7 +66,7 @@ def test_order_and_batch_composition_do_not_matter(make_encoder, pooling):
     expected = np.concatenate([alone.encode([text]) for text in texts])
     distances = np.abs(expected[:, None] - expected[None]).max(axis=2)
     differs = np.array([[a[:22] != b[:22] for b in texts] for a in texts])
-    assert distances[differs].min() > 1e-2  # a row in another's place would be seen
+    assert distances[differs].min() > 1e-2  # swapped rows would be detected
     for batch_size, tokens_per_batch in ((8, 4096), (1000, 10**6), (7, 100), (3, 1), (1, 4096)):
         encoder = make_encoder(batch_size, tokens_per_batch, pooling)
         vectors = encoder.encode(texts)

@@ -1,6 +1,6 @@
-"""Search on Milvus: knobs and refusals, a load that is killed, what is asked and how it is ordered.
+"""Search on Milvus: options, refused inputs, killed loads, requests and the order of results.
 
-The tests at the end run against the real Milvus Lite; it has an environment of its own (README, Tests).
+The tests at the end run against the real Milvus Lite, in its own environment (README, Tests).
 """
 
 import json
@@ -44,7 +44,7 @@ def world(tmp_path_factory):
     vectors[::3] = vectors[0]
     store = make_store(tmp_path_factory.mktemp("milvus"), vectors, BLOCK)
     queries = draw.normal(size=(9, 16)).astype(np.float32)
-    queries[0] = vectors[0]  # its best 100 are alike
+    queries[0] = vectors[0]  # its best 100 are tied
     return store, vectors, queries
 
 
@@ -53,9 +53,7 @@ class FakeFailure(Exception):
 
 
 class FakeMilvus:
-    """A client whose one collection is a dictionary; it dies after `lives` writes, and finds at `most` so
-    many hits.
-    """
+    """A client with one collection, a dictionary; fails after `lives` writes, returns at most `most` hits."""
 
     def __init__(self, manifest=None, index="FLAT", lives=10**9, noise=0.0, most=10**9):
         self.rows, self.lives, self.noise, self.writes = {}, lives, noise, []
@@ -86,7 +84,7 @@ class FakeMilvus:
         return [{"count(*)": sum(first <= row < last for row in self.rows)}]
 
     def search(self, name, data, limit, **_):
-        """Scores are off by up to `noise`, and what is tied comes in no order."""
+        """Return hits whose scores are off by up to `noise`; ties come in random order."""
         if len(data[0]) != 16:
             raise FakeFailure("vector dimension\n mismatch, user:geheim")
         self.depths.append(limit)
@@ -108,7 +106,7 @@ class FakeHits(list):
 
 @pytest.fixture
 def use(monkeypatch):
-    """Return a function: every connection leads to this client from now on."""
+    """Return use(client), which makes every connection return this client."""
 
     def use(client):
         monkeypatch.setattr(milvus_engine, "connect", lambda uri: (client, (FakeFailure,)))
@@ -222,7 +220,7 @@ def test_rows_that_a_server_lost_are_rewritten(world, use):
         list(fill(Collection("http://h:1", "passages"), world[0], None))
 
 
-def test_a_damaged_block_is_neither_loaded_nor_scored_from(world, use, tmp_path):
+def test_a_damaged_block_is_neither_loaded_nor_used_for_scores(world, use, tmp_path):
     store = make_store(tmp_path, world[1], BLOCK)
     path = store.block_path(1)
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -262,12 +260,12 @@ def test_a_warning_when_ties_exceed_the_hit_limit(world, use, monkeypatch, capsy
 
 @pytest.mark.parametrize("blocks", [True, False])
 @pytest.mark.parametrize("topk", [5, 1000])
-def test_a_flat_index_that_gives_too_few_is_refused(world, use, tmp_path, blocks, topk):
+def test_too_few_hits_of_a_flat_index_are_an_error(world, use, tmp_path, blocks, topk):
     use(filled(world, most=4))
     search = open_search(world, folder=None if blocks else tmp_path)
     with pytest.raises(UserError, match="collection passages: Milvus returned too few hits"):
         search.search(world[2], topk)
-    use(filled(world, most=4, index="HNSW M=8"))  # which need not find more
+    use(filled(world, most=4, index="HNSW M=8"))  # may find fewer
     search = open_search(world, folder=None if blocks else tmp_path)
     assert (search.search(world[2], topk)[0][:, 4:] == -1).all()
 
@@ -343,7 +341,7 @@ def test_vectors_of_another_device_and_block_size_are_searched(use, tmp_path):
         first, last = store.block_range(block)
         store.write_block(block, np.zeros((last - first, store.hidden), np.float16))
     inference = open_inference(tmp_path, *ON_SERVER)
-    assert inference.milvus.store.manifest["device"] == "cuda"  # the blocks that the collection is of
+    assert inference.milvus.store.manifest["device"] == "cuda"  # of the blocks that were loaded
     stamp = inference.run_stamp()
     assert (stamp["passage device"], stamp["passage precision"], stamp["block_rows"]) == ("cuda", "bf16", 7)
     assert (stamp["query device"], stamp["query precision"]) == ("cpu", "fp32")
@@ -388,7 +386,7 @@ def test_blocks_of_other_vectors_are_not_used(world, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-# From here on with the real thing.
+# The tests below use the real Milvus Lite.
 
 
 @pytest.fixture
@@ -447,8 +445,8 @@ def test_another_index_replaces_the_old_one_without_a_new_load(tmp_path, lite, c
     assert "rebuilding the index (FLAT -> HNSW M=16,efConstruction=100)" in output and "up to date" in output
     search = open_search(world, lite, "ef=200")
     assert search.index == "HNSW M=16,efConstruction=100"
-    told = search.collection.call("describe_index", milvus_engine.INDEX_NAME)
-    assert (told["params"]["M"], told["params"]["efConstruction"]) == (16, 100)
+    described = search.collection.call("describe_index", milvus_engine.INDEX_NAME)
+    assert (described["params"]["M"], described["params"]["efConstruction"]) == (16, 100)
     expected = full_sort(vectors, queries, 10)[1]
     assert (search.search(queries, 10)[1] == expected).mean() > 0.9
     assert load(*given, "--milvus_index", "NOSUCH") == 2
@@ -545,7 +543,7 @@ def test_a_load_killed_by_a_signal_resumes(tmp_path, lite):
     running = start_load(store.folder, lite)
     first = running.stdout.readline()
     assert "loaded 2,000/20,000 passages" in first, first + running.stdout.read()
-    os.kill(running.pid, signal.SIGSTOP)  # it must not come to its end meanwhile
+    os.kill(running.pid, signal.SIGSTOP)  # it must not end in the meantime
     second = start_load(store.folder, lite)
     assert "no connection to Milvus" in second.communicate()[0] and second.returncode == 2
     os.kill(running.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Encoding by OpenVINO: the vectors of torch, told apart by their stamp, refused where it cannot be done."""
+"""Encoding by OpenVINO: equal to torch up to rounding, other stamp, unsupported settings refused."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Exact search against a full sort in fp64, on vectors made to break it, and the bounds it is proved by."""
+"""Exact search compared with a full sort in fp64, on adversarial vectors, and the bounds of its scores."""
 
 import math
 
@@ -239,7 +239,7 @@ def test_few_pairs_are_rescored(tmp_path, kind):
     assert stats.chunks >= 9 and stats.fp32_chunks <= stats.chunks / 3
 
 
-def test_a_constant_part_of_all_vectors_costs_int8_nothing():
+def test_a_constant_offset_of_all_vectors_does_not_slow_int8():
     draw = np.random.default_rng(0)
     queries, vectors = draw.normal(size=(20, 64)), draw.normal(size=(4096, 64))
     counts = []
@@ -341,7 +341,7 @@ def test_int8_that_is_not_exact_is_refused(monkeypatch):
     assert choose_kind("fp32", 64, CPU, print) == "fp32"
 
 
-def test_wrong_int8_products_are_noticed(monkeypatch):
+def test_wrong_int8_products_are_detected(monkeypatch):
     def saturating(*given):
         product = right(*given)
         return lambda passages: product(passages).clamp(max=2**15 - 1)
@@ -352,7 +352,7 @@ def test_wrong_int8_products_are_noticed(monkeypatch):
 
 
 class Failing:
-    """Stands in for torch.ops.onednn: these operators are missing or raise."""
+    """Replaces torch.ops.onednn: some operators are missing or raise."""
 
     def __init__(self, missing, failing):
         self.missing, self.failing = missing, failing
@@ -381,7 +381,7 @@ def test_without_the_int8_operators_search_falls_back(tmp_path, monkeypatch, mis
     monkeypatch.setattr(module, "int8_is_exact", lambda hidden: int8_levels.__wrapped__(hidden) > 0)
     monkeypatch.setattr(score_bounds, "int8_is_exact", lambda hidden: int8_levels.__wrapped__(hidden) > 0)
     assert choose_kind("auto", 24, CPU, print) in ("fp32", "bf16")
-    # and where the operators fail only later, during the search
+    # the operators may also fail only later, during the search
     monkeypatch.setattr(module, "choose_kind", lambda *given: "int8")
     monkeypatch.setattr(score_bounds, "int8_levels", lambda hidden: 63)
     monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 64)

@@ -56,14 +56,14 @@ def test_an_index_is_planned_for(world, tmp_path, capsys):
     assert "fill HNSW32" in capsys.readouterr().out
 
 
-def test_an_index_that_does_not_fit_is_said_and_not_refused(world, tmp_path, capsys, monkeypatch):
+def test_an_index_that_does_not_fit_is_reported_but_no_error(world, tmp_path, capsys, monkeypatch):
     words = [*options(world, tmp_path / "out"), "--pretrained_model_path", str(world / "model")]
     monkeypatch.setattr(inference_plan, "estimate", lambda factory, width, rows: (10**15, 60.0))
     assert dual_infer.main([*words, "--plan", "--index", "HNSW32"]) == 0
     assert "IT DOES NOT FIT (memory, disk): use a smaller --index" in capsys.readouterr().out
 
 
-def test_what_does_not_fit_is_said_with_the_mend(monkeypatch, tmp_path):
+def test_a_plan_that_does_not_fit_gives_advice(monkeypatch, tmp_path):
     plan = Plan("do_dual_train.py", [("a", 60.0), ("b", 30.0)], ram_gb=8, disk_gb=1, advice="try less")
     monkeypatch.setattr(planning, "free_memory", lambda: 4e9)
     monkeypatch.setattr(planning, "_own_memory", lambda: 1e9)
@@ -120,7 +120,7 @@ def test_a_training_that_runs_out_of_memory_is_planned_smaller(world, tmp_path, 
         (ValueError("out of memory"), False),
     ],
 )
-def test_the_ways_in_which_memory_runs_out(capsys, error, memory):
+def test_out_of_memory_errors_are_recognized(capsys, error, memory):
     assert is_out_of_memory(error) == memory
 
     def program():

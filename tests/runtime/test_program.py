@@ -60,7 +60,7 @@ def test_an_error_of_the_library_that_writes_names_the_file(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
+def test_temporary_files_of_a_killed_process_are_deleted(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
     host = socket.gethostname()
@@ -77,7 +77,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert names(tmp_path) == sorted(["file", *left[1:]])
 
 
-def test_memory_that_does_not_suffice_is_one_line(capsys):
+def test_out_of_memory_is_an_error_of_one_line(capsys):
     class OutOfMemoryError(RuntimeError):
         """Named as torch's is."""
 
@@ -126,7 +126,7 @@ def test_missing_json_is_a_user_error(tmp_path):
         files.read_json(tmp_path / "none.json")
 
 
-def test_require_gives_the_path_or_says_what_it_is_and_the_mend(tmp_path):
+def test_require_returns_the_path_or_names_the_file_and_the_fix(tmp_path):
     assert files.require(tmp_path, "a folder") == str(tmp_path)
     with pytest.raises(UserError) as caught:
         files.require(tmp_path / "none", "the weights", "train first")
@@ -142,7 +142,7 @@ def fail_with(error):
     return program
 
 
-def test_good_end_is_status_0_in_silence(capsys):
+def test_success_is_status_0_without_output(capsys):
     assert program.exit_status(lambda: 7) == 0
     assert capsys.readouterr() == ("", "")
 

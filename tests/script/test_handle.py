@@ -69,7 +69,7 @@ def test_the_chunk_size_changes_nothing(handle, tmp_path, monkeypatch, chunk):
         ({"part-00": row("a"), "part-01": row("b"), "part-1": row("b")}, "duplicate"),
     ],
 )
-def test_bad_parts_are_one_clear_line(handle, tmp_path, capsys, parts, complaint):
+def test_bad_parts_are_an_error_of_one_line(handle, tmp_path, capsys, parts, complaint):
     folder = write_parts(tmp_path, {"part-00.tmp": b"x", "notes": b"x", **parts})
     assert handle.main([str(folder)]) == 2
     captured = capsys.readouterr()
@@ -78,7 +78,7 @@ def test_bad_parts_are_one_clear_line(handle, tmp_path, capsys, parts, complaint
     assert not (folder / "all_doc").exists()
 
 
-def test_a_folder_that_is_not_there(handle, tmp_path, capsys):
+def test_a_missing_folder(handle, tmp_path, capsys):
     assert handle.main([str(tmp_path / "absent")]) == 2
     assert "absent: no such folder" in capsys.readouterr().err
 
@@ -140,14 +140,14 @@ def test_a_missing_last_part_is_found_by_the_id_map(handle, tmp_path, capsys, na
     assert ("is a part missing" in capsys.readouterr().err) == warned
 
 
-def test_moved_into_the_collection_it_works_from_anywhere(tmp_path):
+def test_a_copy_in_the_collection_works_from_any_folder(tmp_path):
     folder = write_parts(tmp_path / "passage-collection", {"part-00": row("a")})
     shutil.copy(SCRIPT, folder / "handle.py")
     subprocess.run([sys.executable, folder / "handle.py"], cwd=tmp_path, check=True, capture_output=True)
     assert (folder / "all_doc").read_bytes() == row("a")
 
 
-def test_left_in_place_it_takes_the_current_folder(tmp_path):
+def test_in_the_repository_it_merges_the_current_folder(tmp_path):
     folder = write_parts(tmp_path, {"part-00": row("a")})
     subprocess.run([sys.executable, SCRIPT], cwd=folder, check=True, capture_output=True)
     assert (folder / "all_doc").read_bytes() == row("a")

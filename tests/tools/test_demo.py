@@ -1,6 +1,4 @@
-"""The search page: its engine gives what the four programs give and refuses what does not belong together;
-the page in a real browser asks nobody else.
-"""
+"""The search page: same results as the programs, mismatched inputs refused, no other host contacted."""
 
 import html
 import json
@@ -78,7 +76,7 @@ def queries(world: Path) -> list[str]:
 
 
 def same_ranking(hits: list[Hit], run: Path, query: str) -> None:
-    """The hits are the run's rows of the query, in its order but for scores that are equal up to rounding."""
+    """Assert that the hits are the run's rows of the query; scores equal up to rounding may swap."""
     expected = [line.split("\t") for line in lines(run) if line.startswith(f"{query}\t")]
     rows, scores = [int(row) for _, row, _, _ in expected], np.array([float(s) for *_, s in expected])
     assert [hit.rank for hit in hits] == list(range(1, len(expected) + 1))
@@ -96,7 +94,7 @@ def untouched(folder: Path) -> dict[str, tuple]:
 
 
 def refused(world: Path, *words: str, **more) -> None:
-    """The engine refuses in one line that holds `words`, and nothing is written."""
+    """Assert that the service raises a UserError of one line with all `words`, and writes nothing."""
     before = untouched(world / "output")
     with pytest.raises(UserError) as error:
         SearchService(settings(world, **more)).answer("鱼")
@@ -115,7 +113,7 @@ def test_both_rankings_are_those_of_the_programs(trained, service):
         answer = service.answer(query)
         same_ranking(answer.recall, trained / "output/res.top50", query)
         same_ranking(answer.reranked, trained / "output/res.rerank50", query)
-        assert answer.warning is None  # the scores are far enough apart for the order to mean something
+        assert answer.warning is None  # the scores differ clearly
         was = {hit.row: hit.rank for hit in answer.recall}
         assert all(hit.recall_rank == was[hit.row] for hit in answer.reranked)
     assert list(answer.seconds) == ["encode", "search", "read", "re-rank"]
@@ -133,7 +131,7 @@ def test_a_hit_carries_its_text_and_pid(trained, service):
     assert {hit.pid for hit in without.answer("鱼").recall} == {""}
 
 
-def test_recall_alone_where_there_is_no_reranker(world):
+def test_without_a_reranker_only_recall_is_shown(world):
     (world / "output/cross_params.bin").unlink()
     service = SearchService(settings(world))
     answer = service.answer("鱼")
@@ -212,7 +210,7 @@ def test_vectors_of_another_precision_are_accepted(world):
 
 
 @pytest.mark.slow
-def test_many_at_once(service, trained):
+def test_concurrent_questions(service, trained):
     asked = queries(trained) * 3
     alone = [service.answer(query) for query in asked]
     with ThreadPoolExecutor(6) as pool:
@@ -356,7 +354,7 @@ def test_only_the_names_of_this_machine_are_served():
         assert client.get("/config", headers={"Host": name}).status_code == 200
 
 
-# A module that Python imports at its start: it notes every host that the program speaks to or asks for.
+# Python imports this module at its start: it logs every host that the program contacts or looks up.
 WATCH = """
 import sys
 open({log!r}, "w").close()
@@ -370,11 +368,11 @@ sys.addaudithook(watch)
 
 @pytest.fixture
 def page_at(trained, tmp_path):
-    """Start the program on a free port; yield (process, address, file of the hosts it spoke to)."""
+    """Start the program on a free port; yield (process, address, file of the hosts it contacted)."""
     hosts = tmp_path / "hosts.txt"
     write(tmp_path / "sitecustomize.py", [WATCH.format(log=str(hosts))])
     given = ["--data_dir", str(trained / "data"), "--output_dir", str(trained / "output"), "--topk", "60"]
-    # A proxy that is not there: nothing may go through it, though many a machine has one in its environment.
+    # No proxy listens here: the program must not use the proxy that many machines set in the environment.
     proxy = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     environment = {**os.environ, **proxy, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "script/demo.py", *given, "--port", "0", "--threads", "1"]
