@@ -74,7 +74,7 @@ def read_results(path: str, qid_of: dict[str, str], topk: int) -> dict[str, Rank
             raise FormatError(path, line, f"the query {shown(query)} is not in the query map")
         ranking = rankings.setdefault(qid, Ranking())
         if len(ranking.rows) == topk:
-            raise FormatError(path, line, f"one result more for {shown(query)} (expected at most {topk})")
+            raise FormatError(path, line, f"too many results for {shown(query)} (expected at most {topk})")
         ranking.append(row, rank, score, line)
     if not rankings:
         raise UserError(f"{path}: no results in it")

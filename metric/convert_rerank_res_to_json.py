@@ -5,7 +5,7 @@
 SCORE_FILE has one number a line, aligned with the lines `qid \\t pid` of ID_MAP. Writes {qid: [pid, ...]}, a
 query's passages by score from high to low, at most 50, to `cross_res.json` beside SCORE_FILE or to OUTPUT.
 Equal scores keep the order of ID_MAP, which is the first stage's rank. The official tool orders them by the
-pid as a string, which says nothing about relevance: with equal scores the two can differ. Pass logits, not
+pid as a string, which is unrelated to relevance: with equal scores the two can differ. Pass logits, not
 probabilities: saturated probabilities are equal. Needs numpy and xxhash, but no torch.
 """
 

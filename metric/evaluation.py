@@ -68,10 +68,10 @@ def compute_metrics(reference: Reference, result: Result) -> dict[str, float]:
 
 
 def warn_about(path: FilePath, reference: Reference, result: Result) -> None:
-    """Warn of everything that lowers the numbers, or that they ignore."""
+    """Warn of everything that lowers the metrics, or that they ignore."""
     repeats = [len(pids[:DEPTH]) - len(set(pids[:DEPTH])) for pids in result.values()]
     if any(repeats):
-        warn(f"{path}: {sum(repeats)} duplicate pids waste ranks, in {sum(map(bool, repeats))} queries")
+        warn(f"{path}: {sum(repeats)} duplicate pids take up ranks in {sum(map(bool, repeats))} queries")
     missing, unknown = len(reference.keys() - result.keys()), len(result.keys() - reference.keys())
     if missing:
         warn(f"{path}: {missing} of the {len(reference)} reference queries have no list and score 0")

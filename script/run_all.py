@@ -89,7 +89,7 @@ def convert(hp: InferenceDeHparams, run_path: Path, topk: int) -> None:
 
 
 def call(command: list[str]) -> None:
-    """Run a program to its end. It receives the signals that ask this process to stop, and saves first."""
+    """Run a program to its end. It gets the stop signals of this process and saves before it ends."""
     # In a session of its own: otherwise Ctrl-C in a terminal would reach the program twice.
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, start_new_session=True)
     before = {}
@@ -97,7 +97,7 @@ def call(command: list[str]) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             before[number] = signal.signal(number, lambda number, _: process.send_signal(number))
     except ValueError:
-        pass  # not the main thread, which alone may set handlers
+        pass  # only the main thread may set handlers
     try:
         status = process.wait()
     finally:

@@ -1,4 +1,4 @@
-"""Shared fixtures, and the rule that a marked test is skipped where what it needs is not installed."""
+"""Shared fixtures; skips marked tests whose requirements are not installed."""
 
 import gc
 import os
@@ -56,7 +56,7 @@ def tokenizer():
 
 @pytest.fixture
 def tiny_config(tokenizer):
-    """A BERT of width 32 with 2 layers and 64 positions; large initial weights keep vectors apart."""
+    """A BERT of width 32 with 2 layers and 64 positions; large initial weights: vectors differ clearly."""
     from transformers import BertConfig
 
     return BertConfig(

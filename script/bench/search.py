@@ -4,9 +4,9 @@
     python script/bench/search.py --rows 1000000 --queries 1000 --peer flat    # against IndexFlatIP
     python script/bench/search.py --rows 8096668 --queries 1000 --folder F     # 12.4 GB, kept in F
 
-Vectors and queries are independent normal numbers, which give a search no shortcut. Blockwise faiss reads
-ahead in a thread as ours does. The time of IndexFlatIP is its search alone; the time to build it (reading,
-adding) is printed beside it.
+Vectors and queries are independent normal numbers, without structure that speeds up a search. Blockwise faiss
+reads ahead in a thread as ours does. The time of IndexFlatIP is its search alone; the time to build it
+(reading, adding) is printed beside it.
 """
 
 import argparse

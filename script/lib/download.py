@@ -351,7 +351,7 @@ def model_files(names: list[str]) -> list[str]:
 
 
 def download_model(args: argparse.Namespace) -> None:
-    """Download into a hidden folder, where a later run resumes; rename it when every file has arrived."""
+    """Download into a hidden folder, where a later run resumes; rename it when it is complete."""
     target = args.to / "torch_pretrained_models" / args.name.rstrip("/").rpartition("/")[2]
     if target.exists():
         present = [path.name for path in target.iterdir()] if target.is_dir() else []
@@ -376,7 +376,7 @@ def download_model(args: argparse.Namespace) -> None:
         raise UserError(f"cannot download model {args.name}: {reason}") from error
     missing = [name for name in files if not (fresh / name).is_file()]
     if missing:
-        raise UserError(f"{args.name}: {', '.join(missing)} did not arrive; run again to resume")
+        raise UserError(f"{args.name}: not downloaded: {', '.join(missing)}; run again to resume")
     shutil.rmtree(fresh / ".cache", ignore_errors=True)  # state of the hub's own resume
     fresh.replace(target)
     log(f"wrote {target}; set pretrained_model_path to it")

@@ -45,7 +45,7 @@ class Query:
 
 
 class OfficialLayoutWriter:
-    """Writes the official layout to `folder`. The collection comes first: it gives each id its row."""
+    """Writes the official layout to `folder`. Write the collection first: it assigns a row to each id."""
 
     def __init__(self, folder: Path, seed: int):
         if folder.exists():
@@ -152,7 +152,7 @@ class OfficialLayoutWriter:
 
     def _add_dev(self, dev: dict[str, Query], query: Query) -> None:
         text = self._one_line(query.text)
-        if text in dev:  # a result knows a query by its text: one entry gets the answers of both
+        if text in dev:  # results identify queries by text: one entry with the answers of both
             known = dev[text]
             known.positives += [pid for pid in query.positives if pid not in known.positives]
         else:

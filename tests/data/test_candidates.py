@@ -98,7 +98,7 @@ def test_a_run_needs_a_collection(tmp_path):
     [
         ([*RUN, "丁\t8\t1\t1"], 7, "row 8 is outside the collection of 8 passages"),
         ([*RUN, "甲\t1\t1\t0.1"], 7, "'甲' appeared before"),
-        ([*RUN, "甲\t1\t4\t0.1"], 7, ""),  # the same with the rank going on
+        ([*RUN, "甲\t1\t4\t0.1"], 7, ""),  # the same, with increasing rank
         ([*RUN[:2], "甲\t5\t3\t0.1", *RUN[3:]], 3, "duplicate passage 5"),
         ([RUN[0], *RUN[2:]], 2, "rank 3"),
         (["甲\t5\t0\t0.9"], 1, "rank '0'"),

@@ -23,7 +23,7 @@ def lines(*texts):
 
 @pytest.fixture
 def make(tmp_path):
-    """A function that writes the named files into a fresh collection folder and returns it."""
+    """Return a function that writes files to a new collection folder and returns the folder."""
 
     def write(**files):
         folder = tmp_path / "passages"
@@ -38,7 +38,7 @@ def make(tmp_path):
 
 
 def scans(monkeypatch):
-    """The list of files that are scanned from now on."""
+    """Return the list of files that are scanned after this call."""
     seen, scan = [], collection._scan
     monkeypatch.setattr(collection, "_scan", lambda path: seen.append(path.name) or scan(path))
     return seen
@@ -79,7 +79,7 @@ def test_two_files_of_the_same_part_number_are_refused(make):
         PassageCollection(make(part_0=lines("a"), part_00=lines("b")))
 
 
-def test_folder_that_is_absent_empty_or_without_rows_is_a_user_error(make, tmp_path):
+def test_a_missing_or_empty_folder_is_a_user_error(make, tmp_path):
     for folder, words in ((tmp_path / "none", "no such folder"), (make(), "no passages")):
         with pytest.raises(UserError, match=f"^{folder}: {words}"):
             PassageCollection(folder)
@@ -153,7 +153,7 @@ def test_byte_order_mark_is_named_in_the_first_line_of_any_part(make):
         PassageCollection(folder)[1]
 
 
-def test_file_cut_short_while_open_is_a_user_error(make):
+def test_a_file_truncated_while_open_is_a_user_error(make):
     folder = make(part_00=lines("a", "b"))
     passages = PassageCollection(folder)
     (folder / "part-00").write_text(lines("a"))

@@ -58,7 +58,7 @@ def test_lists_are_a_function_of_seed_epoch_and_step(tmp_path):
     assert not same(forwards[0, 0], forwards[1, 0]) and not same(forwards[0, 0], forwards[0, 1])
 
 
-def test_one_epoch_takes_every_row_once(tmp_path):
+def test_one_epoch_uses_every_row_once(tmp_path):
     data = opened(tmp_path / "t.tsv", rows_of(4, 1, 5))
     steps = data.steps_per_epoch(6, listwise=False)
     seen = [number for step in range(steps) for number in data.pairs(1, 0, step, 6).rows]
@@ -74,7 +74,7 @@ def test_rows_of_a_batch_are_the_line_numbers_of_its_pairs(tmp_path):
     assert batch.labels.dtype == np.float32 and batch.rows != sorted(batch.rows)
 
 
-def test_one_epoch_takes_every_positive_once(tmp_path):
+def test_one_epoch_uses_every_positive_once(tmp_path):
     data = opened(tmp_path / "t.tsv", rows_of(4, 3, 5))
     steps = data.steps_per_epoch(4, listwise=True)
     found = [part for step in range(steps) for part in groups(data.lists_of(1, 0, step, 4, 3), 3)]
@@ -90,7 +90,7 @@ def test_a_group_is_one_positive_first_and_distinct_negatives_of_its_query(tmp_p
         for queries, passages, labels in groups(data.lists_of(8, epoch, 0, 10, 7), 7):
             assert len(set(queries)) == 1 and labels == [1, 0, 0, 0, 0, 0, 0]
             assert {passage.split()[0] for passage in passages} == {queries[0].removeprefix("问")}
-            assert len(set(passages)) == 7  # six negatives are there, so none is repeated
+            assert len(set(passages)) == 7  # with six negatives, none is repeated
 
 
 def test_each_epoch_draws_other_negatives(tmp_path):
@@ -111,7 +111,7 @@ def test_two_positives_of_a_query_get_their_own_draws(tmp_path):
 def test_negatives_repeat_only_when_too_few(tmp_path):
     data = opened(tmp_path / "t.tsv", rows_of(2, 1, 3))
     for _, passages, _ in groups(data.lists_of(0, 0, 0, 2, 8), 8):
-        assert sorted(Counter(passages[1:]).values()) == [2, 2, 3]  # all of them before one repeats
+        assert sorted(Counter(passages[1:]).values()) == [2, 2, 3]  # all are used before any repeats
     assert data.short_lists(8) == 2 and data.short_lists(5) == 2 and data.short_lists(4) == 0
 
 
@@ -124,13 +124,15 @@ def test_draw_negatives_draws_all_equally_often(there, count):
 
 
 def test_a_known_positive_is_never_a_negative(tmp_path):
-    """A text labelled 1 in one row and 0 in another, and an answer written with other spaces."""
+    """A text labeled 1 in one row and 0 in another, and an answer with different spaces."""
     rows = [row("问", "答一", 1), row("问", "答 一", 0), row("问", "答二", 0), row("问", "答二", 1)]
     rows += [row("问", "错一", 0), row("问", "错二", 0), row("别问", "答一", 0), row("别问", "别答", 1)]
     data = opened(tmp_path / "t.tsv", rows, clean=lambda text: text.replace(" ", ""))
     for epoch in range(20):
         for queries, passages, _ in groups(data.lists_of(0, epoch, 0, 3, 3), 3):
-            expected = {"错一", "错二"} if queries[0] == "问" else {"答一"}  # another query may have it wrong
+            expected = (
+                {"错一", "错二"} if queries[0] == "问" else {"答一"}
+            )  # it may be a negative of another query
             assert set(passages[1:]) == expected
 
 

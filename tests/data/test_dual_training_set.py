@@ -1,4 +1,4 @@
-"""Which query, positive and negatives make a batch: grouping, draws, masks, malformed files."""
+"""Batches of the dual encoder: grouping, drawing of positives and negatives, masks, malformed files."""
 
 import random
 
@@ -17,7 +17,7 @@ def write(path, triples):
 
 
 def make_world(seed=0, queries=23, texts=30):
-    """Return scattered rows in which texts are shared: a negative here is a positive there, or both."""
+    """Return shuffled rows; a text may be a negative of one query and a positive of another."""
     draw = random.Random(seed)
     rows = []
     for query in range(queries):
@@ -69,13 +69,13 @@ def test_an_epoch_has_each_query_at_most_once_and_rows_are_line_numbers(tmp_path
             seen += batch.queries
         assert len(seen) == len(set(seen)) == 20
         left_over |= {query for query, _, _ in rows} - set(seen)
-    assert len(left_over) > 3  # not the same three queries are left out in every epoch
+    assert len(left_over) > 3  # the omitted queries differ between epochs
 
 
 def test_a_batch_depends_on_seed_epoch_and_step_only(tmp_path):
     path = write(tmp_path / "t.tsv", make_world(2))
     first, second = DualTrainingSet(path), DualTrainingSet(path)
-    second.batch(1, 1, 1, 5, 2)  # earlier batches must not matter
+    second.batch(1, 1, 1, 5, 2)  # earlier batches have no effect
     for step in (3, 0, 2):
         assert same(first.batch(42, 4, step, 5, 2), second.batch(42, 4, step, 5, 2))
     base = first.batch(42, 4, 0, 5, 2)
@@ -97,7 +97,7 @@ def test_a_query_with_several_positives_draws_each_of_them_and_each_negative(tmp
     assert negatives == {f"n{at}" for at in range(8)}
 
 
-def test_distinct_positives_are_equally_likely_whatever_their_number_of_rows(tmp_path):
+def test_distinct_positives_are_equally_likely_for_any_number_of_rows(tmp_path):
     rows = [("甲", "often", f"n{at}") for at in range(50)] + [("甲", "once", "n50")]
     data = DualTrainingSet(write(tmp_path / "t.tsv", rows))
     drawn = [data.batch(3, epoch, 0, 1, 0).passages[0] for epoch in range(200)]
@@ -137,7 +137,7 @@ def test_masks_targets_and_columns_agree_with_the_whole_file(tmp_path, hard_nega
             assert set(texts) <= allowed and len(texts) <= 8 * (1 + hard_negatives)
             masks += int(batch.masked.sum())
             shared += len(own) - len(set(own))
-    assert masks > 0 and shared > 0  # the world does hold both cases
+    assert masks > 0 and shared > 0  # both cases occur
 
 
 def test_a_query_with_few_negatives_and_positives_never_as_negatives(tmp_path):

@@ -142,7 +142,7 @@ def test_malformed_dev_query_files(file):
         formats.read_queries(file(""))
 
 
-def test_q2qid_keeps_texts_unchanged_and_a_cut_file_is_an_error(file):
+def test_q2qid_keeps_texts_unchanged_and_a_truncated_file_is_an_error(file):
     mapping = {ODD: "q1", "甲": "q2"}
     assert formats.read_q2qid(file(json.dumps(mapping, ensure_ascii=False))) == mapping
     path = file('{"a": "1",\n"b": "2"')
@@ -187,7 +187,7 @@ def test_dev_json_gives_queries_and_all_answers(file):
         (dev_line(), "duplicate question_id"),
     ],
 )
-def test_broken_dev_line_is_named(file, broken, word):
+def test_a_malformed_dev_line_is_named(file, broken, word):
     path = file(f"{dev_line()}\n{broken}\n{dev_line(question_id='q3')}\n")
     refused(lambda: formats.read_dev(path), f"{path}:2", word)
 

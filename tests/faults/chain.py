@@ -106,7 +106,7 @@ class Chain:
         return {name: protected(name, data) for name, data in contents.items()}
 
     def done_work(self, stage: Stage) -> dict[str, int]:
-        """Return what a next run must not do again: {finished block: its time}, {"step": updates saved}."""
+        """Return the work that a resumed run keeps: {finished block: its time}, {"step": updates saved}."""
         folders = (self.out / "para_emb", self.out / "cross_scores")
         stamps = [path for folder in folders for path in folder.glob("block-*.json")]
         blocks = [path.with_suffix(".npy") for path in stamps if path.with_suffix(".npy").exists()]

@@ -141,7 +141,7 @@ class FaultRun:
         return path.is_file() and "tensorboard" not in path.parts and path.stat().st_size > 0
 
     def _delete_results(self, victim: Path) -> None:
-        """Delete what was made from the victim, so that it is read; for a checkpoint the weights' stamp."""
+        """Delete what was made from the victim, so that it is read; of a checkpoint, the weights' stamp."""
         for path in self.chain.out.iterdir():
             if path != victim and path.name.startswith(FINAL_RESULTS) and path.is_file():
                 path.unlink()

@@ -66,7 +66,7 @@ def test_a_line_of_200_megabytes_is_refused_in_bounded_memory(tmp_path, read):
 
 
 @pytest.mark.parametrize("escape", ['"\\ud800"', '"a\\udc00"'])
-def test_half_a_character_is_refused(tmp_path, escape):
+def test_lone_surrogates_are_refused(tmp_path, escape):
     path = tmp_path / "test1.json"
     path.write_text(f'{{"question_id": "q1", "question": {escape}}}\n', encoding="utf-8")
     found = look(READERS["test queries"][2], path)

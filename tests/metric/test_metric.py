@@ -59,7 +59,7 @@ def read(name):
 
 
 def failure(program, capsys):
-    """The message of a program that must fail: status 2, one line, the folder as it was."""
+    """Return the message of a program that must fail: status 2, one line, no change in the folder."""
     before = {path: path.read_bytes() for path in Path().iterdir()}
     assert program() == 2
     printed = capsys.readouterr()
@@ -236,7 +236,7 @@ def test_bad_run_or_map_is_named_by_file_and_line(folder, capsys, name, text, me
     Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
     assert message in failure(convert, capsys)
     Path("dual_res.json").write_text("older", encoding="utf-8")
-    failure(convert, capsys)  # checks that the older result is still there
+    failure(convert, capsys)  # also checks that the old result is unchanged
 
 
 def test_duplicate_query_and_missing_file(folder, capsys):
@@ -370,13 +370,13 @@ def test_hand_worked_measures():
     reference = {"q1": {"a", "b"}, **{f"q{number}": {pid} for number, pid in enumerate("cdefgh", 2)}}
     fill = [f"x{number}" for number in range(60)]
     result = {
-        "q1": ["x", "b", "a"],  # first relevant at rank 2; the second one adds nothing
+        "q1": ["x", "b", "a"],  # first relevant at rank 2; the second one does not count
         "q2": ["c"],  # a short list that hits at rank 1
-        "q3": ["x", "x", "d"],  # a repeat wastes rank 2
-        "q4": fill[:10] + ["e"],  # rank 11: too deep for MRR@10
+        "q3": ["x", "x", "d"],  # a duplicate at rank 2
+        "q4": fill[:10] + ["e"],  # rank 11: beyond the depth of MRR@10
         "q5": fill[:50] + ["f"],  # rank 51: cut
-        "q6": [],  # nothing found; q7 is missing altogether
-        "unknown": ["a"],  # ignored, but ranked
+        "q6": [],  # no results; q7 is missing
+        "unknown": ["a"],  # counted in QueriesRanked only
     }
     values = evaluation.per_query(reference, result)
     assert list(values) == list(reference)

@@ -60,7 +60,7 @@ def write_official(world: Path) -> None:
 
 
 def spread_out(config: Path) -> None:
-    """Draw the weights five times wider than usual, so that the candidates of a query score apart."""
+    """Draw the weights five times wider than usual, so that the scores of a query differ clearly."""
     write(config, [json.dumps(load(config) | {"initializer_range": 0.1})])
 
 
@@ -70,7 +70,7 @@ def load(path: Path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A world in which both stages have run; tests copy what they change."""
+    """A world in which both stages have run; tests change only copies of it."""
     world = make_world(tmp_path_factory.mktemp("world"))
     spread_out(world / "model/config.json")
     assert retrieve(world) == 0
@@ -94,7 +94,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def refused(capsys, status: int, *words: str) -> None:
-    """Exit status 2, one error line that holds `words`, no traceback."""
+    """Assert exit status 2 and one error line with all `words`, without a traceback."""
     lines = capsys.readouterr().err.splitlines()
     assert status == 2 and all(" WARNING " in line for line in lines[:-1])
     error = lines[-1]
@@ -115,7 +115,7 @@ def ranking(path: Path) -> dict[str, list[tuple[int, int, float]]]:
 # ---- what the programs write
 
 
-def test_training_writes_what_the_readme_says(trained):
+def test_training_writes_the_files_in_the_readme(trained):
     output = trained / "output"
     state = torch.load(output / "cross_params.bin", weights_only=True)
     assert state["classifier.weight"].shape == (1, 32) and "bert.pooler.dense.weight" in state
@@ -198,8 +198,8 @@ def test_the_official_candidates_give_the_same_ranking(world):
     )
 
 
-def test_training_and_inference_agree_on_the_dev_figures(trained, capsys):
-    """The dev candidates of training are the run that inference re-ranks, so both must print the same."""
+def test_training_and_inference_print_the_same_dev_metrics(trained, capsys):
+    """Training evaluates on the run that inference re-ranks, so both print the same metrics."""
     assert train(trained, "--force", output="again") == 0
     log = capsys.readouterr().out
     kept = re.search(r"in the retriever's order ([\d.]+), re-ranked ([\d.]+)", log).groups()
@@ -259,14 +259,14 @@ def test_missing_or_damaged_settings_are_rewritten(world, capsys):
         assert infer(world) == 0
 
 
-def test_topk_keeps_fewer_but_scores_all(world):
+def test_topk_shortens_the_result_but_not_the_scores(world):
     assert infer(world, "--topk", "7") == 0
     few, many = ranking(world / "output/res.rerank7"), ranking(world / "output/res.rerank50")
     assert few == {query: found[:7] for query, found in many.items()}
     assert len(lines(world / "output/cross_scores.txt")) == QUERIES * DEPTH
 
 
-def test_fusion_with_a_great_weight_is_the_retrievers_order(world):
+def test_fusion_with_a_large_weight_has_the_retrievers_order(world):
     path = world / "output/res.top50"
     write(path, [f"{line.rsplit(chr(9), 1)[0]}\t{-int(line.split(chr(9))[2])}" for line in lines(path)])
     assert infer(world, "--fuse_retriever_weight", "100000") == 0
@@ -369,7 +369,7 @@ def test_a_missing_result_is_rewritten(world):
     assert content(world / "output")["cross_res.json"] == before["cross_res.json"]
 
 
-def test_a_killed_scoring_continues_with_its_finished_blocks(world, monkeypatch):
+def test_a_killed_scoring_resumes_after_its_finished_blocks(world, monkeypatch):
     files = ["--retrieval_result", str(world / "output/res.top50")]
     files += ["--cross_params", str(world / "output/cross_params.bin"), "--block_pairs", "70"]
     assert infer(world, *files, output="new") == 0
@@ -387,7 +387,7 @@ def test_a_killed_scoring_continues_with_its_finished_blocks(world, monkeypatch)
         lambda self, pairs: scored.append(len(pairs.ids)) or usual(self, pairs),
     )
     assert infer(world, *files, output="new") == 0
-    assert sum(scored) == 70  # the lost block alone
+    assert sum(scored) == 70  # only the missing block
     now = [block.stat().st_mtime_ns for block in blocks]
     assert [one == other for one, other in zip(now, times, strict=True)] == [True, False, True, True, True]
     assert content(world / "new") == before
@@ -408,7 +408,7 @@ def test_blocks_do_not_change_the_scores(world):
         assert max(abs(scores[row] - again[row]) for row in scores) < 1e-5
 
 
-def test_weights_replaced_are_noticed(world, capsys):
+def test_replaced_weights_are_detected(world, capsys):
     old = (world / "output/cross_scores.txt").read_bytes()
     assert train(world, "--seed", "7") == 0
     assert "seed: 42 -> 7" in capsys.readouterr().out
@@ -418,7 +418,7 @@ def test_weights_replaced_are_noticed(world, capsys):
     assert (world / "output/cross_scores.txt").read_bytes() != old
 
 
-def test_candidates_replaced_are_noticed(world, capsys):
+def test_replaced_candidates_are_detected(world, capsys):
     path = world / "output/res.top50"
     write(path, [line for line in lines(path) if int(line.split("\t")[2]) <= 20])
     assert infer(world) == 0
@@ -426,8 +426,8 @@ def test_candidates_replaced_are_noticed(world, capsys):
     assert len(lines(world / "output/res.rerank50")) == QUERIES * 20
 
 
-def test_an_official_id_map_replaced_is_noticed(world, capsys):
-    """The texts stay, two passages change their pids: the lists must change with them."""
+def test_a_replaced_official_id_map_is_detected(world, capsys):
+    """Two passages swap their pids but keep their texts: the result must change."""
     files = ["--retrieval_result", str(world / "data" / OFFICIAL)]
     assert infer(world, *files) == 0
     before = load(world / "output/cross_res.json")
@@ -441,7 +441,7 @@ def test_an_official_id_map_replaced_is_noticed(world, capsys):
 
 
 def untouched(capsys, world: Path, run, *words: str) -> None:
-    """The refusal of `run()`, with every byte of the results as before."""
+    """Assert that `run()` is refused and changes no byte of the results."""
     before = content(world / "output")
     capsys.readouterr()
     refused(capsys, run(), *words)
@@ -461,7 +461,7 @@ def test_weights_of_another_backbone_by_option(world, capsys):
     untouched(capsys, world, lambda: infer(world, *wide), "not the configuration that")
 
 
-def test_torn_weights(world, capsys):
+def test_truncated_weights(world, capsys):
     path = world / "output/cross_params.bin"
     path.write_bytes(path.read_bytes()[:1000])
     untouched(capsys, world, lambda: infer(world), "cross_params.bin: damaged")
@@ -531,7 +531,7 @@ def test_an_official_id_map_of_another_length(world, capsys):
 
 
 def short_map(world: Path) -> Path:
-    """Take the last passage out of the map row -> pid."""
+    """Delete the last passage from the map row -> pid."""
     path = world / "data/passage-collection/passage2id.map.json"
     ids = load(path)
     write(path, [json.dumps({row: pid for row, pid in ids.items() if row != "59"})])
@@ -588,7 +588,7 @@ def test_options_are_split_by_program():
     assert run_all.split_options([]) == dict.fromkeys(run_all.PROGRAMS, [])
 
 
-def test_negative_values_and_flags_stay_with_their_knob():
+def test_negative_values_and_flags_belong_to_their_knob():
     found = run_all.split_options(["--eval_every", "-1", "--no_normalize", "--force"])
     assert found["cross_train"] == ["--eval_every", "-1", "--force"]
     assert found["dual_infer"] == ["--no_normalize", "--force"]
@@ -608,7 +608,7 @@ def test_has_knob():
     assert not run_all.has_knob(infer, "fgm_epsilon") and not run_all.has_knob(dual, "topk")
 
 
-def test_run_all_refuses_before_anything_runs(capsys):
+def test_run_all_refuses_bad_options_before_the_first_stage(capsys):
     refused(capsys, run_all.main(["--from", "cross"]), "--from cross: expected one of check, dual_train")
     refused(capsys, run_all.main(["--debug", "--epochs", "3"]), "--epochs: no program")
 
@@ -644,7 +644,7 @@ def test_fuse_curve_by_hand(curve_files, capsys):
 
 
 def test_fuse_curve_of_the_programs_own_files(trained, capsys):
-    """Weight 0 is what inference printed; the files fit together line by line."""
+    """MRR@10 at weight 0 is what inference printed; the files are aligned line by line."""
     output = trained / "output"
     files = ["--run", "res.top50", "--scores", "cross_scores.txt", "--id_map", "cross_id_map.tsv"]
     files = [word if word.startswith("--") else str(output / word) for word in files]
@@ -655,7 +655,7 @@ def test_fuse_curve_of_the_programs_own_files(trained, capsys):
     assert first == f"{metrics['MRR@10']:.4f}"
 
 
-def test_fuse_curve_refuses_files_that_do_not_fit(curve_files, tmp_path, capsys):
+def test_fuse_curve_refuses_files_that_are_not_aligned(curve_files, tmp_path, capsys):
     write(tmp_path / "scores", ["0", "1", "0"])
     refused(capsys, fuse_curve.main(curve_files), f"4 lines in {tmp_path / 'run'}, 3 in")
     write(tmp_path / "scores", ["0", "1", "x", "3"])

@@ -1,6 +1,4 @@
-"""do_dual_train.py, do_dual_infer.py and the converters on a tiny world: what they write, and what
-bad input gets.
-"""
+"""do_dual_train.py, do_dual_infer.py and the converters on a tiny data set: output, and bad input."""
 
 import json
 import shutil
@@ -38,7 +36,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def refused(capsys, world: Path, status: int, *words: str) -> None:
-    """Exit status 2, one error line that holds `words`, no traceback."""
+    """Assert exit status 2 and one error line with all `words`, without a traceback."""
     lines = capsys.readouterr().err.splitlines()
     assert status == 2 and all(" WARNING " in line for line in lines[:-1])
     error = lines[-1]
@@ -48,7 +46,7 @@ def refused(capsys, world: Path, status: int, *words: str) -> None:
 
 
 @pytest.mark.slow
-def test_scripts_run_as_the_document_says(tmp_path):
+def test_scripts_run_as_in_the_readme(tmp_path):
     """The four commands as subprocesses, from the repository root."""
     world = make_world(tmp_path, passages=40)
 
@@ -68,7 +66,7 @@ def test_scripts_run_as_the_document_says(tmp_path):
     assert json.loads(printed).keys() == {"MRR@10", "QueriesRanked", "recall@1", "recall@50"}
 
 
-def test_training_writes_what_the_readme_says(trained):
+def test_training_writes_the_files_in_the_readme(trained):
     output = trained / "output"
     state = torch.load(output / "dual_params.bin", weights_only=True)
     assert {name.split(".")[0] for name in state} == {"query_encoder", "passage_encoder"}
@@ -117,7 +115,7 @@ def test_vectors_do_not_depend_on_blocks(world):
     assert np.abs(np.concatenate(blocks).astype(np.float32) - whole.astype(np.float32)).max() < 1e-3
 
 
-def test_retrained_weights_are_noticed(world, capsys):
+def test_retrained_weights_are_detected(world, capsys):
     old = (world / "output/para_emb/block-00000.npy").read_bytes()
     assert train(world, "--seed", "7") == 0
     assert "seed: 42 -> 7" in capsys.readouterr().out
@@ -126,7 +124,7 @@ def test_retrained_weights_are_noticed(world, capsys):
     assert (world / "output/para_emb/block-00000.npy").read_bytes() != old
 
 
-def test_changed_collection_is_noticed(world, capsys):
+def test_a_changed_collection_is_detected(world, capsys):
     part = world / "data/passage-collection/part-00"
     write(part, [lines(part)[0].replace("\t0", "改\t0"), *lines(part)[1:]])
     assert infer(world) == 0
@@ -141,7 +139,7 @@ def test_zero_shot_needs_no_training(world):
     assert np.allclose(np.linalg.norm(np.load(out / "query.emb.npy"), axis=1), 1, atol=1e-5)
 
 
-def test_metrics_of_the_log_are_those_of_the_whole_chain(trained, tmp_path, capsys):
+def test_metrics_in_the_training_log_equal_those_of_inference(trained, tmp_path, capsys):
     """The pool is the whole collection here, so the best dev line and the scored run must agree."""
     assert dual_train.main([*train_options(trained, tmp_path / "o"), "--force"]) == 0
     best = [line for line in capsys.readouterr().out.splitlines() if line.endswith("best so far")][-1]

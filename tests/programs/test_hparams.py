@@ -27,7 +27,7 @@ def infer(*argv: str) -> InferenceDeHparams:
 
 
 @ALL
-def test_without_options_the_defaults_of_the_file(settings):
+def test_without_options_settings_are_the_defaults(settings):
     assert hparams.parse(settings, []) == settings()
 
 
@@ -53,7 +53,7 @@ def test_help_shows_every_knob_with_comment_default_and_choices(settings, capsys
 
 
 @ALL
-def test_every_number_has_a_range_that_holds_its_default(settings):
+def test_every_number_has_a_range_that_contains_its_default(settings):
     ranges, settings_now = inherited(settings, "RANGES"), settings()
     for field in dataclasses.fields(settings):
         if field.type in (int, float, int | None, float | None):
@@ -102,13 +102,13 @@ def test_values_have_the_type_of_their_field():
         (["--normalize", "--no_normalize"], False),
     ],
 )
-def test_flags_are_written_alike_whether_or_not_they_may_be_unset(program, argv, value):
+def test_flags_have_one_syntax(program, argv, value):
     assert program(*argv).normalize is value
     assert infer().normalize is None
 
 
 @ALL
-def test_debug_changes_its_own_defaults_alone(settings):
+def test_debug_changes_only_its_own_defaults(settings):
     debug = inherited(settings, "DEBUG")
     hp = hparams.parse(settings, ["--debug"])
     assert hp == dataclasses.replace(settings(), **debug, debug=True) == settings.defaults(True)
@@ -221,7 +221,7 @@ def test_values_at_their_limits_are_accepted():
     assert infer("--pooling", "mean", "--topk", "1", "--bs", "1").pooling == "mean"
 
 
-def test_only_what_differs_is_printed_with_the_default_and_the_file_of_all(capsys):
+def test_only_changed_settings_are_printed_with_their_defaults(capsys):
     assert hparams.describe(train("--lr", "0.001", "--epoch", "10")) == ["lr = 0.001 (default 3e-05)"]
     hp = train("--debug", "--output_dir", "elsewhere")
     hparams.announce("training", hp)

@@ -1,4 +1,4 @@
-"""One changed input at a time: it is noticed and named, and no more is recomputed than necessary."""
+"""One changed input at a time: it is detected and logged, and only what depends on it is recomputed."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def blocks(world) -> dict[str, tuple[int, bytes]]:
     ("p_max_seq_len", "32", True), ("pooling", "cls", True), ("normalize", None, True),
     ("remove_spaces", None, True), ("vector_dims", "16", True), ("seed", "7", True), ("topk", "5", False),
 ])  # fmt: skip
-def test_one_changed_setting_is_noticed(world, capsys, knob, value, passages):
+def test_one_changed_setting_is_detected(world, capsys, knob, value, passages):
     before = blocks(world)
     capsys.readouterr()
     assert infer(world, f"--{knob}", *([] if value is None else [value])) == 0
@@ -58,7 +58,7 @@ def test_one_changed_setting_is_noticed(world, capsys, knob, value, passages):
     assert ("vectors up to date" in printed) != passages
 
 
-def test_another_tokenizer_is_noticed(world, capsys):
+def test_another_tokenizer_is_detected(world, capsys):
     vocab = world / "vocab.txt"
     words = (world / "model/vocab.txt").read_text(encoding="utf-8").split("\n")
     words[200], words[201] = words[201], words[200]
@@ -68,7 +68,7 @@ def test_another_tokenizer_is_noticed(world, capsys):
 
 
 @pytest.mark.parametrize("tower", ["query_encoder", "passage_encoder"])
-def test_one_changed_tower_is_noticed(trained_copy, capsys, tower):
+def test_one_changed_tower_is_detected(trained_copy, capsys, tower):
     world = trained_copy
     path, run = world / "output/dual_params.bin", (world / "output/res.top10").read_bytes()
     state = torch.load(path, weights_only=True)
@@ -106,7 +106,7 @@ def test_an_edited_result_is_rebuilt(world, capsys):
 
 
 def test_the_stamp_of_the_run_is_written_last(world, monkeypatch):
-    """A run that is killed after it is up to date: nothing may be missing."""
+    """A run with a stamp is complete, even if the program is killed right after writing the stamp."""
     settings = world / "output/dual_infer_hparams.json"
     settings.unlink()
     written = []
@@ -115,7 +115,7 @@ def test_the_stamp_of_the_run_is_written_last(world, monkeypatch):
     assert written[-1] == ("res.top10", True)
 
 
-def test_another_number_of_heads_is_noticed(trained_copy, capsys):
+def test_another_number_of_heads_is_detected(trained_copy, capsys):
     """No weight's shape shows the number of heads: the weights load, and the vectors differ."""
     world = trained_copy
     other = world / "other"
@@ -134,7 +134,7 @@ def test_another_number_of_heads_is_noticed(trained_copy, capsys):
 
 
 @pytest.mark.parametrize("own_weights", [True, False])
-def test_weights_replaced_during_loading_are_noticed(trained_copy, capsys, monkeypatch, own_weights):
+def test_weights_replaced_during_loading_are_detected(trained_copy, capsys, monkeypatch, own_weights):
     world = trained_copy
     words = [*options(world, world / "output"), "--force"]
     (world / "output/res.top10").unlink()

@@ -39,14 +39,14 @@ def test_tied_scores_warn():
 
 
 def test_scores_in_tied_pairs_warn():
-    """Every candidate has the same score as another one: it is 100%, not 50%."""
+    """Every candidate is tied with another one: the share is 100%, not 50%."""
     scores = np.tile(np.repeat(np.arange(5), 2), 3).astype(np.float32)
     warning = collapsed(scores, SPANS)
     assert warning is not None and warning.startswith("100%")
 
 
 def test_the_tied_share_that_is_named_is_the_share_of_candidates():
-    """Eight of ten candidates stand in a tie (of eight)."""
+    """Eight of ten candidates are tied."""
     scores = np.tile([1, 1, 1, 1, 1, 1, 1, 1, 2, 3], 3).astype(np.float32)
     assert collapsed(scores, SPANS).startswith("80%")
 
@@ -62,7 +62,7 @@ def test_equal_scores_of_different_queries_are_no_tie():
     assert collapsed(np.tile(healthy()[:10], 3), SPANS) is None
 
 
-def test_queries_with_one_candidate_say_nothing():
+def test_queries_with_one_candidate_are_silent():
     assert collapsed(np.zeros(3, dtype=np.float32), [slice(at, at + 1) for at in range(3)]) is None
     assert collapsed(np.zeros(0, dtype=np.float32), []) is None
 
@@ -94,5 +94,5 @@ def test_negatives_like_the_candidates_or_harder_are_silent(candidates):
 
 
 @pytest.mark.filterwarnings("error")
-def test_no_candidate_that_is_not_relevant_says_nothing():
+def test_without_irrelevant_candidates_is_silent():
     assert negatives_too_easy(healthy(), np.zeros(0, dtype=np.float32)) is None

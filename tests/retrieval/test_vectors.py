@@ -334,7 +334,7 @@ def test_shared_blocks_without_a_manifest_are_not_deleted(tmp_path):
     assert store.block_path(0).exists()
 
 
-def test_a_complete_folder_that_may_not_be_written_to_is_used(tmp_path, monkeypatch):
+def test_a_complete_read_only_folder_is_used(tmp_path, monkeypatch):
     vectors = fill(make(tmp_path))
 
     def refuse(folder):
@@ -346,7 +346,7 @@ def test_a_complete_folder_that_may_not_be_written_to_is_used(tmp_path, monkeypa
         make(tmp_path, stamp={**STAMP, "weights": "xyz"})
 
 
-def test_a_folder_with_blocks_of_another_run_is_not_taken_over(tmp_path):
+def test_a_folder_with_blocks_of_another_run_is_refused(tmp_path):
     fill(make(tmp_path / "mine"))
     theirs = make(tmp_path / "theirs", stamp={**STAMP, "weights": "xyz"})
     theirs.write_block(0, np.zeros((4, 3), np.float16))

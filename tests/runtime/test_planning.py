@@ -1,4 +1,4 @@
-"""--plan: what it prints, that nothing is done, and that its arithmetic is the run's."""
+"""--plan: its output and arithmetic, and that it changes no file."""
 
 import re
 
@@ -50,7 +50,7 @@ def test_a_plan_does_not_change_what_is_up_to_date(world, tmp_path, capsys):
     assert "up to date" in capsys.readouterr().out
 
 
-def test_an_index_is_planned_for(world, tmp_path, capsys):
+def test_a_plan_includes_the_index(world, tmp_path, capsys):
     words = [*options(world, tmp_path / "out"), "--pretrained_model_path", str(world / "model"), "--plan"]
     assert dual_infer.main([*words, "--index", "HNSW32"]) == 0
     assert "fill HNSW32" in capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_arithmetic():
     assert smaller_chunk(64, 2.0, 8.0, 5.0) == 16 and smaller_chunk(64, 2.0, 8.0, 1.0) == 1
 
 
-def test_a_training_that_runs_out_of_memory_is_planned_smaller(world, tmp_path, capsys, monkeypatch):
+def test_a_plan_of_training_tries_smaller_chunks_when_out_of_memory(world, tmp_path, capsys, monkeypatch):
     probe, tried = training_stage.Trainer.probe, []
 
     def out_of_memory_at_first(trainer, updates):

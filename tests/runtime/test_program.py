@@ -53,7 +53,7 @@ def test_failed_atomic_write_leaves_the_old_file_and_no_tmp(tmp_path, error, bef
 
 
 def test_an_error_of_the_library_that_writes_names_the_file(tmp_path):
-    """numpy's own for a full disk has neither number nor file name."""
+    """numpy's error for a full disk has neither an error number nor a file name."""
     words = "file: could not be written .5 requested and 2 written.; is the disk full"
     with pytest.raises(UserError, match=words), files.atomic_write(tmp_path / "file"):
         raise OSError("5 requested and 2 written")
@@ -79,7 +79,7 @@ def test_temporary_files_of_a_killed_process_are_deleted(tmp_path):
 
 def test_out_of_memory_is_an_error_of_one_line(capsys):
     class OutOfMemoryError(RuntimeError):
-        """Named as torch's is."""
+        """Has the name of torch's class."""
 
     assert (
         program.exit_status(fail_with(OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"))) == 2
@@ -97,14 +97,14 @@ def test_new_content_is_not_seen_before_the_block_ends(tmp_path):
     assert path.read_text() == "new"
 
 
-def test_json_comes_back_and_is_readable(tmp_path):
+def test_json_round_trip_and_layout(tmp_path):
     value = {"水": ["\u2028", 1.5, None], "": {}}
     files.write_json(tmp_path / "a.json", value)
     assert files.read_json(tmp_path / "a.json") == value
     assert "水" in (tmp_path / "a.json").read_text(encoding="utf-8")
 
 
-def test_value_that_is_no_json_leaves_the_old_file(tmp_path):
+def test_a_value_without_json_form_keeps_the_old_file(tmp_path):
     files.write_json(tmp_path / "a.json", {"a": 1})
     with pytest.raises(TypeError):
         files.write_json(tmp_path / "a.json", {"a": "x" * 100_000, "b": object()})
@@ -113,7 +113,7 @@ def test_value_that_is_no_json_leaves_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b"3", b"\xff", b'\xef\xbb\xbf{"a": 1}'])
-def test_json_that_is_torn_or_no_object_is_a_user_error_naming_the_file(tmp_path, content):
+def test_truncated_json_or_no_object_is_a_user_error_with_the_path(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -157,14 +157,14 @@ def test_success_is_status_0_without_output(capsys):
         (KeyboardInterrupt(), 130, "WARNING interrupted; the same command resumes"),
     ],
 )
-def test_users_mistake_and_interruption_are_one_line_on_stderr(capsys, error, status, line):
+def test_user_errors_and_interruptions_are_one_line_on_stderr(capsys, error, status, line):
     assert program.exit_status(fail_with(error)) == status
     printed = capsys.readouterr()
     assert printed.out == "" and re.fullmatch(TIME + re.escape(line) + "\n", printed.err)
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), AssertionError("x"), OSError("x"), SystemExit(3)])
-def test_our_own_mistakes_pass_through(error):
+def test_bugs_keep_their_traceback(error):
     with pytest.raises(type(error)) as caught:
         program.exit_status(fail_with(error))
     assert caught.value is error
@@ -240,7 +240,7 @@ def test_duration(seconds, shown):
     assert log_module.duration(seconds) == shown
 
 
-def test_deterministic_algorithms_are_asked_for(monkeypatch):
+def test_deterministic_algorithms_are_enabled(monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *on, **how: asked.append((on, how)))
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
@@ -255,8 +255,8 @@ def test_deterministic_algorithms_are_asked_for(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "local", "index"), [("auto", None, 0), ("cuda:1", None, 1), ("cuda", "3", 1)]
 )
-def test_the_gpu_that_is_chosen_is_the_current_one(monkeypatch, name, local, index):
-    """torch.cuda.set_device takes no device without a number."""
+def test_the_chosen_gpu_is_the_current_device(monkeypatch, name, local, index):
+    """torch.cuda.set_device rejects a device without an index."""
     current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -1,4 +1,4 @@
-"""Foreign data sets to the official layout and back: ids and texts survive the round trip."""
+"""Foreign data sets to the official layout and back: ids and texts are unchanged."""
 
 import gzip
 import json
@@ -89,7 +89,7 @@ def test_training_negatives_are_judgements_of_grade_0(tmp_path, capsys):
         assert lines(tmp_path / "D/train" / name) == lines(tmp_path / "again/train" / name)
 
 
-def test_titles_come_out_again(tmp_path):
+def test_titles_are_restored(tmp_path):
     assert run("beir", beir(tmp_path / "beir"), "--to", tmp_path / "D") == 0
     assert run("to_beir", tmp_path / "D", "--to", tmp_path / "out") == 0
     first = json.loads(lines(tmp_path / "out/corpus.jsonl")[0])

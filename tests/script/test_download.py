@@ -387,7 +387,7 @@ def test_safetensors_are_preferred(download):
 @pytest.mark.parametrize(
     "lost, names, complaint",
     [
-        (("vocab.txt",), FakeHub.names, "vocab.txt did not arrive"),
+        (("vocab.txt",), FakeHub.names, "not downloaded: vocab.txt"),
         ((), ["config.json", "tf_model.h5"], "no config.json with safetensors"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Exported folders load in the real libraries and give our vectors and scores."""
+"""Exported folders load in transformers and sentence-transformers, with the same vectors and scores."""
 
 import numpy as np
 import pytest
@@ -82,11 +82,11 @@ def test_the_model_card_has_usage_and_settings(exported):
     assert "encode_query" in card and '"q_max_seq_len": 12' in card and '"weights": ' in card
 
 
-def test_an_exported_folder_is_a_pretrained_model(exported):
-    """An exported tied folder is a pretrained model that brings its pooling and prefixes along."""
+def test_an_exported_folder_works_as_pretrained_model(exported):
+    """With tied towers, an exported folder is a pretrained model that includes pooling and prefixes."""
     world, way = exported
     if way == "untied":
-        return  # two towers are no pretrained model
+        return  # two towers cannot be a pretrained model
     own = own_settings(str(world / "st"))
     assert own == {"pooling": "mean", "normalize": True, "query_prefix": "问：", "passage_prefix": "文："}
     words = [*options(world, world / "back"), "--dual_params", "none", "--q_max_seq_len", "12"]

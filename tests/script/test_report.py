@@ -132,7 +132,7 @@ def test_metrics_and_hit_rates_by_hand(world):
 
 
 @pytest.mark.tools
-def test_hostile_texts_survive_unchanged(world):
+def test_hostile_texts_are_unchanged(world):
     html = make(world, "--characters", "1000")
     page = Parsed(html)
     assert page.json("data")["queries"][2]["absent"] == ["absent<pid>"]
@@ -154,7 +154,7 @@ def test_each_passage_once_and_truncated(world):
 
 
 @pytest.mark.tools
-def test_the_page_needs_no_network_and_is_the_same_again(world):
+def test_the_page_needs_no_network_and_is_reproducible(world):
     first = make(world)
     assert not re.search(r"https?://|@import|src=|<link", first)
     assert first.count("<svg") == first.count('role="img"') == 3  # hit rates, scores of both stages
@@ -212,13 +212,13 @@ def test_times(world):
     assert "Omitted: " + str(world.output / "run_all.json") in Parsed(make(world)).text()
 
 
-def test_a_re_ranked_run_of_other_candidates(world):
+def test_a_re_ranked_run_with_other_candidates_gives_a_note(world):
     write(world.output / "res.rerank50.stamp.json", ['{"candidates": "0123456789abcdef"}'])
     assert "was not made from" in report_data.read_report(settings(world)).notes[0]
 
 
 @pytest.mark.tools
-def test_mistakes_are_one_line(world, capsys, monkeypatch):
+def test_user_errors_are_one_line(world, capsys, monkeypatch):
     words = ["--data_dir", str(world.data), "--output_dir", str(world.output)]
     write(world.output / "res.top50", [*run_lines(DUAL), "谁也没问\t0\t1\t1"])
     assert report.main(words) == 2 and "query '谁也没问' is not in" in capsys.readouterr().err
@@ -232,7 +232,7 @@ def test_mistakes_are_one_line(world, capsys, monkeypatch):
 
 
 def train(folder, name: str, losses: dict[int, float], from_step: int = 0) -> None:
-    """Write what a training run writes: an event file of the steps from `from_step` on, and a checkpoint."""
+    """Write the files of a training run: an event file of the steps from `from_step` on, and a checkpoint."""
     import torch
     from torch.utils.tensorboard import SummaryWriter
 
@@ -299,7 +299,7 @@ def test_a_damaged_event_file_is_reported(world):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     assert "Curves of the retriever: train/loss lacks 10 of 20 values, ends at step 10 of 20" in make(world)
-    data[10] ^= 1  # of the first record: nothing is left
+    data[10] ^= 1  # in the first record: no value is readable
     path.write_bytes(data)
     page = make(world)
     assert f"dual_checkpoint.pt; {path}: no readable values" in page
@@ -356,7 +356,7 @@ def marks(text: str, query: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["demo", "report", "milvus_load"])
-def test_ctrl_c_is_quiet_from_the_programs_start_to_its_end(name, monkeypatch):
+def test_ctrl_c_gives_no_traceback_at_any_time(name, monkeypatch):
     left = []
     monkeypatch.setattr(program, "leave", left.append)
     runpy.run_path(str(ROOT / f"script/{name}.py"), run_name="__main__")

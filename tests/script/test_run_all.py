@@ -55,7 +55,7 @@ def test_a_missing_training_file_is_an_error_before_the_first_stage(world):
 
 
 @pytest.mark.slow
-def test_a_signal_reaches_the_program_which_saves_first(world):
+def test_a_signal_stops_the_program_after_it_saves(world):
     words = ["--dual_train.epoch", "400", "--dual_train.log_every", "1", "--dual_train.eval_every", "-1"]
     with open(world / "log", "w") as log:
         process = subprocess.Popen(command(world, *words), cwd=ROOT, stdout=log, stderr=log)

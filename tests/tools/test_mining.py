@@ -257,7 +257,7 @@ def program(programs, tmp_path):
 
 
 @pytest.mark.slow
-def test_from_trained_models_to_the_next_training_files(tmp_path, program):
+def test_mining_with_trained_models(tmp_path, program):
     """With and without a re-ranker; the files train the next round; a second run changes nothing."""
     world = make_world(tmp_path)
     shared = options(world, tmp_path / "out")
@@ -321,7 +321,7 @@ def test_dropped_texts_are_not_added_back_from_the_training_file(tmp_path):
     assert [x.text for x in negatives] == ["文7", "旧1"] and miner.counts.promoted == 1
 
 
-def test_a_teacher_of_other_rows_is_refused(tmp_path):
+def test_teacher_scores_of_other_rows_are_refused(tmp_path):
     train, sidecar = tmp_path / "dual.train.tsv", tmp_path / mining.SIDECAR
     row = "\t".join(["", "", "", "", "1.5", "", "", "", "", "-2"])
     write(train, ["q\t\tp\t\tn\t0", "q\t\tp\t\tm\t0"])

@@ -62,7 +62,7 @@ def read_curves(folder: Path, model: str) -> tuple[Curves | None, str]:
 
 
 def read_board(board: Path) -> tuple[list[Points], str]:
-    """Return (the curves of each readable event file, what is wrong with the others)."""
+    """Return (the curves of each readable event file, the errors of the others)."""
     files, unreadable = [], []
     for path in sorted(board.glob("events.out.tfevents.*"), key=numbers_in_name):
         try:
