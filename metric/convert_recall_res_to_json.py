@@ -4,7 +4,7 @@
 
 QUERY2ID is {query text: qid}. PARA2ID is {"0": pid, "1": pid, ...} by global row, read as a stream.
 MODEL_OUTPUT has lines `query text \\t global row \\t rank from 1 \\t score`. TOPK is the number of passages
-that each query should have: more is an error, fewer a warning. Writes {qid: [pid, ...]} in the order of the
+per query: more is an error, fewer are a warning. Writes {qid: [pid, ...]} in the order of the
 rank column, beside MODEL_OUTPUT (`cross_res.json` for `res.rerank*`, `dual_res.json` for any other name) or
 to OUTPUT. Needs numpy and xxhash, but no torch.
 """

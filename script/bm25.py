@@ -43,7 +43,7 @@ from torch_src.runtime.stamps import (
 
 READ_ROWS = 4096  # passages in memory at a time
 RRF_OFFSET = 60  # reciprocal rank fusion scores a rank by 1 / (60 + rank)
-MARK = "tokens.txt"  # the file of the index folder that carries the stamp
+MARK = "tokens.txt"  # the file of the index folder with the stamp
 
 
 def import_tantivy() -> Any:

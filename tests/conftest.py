@@ -40,7 +40,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def measure_products_once():
-    """Let all searches of the session share one measurement of the fastest product."""
+    """Measure the fastest product once for all searches of the session."""
     from torch_src.retrieval import search
 
     search.fastest_kind = cache(search.fastest_kind)

@@ -1,4 +1,4 @@
-"""Readers and writers of the official layout: nothing stripped, every malformed line named as file:line."""
+"""Readers and writers of the official layout: texts unchanged, every malformed line named as file:line."""
 
 import json
 

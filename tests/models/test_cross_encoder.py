@@ -193,7 +193,7 @@ def characters(tokenizer, count: int, seed: int) -> str:
 
 
 def own(tokenizer, query: str, passage: str, limit: int) -> tuple[list[int], list[int]]:
-    """Token and segment ids as the tokenizer itself gives them."""
+    """Return the token and segment ids of the tokenizer's own truncation."""
     options = {"truncation": "only_second", "max_length": limit, "return_token_type_ids": True}
     batch = tokenizer([query], [passage], **options)
     return batch["input_ids"][0], batch["token_type_ids"][0]
@@ -228,7 +228,7 @@ def test_pairs_equal_the_tokenizers_own_truncation(tokenizer):
     assert pairs.lengths == [min(length, 56) for length in whole]
 
 
-def test_more_pairs_than_one_call_takes(tokenizer):
+def test_more_pairs_than_fit_in_one_call(tokenizer):
     passages = [characters(tokenizer, at % 40, at) for at in range(1100)]
     pairs = tokenize_pairs(tokenizer, ["问"] * 1100, passages, TextRules(24))
     for at in range(0, 1100, 20):
@@ -236,7 +236,7 @@ def test_more_pairs_than_one_call_takes(tokenizer):
         assert pairs.ids[at] == alone.ids[0] and pairs.types[at] == alone.types[0]
 
 
-def test_a_long_query_beside_a_long_passage_stays_whole(tokenizer):
+def test_a_long_query_with_a_long_passage_is_not_cut(tokenizer):
     query, passage = characters(tokenizer, 44, 1), characters(tokenizer, 900, 2)
     pairs = pair(tokenizer, query, passage, 64)
     found, rest = parts(tokenizer, pairs)
@@ -245,7 +245,7 @@ def test_a_long_query_beside_a_long_passage_stays_whole(tokenizer):
 
 
 @pytest.mark.parametrize("limit", [8, 24, 64])
-def test_a_query_longer_than_the_limit_leaves_room_for_the_passage(tokenizer, limit):
+def test_a_query_longer_than_the_limit_is_cut_for_the_passage(tokenizer, limit):
     query, passage = characters(tokenizer, 500, 3).replace(" ", ""), characters(tokenizer, 500, 4)
     pairs = pair(tokenizer, query, passage, limit)
     found, rest = parts(tokenizer, pairs)
@@ -331,7 +331,7 @@ def test_the_head_is_computed_in_fp32_under_bf16(tiny_config):
 
     assert half.dtype == torch.bfloat16 and logits.dtype == exact.dtype == torch.float32
     assert ties(half) > 300  # the head that the modules replace
-    assert ties(logits) <= ties(exact) + 3  # two of 1000 fp32 numbers may meet by chance
+    assert ties(logits) <= ties(exact) + 3  # two of 1000 fp32 numbers may be equal by chance
     assert (logits - exact).abs().max() < 0.05 and not torch.equal(logits, exact)
 
 
@@ -344,7 +344,7 @@ def test_only_the_head_is_in_fp32_and_no_weight_is_renamed(tiny_config):
     assert set(model.model.state_dict()) == set(usual.state_dict())
 
 
-def test_a_model_without_segments_is_not_given_any(tokenizer):
+def test_a_model_without_segments_gets_no_segment_ids(tokenizer):
     config = DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=64)
     model = build_cross_encoder(config).eval()
     logits = model(*random_pairs(config, 3))
@@ -352,7 +352,7 @@ def test_a_model_without_segments_is_not_given_any(tokenizer):
     assert model.word_embeddings.shape == (len(tokenizer), 32)
 
 
-def test_segments_matter_to_a_model_that_has_them(tiny_config):
+def test_segment_ids_change_the_scores_of_a_model_that_has_them(tiny_config):
     model = build_cross_encoder(tiny_config).eval()
     ids, mask, types = random_pairs(tiny_config, 4)
     assert (model(ids, mask, types) - model(ids, mask, types + 1)).abs().min() > 1e-4

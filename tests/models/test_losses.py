@@ -29,7 +29,7 @@ def slow_loss(queries, passages, targets, masked, temperature):
 
 
 def case(seed, queries=5, passages=11, hidden=7, mask_share=0.3):
-    """Return random vectors, targets and a mask that leaves every target free."""
+    """Return random vectors, targets and a mask that excludes no target."""
     draw = torch.Generator().manual_seed(seed)
     q = torch.randn(queries, hidden, generator=draw)
     p = torch.randn(passages, hidden, generator=draw)
@@ -77,7 +77,7 @@ def test_duplicate_columns_each_count_unless_masked():
     assert losses["free"] > losses["own"] > losses["both"]
 
 
-def test_masked_entries_get_no_gradient_and_the_others_the_softmax():
+def test_gradients_are_the_softmax_and_zero_where_masked():
     q, p, targets, masked = case(3)
     assert masked.any()
     scores = contrastive_scores(q, p, 0.5).requires_grad_()
@@ -92,7 +92,7 @@ def test_masked_entries_get_no_gradient_and_the_others_the_softmax():
             assert scores.grad[at, column].item() == pytest.approx(share / len(q), rel=1e-4, abs=1e-8)
 
 
-def test_a_masked_passage_gets_no_gradient_and_cannot_win():
+def test_a_masked_passage_has_no_gradient_and_no_effect_on_accuracy():
     q, p, targets, masked = case(5, queries=2, passages=3, mask_share=0.0)
     targets = torch.tensor([0, 1])
     masked[:, 2] = True
@@ -114,7 +114,7 @@ def test_all_others_masked_is_loss_zero_without_nan():
     assert loss.item() == 0.0 and accuracy.item() == 1.0 and (scores.grad == 0).all()
 
 
-def test_a_masked_entry_counts_nothing_however_low_the_others_are():
+def test_a_masked_entry_does_not_count_even_if_others_are_very_low():
     scores = torch.tensor([[-3e5, 0.0, -3e5]])
     loss, accuracy = contrastive_loss(scores, torch.tensor([0]), torch.tensor([[False, True, False]]))
     assert loss.item() == pytest.approx(math.log(2), rel=1e-6) and accuracy.item() == 1.0
@@ -139,7 +139,7 @@ def test_scores_are_fp32_also_under_autocast_and_of_half_vectors(dtype):
 
 
 def distilled_slowly(kind, scores, lists, teacher, temperature):
-    """The same by loops over Python floats."""
+    """Return the distillation loss by loops over Python floats."""
     total = 0.0
     for at, row in enumerate(lists):
         known = [

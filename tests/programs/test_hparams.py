@@ -147,7 +147,7 @@ def test_debug_edited_in_the_file_counts_until_no_debug():
     assert hparams.parse(Edited, ["--no_debug"]) == Edited(debug=False)
 
 
-def test_a_model_folder_wins_over_defaults_and_debug_and_an_option_over_it(tmp_path):
+def test_precedence_is_option_then_model_folder_then_debug_then_default(tmp_path):
     modules = [{"type": f"x.{kind}", "path": kind} for kind in ("Transformer", "Pooling", "Normalize")]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     (tmp_path / "Pooling").mkdir()

@@ -47,7 +47,7 @@ def test_training_passages_are_in_the_collection():
 
 
 def test_negatives_reveal_no_positive():
-    """A model that only learns which passages are often relevant gains nothing."""
+    """A model that only learns which passages are often relevant has no advantage."""
     rows = [parse_cross_row(text, "c", at) for at, text in enumerate(lines(SAMPLE / "train/cross.train.tsv"))]
     starts = [at for at, row in enumerate(rows) if row.label == 1]
     positives = Counter(rows[at].passage for at in starts)

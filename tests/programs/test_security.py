@@ -32,7 +32,7 @@ def torch_pickle(path: Path, mark: Path) -> None:
     torch.save({"query_encoder.x": Malicious(mark), "y": torch.zeros(3)}, path)
 
 
-def test_the_attack_works_without_protection(tmp_path):
+def test_malicious_files_run_code_when_unprotected(tmp_path):
     torch_pickle(tmp_path / "a.bin", tmp_path / "mark")
     torch.load(tmp_path / "a.bin", weights_only=False)
     assert (tmp_path / "mark").read_text() == "run"

@@ -173,6 +173,6 @@ def test_a_missing_faiss_is_a_user_error(monkeypatch):
 
 
 @pytest.mark.parametrize("wheel", [(), ("faiss-cpu",), ("faiss-gpu",)])
-def test_a_whole_faiss_is_returned(monkeypatch, wheel):
+def test_a_complete_faiss_is_returned(monkeypatch, wheel):
     monkeypatch.setattr(module.metadata, "distribution", only(*wheel))
     assert callable(load_faiss().knn)

@@ -89,7 +89,7 @@ def huge_norms(draw, rows, hidden):
 
 
 def one_outlier_dimension(draw, rows, hidden):
-    # the outlier swamps fp32: the other dimensions decide, and are lost in its rounding
+    # the other dimensions decide the order, but fp32 rounds them away next to the outlier
     vectors = draw.normal(size=(rows, hidden)) * 0.01
     vectors[:, 0] = 30000
     return vectors
@@ -176,7 +176,7 @@ def test_scores_are_exact_to_fp64(tmp_path):
 
 
 @pytest.mark.parametrize("hidden", [1, 16, 257, 768])
-def test_the_error_bound_bounds(hidden):
+def test_errors_are_within_the_bound(hidden):
     # sums forwards and backwards in fp32, one rounding a step, against the correctly rounded true sum
     draw = np.random.default_rng(hidden)
     for scale in (np.ones(hidden), 10.0 ** draw.integers(-4, 4, size=hidden)):
@@ -193,7 +193,7 @@ def test_the_error_bound_bounds(hidden):
             assert bounds[at] <= 2 * (hidden + 2) * 2.0**-23 * float(np.linalg.norm(q[at])) * longest
 
 
-def test_the_error_bound_holds_where_every_rounding_goes_one_way():
+def test_the_error_bound_holds_when_all_roundings_have_one_sign():
     # 1 + 2^-24 rounds back to 1 each time: the fp32 sum loses everything but the first term
     q = np.array([[1.0] + [2.0**-12] * 767], dtype=np.float32)
     p = np.array([[1.0] + [2.0**-12] * 767], dtype=np.float16)
@@ -431,7 +431,7 @@ def test_vectors_that_stay_on_the_devices_are_read_once(tmp_path, monkeypatch, d
     assert sum(len(chunk) for chunks in cache.chunks for _, chunk in chunks) == 500
     assert module.DeviceCache.if_it_fits(store, places) is None  # no GPU
     share = 500 * 8 * 2 / devices / 1e9
-    assert module.DeviceCache.if_it_fits(store, places, 1.01 * share)  # asked for
+    assert module.DeviceCache.if_it_fits(store, places, 1.01 * share)  # requested
     assert module.DeviceCache.if_it_fits(store, places, 0.99 * share) is None
     monkeypatch.setattr(module, "free_memory", lambda: 1.05 * 1e9 * share)  # but there is not enough
     assert module.DeviceCache.if_it_fits(store, places, 1.01 * share) is None

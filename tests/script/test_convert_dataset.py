@@ -56,7 +56,7 @@ def test_beir_to_the_official_layout(tmp_path, capsys):
     assert not [fault for fault in DataCheck(str(tmp_path / "D")).run().faults if "empty" not in fault[2]]
 
 
-def test_a_round_trip_loses_nothing(tmp_path):
+def test_a_round_trip_through_beir(tmp_path):
     world = make_world(tmp_path)
     assert run("to_beir", world / "data", "--to", tmp_path / "beir") == 0
     assert run("beir", tmp_path / "beir", "--to", tmp_path / "back") == 0
@@ -74,7 +74,7 @@ def test_a_round_trip_loses_nothing(tmp_path):
         assert sorted(lines(tmp_path / "beir" / name)) == sorted(lines(tmp_path / "again" / name)), name
 
 
-def test_training_negatives_are_judgements_of_grade_0(tmp_path, capsys):
+def test_training_negatives_are_judgments_of_grade_0(tmp_path, capsys):
     folder = beir(tmp_path / "beir")
     judged = ["q2\td2\t1", "q2\td1\t0", "q2\tgone\t0", "q3\td1\t0"]  # q3 has no positive
     write(folder / "qrels/train.tsv", ["query-id\tcorpus-id\tscore", *judged])

@@ -121,7 +121,7 @@ def test_the_training_loss_of_the_re_ranker_decides_the_comparison(tmp_path, cap
     assert against(score_against="positive") and not against(score_against="zero")
 
 
-def test_likely_positives_are_dropped_and_promoted_when_asked(world, tmp_path):
+def test_likely_positives_are_dropped_and_optionally_promoted(world, tmp_path):
     # probabilities: logit 5 -> .993, 0 -> .5, -5 -> .007
     logits = [5, 5, -5, 0, -5, -5, 5, -5, -5, -5]
     found, counts = mined(world, tmp_path, logits)
