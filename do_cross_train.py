@@ -8,7 +8,7 @@ Settings: torch_src/cross_hparams.py, or `--name value`; `--help` lists them.
 
 import sys
 
-from torch_src.runtime.program import leave
+from torch_src.runtime.program import exit_with
 
 
 def enter() -> int:
@@ -18,4 +18,4 @@ def enter() -> int:
 
 
 if __name__ == "__main__":
-    leave(enter)
+    exit_with(enter)

@@ -8,7 +8,7 @@ Settings: torch_src/inference_de_hparams.py, or `--name value`; `--help` lists t
 
 import sys
 
-from torch_src.runtime.program import leave
+from torch_src.runtime.program import exit_with
 
 
 def enter(topk: int = 50, bs: int = 1000) -> int:
@@ -19,4 +19,4 @@ def enter(topk: int = 50, bs: int = 1000) -> int:
 
 
 if __name__ == "__main__":
-    leave(lambda: enter(topk=50, bs=1000))
+    exit_with(lambda: enter(topk=50, bs=1000))

@@ -25,7 +25,7 @@ from torch_src import hparams
 from torch_src.data.formats import read_queries
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import log, warn
-from torch_src.runtime.program import exit_status, leave
+from torch_src.runtime.program import exit_status, exit_with
 from torch_src.tools.demo_hparams import DemoHparams
 from torch_src.tools.search_service import LONGEST_QUESTION, Answer, Hit, SearchService
 
@@ -282,4 +282,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(lambda: main(sys.argv[1:]))
+    exit_with(lambda: main(sys.argv[1:]))

@@ -29,7 +29,7 @@ from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json
 from torch_src.runtime.log import duration, log
-from torch_src.runtime.program import exit_status, leave
+from torch_src.runtime.program import exit_status, exit_with
 from torch_src.runtime.stamps import changes, checksum_text
 
 
@@ -127,4 +127,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(lambda: main(sys.argv[1:]))
+    exit_with(lambda: main(sys.argv[1:]))

@@ -25,7 +25,7 @@ from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.runtime.files import read_json, require, write_json
 from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import log, warn
-from torch_src.runtime.program import exit_status, leave
+from torch_src.runtime.program import exit_status, exit_with
 from torch_src.runtime.stamps import checksum_files, clear_stamp, up_to_date, write_stamp
 from torch_src.tools import mining, mining_inputs
 from torch_src.tools.mining_hparams import MiningHparams
@@ -139,4 +139,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(lambda: main(sys.argv[1:]))
+    exit_with(lambda: main(sys.argv[1:]))

@@ -21,7 +21,7 @@ from script.lib.report.hparams import ReportHparams
 from torch_src import hparams
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.log import duration, log
-from torch_src.runtime.program import exit_status, leave
+from torch_src.runtime.program import exit_status, exit_with
 
 
 def run(hp: ReportHparams) -> None:
@@ -42,4 +42,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(lambda: main(sys.argv[1:]))
+    exit_with(lambda: main(sys.argv[1:]))

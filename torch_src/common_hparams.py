@@ -9,7 +9,7 @@ from torch_src.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class DataFolder(Hparams):
-    """A data folder of the official layout: a path that is empty follows `data_dir`."""
+    """A data folder of the official layout: an empty path is a file in `data_dir`."""
 
     # main options
     data_dir: str = "dureader-retrieval-baseline-dataset"  # data folder of the official layout
@@ -102,9 +102,9 @@ class Run(Hparams):
 
     # run
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    precision: str = "auto"  # of the model; auto: bf16 where the device is fast at it, else fp32
-    threads: int = 0  # CPU threads of this process; 0: what torch chooses
-    seed: int = 42  # seed of everything drawn at random: weights, dropout, order, samples
+    precision: str = "auto"  # of the model; auto: the fastest that the hardware supports
+    threads: int = 0  # CPU threads of this process; 0: torch's default
+    seed: int = 42  # random seed of weights, dropout, order and samples
 
     CHOICES = {"precision": PRECISIONS}
     RANGES = {"threads": (0, 4096), "seed": (0, 2**32 - 1)}
@@ -115,7 +115,7 @@ class Job(Run):
     """A run whose result is skipped when it is up to date."""
 
     # run
-    force: bool = False  # run from the start although the result is up to date
+    force: bool = False  # start over even if the result is up to date
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Training(TrainRows, DevAnswers, PlannedJob):
     """Training of either model."""
 
     # main options
-    grad_cache_chunk: int = 0  # texts or pairs per forward pass, so that any batch fits (GradCache); 0: off
+    grad_cache_chunk: int = 0  # texts or pairs per forward pass of a larger batch (GradCache); 0: off
 
     # data paths
     dev_candidates: str = ""  # run or .res.tsv; empty: data_dir/auxiliary/dev.retrieval.top50.res.tsv
@@ -142,23 +142,23 @@ class Training(TrainRows, DevAnswers, PlannedJob):
 
     # optimization
     accumulation_steps: int = 1  # micro-batches per update; adds no in-batch negatives (batch_size does)
-    max_steps: int = 0  # stop after this many updates; 0: epoch decides
-    warmup_proportion: float = 0.1  # share of the updates in which lr rises; then it falls linearly to 0
-    max_grad_norm: float = 1.0  # the gradient is clipped to this norm
-    ema_decay: float = 0.0  # decay of averaged weights, which are evaluated and saved; 0: off, usual: 0.999
+    max_steps: int = 0  # stop after this many updates; 0: after `epoch` epochs
+    warmup_proportion: float = 0.1  # share of updates with linear warmup of lr, before linear decay to 0
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    ema_decay: float = 0.0  # decay of averaged weights (evaluated and saved), e.g. 0.999; 0: off
 
     # evaluation
     eval_every: int = 0  # updates between evaluations on dev; 0: after each epoch; -1: never
     early_stop: int = 0  # stop after this many evaluations without a better MRR@10; 0: never
 
     # run
-    save_every_minutes: float = 15.0  # between checkpoints, besides those of epochs and evaluations; 0: none
+    save_every_minutes: float = 15.0  # between extra checkpoints; 0: only after epochs and evaluations
     log_every: int = 20  # updates between log lines
 
     # advanced
     tokens_per_batch: int = 0  # padded tokens per forward pass; 0: chosen by device (2,048 on a CPU)
-    gradient_checkpointing: bool = False  # less memory: recompute activations in the backward pass
-    deterministic: bool = False  # on CUDA: the same bytes in every run, slower; a CPU does so anyway
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
+    deterministic: bool = False  # bitwise reproducible on CUDA, slower; runs on a CPU always are
 
     RANGES = {
         "epoch": (1,), "batch_size": (1,), "lr": ABOVE_0, "weight_decay": (0,), "dropout": (0, 0.9),

@@ -27,16 +27,16 @@ class CrossHparams(Training):
     max_seq_len: int = 384  # tokens of query and passage together; only the passage is cut
 
     # optimization
-    group_size: int = 8  # passages per group: one positive, the others negatives drawn anew (listwise)
+    group_size: int = 8  # passages per group: one positive, the rest random negatives (listwise)
     groups_per_step: int = 16  # groups per micro-batch (listwise)
-    head_lr: float = 0.0  # peak learning rate of the randomly drawn weights (the head); 0: lr
+    head_lr: float = 0.0  # peak learning rate of randomly initialized weights (the head); 0: lr
     weight_decay: float = 0.01  # of AdamW, on weight matrices only (no biases, no norms)
     r_drop_alpha: float = 0.0  # weight of R-Drop, two passes with different dropout (pointwise); 0: off
     fgm_epsilon: float = 0.0  # step of FGM on the word embeddings; 0: off, the official recipe: 0.01
 
     # evaluation
-    dev_queries: int = 500  # queries of dev_candidates that are re-ranked, the first ones
-    dev_depth: int = 50  # candidates per query that are re-ranked
+    dev_queries: int = 500  # first queries of dev_candidates to re-rank
+    dev_depth: int = 50  # candidates per query to re-rank
 
     TRAIN_FILE = "train/cross.train.tsv"
     DEBUG = {

@@ -46,7 +46,7 @@ from torch_src.runtime.stamps import (
 )
 
 RESULT = "cross_res.json"
-SCORES, ID_MAP = "cross_scores.txt", "cross_id_map.tsv"  # what the official converter reads
+SCORES, ID_MAP = "cross_scores.txt", "cross_id_map.tsv"  # input of the official converter
 
 QidLists = dict[str, list[str]]  # qid -> pids, best first
 
@@ -67,7 +67,7 @@ def run(hp: InferenceCrossHparams) -> None:
 
 
 class CrossInference:
-    """The inputs of one re-ranking run, checked before anything slow starts."""
+    """The inputs of one re-ranking run, checked before any slow step."""
 
     def __init__(self, hp: InferenceCrossHparams):
         self.hp, self.output = hp, Path(hp.output_dir)
@@ -111,7 +111,7 @@ class CrossInference:
             warn(f"{missing} queries of {self.hp.dev_q_path} have no candidates: their lists stay empty")
 
     def score_stamp(self) -> JsonDict:
-        """Return what decides the logits of the pairs."""
+        """Return the stamp of the logits."""
         texts = self.collection or self.candidates.texts
         assert isinstance(texts, PassageCollection)  # a list only for a plan
         return {
@@ -125,7 +125,7 @@ class CrossInference:
         }
 
     def result_stamp(self) -> JsonDict:
-        """Return what decides the re-ranked run."""
+        """Return the stamp of the re-ranked run."""
         ids = [path for path in (self.hp.passage_ids_path, self.id_map) if os.path.exists(path)]
         return {
             **self.score_stamp(),
@@ -139,7 +139,6 @@ class CrossInference:
         return pair_scorer(self.source, model, self.hp.batch_size, self.device, self.precision)
 
     def plan(self) -> Plan:
-        """Return the plan of scoring the candidates."""
         scorer = self.scorer(load_cross_model(self.source, trained=False))
         return plan_reranking(scorer, self.candidates, self.pairs)
 
@@ -181,7 +180,7 @@ def rerank(job: CrossInference) -> None:
 def score_candidates(job: CrossInference) -> np.ndarray:
     """Return the logits (N,) float32 of all pairs; finished blocks are kept on disk."""
     total = len(job.candidates)
-    model = load_cross_model(job.source)  # may raise: before scores on disk are deleted
+    model = load_cross_model(job.source)  # may raise, so before scores on disk are deleted
     block_rows = min(job.hp.block_pairs, total)
     store = ScoreStore.create_or_continue(
         job.output / "cross_scores", job.score_stamp(), total, 1, block_rows, log, job.hp.force
@@ -229,7 +228,7 @@ def write_run(job: CrossInference, logits: np.ndarray, pids: np.ndarray, rows: n
 
 
 def write_official(job: CrossInference, logits: np.ndarray, pids: np.ndarray) -> None:
-    """Write the score and id files of the official converter, one line per pair."""
+    """Write the input files of the official converter, one line per pair."""
     with atomic_write(job.output / SCORES) as file:
         file.writelines(f"{value:.9g}\n" for value in logits.tolist())
     with atomic_write(job.output / ID_MAP) as file:
@@ -239,7 +238,7 @@ def write_official(job: CrossInference, logits: np.ndarray, pids: np.ndarray) ->
 
 
 def check_scores(job: CrossInference, logits: np.ndarray, pids: np.ndarray, result: QidLists) -> None:
-    """Warn of collapsed scores; with a reference, compare both stages and warn when the second is worse."""
+    """Warn of collapsed scores; with a reference, compare the retriever with the re-ranker."""
     spans = list(job.candidates.spans())
     if warning := score_checks.collapsed(logits, [span for _, span in spans]):
         warn(warning)

@@ -32,19 +32,19 @@ class DualHparams(Training):
     share_encoder: bool = False  # one encoder for queries and passages
     pooling: str = "cls"  # how token vectors become one vector; pooler: BERT's dense layer on [CLS]
     normalize: bool = False  # scale vectors to length 1 (then set temperature below 1)
-    matryoshka_dims: str = ""  # train the first dimensions alone, too, e.g. 64,128; empty: off
+    matryoshka_dims: str = ""  # also train vectors cut to these dimensions, e.g. 64,128; empty: off
 
     # optimization
-    hard_negatives: int = 1  # hard negatives per query, drawn anew each epoch
-    temperature: float = 1.0  # the loss divides scores by it; 0.01 to 0.05 with normalize
+    hard_negatives: int = 1  # random hard negatives per query, new ones in each epoch
+    temperature: float = 1.0  # scores are divided by it; 0.01 to 0.05 with normalize
     weight_decay: float = 0.0  # of AdamW, on weight matrices only (no biases, no norms)
-    distill_loss: str = "none"  # learn the re-ranker's scores that a mined train_set carries
+    distill_loss: str = "none"  # distillation of the re-ranker's scores in a mined train_set
     distill_weight: float = 1.0  # weight of distill_loss
-    distill_temperature: float = 1.0  # distill_loss divides the re-ranker's logits by it
-    contrastive_weight: float = 1.0  # weight of the contrastive loss beside distill_loss
+    distill_temperature: float = 1.0  # the re-ranker's logits are divided by it
+    contrastive_weight: float = 1.0  # weight of the contrastive loss, with distill_loss
 
     # evaluation
-    dev_random_passages: int = 20000  # random passages to retrieve from, besides those of dev_candidates
+    dev_random_passages: int = 20000  # random passages added to those of dev_candidates
 
     DEBUG = {
         # Mean pooling and a temperature: random layers learn little from unscaled [CLS] products.
@@ -72,4 +72,4 @@ class DualHparams(Training):
         if self.distill_loss != NONE and not self.hard_negatives:
             raise UserError("--distill_loss needs hard negatives to learn from; --hard_negatives is 0")
         if self.batch_size == 1 and not self.hard_negatives:
-            raise UserError("--batch_size 1 --hard_negatives 0: no query would have a negative to learn from")
+            raise UserError("--batch_size 1 --hard_negatives 0: no query would have a negative")

@@ -70,7 +70,7 @@ def _process_count() -> int:
 
 
 class DualInference(Retriever):
-    """The inputs of one inference run, checked before anything slow starts."""
+    """The inputs of one inference run, checked before any slow step."""
 
     def __init__(self, hp: InferenceDeHparams, topk: int, bs: int):
         self.topk, self.bs = topk, bs
@@ -82,7 +82,7 @@ class DualInference(Retriever):
 
     @property
     def passage_manifest(self) -> JsonDict:
-        """The manifest of this model's vectors of the collection, encoded on this machine."""
+        """Manifest of the passage vectors that this machine would encode."""
         return new_manifest(self.passage_stamp(), len(self.collection), self.width, self.hp.block_rows)
 
     def _open_milvus(self) -> MilvusSearch:
@@ -108,7 +108,7 @@ class DualInference(Retriever):
         )
 
     def run_stamp(self) -> JsonDict:
-        """Return what decides res.top{k}."""
+        """Return the stamp of res.top{k}."""
         hp = self.hp
         stamp: JsonDict = {"stage": "dual_infer"}
         for side in ("query", "passage"):
@@ -120,12 +120,11 @@ class DualInference(Retriever):
             "topk": self.topk,
         }
         if hp.index:
-            # all of them decide the index
             for name in ("index", "search_params", "seed", "search_memory_gb"):
                 stamp[name] = getattr(hp, name)
         if self.milvus:
             stamp |= {name: getattr(hp, name) for name in ("engine", "milvus_collection", "search_params")}
-            manifest = self.milvus.manifest  # its vectors may come from another machine
+            manifest = self.milvus.manifest  # of vectors from another machine, perhaps
             stamp |= {f"passage {name}": manifest[name] for name in NOT_COMPARED}
             stamp |= {
                 "milvus_uri": hp.milvus_uri_path,
@@ -136,7 +135,7 @@ class DualInference(Retriever):
         return stamp
 
     def check_search(self) -> None:
-        """UserError for errors that the search would raise only after the encoding."""
+        """UserError for search settings that would fail after the encoding."""
         hp = self.hp
         if hp.index:
             set_parameters(new_index(hp.index, self.width), hp.index, hp.search_params)
@@ -153,7 +152,7 @@ def encode_and_search(job: DualInference) -> None:
     if not job.hp.force and up_to_date(path, job.run_stamp(), log):
         log(f"{path}: up to date")
         return
-    job.passage_ids()  # a UserError before the encoding, not after it
+    job.passage_ids()  # raises UserError before the encoding
     job.check_search()
     if passages < job.topk:
         warn(f"the collection has {passages} passages, fewer than topk {job.topk}: all of them are kept")
@@ -177,10 +176,9 @@ def encode_and_search(job: DualInference) -> None:
 
 
 def encode(job: DualInference, force: bool) -> tuple[np.ndarray | None, VectorStore | None]:
-    """Return (query vectors (B, H) float32, passage vectors on disk).
+    """Return (query vectors (B, H) float32, in the first process; passage vectors on disk, None without).
 
-    All processes encode passages; only the first returns queries. With Milvus no passages are encoded, and
-    their vectors are None when they are not on this machine.
+    With Milvus no passages are encoded.
     """
     model = load_dual_model(job.source)
     if job.milvus:
@@ -221,10 +219,10 @@ def encode_passages(job: DualInference, model: DualEncoder, store: VectorStore) 
 
 
 def make_search(job: DualInference, queries: np.ndarray, store: VectorStore | None) -> SearchFunction:
-    """Return the search function of the settings; `queries` are those that will be searched."""
+    """Return the search function; `queries` are all queries of the run."""
     if job.milvus:
         return _milvus_search(job, job.milvus, queries)
-    assert store is not None  # only Milvus does without
+    assert store is not None  # only Milvus needs no store
     return _index_search(job, queries, store) if job.hp.index else _exact_search(job, queries, store)
 
 

@@ -1,7 +1,7 @@
 """Settings: parse the command line into a frozen dataclass, print --help, check, print and save the values.
 
 Each program has one dataclass in its own *_hparams module; knobs that several programs share are inherited
-from common_hparams. The comment behind a knob is its --help text, the comment above a block its group.
+from common_hparams. The comment after a knob is its --help text, the comment above a block its group.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import write_json
 from torch_src.runtime.log import log
 
-NONE = "none"  # value of a path or model option: without it
+NONE = "none"  # value that turns a path or model option off
 SAMPLE_DIR = "script/sample_data"
 TINY_MODEL = f"{SAMPLE_DIR}/tiny_bert"  # a configuration without weights, which are drawn from the seed
 POOLINGS = ("cls", "mean", "pooler")
@@ -51,23 +51,23 @@ class Hparams:
     output_dir: str = "output"  # folder of the results
     debug: bool = False  # small run on a CPU without a download: sample data, small random model
 
-    # Class attributes of the same names in a subclass extend these three.
+    # Subclasses extend these three with attributes of the same name.
     DEBUG: ClassVar[dict[str, Any]] = {"output_dir": "output/debug"}  # defaults with --debug; options win
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
     RANGES: ClassVar[Ranges] = {}  # knob -> (lowest,) or (lowest, highest)
 
     @classmethod
     def defaults(cls: type[Settings], debug: bool) -> Settings:
-        """Return the settings without any option."""
+        """Return the settings of a command without options."""
         return dataclasses.replace(cls(), debug=debug, **(inherited(cls, "DEBUG") if debug else {}))
 
     @property
     def saved_to(self) -> str:
-        """Return the JSON file that holds all settings beside the result; empty: they are not saved."""
+        """Return the JSON file that stores the settings beside the result; empty: none."""
         return ""
 
     def check(self) -> None:
-        """UserError for a value that is not allowed. None, the unset value, always is."""
+        """UserError for a value that is not allowed; None (unset) always is."""
         for name, allowed in inherited(type(self), "CHOICES").items():
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), allowed)
@@ -105,7 +105,7 @@ def limit_text(low: float, high: float = math.inf) -> str:
 def parse(
     settings: type[Settings], argv: list[str], model_settings: Mapping[str, Any] | None = None
 ) -> Settings:
-    """Return the checked settings: defaults, those of --debug, `model_settings`, options; the last one wins.
+    """Return the checked settings: defaults, overridden by --debug, `model_settings` and options, in order.
 
     A malformed option prints what was expected and exits with status 2; --help exits with 0.
     """
@@ -194,7 +194,7 @@ def knob_comments(settings: type[Hparams]) -> dict[str, tuple[str, str]]:
 
 
 def announce(title: str, hp: Hparams) -> None:
-    """Log the program, the settings that differ from the defaults in the file, and where all are saved."""
+    """Log the title and the settings that differ from the defaults in the file."""
     changed = describe(hp)
     saved = f" (all are saved in {hp.saved_to})" if hp.saved_to else ""
     log(f"{title}; settings that differ from the defaults{saved}:{'' if changed else ' none'}")
@@ -214,11 +214,11 @@ def save(hp: Hparams, path: str | Path, **more: object) -> None:
 
 
 def dimensions(name: str, text: str, hidden: int) -> list[int]:
-    """Return the numbers of `64,128`; UserError unless they rise and stay below the hidden size."""
+    """Return the numbers of `64,128`; UserError unless increasing and below the hidden size."""
     try:
         found = [int(part) for part in text.split(",")] if text else []
     except ValueError:
         found = [0]
     if found and not 0 < found[0] <= found[-1] < hidden or found != sorted(set(found)):
-        raise UserError(f"--{name} {text}: expected rising numbers below the model's {hidden}, e.g. 64,128")
+        raise UserError(f"--{name} {text}: expected increasing numbers below {hidden}, e.g. 64,128")
     return found

@@ -1,4 +1,4 @@
-"""What do_dual_infer.py, do_cross_infer.py and the tools share: queries, models, the retriever."""
+"""Shared by do_dual_infer.py, do_cross_infer.py and the tools: queries, models, the retriever."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -45,14 +45,14 @@ def read_query_ids(hp: QueryIds) -> dict[str, list[str] | None]:
     """Return {query text: its qids} in file order; with `--dev_q2qid none` the qids are None.
 
     dev_q is dev.q.format with q2qid.dev.json beside it, or JSON lines with question_id and question
-    (test1.json, dev.json). UserError when a query has no qid, because the conversion would fail later.
+    (test1.json, dev.json). UserError when a query has no qid.
     """
     if hp.dev_q_path.endswith(".json"):
         return dict(read_question_ids(hp.dev_q_path))
     queries = read_queries(hp.dev_q_path)
     if hp.dev_q2qid == NONE:
         return dict.fromkeys(queries)
-    path = require(hp.dev_q2qid_path, "query text -> qid", "pass --dev_q2qid none to do without")
+    path = require(hp.dev_q2qid_path, "query text -> qid", "pass --dev_q2qid none to omit qids")
     q2qid = read_q2qid(path)
     missing = [query for query in queries if query not in q2qid]
     if missing:
@@ -73,13 +73,13 @@ class ModelSource:
     params: str | None  # NAME_params.bin; None: the pretrained weights
     tokenizer: PreTrainedTokenizerBase
     config: PretrainedConfig
-    architecture: str  # taken before the weights are loaded, which may add fields to `config`
+    architecture: str  # computed before loading the weights, which may add fields to `config`
     checksum: str  # of the weights
-    seed: int  # of weights that are drawn at random
+    seed: int  # of randomly initialized weights
 
     @property
     def stamp(self) -> JsonDict:
-        """What decides the model's output."""
+        """Checksums of everything that affects the model's output."""
         return {
             "weights": self.checksum,
             "architecture": self.architecture,
@@ -87,7 +87,7 @@ class ModelSource:
         }
 
     def check_unchanged(self) -> None:
-        """UserError when the weights were replaced while they were loaded: the stamp would be wrong."""
+        """UserError when the weights were replaced during loading."""
         if weights_checksum(self.path, self.params, self.seed) != self.checksum:
             raise UserError(f"{self.params or self.path}: changed while it was being read; run again")
 
@@ -98,7 +98,7 @@ def weights_checksum(path: str, params: str | None, seed: int) -> str:
 
 
 def find_dual_model(hp: InferenceDeHparams) -> ModelSource:
-    """Return the retriever that the settings name: trained, or with `--dual_params none` pretrained."""
+    """Return the trained retriever, or with `--dual_params none` a pretrained model."""
     if hp.dual_params != NONE and not _planned_before_training(hp.plan, hp.dual_params_path):
         return find_trained_model(hp, "dual", hp.dual_params_path, DUAL_MODEL_SETTINGS)
     training = DualHparams.defaults(hp.debug)
@@ -107,14 +107,14 @@ def find_dual_model(hp: InferenceDeHparams) -> ModelSource:
 
 
 def find_cross_model(hp: InferenceCrossHparams) -> ModelSource:
-    """Return the re-ranker that the settings name: trained, or with `--cross_params none` pretrained."""
+    """Return the trained re-ranker, or with `--cross_params none` a pretrained model."""
     if hp.cross_params != NONE and not _planned_before_training(hp.plan, hp.cross_params_path):
         return find_trained_model(hp, "cross", hp.cross_params_path, CROSS_MODEL_SETTINGS)
     return _find_pretrained_model(hp, CrossHparams.defaults(hp.debug), CROSS_MODEL_SETTINGS)
 
 
 def _planned_before_training(plan: bool, params_path: str) -> bool:
-    # The pretrained model takes as long and as much memory as the trained one.
+    # the pretrained model needs the same time and memory as a trained one
     return plan and not Path(params_path).exists()
 
 
@@ -175,13 +175,13 @@ def _load_trained_parts(
 def _find_pretrained_model(
     hp: InferenceHparams, training: DualHparams | CrossHparams, model_settings: tuple[str, ...]
 ) -> ModelSource:
-    """Return a pretrained model; a setting without an option is as in `training`."""
+    """Return a pretrained model; unset settings are those of `training`."""
     path = hp.pretrained_model_path or training.pretrained_model_path
     settings = {
         name: getattr(training, name) if getattr(hp, name) is None else getattr(hp, name)
         for name in model_settings
     }
-    config = load_config(path)  # first: its error is the right one for a missing folder
+    config = load_config(path)  # first, for its error about a missing folder
     tokenizer = load_tokenizer(path, settings["vocab_path"])
     checksum = weights_checksum(path, None, hp.seed)
     return ModelSource(settings, path, None, tokenizer, config, architecture(config), checksum, hp.seed)
@@ -215,7 +215,7 @@ def load_cross_model(source: ModelSource, trained: bool = True) -> CrossEncoder:
 def pair_scorer(
     source: ModelSource, model: CrossEncoder, batch_size: int, device: torch.device, precision: str
 ) -> PairScorer:
-    """Return the scorer of a cross-encoder that is on `device`."""
+    """Return the scorer of a cross-encoder on `device`."""
     rules = TextRules(source.settings["max_seq_len"], "", source.settings["remove_spaces"])
     budget = token_budget(0, device)
     return PairScorer(model, source.tokenizer, rules, device, precision, batch_size, budget)
@@ -230,7 +230,7 @@ def choose_hardware(hp: Run) -> tuple[torch.device, str]:
 
 
 class Retriever:
-    """A dual encoder and its collection, both checked before anything slow starts."""
+    """A dual encoder and its collection, both checked before any slow step."""
 
     def __init__(self, hp: InferenceDeHparams):
         self.hp, self.output = hp, Path(hp.output_dir)
@@ -245,20 +245,20 @@ class Retriever:
 
     @property
     def width(self) -> int:
-        """The number of dimensions of a stored vector."""
+        """Dimensions of a stored vector."""
         return self.hp.vector_dims or self.source.config.hidden_size
 
     def passage_ids(self) -> np.ndarray | None:
         """Return the pids (N,) as bytes; None with `--passage_ids none`. UserError unless one per passage."""
         if self.hp.passage_ids == NONE:
             return None
-        path = require(self.hp.passage_ids_path, "row -> pid", "pass --passage_ids none to do without")
+        path = require(self.hp.passage_ids_path, "row -> pid", "pass --passage_ids none to omit pids")
         ids = read_passage_ids(path, self.output / "cache")
         check_length(path, len(ids), len(self.collection))
         return ids
 
     def vector_stamp(self, side: str) -> JsonDict:
-        """Return what decides the vectors of one side, query or passage."""
+        """Return the stamp of the vectors of one side, query or passage."""
         names = ("pooling", "normalize", "remove_spaces", f"{side}_prefix", LENGTHS[side])
         stamp = {**self.source.stamp, **{name: self.source.settings[name] for name in names}}
         if self.hp.vector_dims:
@@ -268,11 +268,11 @@ class Retriever:
         return {**stamp, "precision": self.precision, "device": self.device.type}
 
     def passage_stamp(self) -> JsonDict:
-        """Return what decides the passage vectors of this collection."""
+        """Return the stamp of the passage vectors of this collection."""
         return {**self.vector_stamp("passage"), "collection": self.collection.checksum}
 
     def encoder(self, side: str, model: DualEncoder) -> Encoder:
-        """Return the encoder of one side, query or passage, its tower moved to the device."""
+        """Return the encoder of one side, query or passage, with its tower on the device."""
         settings, hp = self.source.settings, self.hp
         rules = TextRules(settings[LENGTHS[side]], settings[f"{side}_prefix"], settings["remove_spaces"])
         tower: Any = model.tower(side).eval()

@@ -13,10 +13,10 @@ class InferenceCrossHparams(QueryIds, DevAnswers, PlannedJob):
     # main options
     retrieval_result: str = ""  # run of the retriever, or an official .res.tsv; empty: output_dir/res.top50
     cross_params: str = ""  # trained weights; empty: output_dir/cross_params.bin; none: not fine-tuned
-    pretrained_model_path: str | None = None  # unset: the model cross_params was trained from
-    vocab_path: str | None = None  # unset: the tokenizer cross_params was trained with
+    pretrained_model_path: str | None = None  # unset: as trained
+    vocab_path: str | None = None  # unset: as trained
     topk: int = 50  # passages kept per query; all candidates are re-ranked
-    batch_size: int = 256  # pairs per forward pass, at most; fewer when they are long
+    batch_size: int = 256  # maximum pairs per forward pass; fewer if they are long
 
     # model: a value other than the trained one is an error
     max_seq_len: int | None = None  # tokens of query and passage; unset: as trained

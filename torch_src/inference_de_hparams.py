@@ -15,8 +15,8 @@ class RetrieverHparams(TrainedRetriever):
     """Model and search settings that do_dual_infer.py and script/demo.py share."""
 
     # main options
-    pretrained_model_path: str | None = None  # unset: the model dual_params was trained from
-    vocab_path: str | None = None  # unset: the tokenizer dual_params was trained with
+    pretrained_model_path: str | None = None  # unset: as trained
+    vocab_path: str | None = None  # unset: as trained
 
     # model: a value other than the trained one is an error
     share_encoder: bool | None = None  # one encoder for queries and passages; unset: as trained
@@ -44,18 +44,18 @@ class InferenceDeHparams(RetrieverHparams, QueryIds, PlannedJob):
     # main options
     topk: int | None = None  # passages kept per query; unset: as in enter() of do_dual_infer.py
     bs: int | None = None  # queries searched at once; unset: as in enter() of do_dual_infer.py
-    batch_size: int = 512  # texts per forward pass, at most; fewer when they are long
+    batch_size: int = 512  # maximum texts per forward pass; fewer if they are long
 
     # search
     engine: str = "exact"  # exact: on this machine; milvus: in the collection of script/milvus_load.py
     milvus_uri: str = ""  # file of Milvus Lite, or http://host:19530; empty: output_dir/milvus.db
     milvus_collection: str = "passages"  # name of the collection in Milvus
-    vector_dims: int = 0  # keep the first dimensions only (trained with matryoshka_dims); 0: all
-    recall_queries: int = 200  # queries on which an index is compared with exact search; 0: none
+    vector_dims: int = 0  # store only the first dimensions (see matryoshka_dims); 0: all
+    recall_queries: int = 200  # queries to compare an index with exact search; 0: none
 
     # advanced
     block_rows: int = 65536  # passages per vector file, the unit of writing and resuming
-    encoder_engine: str = "torch"  # encodes the passages; openvino: faster on a CPU with bf16
+    encoder_engine: str = "torch"  # for passages; openvino: faster on a CPU with bf16
     workers: int = -1  # processes that tokenize ahead; 0: a thread; -1: 0 on a CPU, up to 4 on CUDA
 
     DEBUG = {"precision": "fp32"}

@@ -35,7 +35,7 @@ def plan_retrieval(retriever: Retriever, queries: int, topk: int, bs: int) -> Pl
     if hp.index:
         queries = min(queries, hp.recall_queries)
         index_bytes, seconds = estimate(hp.index, width, rows)
-        plan.add(f"fill {hp.index} (without training and searching it)", seconds)
+        plan.add(f"fill {hp.index} (without training and search)", seconds)
     if queries:
         plan.add(f"exact search of {queries:,} queries", _search_seconds(retriever, queries, topk, bs))
     ram, gpu = memory_gb(retriever.device)
@@ -70,7 +70,7 @@ def _plan_encoding(plan: Plan, retriever: Retriever) -> tuple[float, float]:
 
 
 def _search_seconds(retriever: Retriever, queries: int, topk: int, bs: int) -> float:
-    """Return the estimated seconds of an exact search, from one over a few generated vectors."""
+    """Return the estimated seconds of an exact search, extrapolated from random vectors."""
     devices, memory = search_devices(retriever.hp.device, retriever.device), retriever.hp.search_memory_gb
     at_once, rows, width = min(bs, queries), len(retriever.collection), retriever.width
     kind = choose_kind("auto", width, devices[0], log)
@@ -85,7 +85,7 @@ def _search_seconds(retriever: Retriever, queries: int, topk: int, bs: int) -> f
 
 
 def plan_reranking(scorer: PairScorer, candidates: Candidates, pairs: int) -> Plan:
-    """Return the plan of scoring `pairs` pairs like the `candidates`."""
+    """Return the plan of scoring `pairs` pairs, estimated from `candidates`."""
     tokens: list[int] = []
 
     def score(rows: list[int]) -> None:
@@ -103,7 +103,7 @@ def plan_reranking(scorer: PairScorer, candidates: Candidates, pairs: int) -> Pl
 
 
 def sample_pairs(queries: list[str], collection: PassageCollection) -> Candidates:
-    """Return pairs of a few queries and passages, for a plan before there is a run to re-rank."""
+    """Return pairs of a few queries and passages, for a plan without a run to re-rank."""
     rows = np.array(evenly_spaced(len(collection)))
     queries = queries[: len(rows)]
     query_of = np.arange(len(rows), dtype=np.int32) % len(queries)

@@ -146,12 +146,12 @@ def test_missing_files(tmp_path, collection):
 
 
 def test_an_empty_run(tmp_path, collection):
-    with pytest.raises(UserError, match="res.top50: no candidates in it"):
+    with pytest.raises(UserError, match="res.top50: contains no candidates"):
         open_candidates(str(run_file(tmp_path, [])), collection, None)
 
 
 def test_an_empty_official_file(tmp_path):
     write(tmp_path / "dev.res.tsv", [])
     write(tmp_path / "dev.res.id_map.tsv", [])
-    with pytest.raises(UserError, match="dev.res.tsv: no candidates in it"):
+    with pytest.raises(UserError, match="dev.res.tsv: contains no candidates"):
         open_candidates(str(tmp_path / "dev.res.tsv"), None, None)

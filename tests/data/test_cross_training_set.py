@@ -186,5 +186,5 @@ def test_a_malformed_line_is_named(tmp_path, line, message):
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(UserError, match="none.tsv: no such file"):
         CrossTrainingSet(tmp_path / "none.tsv")
-    with pytest.raises(UserError, match="t.tsv: no training rows in it"):
+    with pytest.raises(UserError, match="t.tsv: contains no training rows"):
         opened(tmp_path / "t.tsv", [])

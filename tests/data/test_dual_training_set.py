@@ -178,7 +178,7 @@ def test_batch_size_above_the_number_of_queries(tmp_path):
 
 def test_empty_or_missing_file(tmp_path):
     (tmp_path / "empty.tsv").write_bytes(b"")
-    with pytest.raises(UserError, match=r"empty\.tsv: no training rows"):
+    with pytest.raises(UserError, match=r"empty\.tsv: contains no training rows"):
         DualTrainingSet(tmp_path / "empty.tsv")
     with pytest.raises(UserError, match=r"gone\.tsv: no such file"):
         DualTrainingSet(tmp_path / "gone.tsv")

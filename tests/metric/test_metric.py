@@ -226,7 +226,7 @@ BAD_RECALL = [
     ("map", '{"0": "p0",\n "1": "p1",\n\n "0": "p2"}', "map:4: row 0 is a duplicate"),
     ("map", '{"0": "p0",\n}', "map:2: not one JSON object"),
     ("map", '{"0": "p0"}\n {', "map:2: not one JSON object"),
-    ("map", '{"0": "p0"', "is the file cut short?"),
+    ("map", '{"0": "p0"', "is the file truncated?"),
     ("map", "", "map:1: not one JSON object"),
 ]
 

@@ -110,7 +110,7 @@ def test_fp16_file_is_loaded_as_fp32(folder, tiny_bert):
 
 def test_missing_config_or_folder(tmp_path, folder):
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match="model: no config.json in it"):
+    with pytest.raises(UserError, match="model: contains no config.json"):
         load_config(str(folder))
     with pytest.raises(UserError, match="nowhere: no such folder"):
         load_config(str(tmp_path / "nowhere"))
@@ -125,7 +125,7 @@ def test_unreadable_config(folder, text):
 
 def test_missing_weights(folder):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="model: no weights in it"):
+    with pytest.raises(UserError, match="model: contains no weights"):
         load(folder)
 
 

@@ -201,11 +201,11 @@ def test_missing_and_half_downloaded_model_folder(world, capsys):
     refused(capsys, world, train(world, *nowhere), "nowhere: no such folder (pretrained_model_path)")
     config = world / "model/config.json"
     write(config, [config.read_text(encoding="utf-8").replace('"random_init": true', '"random_init": false')])
-    refused(capsys, world, train(world), "no weights in it")
+    refused(capsys, world, train(world), "contains no weights")
     (world / "model/model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     refused(capsys, world, train(world), "the weights cannot be read")
     config.unlink()
-    refused(capsys, world, train(world), "no config.json in it")
+    refused(capsys, world, train(world), "contains no config.json")
 
 
 def test_weights_of_another_hidden_size(world, capsys):
@@ -232,7 +232,7 @@ def test_long_passage_is_cut_and_counted(world, capsys):
 
 def test_empty_training_file(world, capsys):
     write(world / "data/train/dual.train.tsv", [])
-    refused(capsys, world, train(world), "dual.train.tsv: no training rows in it")
+    refused(capsys, world, train(world), "dual.train.tsv: contains no training rows")
 
 
 def test_unknown_option(world, capsys):

@@ -193,14 +193,14 @@ def test_process_ends_with_the_status_and_without_a_traceback():
 def test_an_interrupted_program_ends_at_once_without_a_traceback(work):
     program = f"""
 import atexit, os, signal, time
-from torch_src.runtime.program import exit_status, leave
+from torch_src.runtime.program import exit_status, exit_with
 class Deleted:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
 def work():
     {work}
     "atexit" in {work!r} or time.sleep(60)
-leave(lambda: exit_status(work))
+exit_with(lambda: exit_status(work))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50

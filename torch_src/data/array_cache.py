@@ -13,10 +13,9 @@ from torch_src.runtime.stamps import checksum_files, checksum_text, read_checked
 def cached_array(
     source: Path, cache_dir: str | Path | None, kind: str, make: Callable[[], tuple[np.ndarray, str]]
 ) -> tuple[np.ndarray, str]:
-    """Return (array, checksum of the source) from make(), or from its copy in `cache_dir`.
+    """Return (array, checksum of the source) from make(), or from a valid copy in `cache_dir`.
 
-    `kind` names what the array is. The copy is used while the source is the same, unchanged file (size,
-    times, inode) and the copy's own checksum agrees. Without a `cache_dir` nothing is cached.
+    The copy (a file *.`kind`.npy) is valid while the source's size, times and inode and its checksum agree.
     """
     if cache_dir is None:
         return make()
@@ -35,7 +34,7 @@ def cached_array(
     if stamp.items() <= known.items() and cached.exists() and checksum_files([cached]) == known["array"]:
         return np.load(cached, allow_pickle=False), known["source"]
     array, checksum = make()
-    stamp_path.unlink(missing_ok=True)  # first: no array stands beside the stamp of another one
+    stamp_path.unlink(missing_ok=True)  # first, so that a stamp never describes another array
     with atomic_write(cached, "wb") as file:
         np.save(file, array, allow_pickle=False)
     write_checked_json(stamp_path, {**stamp, "array": checksum_files([cached]), "source": checksum})

@@ -71,7 +71,7 @@ def open_candidates(
     if str(path).endswith(OFFICIAL):
         return _open_official(str(path), cache_dir)
     if collection is None:
-        raise UserError(f"{path}: a run identifies passages by row; name the collection (--passage_dir)")
+        raise UserError(f"{path}: a run has row numbers only; pass the collection with --passage_dir")
     pairs = _Pairs()
     for query, ranking in run_by_query(path):
         for row in ranking:
@@ -80,7 +80,7 @@ def open_candidates(
                 raise FormatError(path, len(pairs.rows) + 1, message)
             pairs.add(row.row, row.score)
         pairs.queries.append(query)
-    pairs.require_some(path)
+    pairs.check_not_empty(path)
     return pairs.candidates(None, None, collection)
 
 
@@ -92,26 +92,26 @@ def _open_official(path: str, cache_dir: FilePath | None) -> Candidates:
             pids.append(row.pid.encode())
         pairs.queries.append(query)
         qids.append(ranking[0].qid)
-    pairs.require_some(path)
+    pairs.check_not_empty(path)
     return pairs.candidates(np.array(pids), qids, PassageCollection.of_file(path, cache_dir))
 
 
 class _Pairs:
-    """Columns that grow pair by pair, 16 bytes each."""
+    """Growing columns of Candidates, 16 bytes per pair."""
 
     def __init__(self) -> None:
         self.queries: list[str] = []
         self.query_of, self.rows, self.scores = array("i"), array("q"), array("f")
 
     def add(self, row: int, score: float) -> None:
-        """Add a pair of the query that is appended to `queries` next."""
+        """Add a pair of the current query, which joins `queries` after its last pair."""
         self.query_of.append(len(self.queries))
         self.rows.append(row)
         self.scores.append(score)
 
-    def require_some(self, path: FilePath) -> None:
+    def check_not_empty(self, path: FilePath) -> None:
         if not self.queries:
-            raise UserError(f"{path}: no candidates in it")
+            raise UserError(f"{path}: contains no candidates")
 
     def candidates(
         self, pids: np.ndarray | None, qids: list[str] | None, texts: PassageCollection

@@ -1,4 +1,4 @@
-"""The passage collection on disk: 8 M passages by row number, without loading them."""
+"""Passages by row number, read from disk on demand."""
 
 import os
 import re
@@ -46,9 +46,7 @@ class PassageCollection:
     def _open(self, files: list[Path], cache_dir: FilePath | None) -> None:
         self.files = files
         indexes = [_index(path, cache_dir) for path in files]
-        self.offsets = [
-            offsets for offsets, _ in indexes
-        ]  # of each file: start of each line, end of the last
+        self.offsets = [offsets for offsets, _ in indexes]  # per file: start of each line, end of the last
         rows = [len(offsets) - 1 for offsets in self.offsets]
         self.starts: list[int] = np.cumsum([0, *rows]).tolist()  # first row of each file, and the row count
         self.checksum = xxhash.xxh3_64_hexdigest("".join(digest for _, digest in indexes).encode())
@@ -59,18 +57,18 @@ class PassageCollection:
         return self.starts[-1]
 
     @overload
-    def __getitem__(self, which: int) -> str: ...
+    def __getitem__(self, key: int) -> str: ...
     @overload
-    def __getitem__(self, which: slice) -> list[str]: ...
-    def __getitem__(self, which: int | slice) -> str | list[str]:
+    def __getitem__(self, key: slice) -> list[str]: ...
+    def __getitem__(self, key: int | slice) -> str | list[str]:
         """Return one text, or the list of texts of a slice with step 1."""
-        if isinstance(which, slice):
-            start, stop, step = which.indices(len(self))
-            assert step == 1, "a collection is read forwards, row by row"
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            assert step == 1, "a slice must have step 1"
             return self._read(start, stop)
-        if not 0 <= which < len(self):
-            raise IndexError(f"row {which} is outside the collection of {len(self)} passages")
-        return self._read(which, which + 1)[0]
+        if not 0 <= key < len(self):
+            raise IndexError(f"row {key} is outside the collection of {len(self)} passages")
+        return self._read(key, key + 1)[0]
 
     def _read(self, start: int, stop: int) -> list[str]:
         texts: list[str] = []
@@ -103,9 +101,7 @@ def collection_files(folder: FilePath) -> list[Path]:
     """Return part-00, part-01, ... in numeric order, else [all_doc]; UserError when a part is missing."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such folder (the passage collection); get it with `sh script/download.sh`"
-        )
+        raise UserError(f"{folder}: no such folder (passages); get it with `sh script/download.sh`")
     parts: dict[int, Path] = {}
     for path in folder.iterdir():
         if match := PART.match(path.name):

@@ -22,13 +22,10 @@ class CrossBatch:
 
 
 class CrossTrainingSet:
-    """cross.train.tsv by row. Holds hashes, labels and offsets (about 32 bytes per row), never the texts."""
+    """cross.train.tsv by row. Holds hashes, labels and offsets (about 32 bytes per row), not texts."""
 
     def __init__(self, path: FilePath, clean: Callable[[str], str] = lambda text: text):
-        """Read the file once; texts with the same `clean` text are equal for the model.
-
-        UserError when all labels are equal: there is nothing to learn.
-        """
+        """Read the file once; texts are compared after `clean`. UserError when all labels are equal."""
         self.path = path
 
         def numbers(row: CrossRow) -> tuple[int, int, int]:
@@ -58,7 +55,7 @@ class CrossTrainingSet:
         return sum(len(negatives) < group_size - 1 for _, negatives in self.lists)
 
     def steps_per_epoch(self, units: int, listwise: bool) -> int:
-        """Return the number of whole batches of `units` pairs, or of `units` positives when listwise."""
+        """Return the number of full batches of `units` pairs, or of `units` positives when listwise."""
         count, name = (len(self.lists), "positives with negatives") if listwise else (self.rows, "rows")
         if units > count:
             message = f"only {count} {name}, fewer than one batch of {units}; lower the batch size"
@@ -71,10 +68,7 @@ class CrossTrainingSet:
         return self._batch(order[step * batch_size : (step + 1) * batch_size].tolist())
 
     def lists_of(self, seed: int, epoch: int, step: int, count: int, group_size: int) -> CrossBatch:
-        """Return `count` groups of (epoch, step): a positive and group_size - 1 random negatives.
-
-        A query with too few negatives repeats some of them.
-        """
+        """Return `count` groups: a positive and group_size - 1 random negatives, with repeats if needed."""
         order = np.random.default_rng([seed, epoch, 0]).permutation(len(self.lists))
         random = np.random.default_rng([seed, epoch, 1, step])
         rows = []

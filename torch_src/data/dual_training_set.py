@@ -25,7 +25,7 @@ class DualBatch:
 
 
 class DualTrainingSet:
-    """dual.train.tsv grouped by query. Holds hashes and offsets (about 40 bytes per row), never the texts."""
+    """dual.train.tsv grouped by query. Holds hashes and offsets (about 40 bytes per row), not texts."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class DualTrainingSet:
         clean: Callable[[str], str] = lambda text: text,
         teacher: np.ndarray | None = None,
     ):
-        """Read the file once; texts with the same `clean` text are equal for the model.
+        """Read the file once; texts are compared after `clean`.
 
         teacher (rows, 2) float32: a re-ranker's logits of each row's positive and negative, NaN if unknown.
         """
@@ -51,7 +51,7 @@ class DualTrainingSet:
             raise UserError(f"{path}: {self.rows:,} rows, but {len(teacher):,} rows of a teacher's scores")
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Return the number of whole batches; the random order gives the remaining queries other epochs."""
+        """Return the number of full batches; each epoch omits other queries."""
         if batch_size > self.queries:
             raise UserError(
                 f"--batch_size {batch_size}: {self.path} has only {self.queries} distinct queries, "
@@ -60,17 +60,14 @@ class DualTrainingSet:
         return self.queries // batch_size
 
     def batch(self, seed: int, epoch: int, step: int, batch_size: int, hard_negatives: int) -> DualBatch:
-        """Return the batch of (epoch, step), both from 0: distinct queries with random passages of theirs."""
+        """Return the batch of (epoch, step), both from 0: distinct queries, each with random passages."""
         order = np.random.default_rng([seed, epoch, 0]).permutation(self.queries)
         chosen = [self.groups[group] for group in order[step * batch_size : (step + 1) * batch_size]]
         random = np.random.default_rng([seed, epoch, 1, step])
         return self._assemble(chosen, [self._draw(group, random, hard_negatives) for group in chosen])
 
     def _draw(self, group: np.ndarray, random: np.random.Generator, wanted: int) -> tuple[int, list[int]]:
-        """Return (row of the positive, rows of the negatives): distinct texts, none a known positive.
-
-        A query with fewer distinct negatives than wanted has fewer: in-batch negatives make up for it.
-        """
+        """Return (row of the positive, rows of up to `wanted` distinct negatives, no known positives)."""
         positives = np.unique(self.positive_hash[group], return_index=True)[1]
         positive = group[positives[random.integers(len(positives))]]
         texts, negatives = np.unique(self.negative_hash[group], return_index=True)

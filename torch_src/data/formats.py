@@ -1,4 +1,4 @@
-"""Reader and writer of every file of the official layout and of runs: one of each per format.
+"""The only reader and writer of each official file format and of runs.
 
 docs/formats.md describes the files. A malformed line is a FormatError that names file and line.
 """
@@ -21,8 +21,8 @@ from torch_src.data.lines import (
 )
 from torch_src.runtime.errors import UserError
 
-SEPARATORS = {"\t", "\n"}  # of columns and lines: a query or qid with one would break a run
-EMPTY_TITLES = ("", "null", "-")  # an empty column in the published files, the readme, the query files
+SEPARATORS = {"\t", "\n"}  # not allowed in a query or qid: they end the columns and lines of a run
+EMPTY_TITLES = ("", "null", "-")  # spellings in the published files, their readme and the query files
 MERGE_QUERIES = (
     "a run identifies a query by its text; merge the two: one line in dev.q.format, one qid in "
     "q2qid.dev.json, one entry with the answers of both in dev.json"
@@ -121,7 +121,7 @@ def _require_query(query: str, path: FilePath, line: int) -> str:
 
 
 def _require_no_title(text: str, column: int, path: FilePath, line: int) -> None:
-    # To ignore a title would change the training data without notice.
+    # ignoring a title would silently change the training data
     if text not in EMPTY_TITLES:
         message = f"column {column} (title) is not empty or null; move titles into the passage text"
         raise FormatError(path, line, message)
@@ -149,7 +149,7 @@ def read_queries(path: FilePath) -> list[str]:
             message = f"the same query as line {seen[query]}: {shown(query)}; {MERGE_QUERIES}"
             raise FormatError(path, line, message)
         seen[query] = line
-    return list(_require_some(seen, path))
+    return list(_require_not_empty(seen, path))
 
 
 def read_question_ids(path: FilePath) -> dict[str, list[str]]:
@@ -161,11 +161,11 @@ def read_question_ids(path: FilePath) -> dict[str, list[str]]:
             qid, query = entry["question_id"], entry["question"]
         except (KeyError, TypeError):
             raise FormatError(path, line, "expected {question_id, question}") from None
-        if not _are_texts(qid, query) or SEPARATORS & {*query, *qid}:
+        if not _are_strings(qid, query) or SEPARATORS & {*query, *qid}:
             message = "question_id and question must be strings without TAB or line end"
             raise FormatError(path, line, message)
         found.setdefault(_require_query(query, path, line), []).append(qid)
-    return _require_some(found, path)
+    return _require_not_empty(found, path)
 
 
 def read_q2qid(path: FilePath) -> dict[str, str]:
@@ -199,7 +199,7 @@ def parse_dev_query(text: str, path: FilePath, line: int, texts: bool = True) ->
         answers = {
             a["paragraph_id"]: a["paragraph_text"] if texts else "" for a in entry["answer_paragraphs"]
         }
-        if not _are_texts(qid, query, *answers, *answers.values()):
+        if not _are_strings(qid, query, *answers, *answers.values()):
             raise TypeError("a value is not a string")
     except (KeyError, TypeError) as error:
         fields = "question_id, question, answer_paragraphs: [{paragraph_id, paragraph_text}]"
@@ -207,7 +207,7 @@ def parse_dev_query(text: str, path: FilePath, line: int, texts: bool = True) ->
     if texts:
         _require_query(query, path, line)
     if not answers:
-        raise FormatError(path, line, "no answer_paragraphs (expected one at least: others always score 0)")
+        raise FormatError(path, line, "no answer_paragraphs (expected at least one)")
     return DevQuery(qid, query, answers)
 
 
@@ -219,19 +219,19 @@ def read_dev(path: FilePath, texts: bool = True) -> list[DevQuery]:
         if query.qid in found:
             raise FormatError(path, line, f"duplicate question_id {shown(query.qid)}")
         found[query.qid] = query
-    return list(_require_some(found, path).values())
+    return list(_require_not_empty(found, path).values())
 
 
 Found = TypeVar("Found", bound=dict)
 
 
-def _require_some(found: Found, path: FilePath) -> Found:
+def _require_not_empty(found: Found, path: FilePath) -> Found:
     if not found:
-        raise UserError(f"{path}: no queries in it")
+        raise UserError(f"{path}: contains no queries")
     return found
 
 
-def _are_texts(*values: object) -> bool:
+def _are_strings(*values: object) -> bool:
     return all(isinstance(value, str) for value in values)
 
 
@@ -300,7 +300,7 @@ Row = TypeVar("Row", bound=_HasQuery)
 def _by_query(
     path: FilePath, rows: Iterable[Row], key: Callable[[Row], object]
 ) -> Iterator[tuple[int, str, list[Row]]]:
-    """Yield (number of its first line, query, its rows), `rows` being the lines of the file at `path`."""
+    """Yield (first line number, query, its rows); `rows` are the parsed lines of `path`."""
     seen, line = set(), 1
     for query, group in groupby(rows, key=lambda row: row.query):
         found, keys = list(group), set()
@@ -310,9 +310,7 @@ def _by_query(
         seen.add(query)
         for at, row in enumerate(found):
             if key(row) in keys:
-                raise FormatError(
-                    path, line + at, f"duplicate passage {key(row)} of the query {shown(query)}"
-                )
+                raise FormatError(path, line + at, f"duplicate passage {key(row)} of {shown(query)}")
             keys.add(key(row))
         yield line, query, found
         line += len(found)

@@ -11,7 +11,7 @@ from typing import BinaryIO
 from torch_src.data.lines import FilePath, FormatError, open_file, shown
 
 CHUNK = 1 << 17  # bytes read at a time
-LONGEST_PAIR = 1 << 20  # characters; a longer text without one whole pair is refused
+LONGEST_PAIR = 1 << 20  # characters; a longer pair is refused
 BLANKS = " \t\r\n"
 B, STRING = r"[ \t\r\n]*", r'"([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)"'
 PAIR = re.compile(f"{B}{STRING}{B}:{B}{STRING}{B}[,}}]")
@@ -25,7 +25,7 @@ class PairChunk:
     """Consecutive (key, value) pairs of the object."""
 
     pairs: list[tuple[str, str]]
-    text: str  # the text that holds them, from `start` on
+    text: str  # contains them, from `start` on
     start: int
     first_line: int  # line number of the start of `text`
 
@@ -38,7 +38,7 @@ class PairChunk:
 def read_json_pairs(path: FilePath, chunk: int = CHUNK) -> Iterator[PairChunk]:
     """Yield the pairs of the object in file order, reading `chunk` bytes at a time.
 
-    FormatError for anything else than one object of strings, an invalid escape, or text behind the object.
+    FormatError unless the file is exactly one object of strings with valid escapes.
     """
     with open_file(path) as file:
         source = _Source(file, path, chunk)
@@ -108,7 +108,7 @@ class _Source:
         line = self.line_at(len(self.text) - len(rest))
         found = f"{shown(rest[:60])} found" if rest else "the file ends here"
         cut = self.ended and not rest.rstrip(BLANKS).endswith(("}", "]"))
-        hint = "; is the file cut short?" if cut else ""
+        hint = "; is the file truncated?" if cut else ""
         return FormatError(self.path, line, f"not one JSON object of strings: {found}{hint}")
 
 

@@ -1,6 +1,6 @@
-"""UTF-8 files line by line, and what a line holds: columns, numbers, JSON.
+"""Read UTF-8 files line by line, and parse columns, numbers and JSON.
 
-Only `\\n` ends a line and nothing is stripped: texts hold characters at which str.splitlines() would cut
+Only `\\n` ends a line and nothing is stripped: texts contain characters at which str.splitlines() splits
 (\\x0b, \\x0c, \\x1c-\\x1e, \\x85, U+2028) and quotes that csv would remove.
 """
 
@@ -19,7 +19,7 @@ from torch_src.runtime.log import warn
 FilePath = str | Path
 First = TypeVar("First")
 Second = TypeVar("Second")
-LONGEST_LINE = 1 << 24  # bytes; a longer line is refused instead of being held in memory
+LONGEST_LINE = 1 << 24  # bytes; a longer line is refused to limit memory
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
@@ -32,7 +32,7 @@ class FormatError(UserError):
 
 
 def shown(text: str) -> str:
-    """Return the text quoted for an error message: on one line, at most 60 characters of it."""
+    """Return the text quoted for an error message, in one line of at most 60 characters."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
@@ -86,12 +86,12 @@ def read_together(
 
 
 def warn_if_cut(path: FilePath) -> None:
-    """Warn when the last line has no newline: a number or an id that is cut there still looks valid."""
+    """Warn when the last line has no newline: a truncated number or id still looks valid."""
     with open_file(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         if file.read() not in (b"", b"\n"):
-            warn(f"{path}: the last line has no line end; is the file cut short?")
+            warn(f"{path}: the last line has no newline; is the file truncated?")
 
 
 def split_columns(text: str, count: int, path: FilePath, line: int, names: str) -> list[str]:
@@ -116,17 +116,17 @@ def finite_number(text: str) -> float | None:
 def parse_json(text: str, path: FilePath, line: int, pairs_hook: Callable | None = None) -> Any:
     """Return the JSON value of a text that starts at `line`.
 
-    FormatError when it is malformed, nested too deeply, or has a lone surrogate, which no file can hold.
+    FormatError when it is malformed, nested too deeply, or has a lone surrogate (not encodable).
     """
     try:
         value = json.loads(text, object_pairs_hook=pairs_hook)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except UserError:
-        raise  # of the hook
+        raise  # from the hook
     except json.JSONDecodeError as error:
         raise FormatError(path, line + error.lineno - 1, f"not JSON ({error.msg})") from None
     except UnicodeEncodeError:
-        raise FormatError(path, line, "an escape for half a character (a lone surrogate)") from None
+        raise FormatError(path, line, "an escape for a lone surrogate") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(path, line, f"JSON that cannot be read ({error})") from None

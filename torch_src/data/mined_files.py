@@ -18,7 +18,7 @@ LOGITS = COLUMNS.index("positive_logit"), COLUMNS.index("negative_logit")
 
 
 class MinedIds(NamedTuple):
-    """What mining knows of one passage; None is an empty column."""
+    """Ids and scores of one mined passage; None: an empty column."""
 
     row: int | None
     pid: str | None
@@ -42,8 +42,7 @@ def sidecar_path(train_set: FilePath) -> Path:
 def read_teacher(train_set: FilePath) -> np.ndarray:
     """Return the re-ranker's logits (rows, 2) float32 of each row's positive and negative, NaN where unknown.
 
-    UserError when there is no sidecar or no row with both logits, or when the stamps show that one of the two
-    files was changed or that they come from different minings: their lines would not match.
+    UserError without a sidecar or a row with both logits, or when stamps show that the files do not match.
     """
     path, logits = sidecar_path(train_set), array("f")
     if not path.exists():
@@ -55,7 +54,7 @@ def read_teacher(train_set: FilePath) -> np.ndarray:
         columns = split_columns(text, len(COLUMNS), path, line, names)
         if line == 1:
             if columns != COLUMNS:
-                raise FormatError(path, line, f"another header (expected {names})")
+                raise FormatError(path, line, f"wrong header (expected {names})")
             continue
         for index in LOGITS:
             logit = finite_number(columns[index] or "0")
@@ -69,12 +68,12 @@ def read_teacher(train_set: FilePath) -> np.ndarray:
 
 
 def _require_same_mining(*files: FilePath) -> None:
-    """UserError unless the files are unchanged and from one mining, as far as they have stamps."""
+    """UserError when stamps show that a file was changed or that the files are from different mining runs."""
     stamped = [file for file in files if stamp_path(file).exists()]
     changed = [file for file in stamped if not is_intact(file)]
     stamps = [{**(read_stamp(file) or {}), CHECKSUM: ""} for file in stamped]
     if changed or len(stamped) == 1 or any(stamp != stamps[0] for stamp in stamps):
-        what = "changed since it was mined" if changed else "from another mining than the file beside it"
+        what = "changed since it was mined" if changed else "from another mining run than the file beside it"
         paths = " and ".join(str(stamp_path(file)) for file in stamped)
         raise UserError(
             f"{[*changed, files[0]][0]}: {what}, so the teacher's scores may not match the rows; "

@@ -1,4 +1,4 @@
-"""cross_negatives.json: scores of some training negatives, beside the weights of the re-ranker."""
+"""cross_negatives.json beside the re-ranker's weights: its scores of a sample of training negatives."""
 
 from pathlib import Path
 

@@ -61,13 +61,13 @@ def _in_row_order(rows: np.ndarray, pids: list[np.ndarray], path: FilePath) -> n
 
 
 def check_length(path: FilePath, ids: int, passages: int) -> None:
-    """UserError unless the map is as long as the collection: otherwise every pid after the gap is wrong."""
+    """UserError unless the map has exactly one id per passage."""
     if ids != passages:
         raise UserError(f"{path}: {ids:,} ids, but the collection has {passages:,} passages")
 
 
 def rows_of(path: FilePath, pids: np.ndarray) -> np.ndarray:
-    """Return the rows (N,) int64 of pids (N,) bytes, -1 for one that the map lacks; streamed."""
+    """Return the rows (N,) int64 of pids (N,) bytes, -1 for pids that are not in the map."""
     found = dict.fromkeys(pids.tolist(), -1)
     for chunk in read_json_pairs(path):
         for row, (_, pid) in zip(_rows(path, chunk).tolist(), chunk.pairs, strict=True):
@@ -77,7 +77,7 @@ def rows_of(path: FilePath, pids: np.ndarray) -> np.ndarray:
 
 
 def pids_of(path: FilePath, rows: np.ndarray) -> list[str | None]:
-    """Return the pid of each of the ascending distinct `rows`, None for one that the map lacks; streamed."""
+    """Return the pid of each of the ascending distinct `rows`, None for rows not in the map."""
     pids: list[str | None] = [None] * len(rows)
     padded = np.append(rows, -1)
     for chunk in read_json_pairs(path):

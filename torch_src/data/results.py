@@ -22,7 +22,7 @@ def write_result(path: FilePath, lists: Iterable[tuple[str, list[str]]]) -> None
 
 
 def load_result(path: FilePath) -> dict[str, list[str]]:
-    """Return {qid: pids, best first}, lists as long as they are in the file."""
+    """Return {qid: pids, best first} of a result file."""
     with open_file(path) as file:
         raw = file.read()
     try:
@@ -52,14 +52,14 @@ def load_result(path: FilePath) -> dict[str, list[str]]:
 
 
 def stamp_result(path: FilePath, stage: str, inputs: Iterable[FilePath], **settings: object) -> None:
-    """Write the stamp of a result: what made it, and the checksum of each input by its relative path."""
+    """Write the stamp of a result: stage, settings, and the checksum of each input by its relative path."""
     folder = os.path.dirname(os.path.realpath(path))
     checksums = {os.path.relpath(os.path.realpath(name), folder): checksum_files([name]) for name in inputs}
     write_stamp(path, {"stage": stage, **settings, "inputs": checksums})
 
 
 def warn_if_stale(path: FilePath) -> None:
-    """Warn when a result differs from what its stamp describes, or one of its inputs has changed since."""
+    """Warn when a result or one of its inputs has changed since its stamp was written."""
     stamp = read_stamp(path)
     if stamp is None or not isinstance(inputs := stamp.get("inputs", {}), dict):
         return
@@ -72,6 +72,6 @@ def warn_if_stale(path: FilePath) -> None:
 
 
 def require_own_path(output: FilePath, inputs: Iterable[FilePath]) -> None:
-    """UserError when the output is an input: a path that is omitted from a command shifts those after it."""
+    """UserError when the output is also an input, for example because an argument was omitted."""
     if os.path.realpath(output) in map(os.path.realpath, inputs):
         raise UserError(f"{output}: the output is one of the inputs; name another output")

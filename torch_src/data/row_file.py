@@ -1,4 +1,4 @@
-"""A training file by row number: offsets and a few 64-bit numbers per row in memory, never the texts."""
+"""Rows of a training file by number; only offsets and a few 64-bit numbers per row are in memory."""
 
 import hashlib
 import os
@@ -31,7 +31,7 @@ class RowFile(Generic[Row]):
         with open(path, "rb") as file:
             rows = sum(1 for _ in raw_lines(file, path))
         if not rows:
-            raise UserError(f"{path}: no training rows in it")
+            raise UserError(f"{path}: contains no training rows")
         self.offsets = np.zeros(rows + 1, dtype=np.int64)
         self.numbers = np.empty((rows, 0), dtype=np.uint64)
         with open(path, "rb") as file:
@@ -46,7 +46,6 @@ class RowFile(Generic[Row]):
         return len(self.numbers)
 
     def read(self, rows: list[int]) -> list[Row]:
-        """Return the parsed rows with these numbers."""
         found = []
         with open(self.path, "rb") as file:
             for row in rows:

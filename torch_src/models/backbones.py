@@ -25,7 +25,7 @@ WEIGHT_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )
-ATTENTION_GAIN = 5.0  # with BERT's initial deviation of 0.02 every token attends equally to all
+ATTENTION_GAIN = 5.0  # at BERT's initial deviation of 0.02 attention is nearly uniform
 DROPOUT_FIELDS = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
@@ -33,7 +33,7 @@ DROPOUT_FIELDS = (
     "dropout",
     "embd_pdrop",
 )
-# Fields of a configuration that do not change the vectors or logits.
+# configuration fields that do not affect the vectors or logits
 OTHER_FIELDS = set(
     "_name_or_path transformers_version dtype torch_dtype architectures id2label label2id problem_type "
     "use_cache output_attentions output_hidden_states return_dict bos_token_id eos_token_id sep_token_id "
@@ -50,7 +50,7 @@ def load_config(path: str, dropout: float | None = None) -> PretrainedConfig:
     `dropout` replaces all its dropout probabilities. With 0, attention runs as one fused kernel, on CPUs too.
     """
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
-        raise UserError(f"{path}: no config.json in it; download it again: sh script/download.sh model NAME")
+        raise UserError(f"{path}: contains no config.json; get it with `sh script/download.sh model NAME`")
     if not os.path.isdir(path) and not is_hub_name(path):
         raise UserError(
             f"{path}: no such folder (pretrained_model_path); "
@@ -69,25 +69,23 @@ def load_config(path: str, dropout: float | None = None) -> PretrainedConfig:
 def load_pretrained(
     auto_class: Any, path: str, config: PretrainedConfig, seed: int, **options: Any
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Return (the model in float32, names of the weights missing in its file); `config` is its load_config.
+    """Return (the model in float32, names of the weights missing in its file); `config` is from load_config.
 
-    With `"random_init": true` in config.json all weights are drawn from `seed` and none counts as missing.
+    With `"random_init": true` in config.json all weights are initialized from `seed` and none is missing.
     UserError for a missing or incomplete folder.
     """
     if getattr(config, "random_init", False):
-        log(f"{path}: no pretrained weights; they are drawn at random from seed {seed}")
+        log(f"{path}: no pretrained weights; initialized randomly with seed {seed}")
         torch.manual_seed(seed)
         model = auto_class.from_config(config, dtype=torch.float32, **options)
         attend_to_equal_tokens(model)
         return model, []
     if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in WEIGHT_FILES):
-        raise UserError(
-            f"{path}: no weights in it (model.safetensors or pytorch_model.bin); download the model again"
-        )
-    # Its report and progress bar would break up the log; the caller checks what is missing.
+        raise UserError(f"{path}: contains no weights (expected model.safetensors); download it again")
+    # transformers' reports and progress bars would clutter the log; the caller checks for missing weights
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.manual_seed(seed)  # missing weights are drawn at random
+    torch.manual_seed(seed)  # for missing weights
     try:
         model, info = auto_class.from_pretrained(
             path,
@@ -110,8 +108,8 @@ def load_pretrained(
 def attend_to_equal_tokens(model: PreTrainedModel) -> None:
     """Scale every attention's query weights by ATTENTION_GAIN and copy them to its key weights.
 
-    Attention then starts at equal tokens, which pretrained models have learned. A small random model needs
-    hours for it, and a cross-encoder without it only learns which passages are often relevant.
+    Tokens then attend to equal tokens, as in pretrained models. A small random model needs hours to learn it,
+    and a cross-encoder without it only learns which passages are often relevant.
     """
     for module in model.modules():
         query, key = getattr(module, "query", None), getattr(module, "key", None)
@@ -130,7 +128,7 @@ def model_checksum(path: str) -> str:
 
 
 def architecture(config: PretrainedConfig) -> str:
-    """Return a checksum of the fields of a configuration that decide its output (without dropout)."""
+    """Return a checksum of the fields of a configuration that affect the output (without dropout)."""
     ignored = {*OTHER_FIELDS, *DROPOUT_FIELDS}
     fields = {name: value for name, value in config.to_dict().items() if name not in ignored}
     return checksum_text(json.dumps(fields, sort_keys=True, default=str))
@@ -169,6 +167,4 @@ def load_weights(path: str, model: nn.Module, made_by: str) -> None:
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:
         detail = [line.strip() for line in str(error).split("\n")[1:2]] or [first_line(error)]
-        raise UserError(
-            f"{path}: weights of another model, or with other settings ({detail[0][:200]})"
-        ) from error
+        raise UserError(f"{path}: weights of another model or settings ({detail[0][:200]})") from error

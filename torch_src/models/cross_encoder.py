@@ -12,17 +12,17 @@ from torch_src.runtime.devices import at_least_float32
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import log
 
-ENCODER_LAYER = re.compile(r"\blayers?\.\d+\.")  # a Linear outside of these layers belongs to the head
+ENCODER_LAYER = re.compile(r"\blayers?\.\d+\.")  # linear layers outside of these belong to the head
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that shares the parameters of another and computes in float32 also under autocast.
+    """A linear layer with the parameters of another one that computes in float32 even under autocast.
 
-    A bf16 logit has 8 significant bits: most of 50 candidates would be tied.
+    bf16 logits have 8 significant bits, so most of 50 candidates would be tied.
     """
 
     def __init__(self, linear: nn.Linear):
-        nn.Module.__init__(self)  # not Linear's own: it would draw new weights
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate new weights
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.train(linear.training)
@@ -39,7 +39,7 @@ class CrossEncoder(nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel, random_parameters: list[str] | None = None):
-        """`random_parameters`: names of those that have no pretrained weights."""
+        """`random_parameters`: names of the parameters without pretrained weights."""
         super().__init__()
         self.model = model
         self.random_parameters = [f"model.{name}" for name in random_parameters or ()]
@@ -64,7 +64,7 @@ class CrossEncoder(nn.Module):
 
 
 def build_cross_encoder(config: PretrainedConfig) -> CrossEncoder:
-    """Return the cross-encoder of `config` with random weights, to be replaced by trained ones."""
+    """Return the cross-encoder of `config` with random weights."""
     config.num_labels = 1
     return CrossEncoder(AutoModelForSequenceClassification.from_config(config, dtype=torch.float32))
 
@@ -72,21 +72,20 @@ def build_cross_encoder(config: PretrainedConfig) -> CrossEncoder:
 def load_cross_encoder(path: str, config: PretrainedConfig, seed: int, trained: bool) -> CrossEncoder:
     """Return the cross-encoder with the pretrained weights of a folder or hub name.
 
-    A missing head is drawn from `seed`, or is a UserError with `trained`. UserError as in load_pretrained,
-    and when weights of the encoder itself are missing.
+    A missing head is initialized from `seed`; UserError with `trained`, or if encoder weights are missing.
     """
     config.num_labels = 1
     model, missing = load_pretrained(AutoModelForSequenceClassification, path, config, seed)
     body = [name for name in missing if ENCODER_LAYER.search(name) or "embedding" in name]
     if body:
-        raise UserError(f"{path}: {len(body)} encoder weights are missing in its file, the first: {body[0]}")
+        raise UserError(f"{path}: {len(body)} encoder weights are missing, e.g. {body[0]}")
     if missing and trained:
         raise UserError(
             f"{path}: has no trained head with one logit ({missing[0]}), so its scores would be random; "
             "train one with do_cross_train.py, or use a re-ranker model"
         )
     if missing:
-        log(f"{path}: no head with one logit; {', '.join(missing)} drawn at random from seed {seed}")
+        log(f"{path}: no head with one logit; {', '.join(missing)} initialized randomly with seed {seed}")
     return CrossEncoder(model, missing)
 
 
@@ -104,4 +103,4 @@ def start_from_retriever(encoder: CrossEncoder, path: str) -> None:
         encoder.model.base_model.load_state_dict(tower, strict=False)
     except RuntimeError as error:
         raise UserError(f"{path}: the shapes of its weights differ from this model's") from error
-    log(f"{path}: the encoder starts from its passage tower")
+    log(f"{path}: encoder initialized from its passage tower")

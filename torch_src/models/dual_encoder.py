@@ -47,7 +47,7 @@ def embed(
 
 
 def shorten(vectors: Tensor, dims: int, normalize: bool) -> Tensor:
-    """Return the first `dims` dimensions, normalized again with `normalize` (Kusupati et al. 2022)."""
+    """Return the first `dims` dimensions, re-normalized with `normalize` (Kusupati et al. 2022)."""
     if dims == vectors.shape[-1]:
         return vectors
     vectors = vectors[..., :dims]
@@ -70,10 +70,7 @@ def build_backbone(config: PretrainedConfig, pooling: str) -> PreTrainedModel:
 
 
 def load_backbone(path: str, config: PretrainedConfig, pooling: str, seed: int) -> PreTrainedModel:
-    """Return the pretrained encoder of a folder or hub name, float32; `config` is its load_config.
-
-    UserError as in load_pretrained, and when weights are missing that `pooling` needs.
-    """
+    """Return the pretrained encoder in float32; UserError when weights that `pooling` needs are missing."""
     model, missing = load_pretrained(AutoModel, path, config, seed, **_pooler_option(config, pooling))
     pooler = [name for name in missing if name.startswith("pooler.")]
     if pooler and pooling == "pooler":
@@ -82,7 +79,7 @@ def load_backbone(path: str, config: PretrainedConfig, pooling: str, seed: int) 
         )
     body = [name for name in missing if name not in pooler]
     if body:
-        raise UserError(f"{path}: {len(body)} weights are missing in its file, the first: {body[0]}")
+        raise UserError(f"{path}: {len(body)} weights are missing, e.g. {body[0]}")
     return model
 
 

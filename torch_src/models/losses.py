@@ -66,7 +66,7 @@ def r_drop_loss(one: Tensor, other: Tensor) -> Tensor:
 
 
 def pointwise_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (mean binary cross-entropy, share of pairs on the right side of 0) of logits and labels (B,)."""
+    """Return (mean binary cross-entropy, share of logits with the right sign) of logits and labels (B,)."""
     logits = at_least_float32(logits)
     labels = labels.to(logits.dtype)
     accuracy = ((logits > 0) == (labels > 0.5)).double().mean()

@@ -1,6 +1,4 @@
-"""What a model folder (or hub name) specifies about its use: pooling, normalization and prefixes, in the
-files that sentence-transformers writes.
-"""
+"""Pooling, normalization and prefixes of a model, from the files that sentence-transformers writes."""
 
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,7 @@ def is_hub_name(path: str) -> bool:
 def own_settings(path: str) -> dict[str, Any]:
     """Return the settings (pooling, normalize, query_prefix, passage_prefix) of a folder or hub name.
 
-    Empty without modules.json. UserError for a pooling or a module that is not supported here, because the
-    vectors would differ.
+    Empty without modules.json. UserError for a pooling or module that is not supported.
     """
     listed = find_file(path, "modules.json")
     if listed is None:

@@ -18,15 +18,15 @@ from torch_src.runtime.stamps import checksum_text
 
 TokenIds = Sequence[int] | np.ndarray
 
-# Texts are cut to this many characters per token before tokenization, so that a long one costs no extra time.
+# long texts are cut to this many characters per token before tokenization, to save time
 CHARACTERS_PER_TOKEN = 16
 TOKENIZER_FILES = ("tokenizer.json", "vocab", "spiece", "sentencepiece", "tokenizer.model")
-MIN_PASSAGE_TOKENS = 16  # of a pair, special tokens included: a longer query is cut to leave this room
+MIN_PASSAGE_TOKENS = 16  # of a pair, with special tokens: queries that leave less are truncated
 HAN = re.compile("[\u4e00-\u9fff]")
 MIN_TOKENS_PER_BATCH = 512  # the token budget is not halved below this
 TEXTS_PER_CALL = 512  # the tokenizer keeps the truncated tokens in memory until a call returns
 
-# The length limit is a state of the fast tokenizer, and a thread tokenizes ahead: one call at a time.
+# A fast tokenizer stores the length limit, so calls of two threads must not overlap.
 LOCK = threading.Lock()
 
 
@@ -70,7 +70,7 @@ def load_tokenizer(pretrained_model_path: str, vocab_path: str = "") -> PreTrain
 def _check_folder(path: str) -> None:
     # Without these files transformers builds a tokenizer with an empty vocabulary.
     if os.path.isdir(path) and not any(name.startswith(TOKENIZER_FILES) for name in os.listdir(path)):
-        raise UserError(f"{path}: no tokenizer in it (tokenizer.json or vocab.txt); download the model again")
+        raise UserError(f"{path}: contains no tokenizer.json or vocab.txt; download the model again")
 
 
 def _check_vocabulary(vocab_path: str) -> None:
@@ -82,7 +82,7 @@ def _check_vocabulary(vocab_path: str) -> None:
 
 
 def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return 16 hex digits over everything that decides the token ids."""
+    """Return 16 hex digits over everything that affects the token ids."""
     with LOCK:
         _clear_limits(tokenizer)
         return checksum_text(tokenizer.backend_tokenizer.to_str())
@@ -103,15 +103,11 @@ def _clear_limits(tokenizer: PreTrainedTokenizerBase) -> None:
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], rules: TextRules
 ) -> tuple[list[list[int]], int]:
-    """Return (token ids of each text, number of texts truncated).
-
-    An empty text gives only the special tokens.
-    """
+    """Return (token ids of each text, number of truncated texts); an empty text has only special tokens."""
     limit = rules.max_seq_len * CHARACTERS_PER_TOKEN
     cleaned = [rules.clean(text) for text in texts]
     ids, cut = _tokenize_texts(tokenizer, [cut_early(text, limit) for text in cleaned], rules.max_seq_len)
-    # Few tokens from many characters (e.g. long runs of spaces): the early cut removed tokens, so repeat
-    # without it.
+    # the early cut removed tokens of texts with few tokens per character, e.g. runs of spaces: repeat
     redo = [at for at, text in enumerate(cleaned) if len(text) > limit and not cut[at]]
     if redo:
         redone = _tokenize_texts(tokenizer, [cleaned[at] for at in redo], rules.max_seq_len)
@@ -121,10 +117,7 @@ def tokenize(
 
 
 def cut_early(text: str, limit: int) -> str:
-    """Return the first `limit` characters, up to the last word boundary, so that no token changes.
-
-    A word longer than `limit` is kept whole, because all its characters decide its token.
-    """
+    """Return the text up to its last word boundary within `limit` characters, or whole if it has none."""
     if len(text) <= limit:
         return text
     boundary = next((at for at in range(limit, 0, -1) if _between_words(text, at)), None)
@@ -132,7 +125,7 @@ def cut_early(text: str, limit: int) -> str:
 
 
 def _between_words(text: str, at: int) -> bool:
-    # All tokenizers split at spaces, and BERT's around Han characters too. Nothing else is safe for all.
+    # All tokenizers split at spaces, BERT's also around Han characters. No other boundary is safe for all.
     return text[at - 1].isspace() or text[at].isspace() or HAN.match(text[at - 1]) is not None
 
 
@@ -211,7 +204,7 @@ def _tokenize_pairs(
 
 
 def _shorten_queries(tokenizer: PreTrainedTokenizerBase, queries: list[str], max_seq_len: int) -> list[str]:
-    """Return the queries, those that leave less than MIN_PASSAGE_TOKENS cut to leave that many."""
+    """Return the queries, truncated where they leave less than MIN_PASSAGE_TOKENS."""
     room = max_seq_len - min(MIN_PASSAGE_TOKENS, max_seq_len // 2)
     # A character gives at most four tokens (its UTF-8 bytes, in byte-level vocabularies).
     for query in {query for query in queries if 4 * len(query) > room}:
@@ -236,7 +229,6 @@ class TokenTable:
 
     @classmethod
     def of_texts(cls, tokenizer: PreTrainedTokenizerBase, texts: list[str], rules: TextRules) -> "TokenTable":
-        """Tokenize the texts."""
         ids, cut = tokenize(tokenizer, texts, rules)
         lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
         flat = (token for text in ids for token in text)
@@ -244,7 +236,6 @@ class TokenTable:
 
     @classmethod
     def concatenate(cls, tables: list["TokenTable"]) -> "TokenTable":
-        """Return one table with the texts of all `tables`."""
         ids = np.concatenate([table.ids for table in tables])
         lengths = np.concatenate([table.lengths for table in tables])
         return cls(ids, lengths, sum(table.cut for table in tables))
@@ -269,10 +260,9 @@ def pad(sequences: Sequence[TokenIds], pad_id: int) -> tuple[np.ndarray, np.ndar
 def length_sorted_batches(
     lengths: Sequence[int] | np.ndarray, max_rows: int, max_tokens: int
 ) -> list[np.ndarray]:
-    """Return index arrays of at most `max_rows` texts and `max_tokens` padded tokens that cover all texts.
+    """Return index arrays of all texts, each of at most `max_rows` texts and `max_tokens` padded tokens.
 
-    Texts are sorted by length (stable), which avoids padding, and the longest come first, so that a batch
-    too large for the memory fails in the first minute.
+    Sorted by length, which avoids padding, longest first, so that out of memory occurs early.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable")
@@ -294,8 +284,7 @@ class BatchedInference:
     def run_batches(self, lengths: np.ndarray, forward: Callable[[np.ndarray], None]) -> None:
         """Call forward(rows) on batches that cover all rows; `lengths`: token counts (N,).
 
-        When memory runs out, the batch is repeated with half the token budget. UserError when the budget is
-        already too small to halve.
+        When memory runs out, the batch is repeated with half the token budget; UserError at the minimum.
         """
         order, done = np.argsort(-lengths, kind="stable"), 0
         while done < len(order):
@@ -319,7 +308,7 @@ class BatchedInference:
 
 
 def _fits_in_memory(forward: Callable[[np.ndarray], None], rows: np.ndarray) -> bool:
-    """Call forward(rows); return False when memory ran out (freed on return: the error holds it)."""
+    """Return False if forward(rows) ran out of memory; returning frees the tensors that the error holds."""
     try:
         forward(rows)
     except (RuntimeError, MemoryError) as error:

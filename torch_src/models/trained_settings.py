@@ -1,4 +1,4 @@
-"""NAME_hparams.json: all settings of a training, and those that belong to NAME_params.bin."""
+"""NAME_hparams.json: all training settings, and the fields that belong to NAME_params.bin."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from torch_src.runtime.files import write_json
 from torch_src.runtime.stamps import checksum_json
 
-MODEL_FIELDS = ("fixed_by_weights", "tokenizer", "model_files", "weights")  # what inference relies on
+MODEL_FIELDS = ("fixed_by_weights", "tokenizer", "model_files", "weights")  # used by inference
 
 
 def write_trained_settings(path: str | Path, settings: dict[str, Any], model: dict[str, Any]) -> None:
@@ -15,5 +15,5 @@ def write_trained_settings(path: str | Path, settings: dict[str, Any], model: di
 
 
 def model_fields_intact(trained: dict[str, Any]) -> bool:
-    """Return whether the MODEL_FIELDS are those that were written; other entries may be edited."""
+    """Return whether the MODEL_FIELDS are unedited; other fields may be edited."""
     return trained.get("checksum") == checksum_json({name: trained.get(name) for name in MODEL_FIELDS})

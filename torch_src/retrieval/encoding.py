@@ -1,6 +1,4 @@
-"""Texts to vectors: tokenized ahead, sorted by length within a block, batched by a token budget and put back
-in order; the blocks are shared between processes.
-"""
+"""Encode texts: tokenize ahead, batch by length within a block, restore the order; processes share blocks."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +21,8 @@ from torch_src.runtime.log import log
 from torch_src.runtime.prefetch import one_ahead
 from torch_src.runtime.progress import Progress
 
-TOKENIZE_AHEAD = 4096  # texts tokenized at once: their Python lists of ids take about 17 KB per passage
-POLL_SECONDS = 1.0  # between checks whether the other processes have finished their blocks
+TOKENIZE_AHEAD = 4096  # texts tokenized at once: about 17 KB per passage as Python lists
+POLL_SECONDS = 1.0  # between checks for blocks of other processes
 
 
 @dataclass
@@ -48,7 +46,6 @@ class Encoder(BatchedInference):
         return self.dims or self.tower.config.hidden_size
 
     def tokenize(self, texts: list[str]) -> TokenTable:
-        """Return the texts' token ids."""
         return TokenTable.of_texts(self.tokenizer, texts, self.rules)
 
     def encode(self, texts: list[str]) -> np.ndarray:
@@ -62,10 +59,7 @@ class Encoder(BatchedInference):
     def encode_tokens(
         self, table: TokenTable, dtype: torch.dtype = torch.float32, done: Callable | None = None
     ) -> np.ndarray:
-        """Return the vectors (N, H) of `dtype`; calls done(texts, tokens) after each forward pass.
-
-        The vectors are copied from the device once, at the end, so that CUDA does not wait after each batch.
-        """
+        """Return the vectors (N, H) of `dtype`; calls done(texts, tokens) after each forward pass."""
         was_training = self.tower.training
         self.tower.eval()
         vectors = torch.empty((len(table), self.width), dtype=dtype, device=self.device)
@@ -78,7 +72,7 @@ class Encoder(BatchedInference):
         with autocast(self.device, self.precision):  # one context, so that weights are cast only once
             self.run_batches(table.lengths, forward)
         self.tower.train(was_training)
-        return vectors.cpu().numpy()
+        return vectors.cpu().numpy()  # one copy, so that CUDA does not wait after each batch
 
     def _forward(self, table: TokenTable, rows: np.ndarray, vectors: torch.Tensor) -> None:
         arrays = (*table.padded(rows, self.tokenizer.pad_token_id), rows)
@@ -90,11 +84,11 @@ class Encoder(BatchedInference):
 def encode_collection(
     encoder: Encoder, collection: PassageCollection, store: VectorStore, log_every: float, workers: int = 0
 ) -> None:
-    """Encode the missing blocks of `store`; logs its progress every `log_every` seconds.
+    """Encode the missing blocks of `store`, logging progress every `log_every` seconds.
 
-    Several processes may encode into the same folder: each takes the next free block, also one that a killed
-    process has left unfinished. Returns when every block is finished. `workers` processes tokenize ahead (0:
-    a thread). Memory: two blocks of token ids, one of vectors, the model.
+    Several processes may share a folder: each takes the next free block, including unfinished blocks of a
+    killed process, and returns when all are finished. `workers` processes tokenize ahead (0: a thread).
+    Memory: the model, two blocks of token ids, one of vectors.
     """
     missing = store.missing_blocks()
     if len(missing) < store.block_count:
@@ -107,8 +101,8 @@ def encode_collection(
             blocks = store.locks.acquire_missing(store.missing_blocks(), store.is_missing)
             first = next(blocks, None)  # start no worker processes without work
             if first is not None:
-                mine = chain([first], blocks)
-                for block, table in _tokenized_blocks(encoder, collection, store, mine, workers):
+                own = chain([first], blocks)
+                for block, table in _tokenized_blocks(encoder, collection, store, own, workers):
                     _encode_block(encoder, store, block, table, progress)
                     store.locks.release(block)
             else:
@@ -147,7 +141,7 @@ class _TokenizedChunks(Dataset):
         try:
             table = TokenTable.of_texts(self.tokenizer, self.collection[first:last], self.rules)
         except UserError as error:
-            return UserError(str(error))  # raised by the reader: a DataLoader would wrap it in a traceback
+            return UserError(str(error))  # not raised: a DataLoader would add its traceback
         except OSError as error:
             return UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return block, last, table.ids, table.lengths, table.cut
@@ -166,7 +160,7 @@ def _tokenized_blocks(
 
     data = _TokenizedChunks(encoder, collection)
     if workers:
-        # A loader keeps the order of its workers, and ends them with this process.
+        # A DataLoader preserves the order and ends its workers with this process.
         ready: Any = DataLoader(
             data, sampler=chunks(), batch_size=None, num_workers=workers, collate_fn=_unchanged
         )
@@ -196,7 +190,7 @@ def to_float16(vectors: np.ndarray, first_row: int) -> np.ndarray:
 
 
 def check_float16(stored: np.ndarray, first_row: int) -> None:
-    """UserError that names the row when a stored vector is not finite."""
+    """UserError with the row number when a stored vector is not finite."""
     finite = np.isfinite(stored).all(axis=1)
     if not finite.all():
         row = first_row + int(np.flatnonzero(~finite)[0])

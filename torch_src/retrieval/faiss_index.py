@@ -27,11 +27,7 @@ PROBED_VECTORS = 2048  # added to a small index to measure memory and time per v
 
 
 def load_faiss() -> Any:
-    """Return the faiss module; UserError when it is missing or broken.
-
-    faiss-cpu and faiss-gpu install into the same folder: the later one overwrites the earlier one, and
-    uninstalling either leaves an empty package.
-    """
+    """Return the faiss module; UserError when it is missing or broken (both packages use one folder)."""
     fix = "run: pip uninstall -y faiss-cpu faiss-gpu, then install the requirements file again"
     if len([name for name in ("faiss-cpu", "faiss-gpu") if _is_installed(name)]) == 2:
         raise UserError(f"both faiss-cpu and faiss-gpu are installed and overwrite each other; {fix}")
@@ -55,7 +51,7 @@ def _is_installed(name: str) -> bool:
 
 @dataclass
 class IndexSettings:
-    """What decides an index, in addition to the vectors."""
+    """Settings of an index."""
 
     factory: str  # Flat, HNSW32, IVF4096,PQ192x4fs,Refine(SQfp16), ...
     search_params: str  # nprobe=64,k_factor_rf=10, ...
@@ -64,7 +60,7 @@ class IndexSettings:
 
 
 class FaissSearch:
-    """An index over the vectors of a store; its results get exact scores from the blocks."""
+    """Search with an index of a store's vectors; results are re-scored exactly from the blocks."""
 
     def __init__(
         self,
@@ -156,7 +152,7 @@ class FaissSearch:
     def search(self, queries: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (rows (B, K) int64, scores (B, K) float64), best first, ties by row.
 
-        Where the index finds fewer than K, the rest have row -1 and score -inf.
+        If the index finds fewer than K, the rest have row -1 and score -inf.
         """
         keep = min(topk, self.store.rows)
         found = self.index.search(queries, keep)[1].astype(np.int64)
@@ -191,7 +187,7 @@ def set_parameters(index: Any, factory: str, parameters: str) -> None:
 
 
 def inverted_lists(index: Any) -> int:
-    """Return the number of inverted lists, 0 for an index without."""
+    """Return the number of inverted lists, 0 if the index has none."""
     try:
         return load_faiss().extract_index_ivf(index).nlist
     except RuntimeError:
@@ -199,10 +195,7 @@ def inverted_lists(index: Any) -> int:
 
 
 def estimate(factory: str, hidden: int, rows: int) -> tuple[int, float]:
-    """Return estimates (bytes, seconds to fill) for an index of `rows` vectors, from a small random one.
-
-    The seconds do not include training.
-    """
+    """Return the estimated (bytes, seconds to fill without training) of an index, from a small random one."""
     faiss, index = load_faiss(), new_index(factory, hidden)
     lists, draw = inverted_lists(index), np.random.default_rng(0)
     if lists:

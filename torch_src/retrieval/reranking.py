@@ -1,4 +1,4 @@
-"""Pairs to logits: tokenized ahead, sorted by length across queries, put back in order."""
+"""Score (query, passage) pairs: tokenize ahead, batch by length across queries, restore the order."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,6 @@ class PairScorer(BatchedInference):
     tokens_per_batch: int  # maximum padded tokens per forward pass; halved when memory runs out
 
     def tokenize(self, queries: list[str], passages: list[str]) -> Pairs:
-        """Return the pairs' token ids."""
         return tokenize_pairs(self.tokenizer, queries, passages, self.rules)
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Fast inexact inner products with a proved bound on their error: the first stage of the exact search.
+"""Fast inexact inner products with a proven error bound: the first stage of the exact search.
 
 `Float32`, `Bfloat16` and `Int8` return the (query, passage) pairs of a chunk that can have a score of at
 least `floor[query]`. No such pair is missed; a few others may be returned.
@@ -55,8 +55,7 @@ class Scratch:
 class ScoreBounds:
     """The queries (B, H) fp32 of one search on one device, and bounds of their scores for a chunk.
 
-    Each query is scaled by a power of two (its largest value then lies in [0.5, 1)), which is exact and keeps
-    every bound clear of overflow and underflow.
+    Each query is scaled by a power of two to a largest value in [0.5, 1): exact, without over- or underflow.
     """
 
     name: str
@@ -123,7 +122,7 @@ class Bfloat16(ScoreBounds):
         rounded = vectors.bfloat16()
         back = rounded.float()
         longest = norms(back).max()
-        # q.p - q'.p' = q.(p - p') + (q - q').p', each at most the product of the norms (Cauchy-Schwarz)
+        # q.p - q'.p' = q.(p - p') + (q - q').p', each bounded by the product of the norms (Cauchy-Schwarz)
         bound = self.query_norms * norms(vectors - back).max() + self.rounding_norms * longest
         # the sum, and rounding it to bf16
         bound += (self.error + 2.0**-8) * self.rounded_norms * longest
@@ -134,8 +133,7 @@ class Int8(ScoreBounds):
     """Products of 8-bit integers: passages minus their mean in 7 or 8 bits, queries in 8, each with a scale.
 
     They take half the time of fp32 with AVX2 and a quarter with AVX512-VNNI (oneDNN). Integer sums are exact.
-    The mean of the first chunk is subtracted because it is a large part of every vector of a trained encoder
-    and would use up the range without distinguishing passages.
+    The mean of the first chunk is subtracted, because trained vectors share a large mean that wastes range.
     """
 
     name = "int8"
@@ -179,8 +177,7 @@ def int8_product(rows: Tensor, scale: Tensor, levels: int) -> Callable[[Tensor],
     """Return f(passages (C, H) uint8) -> (C, B) fp32 = (passages - levels - 1) . rows * scale.
 
     rows (B, H) int8, scale (B,) fp32; the passages have values from 1 to 2 * levels + 1. f returns None where
-    oneDNN's quantized operators are missing or fail. torch documents no interface for them, so this function
-    is the only place that calls them.
+    oneDNN's quantized operators, which torch does not document, are missing or fail.
     """
     zeros = torch.zeros(len(rows), dtype=torch.int64)
     try:
@@ -230,10 +227,7 @@ KINDS: dict[str, type[ScoreBounds]] = {kind.name: kind for kind in (Float32, Bfl
 
 
 def fastest_kind(hidden: int, device: torch.device) -> tuple[str, dict[str, float]]:
-    """Return (the kind of product that is fastest on this machine, seconds of each kind).
-
-    Measured, because processor flags do not tell for which products a library has a fast kernel.
-    """
+    """Return (fastest kind of product, seconds of each), measured: CPU flags do not show the fast kernels."""
     draw = torch.Generator().manual_seed(0)
     queries, vectors = (torch.randn(n, hidden, generator=draw) for n in (512, 2048))
     vectors, floor = vectors.to(device), torch.full((512,), 1e30, dtype=torch.float64, device=device)
@@ -255,20 +249,17 @@ def _seconds(bounds: ScoreBounds, vectors: Tensor, floor: Tensor, device: torch.
 
 @cache
 def int8_levels(hidden: int) -> int:
-    """Return the most positive levels with which int8 products of H numbers are exact on this machine.
-
-    Tested with the largest values and in the sizes of a search. 0: this machine has no such products.
-    """
+    """Return the largest of PASSAGE_LEVELS with exact int8 products in a test on this machine, 0 for none."""
     draw = np.random.default_rng(0)
     rows = draw.choice([-QUERY_LEVELS, 0, QUERY_LEVELS], size=(512, hidden)).astype(np.int8)
     rows[:2] = QUERY_LEVELS
-    for most in PASSAGE_LEVELS:
-        levels = draw.choice([1, most + 1, 2 * most + 1], size=(2048, hidden)).astype(np.uint8)
-        levels[:2] = [[1], [2 * most + 1]]
-        exact = (levels.astype(np.float64) - (most + 1)) @ rows.T.astype(np.float64)
-        found = int8_product(torch.from_numpy(rows), torch.ones(len(rows)), most)(torch.from_numpy(levels))
+    for limit in PASSAGE_LEVELS:
+        levels = draw.choice([1, limit + 1, 2 * limit + 1], size=(2048, hidden)).astype(np.uint8)
+        levels[:2] = [[1], [2 * limit + 1]]
+        exact = (levels.astype(np.float64) - (limit + 1)) @ rows.T.astype(np.float64)
+        found = int8_product(torch.from_numpy(rows), torch.ones(len(rows)), limit)(torch.from_numpy(levels))
         if found is not None and bool((found == torch.from_numpy(exact).float()).all()):
-            return most
+            return limit
     return 0
 
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-FLAT = 1e-3  # standard deviation of a query's logits below which they rank nothing
+FLAT = 1e-3  # standard deviation of a query's logits below which they count as equal
 TIED = 0.5  # fraction of candidates with the score of another candidate of their query
-TOO_EASY = 1.0  # standard deviations between irrelevant candidates and training negatives
+TOO_EASY = 1.0  # largest gap between irrelevant candidates and training negatives, in standard deviations
 
 
 def collapsed(scores: np.ndarray, spans: list[slice]) -> str | None:
@@ -26,7 +26,7 @@ def collapsed(scores: np.ndarray, spans: list[slice]) -> str | None:
     if tied > TIED:
         return (
             f"{100 * tied:.0f}% of the candidates are tied with another one of their query: "
-            "the retriever decides their order; use --precision fp32 and check the logits"
+            "they keep the retriever's order; use --precision fp32 and check the logits"
         )
     return None
 

@@ -4,7 +4,7 @@ The score is the inner product of the fp32 query vector and the stored fp16 pass
 arithmetic, higher first; ties go to the lower row. Every device and kind of product gives the same result.
 The passages are read once, in chunks. For each chunk:
 1. A fast inexact product with a proved error bound (score_bounds.py) selects the (query, passage) pairs whose
-   score can reach the query's current k-th best score. When it selects too many, an fp32 product does it.
+   score can reach the query's current k-th best score. If it selects too many, fp32 is used instead.
 2. The selected pairs are scored in fp32, which excludes most of them.
 3. The remaining pairs are scored in fp64 and merged into the query's top k.
 """
@@ -37,13 +37,13 @@ from torch_src.runtime.prefetch import one_ahead
 Chunk = np.ndarray | torch.Tensor  # vectors (C, H) float16: in memory, or on the device of the search
 
 CHUNK_ROWS = {"cpu": 2048, "cuda": 65536}  # maximum passages per chunk: on a CPU they stay in its caches
-PENDING_PAIRS = 8  # pairs per query, on average, that are collected before they are merged into the top k
+PENDING_PAIRS = 8  # average pairs per query to collect before a merge into the top k
 REFINE_PAIRS = 2048  # pairs re-scored at once
 CACHED_PAIRS = {"cpu": 256, "cuda": REFINE_PAIRS}  # pairs scored in fp32 at once: both sides stay in a cache
 EXACT_PAIRS = 512  # pairs scored in fp64 at once: both sides stay in a cache
-CACHE_SHARE = 0.6  # of a GPU's free memory that cached vectors may take
-PAIRS_SHARE = 1 / 128  # of all pairs of a chunk: above it the fast product excludes too few to pay off
-MAX_SKIPPED = 16  # chunks for which the fast product is skipped after it selected too many pairs, at most
+CACHE_SHARE = 0.6  # maximum share of a GPU's free memory for cached vectors
+PAIRS_SHARE = 1 / 128  # maximum share of a chunk's pairs that the fast product may select
+MAX_SKIPPED = 16  # maximum chunks without the fast product after it selected too many pairs
 CHECK_ROWS = 16384  # vectors read at once to verify checksums
 
 
@@ -62,7 +62,7 @@ class TopK:
         return self.scores[:, -1]
 
     def add(self, query: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> None:
-        """Add pairs (query, row, score), all (n,), to be merged with later ones: a merge has a fixed cost."""
+        """Add pairs (query, row, score), all (n,); merged later, because a merge has a fixed cost."""
         self.pending.append((query, rows, scores))
         self.pending_pairs += len(query)
         if self.pending_pairs >= self.max_pending:
@@ -120,7 +120,7 @@ class DeviceSearch:
     """The search of one batch of queries on one device; chunks may come in any order."""
 
     def __init__(self, queries: np.ndarray, keep: int, kind: str, device: torch.device, cache: list | None):
-        """queries (B, H) float32; `cache` collects the chunks that stay on the device, None: they do not."""
+        """queries (B, H) float32; `cache` collects the chunks to keep on the device; None: keep none."""
         self.exact, self.device, self.cache = ExactScorer(queries), device, cache
         self.fp32 = Float32(queries, device)
         self.fast: ScoreBounds = self.fp32 if kind == Float32.name else KINDS[kind](queries, device)
@@ -135,13 +135,13 @@ class DeviceSearch:
                 self.cache.append((first, chunk))
         vectors = self.fp32.scratch.like(chunk, "vectors").copy_(chunk)  # fp16 to fp32
         floor = torch.from_numpy(self.top.thresholds).to(self.device) * self.fp32.scale
-        pairs = self._fast_pairs(vectors, floor) if self._fast_product_pays() else None
+        pairs = self._fast_pairs(vectors, floor) if self._use_fast_product() else None
         if pairs is None:
             pairs = self._fp32_pairs(vectors, floor)
         self.stats.chunks += 1
         self._refine(first, chunk, vectors, floor, *pairs)
 
-    def _fast_product_pays(self) -> bool:
+    def _use_fast_product(self) -> bool:
         if self.fast is self.fp32 or not self.full:
             return False
         self.skip -= 1
@@ -150,7 +150,7 @@ class DeviceSearch:
     def _fast_pairs(
         self, vectors: torch.Tensor, floor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return the pairs that can enter by the fast product; None when there are too many."""
+        """Return the pairs that may enter the top k by the fast product; None when there are too many."""
         limit = max(64, int(PAIRS_SHARE * len(self.fp32.queries) * len(vectors)))
         pairs = self.fast.pairs_above(vectors, floor, limit)
         self.failures = 0 if pairs is not None else self.failures + 1
@@ -158,7 +158,7 @@ class DeviceSearch:
         return pairs
 
     def _fp32_pairs(self, vectors: torch.Tensor, floor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the pairs that can enter by the fp32 product of the whole chunk."""
+        """Return the pairs that may enter the top k by the fp32 product of the whole chunk."""
         self.stats.fp32_chunks += 1
         keep = self.top.scores.shape[1]
         if not self.full and len(vectors) >= keep:
@@ -178,7 +178,7 @@ class DeviceSearch:
         query: torch.Tensor,
         column: torch.Tensor,
     ) -> None:
-        """Score the pairs in fp32, those that can still enter in fp64, and add them to the top k."""
+        """Score the pairs in fp32, re-score those that may enter in fp64, and add them to the top k."""
         self.stats.fp32_pairs += len(query)
         lowest = floor - self.fp32.bound(vectors)
         for start in range(0, len(query), REFINE_PAIRS):
@@ -309,7 +309,7 @@ def choose_kind(
         if log is not None:
             log(f"search: {name} products first (speed relative to fp32: {ratios})")
     elif name == "int8" and not (device.type == "cpu" and int8_is_exact(hidden)):
-        raise UserError("--search_product int8: this torch has no exact int8 products here; use auto")
+        raise UserError("--search_product int8: no exact int8 products on this machine; use auto")
     return name
 
 

@@ -29,7 +29,7 @@ NOT_COMPARED = ("precision", "device")
 
 
 class DamagedBlock(UserError):
-    """A block that cannot be read as it was written; `block` is its number."""
+    """A block is missing, has a wrong size, or its checksum does not match; `block` is its number."""
 
     def __init__(self, path: Path, block: int, reason: str):
         super().__init__(f"{path}: {reason}; delete it and run again")
@@ -66,13 +66,12 @@ class VectorStore:
         force: bool = False,
         shared: bool = False,
     ) -> "VectorStore":
-        """Return the store for these settings; its finished blocks are kept when the manifest agrees.
+        """Return the store for these settings; keep its blocks if the manifest agrees, else delete them.
 
-        Vectors of other settings are deleted and the changed fields are logged. Vectors that are `shared` by
-        several runs, or that another process reads, are not deleted (UserError).
+        UserError instead of deleting vectors that are `shared` by several runs or read by another process.
         """
         store = cls(folder, new_manifest(stamp, rows, hidden, block_rows))
-        _Ownership(store, log).take_over(force, shared)
+        _StoreFolder(store, log).prepare(force, shared)
         return store
 
     @classmethod
@@ -120,7 +119,7 @@ class VectorStore:
         return [block for block in range(self.block_count) if self.is_missing(block)]
 
     def changed_fields(self) -> list[str]:
-        """Return `field: from -> to` of every field in which manifest.json differs from this manifest."""
+        """Return `field: old -> new` for every field in which manifest.json differs from this manifest."""
         try:
             return changes(read_json(self.manifest_path), self.manifest)
         except UserError:
@@ -139,14 +138,14 @@ class VectorStore:
                 "give one of the two another --output_dir"
             )
         for path in self.folder.glob(f"block-{block:05d}.*.tmp"):
-            path.unlink(missing_ok=True)  # of a killed process: this one has locked the block
+            path.unlink(missing_ok=True)  # left by a killed process; this process has locked the block
         with atomic_write(self.block_path(block), "wb") as file:
             np.save(file, vectors, allow_pickle=False)
         stamp = {**(made_with or {}), "manifest": self.manifest_checksum, "vectors": _checksum(vectors)}
         write_checked_json(self.stamp_path(block), stamp)
 
     def delete_damaged(self, damage: DamagedBlock, deleted: set[int]) -> None:
-        """Delete a damaged block and add it to `deleted`; raise `damage` when it is there already."""
+        """Delete a damaged block and add it to `deleted`; raise `damage` when it was deleted before."""
         if damage.block in deleted:
             raise damage  # rebuilt and damaged again: the disk or the memory is faulty
         warn(f"{damage.reason}; rebuilding it")
@@ -171,10 +170,9 @@ class VectorStore:
         return vectors
 
     def read_into(self, first: int, out: np.ndarray) -> None:
-        """Fill `out` (rows, H) with the vectors from row `first` on, by plain reads.
+        """Fill `out` (rows, H) with the vectors from row `first` on; DamagedBlock on a checksum mismatch.
 
-        A memory map would keep the pages in this process's resident memory. The checksum of a block is
-        compared when it has been read from its first row to its last, call by call (DamagedBlock).
+        Checksums are compared once calls in order have read a whole block. Not memory-mapped: resident pages.
         """
         done = 0
         while done < len(out):
@@ -185,7 +183,7 @@ class VectorStore:
             done += count
 
     def vectors_at(self, rows: np.ndarray) -> np.ndarray:
-        """Return the vectors (n, H) of these rows, read one by one; `rows` need not be sorted."""
+        """Return the vectors (n, H) of these rows, in any order, read one by one."""
         out = np.empty((len(rows), self.hidden), dtype=self.dtype)
         order = np.argsort(rows, kind="stable")
         sorted_rows, size = rows[order], self.hidden * self.dtype.itemsize
@@ -242,13 +240,13 @@ class ScoreStore(VectorStore):
 
 
 class _ReadChecksum:
-    """The checksum of the block that is being read in order, call by call."""
+    """Running checksum of a block that several calls read in order."""
 
     def __init__(self) -> None:
         self.block, self.next_row, self.digest = -1, 0, xxhash.xxh3_64()
 
     def add(self, block: int, first: int, rows: np.ndarray) -> str | None:
-        """Return the checksum of the block up to these rows; None when the rows before were not read."""
+        """Return the checksum of the block up to these rows; None when earlier rows were not read."""
         if first == 0:
             self.block, self.next_row, self.digest = block, 0, xxhash.xxh3_64()
         if (block, first) != (self.block, self.next_row):
@@ -258,14 +256,14 @@ class _ReadChecksum:
         return self.digest.hexdigest()
 
 
-class _Ownership:
-    """Decides whether the blocks in a store's folder belong to this run, and deletes those that do not."""
+class _StoreFolder:
+    """The folder of a store before its first use: blocks of this run are kept, all others deleted."""
 
     def __init__(self, store: VectorStore, log: Callable[[str], None]):
         self.store, self.folder, self.log = store, store.folder, log
 
-    def take_over(self, force: bool, shared: bool) -> None:
-        """Lock the folder for reading, with this run's blocks in it; a complete one may be read-only."""
+    def prepare(self, force: bool, shared: bool) -> None:
+        """Remove blocks of other runs and take the read lock; a complete folder may be read-only."""
         try:
             locks = self.store.locks
         except OSError as error:
@@ -297,7 +295,7 @@ class _Ownership:
         write_json(path, self.store.manifest)
 
     def _all_stamps_agree(self) -> bool:
-        """Return whether there are stamps of blocks, all of them of this manifest."""
+        """Return whether there are block stamps, all of this manifest."""
         stamps = filter(None, map(read_checked_json, self.folder.glob("block-*.json")))
         return {stamp.get("manifest") for stamp in stamps} == {self.store.manifest_checksum}
 
@@ -330,7 +328,7 @@ def _checksum(vectors: np.ndarray) -> str:
 
 
 def _npy_header(shape: tuple[int, int], dtype: np.dtype) -> bytes:
-    """Return the header that np.save writes: compared as a whole, since numpy parses it as Python."""
+    """Return the header that np.save writes; it is compared as bytes, because numpy parses it as Python."""
     header = BytesIO()
     entries = {"descr": dtype.str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, entries)

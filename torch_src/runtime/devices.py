@@ -14,10 +14,7 @@ from torch_src.runtime.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of `auto`, `cpu`, `cuda` or `cuda:N`; UserError when it is not available.
-
-    Under torchrun each process of a machine uses the GPU with its local rank.
-    """
+    """Return the device; UserError when it is not available. Under torchrun `cuda` is `cuda:LOCAL_RANK`."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     local = os.getenv("LOCAL_RANK")
@@ -34,36 +31,33 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: only {torch.cuda.device_count()} CUDA devices are visible")
     if device.type == "cuda":
-        # Calls without a device (seeds, synchronization, NCCL's buffers) then use this one as well.
+        # the default of calls without a device: seeds, synchronization, NCCL buffers
         torch.cuda.set_device(device.index or 0)
     return device
 
 
 def search_devices(name: str, device: torch.device) -> list[torch.device]:
-    """Return the devices of a search: every GPU unless the knob `name` names one, else `device`."""
+    """Return the devices to search on: all GPUs for `auto` or `cuda` on a GPU machine, else `device`."""
     if device.type == "cuda" and name in ("auto", "cuda"):
         return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return [device]
 
 
-def token_budget(asked: int, device: torch.device, training: bool = False) -> int:
-    """Return the padded tokens of one forward pass: `asked`, or with 0 a default for the device.
-
-    On a CPU the activations of a layer should fit in the caches: at inference 4,096 was the fastest of
-    2,048 to 16,384; training keeps the activations of all layers and takes half of that. The default does
-    not depend on free memory: a resumed training must split its batches as before.
-    """
-    if asked:
-        return asked
+def token_budget(requested: int, device: torch.device, training: bool = False) -> int:
+    """Return the padded tokens per forward pass: `requested`, or for 0 the default of the device."""
+    if requested:
+        return requested
+    # Independent of free memory: a resumed training must split its batches as before.
     if device.type == "cuda":
         return 16384 if training else 32768
+    # Activations should fit into the caches: 4,096 was the fastest of 2,048 to 16,384 for inference.
     return 2048 if training else 4096
 
 
-def worker_count(asked: int, device: torch.device) -> int:
-    """Return the number of tokenizing processes: `asked`, or with -1 enough to keep a GPU busy."""
-    if asked >= 0:
-        return asked
+def worker_count(requested: int, device: torch.device) -> int:
+    """Return the number of tokenizing processes: `requested`, or for -1 the default of the device."""
+    if requested >= 0:
+        return requested
     return min(4, max(1, (os.cpu_count() or 1) - 1)) if device.type == "cuda" else 0
 
 
@@ -100,7 +94,6 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     """Return the context in which a model runs; weights stay fp32, scores and losses are cast to fp32."""
     if precision == "fp32":
         return nullcontext()
-    # Each weight is cast once per context.
     return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
@@ -116,10 +109,10 @@ MALLOC_OPTIONS = ((-1, 2**31 - 1), (-2, 64 << 20))
 
 
 def keep_freed_memory() -> bool:
-    """Let malloc reuse the memory of freed tensors; return whether this C library supports it.
+    """Make malloc reuse the memory of freed tensors; return whether this C library supports it.
 
-    By default glibc returns every large block to the system, and each new one costs a page fault per 4 KB:
-    a fifth of the encoding time on a CPU, measured. The peak memory stays the same.
+    By default glibc returns large blocks to the system. New ones cost a page fault per 4 KB, a fifth of the
+    encoding time on a CPU.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -145,10 +138,7 @@ def set_threads(threads: int) -> int:
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Use deterministic operations; torch warns about those that have no deterministic version.
-
-    UserError on CUDA without the environment variable that cuBLAS needs when the process starts.
-    """
+    """Use deterministic operations where torch has them; UserError without cuBLAS's variable on CUDA."""
     if device.type == "cuda" and not os.getenv("CUBLAS_WORKSPACE_CONFIG"):
         raise UserError("--deterministic: put CUBLAS_WORKSPACE_CONFIG=:4096:8 in front of the command")
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -4,14 +4,14 @@ OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator: can't al
 
 
 class UserError(ValueError):
-    """A mistake of the user: the entry scripts print it as one line and exit with status 2.
+    """An error that the user can fix: programs log it as one line and exit with status 2.
 
-    The message is `path:line: what is wrong (what was expected); how to fix it`, or names the option.
+    Message: `path:line: what is wrong (what was expected); how to fix it`, or an option instead of the path.
     """
 
 
 class Stopped(Exception):
-    """A signal stopped the run, which has saved what it needs to resume."""
+    """A signal stopped the run after it saved its state; the same command resumes it."""
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)
@@ -19,7 +19,7 @@ class Stopped(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory did not suffice: torch reports it in several ways."""
+    """Return whether the error means out of memory, which torch reports in several ways."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)

@@ -16,12 +16,11 @@ from torch_src.runtime.errors import UserError
 def atomic_write(path: str | Path, mode: str = "w", keep_old: str | Path | None = None) -> Iterator[IO[Any]]:
     """Yield a temporary file that replaces `path` when the block ends without an error.
 
-    A reader sees the old file or the complete new one; after an error the old file is unchanged. With
-    `keep_old` the old file is kept under that name.
+    A reader sees the old file or the complete new one. The old file is renamed to `keep_old`, if given.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Host and process in the name: two machines may write the same file on a shared file system.
+    # host and process id in the name: two machines may write the same file on a shared file system
     prefix = f"{path.name}.{socket.gethostname()}"
     tmp = path.with_name(f"{prefix}.{os.getpid()}.tmp")
     for leftover in path.parent.glob(f"{glob.escape(prefix)}.*.tmp"):
@@ -37,9 +36,9 @@ def atomic_write(path: str | Path, mode: str = "w", keep_old: str | Path | None 
             os.replace(path, keep_old)
         os.replace(tmp, path)
     except OSError as error:
-        if error.errno is not None:
+        if error.errno is not None:  # numpy raises one without a number
             raise
-        raise UserError(f"{path}: could not be written ({error}); is the disk full?") from error  # by numpy
+        raise UserError(f"{path}: could not be written ({error}); is the disk full?") from error
     finally:
         tmp.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -50,7 +49,7 @@ def atomic_write(path: str | Path, mode: str = "w", keep_old: str | Path | None 
 
 
 def _is_running(pid: str) -> bool:
-    """Return whether this machine has a process with the number; True when that is unknown."""
+    """Return whether a process with this id runs on this machine; True when that is unknown."""
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
@@ -76,7 +75,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_json_list(path: str | Path) -> list[dict[str, Any]]:
-    """Return the JSON array of objects in `path`; UserError as read_json."""
+    """Return the JSON array of objects in `path`; UserError like read_json."""
     value = _read_json(path)
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         raise UserError(f"{path}: expected a JSON array of objects")
@@ -94,7 +93,7 @@ def _read_json(path: str | Path) -> Any:
 
 
 def require(path: str | Path, what: str, fix: str = "") -> str:
-    """Return `path` when it exists; else UserError with what it is and how to fix it."""
+    """Return `path`; UserError when it does not exist, describing the file (`what`) and the fix."""
     if not os.path.exists(path):
         raise UserError(f"{path}: no such file or folder ({what})" + (f"; {fix}" if fix else ""))
     return str(path)

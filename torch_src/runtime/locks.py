@@ -1,7 +1,7 @@
-"""Locks between processes. The kernel drops them with the process, however it ends.
+"""File locks between processes. The kernel releases them when a process ends, even after a crash.
 
-POSIX locks on bytes of a file: they also work between machines where the shared file system supports locks
-(NFS does). Closing any handle on a file drops all locks of the process on it, so each file has one handle.
+POSIX locks on bytes of a file also work across machines if the shared file system supports locks (NFS does).
+Closing any handle of a file releases all locks of the process on it, so each file has one handle.
 """
 
 import fcntl
@@ -39,8 +39,8 @@ def _warn_unsupported(path: str, reason: str) -> None:
 def folder_lock(folder: str | Path, shared: bool = False, name: str = "lock") -> Iterator[None]:
     """Lock an output folder for one run; UserError when another run has locked it.
 
-    Runs with a `shared` lock (they divide the encoding) exclude only the others. A program that starts
-    another one in its own folder uses a file `name` of its own.
+    Runs with a `shared` lock may run together. A program that starts another one in the same folder needs
+    a lock file with a different `name`.
     """
     path = Path(folder) / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def folder_lock(folder: str | Path, shared: bool = False, name: str = "lock") ->
 
 
 class BlockLocks:
-    """Locks of this process on the blocks of one folder, for as long as something refers to the object."""
+    """This process's locks on the blocks of one folder; released when the object is garbage-collected."""
 
     _open: WeakValueDictionary[Path, "BlockLocks"] = WeakValueDictionary()
 
@@ -78,27 +78,25 @@ class BlockLocks:
         return True
 
     def release(self, *blocks: int) -> None:
-        """Unlock blocks."""
         for block in blocks:
             self.acquired.discard(block)
             _lock(self.file, fcntl.LOCK_UN, block)
 
     def acquire_missing(self, blocks: Iterable[int], is_missing: Callable[[int], bool]) -> Iterator[int]:
-        """Lock and yield one block after the other, skipping those that other processes hold or finished."""
+        """Lock and yield each block that no other process has locked or finished."""
         for block in blocks:
             if self.acquire(block):
-                if is_missing(block):  # another process may have finished it before it was locked here
+                if is_missing(block):  # else another process finished it just before
                     yield block
                 else:
                     self.release(block)
 
     def release_all(self) -> None:
-        """Unlock every block."""
         self.release(*self.acquired)
 
     @contextmanager
     def folder(self) -> Iterator[None]:
-        """Lock the folder for a moment, after waiting for its turn: to check it, and perhaps to empty it."""
+        """Lock the whole folder, waiting until no other process has locked it."""
         _lock(self.file, fcntl.LOCK_EX, FOLDER_BYTE)
         try:
             yield
@@ -106,9 +104,9 @@ class BlockLocks:
             _lock(self.file, fcntl.LOCK_UN, FOLDER_BYTE)
 
     def read(self) -> None:
-        """Lock the blocks against deletion by another process, together with other readers."""
+        """Take a shared lock that keeps other processes from deleting the blocks."""
         _lock(self.file, fcntl.LOCK_SH, READERS_BYTE)
 
     def only_reader(self) -> bool:
-        """Return whether no other process reads the blocks; none can start to until this one calls read()."""
+        """Return whether no other process has the read() lock; if so, none gets it before this one."""
         return _lock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, READERS_BYTE)

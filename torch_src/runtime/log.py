@@ -6,28 +6,25 @@ import time
 
 
 def rank() -> int:
-    """Return the number of this process among those that torchrun started; 0 for a single one."""
+    """Return the rank of this process under torchrun, else 0."""
     return int(os.getenv("RANK", "0"))
 
 
 def log(line: str) -> None:
-    """Print one log line."""
     _print(line)
 
 
 def warn(line: str) -> None:
-    """Print one warning on stderr."""
     _print(f"WARNING {line}", error_stream=True)
 
 
 def error(line: str) -> None:
-    """Print one error on stderr."""
     _print(f"ERROR {line}", error_stream=True)
 
 
 def _print(line: str, error_stream: bool = False) -> None:
     prefix = time.strftime("%H:%M:%S ") + (f"[rank {rank()}] " if rank() else "")
-    # Flushed at once: a buffered line is lost when the process is killed.
+    # flushed, because buffered lines are lost when the process is killed
     print(prefix + " ".join(line.splitlines()), file=sys.stderr if error_stream else sys.stdout, flush=True)
 
 

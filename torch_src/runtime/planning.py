@@ -15,12 +15,12 @@ from torch_src.runtime.devices import free_gpu_memory, free_memory, peak_memory_
 from torch_src.runtime.log import duration, log
 
 PROBED_TEXTS = 96  # texts or pairs of the measured forward pass
-UNPROBED_GB = 0.25  # freed memory that a long inference keeps and a probe does not show; measured
+UNPROBED_GB = 0.25  # memory that a long inference keeps but a short probe does not show (measured)
 
 
 @dataclass
 class Plan:
-    """Parts of a run with their seconds, and its peak memory and disk in 10^9 bytes."""
+    """Estimated seconds of each part of a run, and its peak memory and disk space in 10^9 bytes."""
 
     program: str
     parts: list[tuple[str, float]] = field(default_factory=list)
@@ -51,13 +51,10 @@ class Plan:
         lines += [f"  {name:12} {needed:8.2f} GB of {free:,.1f} GB free" for name, needed, free in wanted]
         if not short:
             return [*lines, "  it fits"]
-        return [
-            *lines,
-            f"  IT DOES NOT FIT ({', '.join(short)})" + (f": {self.advice}" if self.advice else ""),
-        ]
+        advice = f": {self.advice}" if self.advice else ""
+        return [*lines, f"  IT DOES NOT FIT ({', '.join(short)}){advice}"]
 
     def report(self, folder: str, device: torch.device) -> None:
-        """Log the plan."""
         for line in self.lines(folder, device):
             log(line)
 
@@ -80,7 +77,7 @@ def _own_memory() -> int:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Return how long work() takes, including queued CUDA work."""
+    """Return the seconds that work() takes, including queued CUDA work."""
     start = time.perf_counter()
     work()
     if torch.cuda.is_available():
@@ -106,7 +103,7 @@ def memory_gb(device: torch.device) -> tuple[float, float]:
 
 
 def checkpoint_gb(model: torch.nn.Module, averaged: bool) -> float:
-    """Return the disk in 10^9 bytes of a training: weights, two checkpoints, and a third being written."""
+    """Return the disk space of a training in 10^9 bytes: weights, two checkpoints, one being written."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     return weights + 3 * weights * (4 if averaged else 3)
 
@@ -114,7 +111,7 @@ def checkpoint_gb(model: torch.nn.Module, averaged: bool) -> float:
 def smaller_chunk(texts: int, base_gb: float, peak_gb: float, free_gb: float) -> int:
     """Return the largest power of two of texts per forward pass whose peak stays within `free_gb`.
 
-    Memory above `base_gb` is taken as proportional to the number of texts; `texts` of them need `peak_gb`.
+    `texts` texts need `peak_gb`; memory above `base_gb` is assumed to be proportional to their number.
     """
     ratio = (0.9 * free_gb - base_gb) / max(1e-9, peak_gb - base_gb)
     return int(2 ** int(np.log2(max(1.0, texts * ratio))))

@@ -13,17 +13,17 @@ from torch_src.runtime.errors import Stopped, UserError, first_line, is_out_of_m
 INTERRUPTED = 128 + signal.SIGINT
 
 
-def exit_status(program: Callable[[], object], *mistakes: type[Exception]) -> int:
+def exit_status(program: Callable[[], object], *user_errors: type[Exception]) -> int:
     """Run `program()` and return the exit status of the process.
 
-    0: success. 2: a mistake of the user (UserError, OSError, and the types in `mistakes`) or not enough
-    memory, logged as one line. 128 + signal: stopped or interrupted.
+    0: success. 2: UserError, OSError, `user_errors` or out of memory, logged as one line. 128 + signal:
+    stopped or interrupted.
     """
-    expected: tuple[type[Exception], ...] = (UserError, *mistakes)
+    expected: tuple[type[Exception], ...] = (UserError, *user_errors)
     try:
         program()
-    except expected as mistake:
-        log.error(str(mistake))
+    except expected as error:
+        log.error(str(error))
         return 2
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -45,11 +45,11 @@ def exit_status(program: Callable[[], object], *mistakes: type[Exception]) -> in
     return 0
 
 
-def leave(program: Callable[[], int]) -> NoReturn:
+def exit_with(program: Callable[[], int]) -> NoReturn:
     """Run `program()` and end the process with the exit status that it returns.
 
-    SIGINT ends the process at once, also within imports, destructors and C code: every file is written
-    atomically, so nothing needs to be undone. Training replaces this handler with its own.
+    SIGINT ends the process at once, even during imports and C code: files are written atomically, so there
+    is nothing to clean up. Training installs its own handler.
     """
     main_process = os.getpid()
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask a run to stop when it has saved its work; a second signal ends it at once."""
+"""Stop on SIGTERM or SIGINT after saving; a second signal ends the process at once."""
 
 import signal
 from collections.abc import Iterator
@@ -12,40 +12,40 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """In its `with` block, `asked` is the number of the signal that was received, 0 before."""
+    """In its `with` block, `asked` is the number of the received signal, 0 before one arrives."""
 
     def __init__(self) -> None:
-        self.asked, self.at_once = 0, False
-        self.before: dict[signal.Signals, Any] = {}  # the handlers outside the block
+        self.asked, self.immediate = 0, False
+        self.previous: dict[signal.Signals, Any] = {}  # the handlers outside the block
 
     def __enter__(self) -> "StopSignals":
         try:
-            self.before = {number: signal.signal(number, self._received) for number in SIGNALS}
+            self.previous = {number: signal.signal(number, self._received) for number in SIGNALS}
         except ValueError:
-            self.before = {}  # not the main thread: signals cannot be handled here
+            self.previous = {}  # not the main thread: signals cannot be handled here
         return self
 
     def __exit__(self, *_: object) -> None:
         self._restore()
 
     def _restore(self) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def _received(self, number: int, _frame: FrameType | None) -> None:
         self._restore()  # a second signal ends the process
         self.asked = number
-        if self.at_once:
+        if self.immediate:
             raise self.stopped("before the end of an evaluation")
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Raise Stopped at once on a signal within this block, where no work would be lost."""
-        self.at_once = True
+        """Raise Stopped as soon as a signal arrives in this block, which has no work to save."""
+        self.immediate = True
         try:
             yield
         finally:
-            self.at_once = False
+            self.immediate = False
 
     def stopped(self, where: str) -> Stopped:
         """Return the error that ends the run."""

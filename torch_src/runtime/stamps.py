@@ -1,8 +1,7 @@
 """Stamps and checksums.
 
-A stamp NAME.stamp.json says what an artifact was made from: a flat dictionary of the settings that matter and
-checksums of the inputs (their content, not their time), and the checksum of the artifact itself. An artifact
-is up to date while both agree.
+A stamp NAME.stamp.json holds the settings and the checksums of the inputs of an artifact, and the checksum of
+the artifact itself. The artifact is up to date while all of them agree.
 """
 
 import json
@@ -15,14 +14,14 @@ import xxhash
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json, write_json
 
-CODE_VERSION = 1  # raised when the same settings and inputs would give other results
+CODE_VERSION = 1  # increased when the same settings and inputs give different results
 READ_SIZE = 1 << 22
 CHECKSUM = "checksum"
 JsonDict = dict[str, Any]
 
 
 def checksum_files(paths: Iterable[str | Path]) -> str:
-    """Return 16 hex digits over the contents of the files, in the order given."""
+    """Return 16 hex digits over the contents of the files, in this order."""
     digest = xxhash.xxh3_64()
     for path in paths:
         with open(path, "rb") as file:
@@ -64,17 +63,16 @@ def read_checked_json(path: str | Path) -> JsonDict | None:
 
 
 def stamp_path(artifact: str | Path) -> Path:
-    """Return the path of an artifact's stamp."""
     return Path(f"{artifact}.stamp.json")
 
 
 def write_stamp(artifact: str | Path, stamp: JsonDict) -> None:
-    """Write the stamp of a complete artifact: the last step of making it."""
+    """Write the stamp of an artifact, which must be complete."""
     write_json(stamp_path(artifact), {**stamp, "code": CODE_VERSION, CHECKSUM: checksum_files([artifact])})
 
 
 def clear_stamp(artifact: str | Path) -> None:
-    """Delete the stamp: the first step of replacing the artifact."""
+    """Delete the stamp, before the artifact is replaced."""
     stamp_path(artifact).unlink(missing_ok=True)
 
 
@@ -93,13 +91,13 @@ def is_intact(artifact: str | Path) -> bool:
 
 
 def changes(old: JsonDict, new: JsonDict) -> list[str]:
-    """Return `field: from -> to` of every field in which a stamp that was read differs from a new one."""
+    """Return `field: old -> new` for every field in which a stored stamp differs from a new one."""
     as_read = json.loads(json.dumps({**new, "code": CODE_VERSION}))  # tuples become lists
     return differences({k: v for k, v in old.items() if k != CHECKSUM}, as_read)
 
 
 def differences(old: JsonDict, new: JsonDict) -> list[str]:
-    """Return `field: from -> to` of every field in which two dictionaries differ."""
+    """Return `field: old -> new` for every field that differs."""
     fields = [field for field in {**old, **new} if old.get(field) != new.get(field)]
     return [f"{field}: {old.get(field, 'missing')} -> {new.get(field, 'missing')}" for field in fields]
 

@@ -1,4 +1,4 @@
-"""Reading files that torch.save wrote."""
+"""Read files written by torch.save."""
 
 import pickle
 import struct
@@ -9,8 +9,8 @@ import torch
 
 from torch_src.runtime.errors import UserError, first_line
 
-# What torch.load(weights_only=True) raises for flipped and missing bytes, measured (it is not documented).
-# struct.error and EOFError come from the format of torch before 1.6, which has no zip archive.
+# Raised by torch.load(weights_only=True) for flipped or missing bytes (found by experiment, not documented).
+# struct.error and EOFError: the format before torch 1.6.
 LOAD_ERRORS = (
     RuntimeError,
     pickle.UnpicklingError,
@@ -31,12 +31,12 @@ class DamagedFile(UserError):
 def load_tensors(path: str | Path, **options: Any) -> Any:
     """Return the nested tensors and plain values in a file, on the CPU.
 
-    Raises DamagedFile, or FileNotFoundError or PermissionError. torch compares no checksum of the data: a
-    damaged number is not noticed here.
+    Raises DamagedFile, FileNotFoundError or PermissionError. A changed number is not detected: torch does not
+    verify checksums.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, **options)
     except (FileNotFoundError, PermissionError):
         raise
     except LOAD_ERRORS as error:
-        raise DamagedFile(f"{path}: damaged, or no file of tensors ({first_line(error)[:100]})") from error
+        raise DamagedFile(f"{path}: damaged, or not a torch file ({first_line(error)[:100]})") from error

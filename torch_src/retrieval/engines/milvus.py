@@ -32,12 +32,12 @@ QUERIES_PER_CALL = 1000
 BATCH_BYTES = 8 << 20  # of fp32 vectors sent at once; a server accepts at most 64 MB
 CONNECT_SECONDS = 10.0
 COMMAND = "python script/milvus_load.py"
-# The library's own pings, every 10 s, are more than Milvus Lite's server allows: it closes the connection.
+# pymilvus pings every 10 s by default, upon which Milvus Lite closes the connection
 CHANNEL = {"grpc.keepalive_time_ms": 300_000}
 
 
 def token() -> str:
-    """Return the credentials (user:password, or a key); this variable is their only source."""
+    """Return the credentials (user:password, or a key) from the environment, their only source."""
     return os.getenv("MILVUS_TOKEN", "")
 
 
@@ -66,10 +66,8 @@ def connect(uri: str) -> tuple[Any, tuple[type[Exception], ...]]:
             f"{error.name} is not installed; run python -m pip install -r requirements-milvus.txt (in the "
             "environment that its first lines describe)"
         ) from None
-    for name in ("pymilvus", "milvus_lite", "grpc"):
-        logging.getLogger(name).setLevel(
-            logging.CRITICAL + 1
-        )  # they log tracebacks of errors that are reported here in one line
+    for name in ("pymilvus", "milvus_lite", "grpc"):  # they log tracebacks of errors that are reported below
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     failures = (pymilvus.MilvusException, grpc.RpcError)
     if is_milvus_file(uri):
         Path(uri).parent.mkdir(parents=True, exist_ok=True)
@@ -115,11 +113,9 @@ class Collection:
             raise UserError(f"{self}: {method} failed ({reason(error)})") from None
 
     def exists(self) -> bool:
-        """Return whether the collection exists."""
         return bool(self.call("has_collection"))
 
     def properties(self) -> dict[str, str]:
-        """Return the properties of the collection."""
         return dict(self.call("describe_collection").get("properties") or {})
 
     def stamp(self) -> JsonDict | None:
@@ -143,7 +139,6 @@ class Collection:
         self.call("create_collection", schema=schema, properties=properties, consistency_level="Strong")
 
     def drop(self) -> None:
-        """Delete the collection."""
         self.call("drop_collection")
 
     def index(self) -> str:
@@ -151,19 +146,19 @@ class Collection:
         return self.properties().get(INDEX, "")
 
     def make_index(self, kind: str, params: str) -> None:
-        """Build this index in place of the present one, unless they are the same."""
-        wanted, present = f"{kind} {params}".strip(), self.index()
-        if wanted == present:
+        """Build this index unless it exists; it replaces another one."""
+        wanted, current = f"{kind} {params}".strip(), self.index()
+        if wanted == current:
             return
-        if present:
-            log(f"{self}: rebuilding the index ({present} -> {wanted})")
+        if current:
+            log(f"{self}: rebuilding the index ({current} -> {wanted})")
             self.call("alter_collection_properties", {INDEX: ""})  # first: an incomplete index has no name
         self.call("release_collection")
         if self.call("list_indexes"):
             self.call("drop_index", INDEX_NAME)
         options = self.client.prepare_index_params()
         settings = parse_params("milvus_params", params)
-        # One level deeper than in the client's own form, which Milvus Lite ignores; servers accept both.
+        # nested: Milvus Lite ignores the client's flat form, servers accept both
         options.add_index(FIELD, kind, INDEX_NAME, metric_type="IP", params={"params": settings})
         self.call("create_index", options)
         self.call("alter_collection_properties", {INDEX: wanted})
@@ -178,7 +173,7 @@ class Collection:
         return int(self.call("query", filter=which, output_fields=["count(*)"])[0]["count(*)"])
 
     def put(self, first: int, vectors: np.ndarray, pids: np.ndarray | None) -> None:
-        """Write the vectors (n, H) of the rows from `first` on, replacing present ones."""
+        """Write the vectors (n, H) of the rows from `first` on, replacing existing ones."""
         entries: list[dict[str, Any]] = [
             {"row": first + at, FIELD: vector} for at, vector in enumerate(vectors.astype(np.float32))
         ]
@@ -255,9 +250,7 @@ class MilvusSearch:
         self.store = VectorStore.where_complete(folder, self.manifest)
 
     def loaded_manifest(self, manifest: JsonDict, load_command: str) -> JsonDict:
-        """Return the manifest of the loaded vectors; UserError unless it agrees with `manifest`, except for
-        block size, precision and device.
-        """
+        """Return the loaded manifest; UserError when more than block size, precision or device differs."""
         stamp = self.collection.stamp()
         if stamp is None:
             raise UserError(f"{self.collection}: not created by {COMMAND}; pass another --milvus_collection")
@@ -270,7 +263,7 @@ class MilvusSearch:
 
     @property
     def scores(self) -> str:
-        """The origin of the scores, for the run's stamp."""
+        """Origin of the scores, for the stamp of the run."""
         return "those of Milvus" if self.store is None else "exact"
 
     def check_blocks(self) -> None:
@@ -280,32 +273,30 @@ class MilvusSearch:
         else:
             check_blocks(self.store)
 
-    def ask(self, queries: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    def _request(self, queries: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
         """Return Milvus's results as Collection.search; `depth` is at most the number of rows.
 
         UserError when a FLAT index, which compares every row, finds fewer.
         """
         rows, scores = self.collection.search(queries, depth, self.params)
         if self.flat and (rows < 0).any():
-            raise UserError(
-                f"{self.collection}: Milvus returned too few hits; check its query nodes and run again"
-            )
+            raise UserError(f"{self.collection}: Milvus returned too few hits; check its query nodes")
         return rows, scores
 
     def search(self, queries: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (rows (B, K) int64, scores (B, K) float64), best first, ties by row.
 
-        A FLAT index gives the results of exact search: more than K hits are requested, and more again while
-        rounding in fp32 could have excluded one of the best K.
+        A FLAT index gives the results of exact search: the number of requested hits grows until rounding in
+        fp32 cannot have excluded one of the best K.
         """
         keep = min(topk, self.rows)
         if self.store is None:
-            return best_first(*self.ask(queries, keep), keep)
+            return best_first(*self._request(queries, keep), keep)
         rows, scores = np.empty((len(queries), keep), np.int64), np.empty((len(queries), keep))
         most, left = min(self.rows, MAX_HITS), np.arange(len(queries))
         depth = min(2 * keep, most) if self.flat else keep
         while len(left):
-            found, milvus_scores = self.ask(queries[left], depth)
+            found, milvus_scores = self._request(queries[left], depth)
             exact = exact_scores(self.store, queries[left], found)
             rows[left], scores[left] = best_first(found, exact, keep)
             if not self.flat or depth == self.rows:
@@ -315,17 +306,15 @@ class MilvusSearch:
                 break
             depth = min(4 * depth, most)
         if len(left):
-            warn(
-                f"{len(left)} queries: the limit of {most:,} hits is too low to be sure of their last results"
-            )
+            warn(f"{len(left)} queries: the maximum of {most:,} hits may miss some of their last results")
         return rows, scores
 
 
 def may_be_incomplete(best: np.ndarray, exact: np.ndarray, milvus_scores: np.ndarray) -> np.ndarray:
-    """Return (B,) bool: whether a passage that was not found could belong to the best K, scores (B, K).
+    """Return (B,) bool: whether a passage that was not found may belong to the best K, `best` (B, K).
 
-    Milvus's score of such a passage is at most its last one, milvus_scores (B, D). The error of its scores is
-    assumed to be at most twice the largest error of the passages found, whose exact scores are (B, D).
+    Milvus scores such a passage at most as its last hit, milvus_scores (B, D). Its error is assumed to be at
+    most twice the largest error of the hits, whose exact scores are (B, D).
     """
     known = np.isfinite(milvus_scores)
     errors = np.abs(np.where(known, milvus_scores, 0) - np.where(known, exact, 0))

@@ -12,7 +12,7 @@ def is_milvus_file(uri: str) -> bool:
 
 def check_milvus_uri(uri: str) -> None:
     """UserError unless it is a file NAME.db or http(s)://host:port, without credentials or a path."""
-    # The uri is not repeated: it may hold credentials, and messages end up in logs.
+    # messages omit the uri, which may contain credentials
     if "@" in uri and (":" in uri or not uri.endswith(".db")):
         raise UserError("--milvus_uri: credentials go into the variable MILVUS_TOKEN, not here")
     try:

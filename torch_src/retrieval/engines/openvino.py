@@ -1,4 +1,4 @@
-"""A tower compiled by OpenVINO: encodes on a CPU in bf16 a third faster than torch.
+"""A tower compiled by OpenVINO: in bf16 on a CPU a third faster than torch.
 
 Optional: `python -m pip install -r requirements-openvino.txt`. Each run converts the loaded torch model
 (seconds); nothing is written.
@@ -38,7 +38,7 @@ def check_openvino(device: torch.device, precision: str, pooling: str) -> None:
 
 
 class LastLayer(nn.Module):
-    """A tower whose inputs and output are plain tensors, as the conversion requires."""
+    """A tower with plain tensors as inputs and output, as the conversion requires."""
 
     def __init__(self, tower: PreTrainedModel):
         super().__init__()
@@ -58,14 +58,14 @@ def convert(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of tracing; the tests compare other sizes than the example's
+        warnings.simplefilter("ignore")  # tracer warnings; tests cover other sizes than the example's
         decoder = TorchScriptPythonDecoder(module, example_input=example)
         frontend = FrontEndManager().load_by_framework("pytorch")
         return frontend.convert(frontend.load(decoder))
 
 
 class OpenVinoTower:
-    """Replaces the torch tower it was converted from; returns only the last layer (B, L, H) fp32."""
+    """A converted tower in place of the torch one; returns only the last layer (B, L, H) fp32."""
 
     training = False
 
