@@ -174,4 +174,4 @@ class Training(TrainRows, DevAnswers, PlannedJob):
     def check(self) -> None:
         super().check()
         if self.early_stop and self.eval_every < 0:
-            raise UserError("--early_stop needs evaluations on dev; --eval_every -1 turns them off")
+            raise UserError("--early_stop requires evaluations on dev (--eval_every 0 or more)")

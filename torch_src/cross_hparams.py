@@ -60,4 +60,4 @@ class CrossHparams(Training):
     def check(self) -> None:
         super().check()
         if self.r_drop_alpha and (self.loss != "pointwise" or self.fgm_epsilon):
-            raise UserError("--r_drop_alpha is for --loss pointwise without --fgm_epsilon")
+            raise UserError("--r_drop_alpha requires --loss pointwise and no --fgm_epsilon")

@@ -104,11 +104,11 @@ class CrossInference:
         if unknown:
             raise UserError(
                 f"{path}: {len(unknown)} of its queries are not in {self.hp.dev_q_path}, "
-                f"the first: {unknown[0][:60]!r}"
+                f"e.g. {unknown[0][:60]!r}"
             )
         missing = len(self.qids) - len(self.candidates.queries)
         if missing:
-            warn(f"{missing} queries of {self.hp.dev_q_path} have no candidates: their lists stay empty")
+            warn(f"{missing} queries of {self.hp.dev_q_path} have no candidates; their lists are empty")
 
     def score_stamp(self) -> JsonDict:
         """Return the stamp of the logits."""
@@ -246,7 +246,7 @@ def check_scores(job: CrossInference, logits: np.ndarray, pids: np.ndarray, resu
         return
     reference = {query.qid: set(query.answers) for query in read_dev(job.hp.dev_set_path)}
     if not any(qid in reference for qid in result):
-        log(f"{job.hp.dev_set_path} has none of these queries: no metrics")
+        log(f"{job.hp.dev_set_path} contains none of these queries; no metrics")
         return
     before: QidLists = {qid: [] for qid in result}
     for query, span in spans:

@@ -70,6 +70,6 @@ class DualHparams(Training):
     def check(self) -> None:
         super().check()
         if self.distill_loss != NONE and not self.hard_negatives:
-            raise UserError("--distill_loss needs hard negatives to learn from; --hard_negatives is 0")
+            raise UserError("--distill_loss requires --hard_negatives of at least 1")
         if self.batch_size == 1 and not self.hard_negatives:
             raise UserError("--batch_size 1 --hard_negatives 0: no query would have a negative")

@@ -98,14 +98,8 @@ class DualInference(Retriever):
         if hp.passage_ids or hp.passage_dir:
             options["--passage_ids"] = hp.passage_ids_path
         load = shlex.join([*COMMAND.split(), *(word for option in options.items() for word in option)])
-        return MilvusSearch(
-            hp.milvus_uri_path,
-            hp.milvus_collection,
-            self.passage_manifest,
-            hp.para_emb_path,
-            hp.search_params,
-            load,
-        )
+        uri, name, folder = hp.milvus_uri_path, hp.milvus_collection, hp.para_emb_path
+        return MilvusSearch(uri, name, self.passage_manifest, folder, hp.search_params, load)
 
     def run_stamp(self) -> JsonDict:
         """Return the stamp of res.top{k}."""
@@ -183,15 +177,9 @@ def encode(job: DualInference, force: bool) -> tuple[np.ndarray | None, VectorSt
     model = load_dual_model(job.source)
     if job.milvus:
         return encode_queries(job, model), job.milvus.store
+    shape, shared = (len(job.collection), job.width, job.hp.block_rows), bool(job.hp.para_emb)
     store = VectorStore.create_or_continue(
-        job.hp.para_emb_path,
-        job.passage_stamp(),
-        len(job.collection),
-        job.width,
-        job.hp.block_rows,
-        log,
-        force,
-        shared=bool(job.hp.para_emb),
+        job.hp.para_emb_path, job.passage_stamp(), *shape, log, force, shared
     )
     queries = encode_queries(job, model) if rank() == 0 else None
     encode_passages(job, model, store)
@@ -251,15 +239,9 @@ def _milvus_search(job: DualInference, milvus: MilvusSearch, queries: np.ndarray
     hp = job.hp
     milvus.check_blocks()
     if hp.recall_queries and milvus.store:
+        limits = hp.recall_queries, hp.search_memory_gb, hp.seed
         line = measured_recall(
-            lambda sample: milvus.search(sample, job.topk),
-            milvus.store,
-            queries,
-            job.topk,
-            job.device,
-            hp.recall_queries,
-            hp.search_memory_gb,
-            hp.seed,
+            lambda q: milvus.search(q, job.topk), milvus.store, queries, job.topk, job.device, *limits
         )
         log(f"Milvus {milvus.index}: {line}")
     return lambda queries: (*milvus.search(queries, job.topk), "")
@@ -270,7 +252,7 @@ def write_run(job: DualInference, queries: np.ndarray, find: SearchFunction) -> 
     clear_stamp(job.run_path)
     with atomic_write(job.run_path) as file:
         for start in range(0, len(queries), job.bs):
-            begun = time.monotonic()
+            started = time.monotonic()
             rows, scores, stats = find(queries[start : start + job.bs])
             texts = job.queries[start : start + job.bs]
             for query, found, values in zip(texts, rows.tolist(), scores.tolist(), strict=True):
@@ -278,7 +260,7 @@ def write_run(job: DualInference, queries: np.ndarray, find: SearchFunction) -> 
                     if row >= 0:  # an index may find fewer than topk: the missing ones come last, as -1
                         file.write(format_run_row(RunRow(query, row, number, score)))
             done = f"searched {min(start + job.bs, len(queries)):,}/{len(queries):,} queries"
-            log(f"{done} in {duration(time.monotonic() - begun)}  {stats}".rstrip())
+            log(f"{done} in {duration(time.monotonic() - started)}  {stats}".rstrip())
     settings = {"topk": job.topk, "bs": job.bs, "fixed_by_weights": job.source.settings}
     hparams.save(job.hp, Path(job.hp.saved_to), **settings)
     write_stamp(job.run_path, job.run_stamp())  # last: marks the run as complete

@@ -56,9 +56,7 @@ def read_query_ids(hp: QueryIds) -> dict[str, list[str] | None]:
     q2qid = read_q2qid(path)
     missing = [query for query in queries if query not in q2qid]
     if missing:
-        raise UserError(
-            f"{path}: {len(missing)} queries of {hp.dev_q_path} are missing, the first: {missing[0][:60]!r}"
-        )
+        raise UserError(f"{path}: lacks {len(missing)} queries of {hp.dev_q_path}, e.g. {missing[0][:60]!r}")
     if len(q2qid) > len(queries):
         warn(f"{path} has {len(q2qid)} queries, {hp.dev_q_path} only {len(queries)}: the rest get no result")
     return {query: [q2qid[query]] for query in queries}
@@ -127,7 +125,7 @@ def find_trained_model(
     trained_path = Path(params).with_name(f"{name}_hparams.json")
     trained = read_json(require(trained_path, f"settings of {name}_params.bin", f"run {program} again"))
     if "fixed_by_weights" not in trained or "tokenizer" not in trained:
-        raise UserError(f"{trained_path}: not a file of {program}; train again")
+        raise UserError(f"{trained_path}: not written by {program}; train again")
     if "checksum" in trained and not model_fields_intact(trained):
         raise UserError(
             f"{trained_path}: checksum mismatch: {', '.join(MODEL_FIELDS)} belong to the weights and must "
@@ -144,31 +142,27 @@ def find_trained_model(
     checksum = checksum_files([params])
     if trained.get("weights", checksum) != checksum:
         warn(f"{params}: not the weights that {trained_path} describes; its settings are used")
-    path, tokenizer, config = _load_trained_parts(hp, name, params, trained)
+    path, tokenizer, config = _load_trained_model_files(hp, name, params, trained)
     return ModelSource(settings, path, params, tokenizer, config, architecture(config), checksum, hp.seed)
 
 
-def _load_trained_parts(
+def _load_trained_model_files(
     hp: InferenceHparams, name: str, params: str, trained: JsonDict
 ) -> tuple[str, PreTrainedTokenizerBase, PretrainedConfig]:
     """Return (path, tokenizer, configuration): of NAME_model/ beside the weights, or of the options."""
-    beside = Path(params).with_name(f"{name}_model")
-    for changed in changed_files(beside, trained.get("model_files", {})) if beside.exists() else ():
+    folder = Path(params).with_name(f"{name}_model")
+    for changed in changed_files(folder, trained.get("model_files", {})) if folder.exists() else ():
         raise UserError(f"{changed}: missing or checksum mismatch; restore it, or train again")
-    path = hp.pretrained_model_path or (str(beside) if beside.exists() else trained["pretrained_model_path"])
+    path = hp.pretrained_model_path or (str(folder) if folder.exists() else trained["pretrained_model_path"])
     vocab_path = hp.vocab_path
-    if not vocab_path and path != str(beside):
+    if not vocab_path and path != str(folder):
         vocab_path = trained["fixed_by_weights"]["vocab_path"]
     tokenizer, config = load_tokenizer(path, vocab_path or ""), load_config(path)
     if tokenizer_checksum(tokenizer) != trained["tokenizer"]:
-        raise UserError(
-            f"{vocab_path or path}: not the tokenizer that {params} was trained with; omit the option"
-        )
-    is_own = path == str(beside) or not beside.exists()
-    if not is_own and architecture(config) != architecture(load_config(str(beside))):
-        raise UserError(
-            f"{path}: not the configuration that {params} was trained with; omit --pretrained_model_path"
-        )
+        raise UserError(f"{vocab_path or path}: not the tokenizer of {params}; omit the option")
+    is_own = path == str(folder) or not folder.exists()
+    if not is_own and architecture(config) != architecture(load_config(str(folder))):
+        raise UserError(f"{path}: not the configuration that {params} was trained with; omit the option")
     return path, tokenizer, config
 
 
@@ -280,15 +274,8 @@ class Retriever:
         budget = token_budget(0, self.device)
         if side == "passage" and hp.encoder_engine == OPENVINO:
             tower, budget = OpenVinoTower(tower, self.precision), TOKENS
-        return Encoder(
-            tower,
-            self.source.tokenizer,
-            rules,
-            settings["pooling"],
-            settings["normalize"],
-            self.device,
-            self.precision,
-            hp.batch_size,
-            budget,
-            hp.vector_dims,
+        pooling, limits = (
+            (settings["pooling"], settings["normalize"]),
+            (hp.batch_size, budget, hp.vector_dims),
         )
+        return Encoder(tower, self.source.tokenizer, rules, *pooling, self.device, self.precision, *limits)

@@ -76,11 +76,11 @@ class InferenceDeHparams(RetrieverHparams, QueryIds, PlannedJob):
     def check(self) -> None:
         super().check()
         if self.search_params and not self.index and self.engine != "milvus":
-            raise UserError("--search_params is for an approximate --index, or for --engine milvus")
+            raise UserError("--search_params requires --index or --engine milvus")
         if self.engine == "milvus":
             check_milvus_uri(self.milvus_uri_path)
             if self.index or self.plan:
                 option = "--index" if self.index else "--plan"
-                raise UserError(f"{option} is for the search on this machine; omit it, or --engine milvus")
+                raise UserError(f"{option} cannot be combined with --engine milvus")
         elif self.milvus_uri or self.milvus_collection != InferenceDeHparams.milvus_collection:
-            raise UserError("--milvus_uri and --milvus_collection are for --engine milvus")
+            raise UserError("--milvus_uri and --milvus_collection require --engine milvus")

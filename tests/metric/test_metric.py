@@ -473,7 +473,7 @@ def test_evaluation_warns_of_duplicate_missing_and_unknown_queries(folder, capsy
         ("res.json", '{"q1": ["a"],\n"q2": "c"}', "res.json:2: "),
         ("res.json", '{"q1": ["a"],\n"q2": ["c", 0]}', "res.json:2: "),
         ("res.json", '{"q1": ["a"],\n"q1": ["b"]}', "res.json:2: duplicate qid 'q1'"),
-        ("dev.json", "", "dev.json: no queries"),
+        ("dev.json", "", "dev.json: contains no queries"),
         ("dev.json", REFERENCE + "\n", "dev.json:5: not JSON"),
         ("dev.json", REFERENCE[:-3], "dev.json:4: not JSON"),
         ("dev.json", REFERENCE * 2, "dev.json:5: duplicate question_id 'q1'"),

@@ -21,13 +21,8 @@ def cached_array(
         return make()
     state = os.stat(source)
     path = str(source.resolve())
-    stamp = {
-        "path": path,
-        "size": state.st_size,
-        "mtime_ns": state.st_mtime_ns,
-        "ctime_ns": state.st_ctime_ns,
-        "inode": state.st_ino,
-    }
+    times = {"mtime_ns": state.st_mtime_ns, "ctime_ns": state.st_ctime_ns}
+    stamp = {"path": path, "size": state.st_size, **times, "inode": state.st_ino}
     stem = Path(cache_dir) / f"{source.name}-{checksum_text(path)}.{kind}"
     cached, stamp_path = Path(f"{stem}.npy"), Path(f"{stem}.json")
     known = read_checked_json(stamp_path) or {}

@@ -52,10 +52,7 @@ def load_config(path: str, dropout: float | None = None) -> PretrainedConfig:
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
         raise UserError(f"{path}: contains no config.json; get it with `sh script/download.sh model NAME`")
     if not os.path.isdir(path) and not is_hub_name(path):
-        raise UserError(
-            f"{path}: no such folder (pretrained_model_path); "
-            "download the default model with `sh script/download.sh model`"
-        )
+        raise UserError(f"{path}: no such folder (pretrained_model_path); run sh script/download.sh model")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except CONFIG_ERRORS as error:

@@ -299,7 +299,7 @@ class BatchedInference:
         if self.tokens_per_batch // 2 < max(MIN_TOKENS_PER_BATCH, longest):
             raise UserError(
                 f"{self.device}: out of memory at {self.tokens_per_batch} tokens per forward pass, the "
-                "minimum here; use a smaller model or a shorter length, or free memory on the device"
+                "minimum; use a smaller model or a shorter length, or free memory on the device"
             )
         self.tokens_per_batch //= 2
         warn(f"{self.device}: out of memory; tokens_per_batch halved to {self.tokens_per_batch}")

@@ -93,7 +93,7 @@ def encode_collection(
     missing = store.missing_blocks()
     if len(missing) < store.block_count:
         done = store.block_count - len(missing)
-        log(f"{store.folder}: {done} of {store.block_count} blocks are finished and kept")
+        log(f"{store.folder}: {done} of {store.block_count} finished blocks are kept")
     progress = Progress(sum(last - first for first, last in map(store.block_range, missing)), log_every)
     waiting = False
     try:
@@ -194,7 +194,4 @@ def check_float16(stored: np.ndarray, first_row: int) -> None:
     finite = np.isfinite(stored).all(axis=1)
     if not finite.all():
         row = first_row + int(np.flatnonzero(~finite)[0])
-        raise UserError(
-            f"the vector of row {row} has values that are not finite or beyond float16 (65,504); "
-            "train with --normalize, or check the weights"
-        )
+        raise UserError(f"the vector of row {row} is not finite or beyond float16 (65,504); use --normalize")

@@ -76,12 +76,7 @@ class FaissSearch:
         UserError for a malformed factory string or parameter, and when the index does not fit into memory.
         """
         self.store, self.settings, self.faiss = store, settings, load_faiss()
-        stamp = {
-            **stamp,
-            "factory": settings.factory,
-            "seed": settings.seed,
-            "memory_gb": settings.memory_gb,
-        }
+        stamp = {**stamp, "factory": settings.factory, "seed": settings.seed, "memory_gb": settings.memory_gb}
         old = None if force else read_stamp(path)
         different = [] if old is None else changes(old, stamp)
         if old is not None and not different and not is_intact(path):
@@ -95,7 +90,7 @@ class FaissSearch:
             raise UserError(f"{path}: {reason}; run do_dual_infer.py --index '{settings.factory}'")
         else:
             if different:
-                log(f"{path}: out of date, rebuilt ({'; '.join(different)})")
+                log(f"{path}: out of date ({'; '.join(different)}); rebuilding it")
             self.index = self._build(path, stamp)
         set_parameters(self.index, settings.factory, settings.search_params)
 
@@ -112,7 +107,7 @@ class FaissSearch:
     def _build(self, path: Path, stamp: dict[str, Any]) -> Any:
         factory, hidden = self.settings.factory, self.store.hidden
         check_memory(factory, estimate(factory, hidden, self.store.rows)[0])
-        begun = time.monotonic()
+        started = time.monotonic()
         index = new_index(factory, hidden)
         if not index.is_trained:
             self._train(index)
@@ -126,7 +121,7 @@ class FaissSearch:
                 raise UserError(f"{path}: cannot be written; check the free disk space") from error
         write_stamp(path, stamp)
         size = os.path.getsize(path) / 1e9
-        log(f"wrote {path} ({size:.2f} GB) in {duration(time.monotonic() - begun)}")
+        log(f"wrote {path} ({size:.2f} GB) in {duration(time.monotonic() - started)}")
         return index
 
     def _train(self, index: Any) -> None:
@@ -205,9 +200,9 @@ def estimate(factory: str, hidden: int, rows: int) -> tuple[int, float]:
     if not index.is_trained:
         index.train(sample)
     empty = len(faiss.serialize_index(index))
-    begun = time.perf_counter()
+    started = time.perf_counter()
     index.add(sample[:PROBED_VECTORS])
-    seconds = (time.perf_counter() - begun) / PROBED_VECTORS
+    seconds = (time.perf_counter() - started) / PROBED_VECTORS
     return empty + rows * (len(faiss.serialize_index(index)) - empty) // PROBED_VECTORS, seconds * rows
 
 

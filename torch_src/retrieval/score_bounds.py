@@ -240,11 +240,11 @@ def fastest_kind(hidden: int, device: torch.device) -> tuple[str, dict[str, floa
 
 
 def _seconds(bounds: ScoreBounds, vectors: Tensor, floor: Tensor, device: torch.device) -> float:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     bounds.pairs_above(vectors, floor, 1)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 @cache

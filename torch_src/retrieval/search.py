@@ -435,11 +435,11 @@ def measured_recall(
     """Return a log line: the share of the exact top-k that `find` returns for `count` of the queries."""
     draw = np.random.default_rng([seed, 6])
     sample = queries[np.sort(draw.choice(len(queries), min(count, len(queries)), replace=False))]
-    begun = time.monotonic()
+    started = time.monotonic()
     found, _ = find(sample)
-    took = time.monotonic() - begun
+    took = time.monotonic() - started
     exact, _, _ = search(store, sample, topk, [device], memory_gb=memory_gb)
-    exact_took = time.monotonic() - begun - took
+    exact_took = time.monotonic() - started - took
     hits = sum(len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True))
     return (
         f"recall@{topk} {hits / exact.size:.4f} relative to exact search on {len(sample)} queries "

@@ -134,8 +134,8 @@ class VectorStore:
         assert vectors.shape == self._shape(block) and vectors.dtype == self.dtype
         if self.changed_fields():
             raise UserError(
-                f"{self.folder}: another run with other settings writes its vectors here; "
-                "give one of the two another --output_dir"
+                f"{self.folder}: another run with other settings writes to this folder; "
+                "use another --output_dir for one of them"
             )
         for path in self.folder.glob(f"block-{block:05d}.*.tmp"):
             path.unlink(missing_ok=True)  # left by a killed process; this process has locked the block
@@ -282,7 +282,7 @@ class _StoreFolder:
         if not changed and not force:
             return
         if not force and self._all_stamps_agree():
-            self.log(f"{path}: damaged; rewriting it, the blocks of this run are kept")
+            self.log(f"{path}: damaged; rewriting it and keeping the blocks of this run")
             write_json(path, self.store.manifest)
             return
         reason = "--force" if force else "; ".join(changed)

@@ -46,9 +46,7 @@ def folder_lock(folder: str | Path, shared: bool = False, name: str = "lock") ->
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:  # a shared lock needs a readable file, an exclusive one a writable file
         if not _lock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB):
-            raise UserError(
-                f"{folder}: locked by another run; wait until it ends, or use another output folder"
-            )
+            raise UserError(f"{folder}: locked by another run; wait for it, or use another folder")
         yield
 
 

@@ -42,17 +42,17 @@ class Plan:
         lines = [f"plan of {self.program}: estimates from a short probe on this machine"]
         lines += [f"  {what:58} {duration(seconds):>9}" for what, seconds in self.parts]
         lines.append(f"  {'total time':58} {duration(self.seconds):>9}")
-        wanted = [("memory", self.ram_gb, (free_memory() + _own_memory()) / 1e9)]
+        resources = [("memory", self.ram_gb, (free_memory() + _own_memory()) / 1e9)]
         if device.type == "cuda":
-            wanted.append(("GPU memory", self.gpu_gb, free_gpu_memory(device) / 1e9))
-        wanted.append(("disk", self.disk_gb, free_disk(folder) / 1e9))
-        short = [name for name, needed, free in wanted if needed > free]
-        short += ["these settings"] if self.too_large and not short else []
-        lines += [f"  {name:12} {needed:8.2f} GB of {free:,.1f} GB free" for name, needed, free in wanted]
-        if not short:
+            resources.append(("GPU memory", self.gpu_gb, free_gpu_memory(device) / 1e9))
+        resources.append(("disk", self.disk_gb, free_disk(folder) / 1e9))
+        exceeded = [name for name, needed, free in resources if needed > free]
+        exceeded += ["these settings"] if self.too_large and not exceeded else []
+        lines += [f"  {name:12} {needed:8.2f} GB of {free:,.1f} GB free" for name, needed, free in resources]
+        if not exceeded:
             return [*lines, "  it fits"]
         advice = f": {self.advice}" if self.advice else ""
-        return [*lines, f"  IT DOES NOT FIT ({', '.join(short)}){advice}"]
+        return [*lines, f"  IT DOES NOT FIT ({', '.join(exceeded)}){advice}"]
 
     def report(self, folder: str, device: torch.device) -> None:
         for line in self.lines(folder, device):

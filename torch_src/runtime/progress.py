@@ -22,7 +22,7 @@ class Progress:
     ):
         self.total, self.log_every, self.clock = total, log_every, clock
         self.verb, self.unit = verb, unit
-        self.begun = self.logged = clock()
+        self.started = self.logged = clock()
         self.texts = self.tokens = self.cut = 0
         self.bar = tqdm(total=total, unit=f" {unit}") if sys.stderr.isatty() else None
 
@@ -36,7 +36,7 @@ class Progress:
             log(self._line())
 
     def _line(self) -> str:
-        seconds = max(self.clock() - self.begun, 1e-9)
+        seconds = max(self.clock() - self.started, 1e-9)
         left = (self.total - self.texts) * seconds / max(self.texts, 1)
         done = f"{self.texts:,}/{self.total:,} {self.unit} ({100 * self.texts / max(self.total, 1):.1f}%)"
         rates = f"{self.texts / seconds:,.0f} {self.unit}/s  {self.tokens / seconds:,.0f} tokens/s"
@@ -47,7 +47,7 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
         if self.texts:
-            seconds = self.clock() - self.begun
+            seconds = self.clock() - self.started
             done = f"{self.verb} {self.texts:,} {self.unit} in {duration(seconds)}"
             rate = f"{self.texts / max(seconds, 1e-9):,.0f} {self.unit}/s"
             log(f"{done}  {rate}  {100 * self.cut / self.texts:.1f}% truncated")

@@ -62,10 +62,7 @@ def connect(uri: str) -> tuple[Any, tuple[type[Exception], ...]]:
         if is_milvus_file(uri):
             import milvus_lite  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            f"{error.name} is not installed; run python -m pip install -r requirements-milvus.txt (in the "
-            "environment that its first lines describe)"
-        ) from None
+        raise UserError(f"{error.name} is not installed; install requirements-milvus.txt") from None
     for name in ("pymilvus", "milvus_lite", "grpc"):  # they log tracebacks of errors that are reported below
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     failures = (pymilvus.MilvusException, grpc.RpcError)

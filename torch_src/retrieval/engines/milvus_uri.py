@@ -12,7 +12,7 @@ def is_milvus_file(uri: str) -> bool:
 
 def check_milvus_uri(uri: str) -> None:
     """UserError unless it is a file NAME.db or http(s)://host:port, without credentials or a path."""
-    # messages omit the uri, which may contain credentials
+    # Messages omit the uri, which may contain credentials.
     if "@" in uri and (":" in uri or not uri.endswith(".db")):
         raise UserError("--milvus_uri: credentials go into the variable MILVUS_TOKEN, not here")
     try:
@@ -22,7 +22,4 @@ def check_milvus_uri(uri: str) -> None:
     except ValueError:
         server = False
     if not (uri.endswith(".db") if is_milvus_file(uri) else server):
-        raise UserError(
-            "--milvus_uri: expected a file NAME.db, http://host:19530 or https://host:port, without a path "
-            "or a query"
-        )
+        raise UserError("--milvus_uri: expected NAME.db or http(s)://host:port, without a path or a query")

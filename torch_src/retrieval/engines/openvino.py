@@ -22,9 +22,7 @@ def require_openvino() -> Any:
     try:
         import openvino
     except ImportError:
-        raise UserError(
-            "--encoder_engine openvino: not installed; python -m pip install -r requirements-openvino.txt"
-        ) from None
+        raise UserError("--encoder_engine openvino: install requirements-openvino.txt") from None
     return openvino
 
 
