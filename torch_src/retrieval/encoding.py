@@ -93,7 +93,7 @@ def encode_collection(
     missing = store.missing_blocks()
     if len(missing) < store.block_count:
         done = store.block_count - len(missing)
-        log(f"{store.folder}: {done} of {store.block_count} finished blocks are kept")
+        log(f"{store.folder}: {done} of {store.block_count} blocks are already encoded")
     progress = Progress(sum(last - first for first, last in map(store.block_range, missing)), log_every)
     waiting = False
     try:
