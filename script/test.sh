@@ -23,6 +23,7 @@ case "$wanted" in *milvus*) more="$more requirements-milvus.txt" ;; esac
 if [ $# -eq 0 ]; then
     $python -m ruff check .
     $python -m ruff format --check --quiet .
+    $python -m mypy
 fi
 [ -n "$markers" ] || set -- -m "$core" "$@"
 # Two tests at a time with one thread each: small matrix products do not gain from more.
