@@ -123,7 +123,7 @@ def test_a_damaged_manifest_keeps_the_blocks_whose_stamp_agrees(tmp_path, text):
     (tmp_path / "block-00002.json").write_text("{}")  # without its stamp a block is missing
     (tmp_path / "manifest.json").write_text(text)
     logged = []
-    assert make(tmp_path, logged).missing_blocks() == [2] and "the blocks of this run are kept" in logged[0]
+    assert make(tmp_path, logged).missing_blocks() == [2] and "manifest.json: damaged" in logged[0]
     assert (tmp_path / "manifest.json").read_bytes() == written
     (tmp_path / "manifest.json").write_text(text)  # blocks of another run are deleted
     logged = []
