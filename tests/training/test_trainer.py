@@ -93,7 +93,7 @@ def test_lr_factor_at_its_corners(total, warmup, expected):
     assert factors == pytest.approx(expected, rel=1e-12) and lr_factor(total, total, warmup) == 0
 
 
-def test_the_loop_uses_the_schedule_and_walks_through_the_epochs(tmp_path):
+def test_the_loop_follows_the_schedule_over_the_epochs(tmp_path):
     toy = Toy(tmp_path, epochs=2, micro_steps=5, accumulation_steps=2, warmup_proportion=0.5)
     progress = toy.run()
     rates = [entry["lr"] for entry in progress.history]
@@ -155,7 +155,7 @@ def test_the_gradient_is_clipped_to_its_norm_and_keeps_its_direction(tmp_path):
     assert torch.allclose(clipped.gradients[0] / 0.01, plain.gradients[0] / norm, rtol=1e-3, atol=1e-6)
 
 
-def test_two_micro_batches_give_the_mean_gradient(tmp_path):
+def test_accumulation_gives_the_mean_gradient(tmp_path):
     both = Toy(tmp_path, epochs=1, micro_steps=2, accumulation_steps=2, dropout=0.0, max_grad_norm=1e9)
     parts, losses = [], []
     for micro in range(2):
@@ -169,12 +169,12 @@ def test_two_micro_batches_give_the_mean_gradient(tmp_path):
     assert progress.history[0]["loss"] == pytest.approx(sum(losses) / 2, abs=1e-5)
 
 
-def test_accumulation_beyond_an_epoch_asks_for_no_batch_that_is_not_there(tmp_path):
+def test_more_accumulation_steps_than_batches_are_refused(tmp_path):
     with pytest.raises(UserError, match="--accumulation_steps 3: an epoch has only 1 batches"):
         Toy(tmp_path, micro_steps=1, accumulation_steps=3, epochs=2).run()
 
 
-def test_same_seed_same_bytes_another_seed_others(tmp_path):
+def test_the_seed_decides_the_bytes(tmp_path):
     runs = [Toy(tmp_path / str(at), seed=seed) for at, seed in enumerate((42, 42, 43))]
     for toy in runs:
         torch.rand(7)  # the state of the generator before the run must not matter
@@ -183,7 +183,7 @@ def test_same_seed_same_bytes_another_seed_others(tmp_path):
 
 
 @pytest.mark.parametrize(("eval_every", "accumulation"), [(0, 1), (3, 1), (1, 2)])
-def test_resuming_gives_the_bytes_of_the_undisturbed_run(tmp_path, eval_every, accumulation):
+def test_resuming_gives_the_bytes_of_the_uninterrupted_run(tmp_path, eval_every, accumulation):
     knobs = dict(eval_every=eval_every, accumulation_steps=accumulation, weight_decay=0.01, micro_steps=4)
     scores = [0.0, 0.3, 0.9, 0.1, 0.2, 0.5, 0.4]
     whole = Toy(tmp_path / "whole", metrics=scores, **knobs)
@@ -195,7 +195,7 @@ def test_resuming_gives_the_bytes_of_the_undisturbed_run(tmp_path, eval_every, a
     assert (tmp_path / "broken" / "checkpoint.pt").exists()
     saved = torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)["progress"]["step"]
     done = len(scores) - len(broken.metrics)  # evaluations so far, one of them before training
-    assert 0 < saved < whole.trainer.total_steps
+    assert 0 < saved < whole.trainer.schedule.total_steps
     again = Toy(tmp_path / "broken", metrics=scores[done:], **knobs)
     torch.rand(3)
     progress = again.run()
@@ -230,7 +230,7 @@ def test_a_non_finite_loss_names_step_and_rows_and_keeps_the_best(tmp_path, bad)
     assert kept["progress"]["step"] == 4 and all(value.isfinite().all() for value in kept["model"].values())
 
 
-def test_a_non_finite_loss_before_any_weights_were_kept_claims_none(tmp_path):
+def test_a_non_finite_loss_before_any_weights_are_saved(tmp_path):
     toy = Toy(tmp_path, metrics=[0.1])
     toy.scale = math.nan
     with pytest.raises(UserError, match="at step 1, ") as caught:
@@ -239,7 +239,7 @@ def test_a_non_finite_loss_before_any_weights_were_kept_claims_none(tmp_path):
     assert "no weights are saved" in str(caught.value)
 
 
-def test_a_non_finite_loss_tells_of_the_checkpoint(tmp_path):
+def test_a_non_finite_loss_names_the_checkpoint(tmp_path):
     toy = Toy(tmp_path, metrics=[0.1], eval_every=-1)
     toy.scale = lambda rows: math.nan if rows == (2, 1) else 1.0
     with pytest.raises(UserError, match="at step 10, .*last checkpoint is of step 8"):
@@ -274,7 +274,7 @@ def test_fp16_skips_are_counted_logged_and_too_many_stop(tmp_path, capsys):
     assert endless.weights() == before and endless.trainer.progress.skipped == 50
 
 
-def test_what_an_fp16_run_skipped_is_known_to_its_resume(tmp_path):
+def test_a_resumed_fp16_run_keeps_its_scaler_and_skip_counts(tmp_path):
     def overflow(rows):
         return 1e38 if rows[0] == 0 else 1.0
 

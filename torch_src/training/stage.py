@@ -282,11 +282,11 @@ class TrainingStage:
                 plan.too_large = True
                 trainer = self.trainer(folder, {})
         chunk = f" with --grad_cache_chunk {task.chunking.texts}" if plan.too_large else ""
-        updates = f"{trainer.total_steps:,} updates ({seconds:.2f} s each{chunk})"
-        plan.add(updates, seconds * trainer.total_steps)
-        if trainer.evaluations and (each := task.evaluation_seconds()):
-            name = f"{trainer.evaluations} dev evaluations ({duration(each)} each)"
-            plan.add(name, each * trainer.evaluations)
+        updates = f"{trainer.schedule.total_steps:,} updates ({seconds:.2f} s each{chunk})"
+        plan.add(updates, seconds * trainer.schedule.total_steps)
+        if trainer.schedule.evaluations and (each := task.evaluation_seconds()):
+            name = f"{trainer.schedule.evaluations} dev evaluations ({duration(each)} each)"
+            plan.add(name, each * trainer.schedule.evaluations)
         plan.ram_gb, plan.gpu_gb = memory_gb(self.device)
         plan.disk_gb = checkpoint_gb(task.model, bool(self.hp.ema_decay))
         plan.advice = f"try --grad_cache_chunk {self._chunk_that_fits(base, (plan.ram_gb, plan.gpu_gb))}"

@@ -130,6 +130,36 @@ class TrainingProgress:
     history: list[dict[str, float]] = field(default_factory=list)  # {step, loss, ...} and {step, metrics...}
 
 
+class Schedule:
+    """The updates of a run, their learning rates, and when it evaluates."""
+
+    def __init__(self, options: TrainerOptions, batches_per_epoch: int):
+        if options.accumulation_steps > batches_per_epoch:
+            raise UserError(
+                f"--accumulation_steps {options.accumulation_steps}: an epoch has only "
+                f"{batches_per_epoch} batches; lower it or the batch size"
+            )
+        self.steps_per_epoch = batches_per_epoch // options.accumulation_steps
+        steps = options.epochs * self.steps_per_epoch
+        self.total_steps = min(steps, options.max_steps) if options.max_steps else steps
+        self.eval_every = options.eval_every or self.steps_per_epoch
+        self.warmup_proportion = options.warmup_proportion
+
+    def lr_factor(self, step: int) -> float:
+        """Return the factor on the peak learning rate of update `step`, from 0."""
+        return lr_factor(step, self.total_steps, self.warmup_proportion)
+
+    @property
+    def evaluations(self) -> int:
+        """The number of dev evaluations, with the one before the first update."""
+        return 0 if self.eval_every < 0 else 1 + -(-self.total_steps // self.eval_every)
+
+    def evaluation_due(self, progress: TrainingProgress) -> bool:
+        """Return whether the run evaluates after this step and has not done so."""
+        due = progress.step == self.total_steps or progress.step % self.eval_every == 0
+        return self.eval_every > 0 and due and progress.evaluated != progress.step
+
+
 @dataclass
 class Update:
     """Figures of one update over all processes."""
@@ -154,15 +184,7 @@ class Trainer:
     ):
         self.task, self.options, self.processes = task, options, processes
         self.checkpoint, self.stamp = checkpoint, stamp
-        if options.accumulation_steps > task.batches_per_epoch:
-            raise UserError(
-                f"--accumulation_steps {options.accumulation_steps}: an epoch has only "
-                f"{task.batches_per_epoch} batches; lower it or the batch size"
-            )
-        self.steps_per_epoch = task.batches_per_epoch // options.accumulation_steps
-        total = options.epochs * self.steps_per_epoch
-        self.total_steps = min(total, options.max_steps) if options.max_steps else total
-        self.eval_every = options.eval_every or self.steps_per_epoch
+        self.schedule = Schedule(options, task.batches_per_epoch)
         groups = parameter_groups(task.model, options.weight_decay, task.peak_lr)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=precision == "fp16")
@@ -176,13 +198,13 @@ class Trainer:
 
         After a stop signal: save a checkpoint and raise Stopped. The same run then resumes from it.
         """
-        options = self.options
+        options, total = self.options, self.schedule.total_steps
         self._resume()
         self.log = TrainingLog(self)
         with closing(self.log), self.signals, closing(self._batches()) as batches:
-            if self._evaluation_due():
+            if self.schedule.evaluation_due(self.progress):
                 self.evaluate()
-            for step in range(self.progress.step, self.total_steps):
+            for step in range(self.progress.step, total):
                 if 0 < options.early_stop <= self.progress.evaluations_without_gain:
                     self.log.line(
                         f"early stop: {options.early_stop} evaluations without a better {MAIN_METRIC}"
@@ -197,8 +219,8 @@ class Trainer:
                 if stop:
                     # the signal may have reached another process only
                     self.signals.asked = self.signals.asked or signal.SIGTERM
-                    raise self.signals.stopped(f"after step {step + 1} of {self.total_steps}")
-                if self._evaluation_due():
+                    raise self.signals.stopped(f"after step {step + 1} of {total}")
+                if self.schedule.evaluation_due(self.progress):
                     self.evaluate()
         if options.eval_every < 0:
             self._save_weights()
@@ -207,10 +229,11 @@ class Trainer:
 
     def _batches(self) -> Generator[Any, None, None]:
         """Yield the batches from the current step on, the next one prepared in a thread."""
-        count = self.options.accumulation_steps
-        steps = (divmod(step, self.steps_per_epoch) for step in range(self.progress.step, self.total_steps))
-        places = ((epoch, at * count + micro) for epoch, at in steps for micro in range(count))
-        yield from one_ahead(lambda place: self.task.batch(*place), places)
+        count, schedule = self.options.accumulation_steps, self.schedule
+        steps = range(self.progress.step, schedule.total_steps)
+        places = (divmod(step, schedule.steps_per_epoch) for step in steps)
+        batches = ((epoch, at * count + micro) for epoch, at in places for micro in range(count))
+        yield from one_ahead(lambda batch: self.task.batch(*batch), batches)
 
     def update(self, step: int, batches: Iterable[Any]) -> Update:
         """Make one update from `accumulation_steps` batches."""
@@ -279,24 +302,18 @@ class Trainer:
             self._save_weights()
         self._save_checkpoint()
 
-    @property
-    def evaluations(self) -> int:
-        """The number of dev evaluations in the whole run."""
-        return 0 if self.eval_every < 0 else 1 + -(-self.total_steps // self.eval_every)
-
-    def _evaluation_due(self, progress: TrainingProgress | None = None) -> bool:
-        step = (progress or self.progress).step
-        due = self.eval_every > 0 and (step == self.total_steps or step % self.eval_every == 0)
-        return due and (progress or self.progress).evaluated != step
-
     def _checkpoint_due(self) -> bool:
         """Return whether the interval has passed, an epoch has ended or an evaluation follows."""
         seconds = 60 * self.options.save_every_minutes
         late = seconds > 0 and time.monotonic() - self.saved_at >= seconds
-        return late or self.progress.step % self.steps_per_epoch == 0 or self._evaluation_due()
+        return (
+            late
+            or self.progress.step % self.schedule.steps_per_epoch == 0
+            or self.schedule.evaluation_due(self.progress)
+        )
 
     def _set_lr(self, step: int) -> float:
-        factor = lr_factor(step, self.total_steps, self.options.warmup_proportion)
+        factor = self.schedule.lr_factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group.get("peak_lr", self.options.lr) * factor
         return self.options.lr * factor
@@ -356,7 +373,7 @@ class Trainer:
             )
             self.progress.processes = self.processes.world
         if self.processes.is_first:
-            log(f"{self.checkpoint}: resuming after step {self.progress.step} of {self.total_steps}")
+            log(f"{self.checkpoint}: resuming after step {self.progress.step} of {self.schedule.total_steps}")
 
     def _reason_to_restart(self, state: dict[str, Any]) -> str | None:
         """Return why the run cannot resume from this checkpoint, None when it can."""
@@ -365,7 +382,7 @@ class Trainer:
         progress, on_disk = TrainingProgress(**state["progress"]), self.task.saved_checksum()
         # A run killed between saving the best weights and the checkpoint that follows repeats the evaluation
         # and saves the same weights again.
-        repeats = on_disk is not None and self._evaluation_due(progress)
+        repeats = on_disk is not None and self.schedule.evaluation_due(progress)
         if progress.best_weights and progress.best_weights != on_disk and not repeats:
             return "the best weights of its run are missing or replaced"
         return None
@@ -398,7 +415,7 @@ class TrainingLog:
     def update(self, update: Update) -> None:
         """Log the means since the last line, every `log_every` updates and after the last one."""
         trainer, task, options = self.trainer, self.trainer.task, self.trainer.options
-        step, total = trainer.progress.step, trainer.total_steps
+        step, total = trainer.progress.step, trainer.schedule.total_steps
         self.recent.append(update)
         if step % options.log_every and step != total:
             return
@@ -409,8 +426,9 @@ class TrainingLog:
         rate = count * options.accumulation_steps * task.units_per_batch / seconds
         left = (time.monotonic() - self.begun) / (step - self.first_step) * (total - step)
         skipped = f"  skipped {trainer.progress.skipped_total}" if trainer.progress.skipped_total else ""
+        epoch = (step - 1) // trainer.schedule.steps_per_epoch + 1
         self.line(
-            f"epoch {(step - 1) // trainer.steps_per_epoch + 1}/{options.epochs}  step {step}/{total} "
+            f"epoch {epoch}/{options.epochs}  step {step}/{total} "
             f"({100 * step / total:.1f}%)  loss {loss:.3f}  {task.accuracy_name} acc {accuracy:.3f}  "
             f"lr {update.lr:.1e}  {rate:.1f} {task.unit}/s  "
             f"mem {peak_memory_gb(trainer.processes.device):.1f} GB  eta {duration(left)}{skipped}"
