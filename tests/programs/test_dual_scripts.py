@@ -180,7 +180,7 @@ def test_empty_query(world, capsys):
 def test_dev_query_missing_in_q2qid(world, capsys):
     path = world / "data/dev/dev.q.format"
     write(path, [*lines(path), "没有编号的问题\t-\t-\t0"])
-    refused(capsys, world, infer(world), "q2qid.dev.json: 1 queries of", "没有编号的问题")
+    refused(capsys, world, infer(world), "q2qid.dev.json: ", "1 queries of", "没有编号的问题")
 
 
 def test_two_dev_queries_with_the_same_text(world, capsys):
