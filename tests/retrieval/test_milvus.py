@@ -139,13 +139,13 @@ def test_the_knobs_of_milvus():
         ("--engine faiss", "--engine faiss: expected one of exact, milvus"),
         ("--engine milvus --index Flat", "--index"),
         ("--engine milvus --plan", "--plan"),
-        ("--milvus_uri x.db", "are for --engine milvus"),
-        ("--milvus_collection x", "are for --engine milvus"),
-        ("--search_params ef=1", "or for --engine milvus"),
-        ("--engine milvus --milvus_uri milvus", "--milvus_uri: expected a file NAME.db"),
-        ("--engine milvus --milvus_uri ftp://h:1", "expected a file NAME.db, http://host"),
-        ("--engine milvus --milvus_uri http://h:port", "expected a file NAME.db, http://host"),
-        ("--engine milvus --milvus_uri http://", "expected a file NAME.db, http://host"),
+        ("--milvus_uri x.db", "require --engine milvus"),
+        ("--milvus_collection x", "require --engine milvus"),
+        ("--search_params ef=1", "or --engine milvus"),
+        ("--engine milvus --milvus_uri milvus", "--milvus_uri: expected NAME.db"),
+        ("--engine milvus --milvus_uri ftp://h:1", "expected NAME.db or http"),
+        ("--engine milvus --milvus_uri http://h:port", "expected NAME.db or http"),
+        ("--engine milvus --milvus_uri http://", "expected NAME.db or http"),
         ("--engine milvus --milvus_uri http://h:1/db", "without a path or a query"),
     ],
 )
@@ -161,11 +161,11 @@ def test_contradicting_options_are_refused(argv, message):
         ("root:geheim@h:19530", "MILVUS_TOKEN"),
         ("root:geheim@h:19530/x.db", "MILVUS_TOKEN"),
         ("geheim@h", "MILVUS_TOKEN"),
-        ("http://root:geheim", "expected a file"),
-        ("https://root:geheim%40h:19530", "expected a file"),
-        ("http://h:19530?token=geheim", "expected a file"),
-        ("http://h:19530#geheim", "expected a file"),
-        ("http://h:19530/geheim", "expected a file"),
+        ("http://root:geheim", "expected NAME.db"),
+        ("https://root:geheim%40h:19530", "expected NAME.db"),
+        ("http://h:19530?token=geheim", "expected NAME.db"),
+        ("http://h:19530#geheim", "expected NAME.db"),
+        ("http://h:19530/geheim", "expected NAME.db"),
     ],
 )
 def test_credentials_in_a_uri_are_refused_and_not_printed(uri, message):
@@ -255,7 +255,7 @@ def test_a_warning_when_ties_exceed_the_hit_limit(world, use, monkeypatch, capsy
     monkeypatch.setattr(milvus_engine, "MAX_HITS", 20)
     use(filled(world))
     open_search(world).search(world[2], 5)
-    assert "WARNING 1 queries: the limit of 20 hits" in capsys.readouterr().err
+    assert "WARNING 1 queries: the maximum of 20 hits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("blocks", [True, False])

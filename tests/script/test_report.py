@@ -358,7 +358,7 @@ def marks(text: str, query: str) -> list[str]:
 @pytest.mark.parametrize("name", ["demo", "report", "milvus_load"])
 def test_ctrl_c_gives_no_traceback_at_any_time(name, monkeypatch):
     left = []
-    monkeypatch.setattr(program, "leave", left.append)
+    monkeypatch.setattr(program, "exit_with", left.append)
     runpy.run_path(str(ROOT / f"script/{name}.py"), run_name="__main__")
     assert len(left) == 1
 
