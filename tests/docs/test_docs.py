@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+from functools import cache
 
 import pytest
 from doc_commands import (
@@ -23,6 +24,12 @@ FOLDERS = ("script/", "metric/", "torch_src/", "tests/", "docs/")
 FILE = re.compile(r"[\w.*/-]+\.(?:py|sh|md|svg)|requirements[\w-]*\.txt")
 PROGRAM = re.compile(r"(?:[\w/.]+/)?(?:python3?|sh|torchrun) |[\w/]+\.(?:py|sh) --")
 EXISTING = [path for path in DOCUMENTS if path.exists()]
+
+
+@cache
+def check_once(*words: str) -> None:
+    """Check a command that several documents share only once."""
+    check(list(words))
 
 
 def text_of(path) -> str:
@@ -75,7 +82,7 @@ def test_named_files_exist(path):
 @pytest.mark.parametrize("path", EXISTING, ids=lambda path: path.name)
 def test_programs_accept_every_command(path):
     for words in commands(text_of(path)):
-        check(words)
+        check_once(*words)
 
 
 @pytest.mark.parametrize("path", EXISTING, ids=lambda path: path.name)

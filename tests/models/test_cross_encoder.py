@@ -5,6 +5,7 @@ hand-computed counterpart.
 import copy
 import math
 import random
+from functools import cache
 
 import numpy as np
 import pytest
@@ -185,10 +186,14 @@ def test_fgm_of_a_cross_encoder_is_the_gradient_at_the_moved_table(tiny_config, 
 # ---- pairs of texts to token ids
 
 
+@cache
+def han_characters(tokenizer) -> list[str]:
+    return sorted(t for t in tokenizer.get_vocab() if len(t) == 1 and "\u4e00" <= t <= "\u9fff")
+
+
 def characters(tokenizer, count: int, seed: int) -> str:
     """Text of `count` characters: nine in ten a Han character of the vocabulary, else space, 1 or comma."""
-    known = [token for token in tokenizer.get_vocab() if len(token) == 1 and "\u4e00" <= token <= "\u9fff"]
-    known, draw = sorted(known), random.Random(seed)
+    known, draw = han_characters(tokenizer), random.Random(seed)
     return "".join(draw.choice(known if draw.random() < 0.9 else " 1，") for _ in range(count))
 
 

@@ -317,7 +317,7 @@ def test_few_negatives_are_logged_once(world, capsys):
         positives = [line for line in found if line.endswith("\t1")][:1]
         kept += positives + [line for line in found if line.endswith("\t0")][: 2 if at < 4 else 4]
     write(path, kept)
-    more = ["--loss", "listwise", "--group_size", "4", "--groups_per_step", "4"]
+    more = ["--loss", "listwise", "--group_size", "4", "--groups_per_step", "4", "--eval_every", "-1"]
     assert train(world, *more, output="list") == 0
     log = capsys.readouterr().out
     assert log.count("4 of 24 positives have fewer than 3 negatives") == 1
@@ -339,7 +339,7 @@ def test_fgm_changes_the_weights_and_zero_does_not(world):
 
 
 def test_a_changed_epsilon_is_detected(world, capsys):
-    assert train(world, "--fgm_epsilon", "0.01", "--max_steps", "1") == 0
+    assert train(world, "--fgm_epsilon", "0.01", "--max_steps", "1", "--eval_every", "-1") == 0
     assert "fgm_epsilon: 0.0 -> 0.01" in capsys.readouterr().out
 
 
@@ -410,7 +410,7 @@ def test_blocks_do_not_change_the_scores(world):
 
 def test_replaced_weights_are_detected(world, capsys):
     old = (world / "output/cross_scores.txt").read_bytes()
-    assert train(world, "--seed", "7") == 0
+    assert train(world, "--seed", "7", "--max_steps", "2", "--eval_every", "-1") == 0
     assert "seed: 42 -> 7" in capsys.readouterr().out
     assert infer(world) == 0
     log = capsys.readouterr().out

@@ -53,7 +53,7 @@ def test_scripts_run_as_in_the_readme(tmp_path):
     def run(*command: str) -> str:
         done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        return done.stdout + done.stderr
 
     output, data = world / "output", world / "data"
     run("do_dual_train.py", *train_options(world, output))
