@@ -10,6 +10,7 @@ of the collection or the passage ids are not cached yet.
 """
 
 import html
+import signal
 import socket
 import sys
 import threading
@@ -249,6 +250,8 @@ def serve(app: Any, listening: socket.socket) -> None:
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
+    # Ctrl-C is the normal end of this program: exit status 0, not that of an interrupted job.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         thread.join()
     except KeyboardInterrupt:
