@@ -170,7 +170,8 @@ def build_page(service: SearchService, examples: list[str]) -> Any:
     rows = len(service.retriever.collection)
     reranker = "" if service.scorer else " · no re-ranker"
     with gradio.Blocks(title="Passage search", analytics_enabled=False) as page:
-        gradio.Markdown(f"## Passage search\n{rows:,} passages · {service.how}{reranker}")
+        truncated = "".join(f" · {found}" for found in service.truncation if not found.is_tolerated)
+        gradio.Markdown(f"## Passage search\n{rows:,} passages · {service.how}{reranker}{truncated}")
         with gradio.Row(equal_height=True):
             question = gradio.Textbox(
                 placeholder="Type a question and press Enter", show_label=False, container=False,
@@ -267,6 +268,8 @@ def run(hp: DemoHparams) -> None:
     service = SearchService(hp)
     if not service.scorer:
         log(f"no re-ranker: {hp.cross_params_path} does not exist")
+    for found in service.truncation:
+        found.report()
     examples = example_questions(hp)
     trial = service.answer(examples[0] if examples else "问题", TRIAL_TOPK)
     times = ", ".join(f"{step} {1000 * took:,.0f} ms" for step, took in trial.seconds.items())

@@ -31,9 +31,10 @@ from torch_src.dual_hparams import MODEL_SETTINGS as DUAL_FIXED
 from torch_src.inference import ModelSource, find_trained_model, load_cross_model, load_dual_model
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
-from torch_src.models.tokenization import save_tokenizer
+from torch_src.models.tokenization import TextRules, save_tokenizer
+from torch_src.models.truncation import Truncation
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.files import atomic_write
+from torch_src.runtime.files import atomic_write, read_json
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.program import exit_status
 
@@ -69,7 +70,12 @@ def export_dual(args: argparse.Namespace) -> dict[str, Any]:
         pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=fixed["pooling"])
         return [transformer, pooling, *([Normalize()] if fixed["normalize"] else [])]
 
-    query, passage = fixed["q_max_seq_len"], fixed["p_max_seq_len"]
+    # sentence-transformers counts the tokens of a prompt as well
+    query, passage = (
+        TextRules(fixed[f"{side[0]}_max_seq_len"], fixed[f"{side}_prefix"]).max_tokens(found.tokenizer)
+        for side in ("query", "passage")
+    )
+    report_truncation(hp.dual_params_path, "dual")
     if fixed["share_encoder"]:
         all_modules = modules("passage", max_seq_length=passage, query_length=query, document_length=passage)
     else:
@@ -89,6 +95,7 @@ def export_cross(args: argparse.Namespace) -> dict[str, Any]:
     hp = InferenceCrossHparams(output_dir=args.output_dir)
     found = find_trained_model(hp, "cross", hp.cross_params_path, CROSS_FIXED)
     encoder = load_cross_model(found)
+    report_truncation(hp.cross_params_path, "cross")
     with tempfile.TemporaryDirectory() as folder:
         save_backbone(encoder.model, found, folder)
         model = library.CrossEncoder(
@@ -105,6 +112,12 @@ def save_backbone(model: PreTrainedModel, found: ModelSource, folder: str) -> No
         del model.config.random_init  # set for the sample model only; these weights are trained
     model.save_pretrained(folder)
     save_tokenizer(found.tokenizer, Path(folder))
+
+
+def report_truncation(params_path: str, name: str) -> None:
+    """Log which shares of the training texts were truncated."""
+    for found in read_json(Path(params_path).with_name(f"{name}_hparams.json")).get("truncation", []):
+        Truncation(**found).report()
 
 
 def measured(args: argparse.Namespace) -> dict[str, float]:

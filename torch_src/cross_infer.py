@@ -18,6 +18,7 @@ from torch_src.inference import (
     choose_hardware,
     find_cross_model,
     load_cross_model,
+    pair_rules,
     pair_scorer,
     read_query_ids,
 )
@@ -25,6 +26,7 @@ from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_plan import plan_reranking, sample_pairs
 from torch_src.models.backbones import check_fits
 from torch_src.models.cross_encoder import CrossEncoder
+from torch_src.models.truncation import sampled, truncation_of_pairs
 from torch_src.retrieval import score_checks
 from torch_src.retrieval.reranking import PairScorer, fuse, rank_pairs
 from torch_src.retrieval.vectors import DamagedBlock, ScoreStore, VectorStore
@@ -75,8 +77,8 @@ class CrossInference:
         self.qids = read_query_ids(hp)
         self._open_candidates()
         self.source = source = find_cross_model(hp)
-        lengths = {"max_seq_len": source.settings["max_seq_len"]}
-        check_fits(source.config, len(source.tokenizer), lengths, source.path)
+        self.rules = pair_rules(source)
+        check_fits(source.config, source.tokenizer, {"max_seq_len": self.rules}, source.path)
         self.run_path = self.output / f"res.rerank{hp.topk}"
         self.outputs = [self.run_path, *(self.output / name for name in (RESULT, SCORES, ID_MAP))]
 
@@ -164,6 +166,9 @@ def rerank(job: CrossInference) -> None:
         log(f"{job.run_path}: up to date")
         return
     pids, rows = job.pids_and_rows()
+    texts = job.candidates.texts_of(sampled(len(job.candidates)))
+    for found in truncation_of_pairs(job.source.tokenizer, *texts, job.rules):
+        found.report()
     logits = score_candidates(job)
     for path in job.outputs:
         clear_stamp(path)

@@ -17,6 +17,7 @@ from torch_src.data.negative_scores import negative_scores_path, read_negative_s
 from torch_src.models.cross_encoder import CrossEncoder, load_cross_encoder, start_from_retriever
 from torch_src.models.losses import listwise_loss, pointwise_loss, r_drop_loss
 from torch_src.models.tokenization import Pairs, TextRules, tokenize_pairs
+from torch_src.models.truncation import sampled, truncation_of_pairs
 from torch_src.retrieval import score_checks
 from torch_src.retrieval.reranking import PairScorer, pair_tensors
 from torch_src.runtime.devices import autocast, token_budget
@@ -54,7 +55,7 @@ class CrossTask(TrainingTask):
         self.hp, self.setup, self.files = hp, setup, setup.files
         self.device, self.processes, self.chunking = setup.device, setup.processes, setup.chunking
         setup.config.num_labels = 1
-        self.rules = TextRules(hp.max_seq_len, "", hp.remove_spaces)
+        self.rules = setup.rules["max_seq_len"]
         self.listwise = hp.loss == "listwise"
         self.accuracy_name = "group" if self.listwise else "pair"
         # the processes share whole groups
@@ -79,6 +80,10 @@ class CrossTask(TrainingTask):
         self.data = CrossTrainingSet(hp.train_set_path, self.rules.clean)
         self.batches_per_epoch = self.data.steps_per_epoch(self.groups, self.listwise)
         log(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
+        rows = self.data.file.read(sampled(self.data.rows))
+        texts = [row.query for row in rows], [row.passage for row in rows]
+        found = truncation_of_pairs(setup.tokenizer, *texts, self.rules)
+        self.files.truncation = [each.report() for each in found]
         if self.listwise and (short := self.data.short_lists(hp.group_size)):
             log(
                 f"{short:,} of {len(self.data.lists):,} positives have fewer than {hp.group_size - 1} "
@@ -277,7 +282,8 @@ def replaced(parameter: torch.nn.Parameter, values: Tensor | None) -> Iterator[N
 def training_stage(hp: CrossHparams) -> TrainingStage:
     """Return the training with these settings; loads neither data nor model."""
     batch = "groups_per_step" if hp.loss == "listwise" else "batch_size"
-    setup = Setup("cross", hp, MODEL_SETTINGS, batch, ("max_seq_len",))
+    rules = {"max_seq_len": TextRules(hp.max_seq_len, "", hp.remove_spaces)}
+    setup = Setup("cross", hp, MODEL_SETTINGS, batch, rules)
     return TrainingStage(setup, CrossTask(hp, setup))
 
 

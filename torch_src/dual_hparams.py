@@ -25,8 +25,8 @@ class DualHparams(Training):
     lr: float = 3e-5  # peak learning rate of AdamW
 
     # model
-    q_max_seq_len: int = 32  # tokens of a query, [CLS] and [SEP] included
-    p_max_seq_len: int = 384  # tokens of a passage, [CLS] and [SEP] included
+    q_max_seq_len: int = 32  # tokens of a query with [CLS] and [SEP], without the prefix
+    p_max_seq_len: int = 384  # tokens of a passage with [CLS] and [SEP], without the prefix
     query_prefix: str = ""  # put before every query, e.g. "query: " for E5
     passage_prefix: str = ""  # put before every passage, e.g. "passage: " for E5
     share_encoder: bool = False  # one encoder for queries and passages

@@ -148,6 +148,9 @@ def encode_and_search(job: DualInference) -> None:
         return
     job.passage_ids()  # raises UserError before the encoding
     job.check_search()
+    if rank() == 0:
+        for found in job.truncation(job.queries):
+            found.report()
     if passages < job.topk:
         warn(f"the collection has {passages} passages, fewer than topk {job.topk}: all of them are kept")
     deleted: set[int] = set()  # damaged blocks

@@ -15,6 +15,7 @@ from torch_src.models.dual_encoder import DualEncoder, load_backbone, shorten
 from torch_src.models.losses import contrastive_loss, contrastive_scores, distillation_loss
 from torch_src.models.model_folder import own_settings
 from torch_src.models.tokenization import TextRules, pad, tokenize
+from torch_src.models.truncation import sampled, truncation_of_texts
 from torch_src.retrieval.encoding import Encoder
 from torch_src.runtime.devices import autocast, tensors_to, token_budget
 from torch_src.runtime.log import log, warn
@@ -50,10 +51,7 @@ class DualTask(TrainingTask):
         self.texts_per_batch = hp.batch_size * (2 + hp.hard_negatives)
         if hp.normalize and hp.temperature >= 1:
             warn("--normalize with a --temperature of 1 or more: scores in [-1, 1] are too flat to learn")
-        self.rules = {
-            "query": TextRules(hp.q_max_seq_len, hp.query_prefix, hp.remove_spaces),
-            "passage": TextRules(hp.p_max_seq_len, hp.passage_prefix, hp.remove_spaces),
-        }
+        self.rules = {side: setup.rules[f"{side[0]}_max_seq_len"] for side in ("query", "passage")}
         hidden = setup.config.hidden_size
         self.dims = [*hparams.dimensions("matryoshka_dims", hp.matryoshka_dims, hidden), hidden]
         self.dev: DevRetrieval | None = None
@@ -72,6 +70,7 @@ class DualTask(TrainingTask):
         self.data = DualTrainingSet(hp.train_set_path, self.rules["passage"].clean, teacher)
         self.batches_per_epoch = self.data.steps_per_epoch(hp.batch_size)
         log(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
+        self._report_truncation()
         negatives = hp.batch_size * (1 + hp.hard_negatives) - 1
         log(f"each query is compared with {negatives} negatives in a batch (fewer with duplicate texts)")
         if hp.eval_every >= 0:
@@ -88,6 +87,13 @@ class DualTask(TrainingTask):
         if hp.gradient_checkpointing:
             checkpoint_activations(backbone)
         self.model = DualEncoder(backbone, hp.share_encoder, hp.pooling, hp.normalize).to(self.device)
+
+    def _report_truncation(self) -> None:
+        """Log which shares of the training texts are truncated; they are saved with the weights."""
+        rows = self.data.file.read(sampled(self.data.rows))
+        queries, passages = [row.query for row in rows], [text for row in rows for text in row[1:]]
+        found = truncation_of_texts(self.setup.tokenizer, queries, passages, self.rules)
+        self.files.truncation = [each.report() for each in found]
 
     def batch(self, epoch: int, step: int) -> DualInputs:
         """Draw a batch and tokenize this process's shard of its queries and passages."""
@@ -198,7 +204,11 @@ class DualTask(TrainingTask):
 
 def training_stage(hp: DualHparams) -> TrainingStage:
     """Return the training with these settings; loads neither data nor model."""
-    setup = Setup("dual", hp, MODEL_SETTINGS, "batch_size", ("q_max_seq_len", "p_max_seq_len"))
+    rules = {
+        "q_max_seq_len": TextRules(hp.q_max_seq_len, hp.query_prefix, hp.remove_spaces),
+        "p_max_seq_len": TextRules(hp.p_max_seq_len, hp.passage_prefix, hp.remove_spaces),
+    }
+    setup = Setup("dual", hp, MODEL_SETTINGS, "batch_size", rules)
     return TrainingStage(setup, DualTask(hp, setup))
 
 

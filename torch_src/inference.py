@@ -26,6 +26,7 @@ from torch_src.models.dual_encoder import DualEncoder, build_backbone, load_back
 from torch_src.models.model_folder import own_settings
 from torch_src.models.tokenization import TextRules, load_tokenizer, tokenizer_checksum
 from torch_src.models.trained_settings import MODEL_FIELDS, model_fields_intact
+from torch_src.models.truncation import Truncation, sampled, truncation_of_texts
 from torch_src.retrieval.encoding import Encoder
 from torch_src.retrieval.engines.openvino import TOKENS, OpenVinoTower, check_openvino
 from torch_src.retrieval.reranking import PairScorer
@@ -206,11 +207,16 @@ def load_cross_model(source: ModelSource, trained: bool = True) -> CrossEncoder:
     return encoder
 
 
+def pair_rules(source: ModelSource) -> TextRules:
+    """Return how pairs become token ids."""
+    return TextRules(source.settings["max_seq_len"], "", source.settings["remove_spaces"])
+
+
 def pair_scorer(
     source: ModelSource, model: CrossEncoder, batch_size: int, device: torch.device, precision: str
 ) -> PairScorer:
     """Return the scorer of a cross-encoder on `device`."""
-    rules = TextRules(source.settings["max_seq_len"], "", source.settings["remove_spaces"])
+    rules = pair_rules(source)
     budget = token_budget(0, device)
     return PairScorer(model, source.tokenizer, rules, device, precision, batch_size, budget)
 
@@ -230,8 +236,13 @@ class Retriever:
         self.hp, self.output = hp, Path(hp.output_dir)
         self.device, self.precision = choose_hardware(hp)
         self.source = source = find_dual_model(hp)
-        lengths = {name: source.settings[name] for name in LENGTHS.values()}
-        check_fits(source.config, len(source.tokenizer), lengths, source.path)
+        settings = source.settings
+        self.rules = {
+            side: TextRules(settings[knob], settings[f"{side}_prefix"], settings["remove_spaces"])
+            for side, knob in LENGTHS.items()
+        }
+        by_knob = {LENGTHS[side]: rules for side, rules in self.rules.items()}
+        check_fits(source.config, source.tokenizer, by_knob, source.path)
         check_range("vector_dims", hp.vector_dims, 0, source.config.hidden_size)
         if hp.encoder_engine == OPENVINO:
             check_openvino(self.device, self.precision, source.settings["pooling"])
@@ -268,7 +279,6 @@ class Retriever:
     def encoder(self, side: str, model: DualEncoder) -> Encoder:
         """Return the encoder of one side, query or passage, with its tower on the device."""
         settings, hp = self.source.settings, self.hp
-        rules = TextRules(settings[LENGTHS[side]], settings[f"{side}_prefix"], settings["remove_spaces"])
         tower: Any = model.tower(side).eval()
         tower.to(self.device)
         budget = token_budget(0, self.device)
@@ -278,4 +288,11 @@ class Retriever:
             (settings["pooling"], settings["normalize"]),
             (hp.batch_size, budget, hp.vector_dims),
         )
-        return Encoder(tower, self.source.tokenizer, rules, *pooling, self.device, self.precision, *limits)
+        how = (self.source.tokenizer, self.rules[side], *pooling, self.device, self.precision)
+        return Encoder(tower, *how, *limits)
+
+    def truncation(self, queries: list[str]) -> list[Truncation]:
+        """Return how many of the queries, if any, and of the passages are truncated."""
+        queries = [queries[row] for row in sampled(len(queries))]
+        passages = [self.collection[row] for row in sampled(len(self.collection))]
+        return truncation_of_texts(self.source.tokenizer, queries, passages, self.rules)

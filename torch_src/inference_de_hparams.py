@@ -24,8 +24,8 @@ class RetrieverHparams(TrainedRetriever):
     normalize: bool | None = None  # scale vectors to length 1; unset: as trained
     query_prefix: str | None = None  # put before every query; unset: as trained
     passage_prefix: str | None = None  # put before every passage; unset: as trained
-    q_max_seq_len: int | None = None  # tokens of a query, [CLS] and [SEP] included; unset: as trained
-    p_max_seq_len: int | None = None  # tokens of a passage, [CLS] and [SEP] included; unset: as trained
+    q_max_seq_len: int | None = None  # tokens of a query, as in training; unset: as trained
+    p_max_seq_len: int | None = None  # tokens of a passage, as in training; unset: as trained
     remove_spaces: bool | None = None  # remove ASCII spaces from every text; unset: as trained
 
     # search

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from torch_src.models.backbones import check_fits, load_config, load_weights, model_checksum
 from torch_src.models.dual_encoder import DualEncoder, embed, load_backbone, pool
+from torch_src.models.tokenization import TextRules
 from torch_src.runtime.errors import UserError
 
 IDS = torch.tensor([[2, 10, 11, 12, 3], [2, 20, 3, 0, 0], [2, 30, 31, 3, 0]])
@@ -252,21 +253,27 @@ class Exploding:
 
 
 def test_vocabulary_and_positions_must_fit(tiny_config):
-    size = tiny_config.vocab_size
-    check_fits(tiny_config, size, {"q_max_seq_len": 64, "p_max_seq_len": 64}, "m")
+    tokens = range(tiny_config.vocab_size)  # without a prefix only its length is used
+    check_fits(tiny_config, tokens, {"q_max_seq_len": TextRules(64), "p_max_seq_len": TextRules(64)}, "m")
     with pytest.raises(UserError, match="m: .*2,559 tokens.* 2,558"):
-        check_fits(tiny_config, size + 1, {}, "m")
-    with pytest.raises(UserError, match="--p_max_seq_len 65: the model m has only 64 positions"):
-        check_fits(tiny_config, size, {"q_max_seq_len": 8, "p_max_seq_len": 65}, "m")
+        check_fits(tiny_config, range(tiny_config.vocab_size + 1), {}, "m")
+    with pytest.raises(UserError, match=r"--p_max_seq_len 65: .* 64 positions of m; .* 64 or less"):
+        check_fits(tiny_config, tokens, {"q_max_seq_len": TextRules(8), "p_max_seq_len": TextRules(65)}, "m")
+
+
+def test_the_tokens_of_the_prefix_need_positions_as_well(tiny_config, tokenizer):
+    check_fits(tiny_config, tokenizer, {"q_max_seq_len": TextRules(61, "水油鱼")}, "m")
+    with pytest.raises(UserError, match=r"--q_max_seq_len 62: .* 64 positions of m; .* 61 or less"):
+        check_fits(tiny_config, tokenizer, {"q_max_seq_len": TextRules(62, "水油鱼")}, "m")
 
 
 def test_roberta_has_two_positions_less():
     from transformers import RobertaConfig
 
     config = RobertaConfig(max_position_embeddings=66)
-    check_fits(config, 10, {"q_max_seq_len": 64}, "m")
-    with pytest.raises(UserError, match="--q_max_seq_len 65: the model m has only 64 positions"):
-        check_fits(config, 10, {"q_max_seq_len": 65}, "m")
+    check_fits(config, range(10), {"q_max_seq_len": TextRules(64)}, "m")
+    with pytest.raises(UserError, match=r"--q_max_seq_len 65: .* 64 positions of m"):
+        check_fits(config, range(10), {"q_max_seq_len": TextRules(65)}, "m")
 
 
 def test_checksum_follows_the_content(folder, tiny_bert):

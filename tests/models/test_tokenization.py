@@ -92,8 +92,17 @@ def test_cut_texts_are_counted_exactly(tokenizer):
     assert [len(one) for one in ids] == [10, 10, 10, 10, 2, 10]
 
 
-def test_prefix_counts_towards_the_limit(tokenizer):
-    assert tokens(tokenizer, "油" * 5, TextRules(6, prefix="水水")) == (["水", "水", "油", "油"], 1)
+def test_prefix_does_not_count_towards_the_limit(tokenizer):
+    rules = TextRules(6, prefix="水水")
+    assert rules.max_tokens(tokenizer) == 8
+    assert tokens(tokenizer, "油" * 4, rules) == (["水", "水", *"油油油油"], 0)
+    assert tokens(tokenizer, "油" * 5, rules) == (["水", "水", *"油油油油"], 1)
+
+
+def test_a_long_instruction_leaves_queries_distinct(tokenizer):
+    rules = TextRules(8, prefix="请为这个问题找出能够回答它的段落并按照相关程度从高到低排列出来：")
+    first, second = ("".join(tokens(tokenizer, text, rules)[0]) for text in ("清蒸鱼", "红烧肉"))
+    assert first.endswith("清蒸鱼") and second.endswith("红烧肉")
 
 
 def test_passage_of_60975_characters_keeps_its_first_tokens(tokenizer):

@@ -660,3 +660,21 @@ def test_fuse_curve_refuses_files_that_are_not_aligned(curve_files, tmp_path, ca
     refused(capsys, fuse_curve.main(curve_files), f"4 lines in {tmp_path / 'run'}, 3 in")
     write(tmp_path / "scores", ["0", "1", "x", "3"])
     refused(capsys, fuse_curve.main(curve_files), f"{tmp_path / 'scores'}:3: ")
+
+
+def test_truncated_pairs_are_reported(trained_copy, capsys):
+    world = trained_copy
+    assert (
+        infer(
+            world,
+            "--cross_params",
+            "none",
+            "--pretrained_model_path",
+            str(world / "model"),
+            "--max_seq_len",
+            "12",
+        )
+        == 0
+    )
+    warned = capsys.readouterr().err
+    assert "pairs: 100.0% truncated (max_seq_len 12" in warned

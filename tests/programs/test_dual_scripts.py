@@ -66,6 +66,16 @@ def test_scripts_run_as_in_the_readme(tmp_path):
     assert json.loads(printed).keys() == {"MRR@10", "QueriesRanked", "recall@1", "recall@50"}
 
 
+def test_truncated_texts_are_reported_by_training_and_inference(world, capsys):
+    shorter = ["--q_max_seq_len", "3", "--p_max_seq_len", "40", "--max_steps", "1", "--eval_every", "-1"]
+    assert train(world, *shorter) == 0 and infer(world, "--force") == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "q_max_seq_len 3" in line]
+    assert len(warned) == 2 and all("WARNING" in line and "100.0%" in line for line in warned)
+    saved = json.loads((world / "output/dual_hparams.json").read_text(encoding="utf-8"))
+    assert [found["kind"] for found in saved["truncation"]] == ["queries", "passages"]
+    assert saved["truncation"][0]["share"] == 1 and saved["truncation"][1]["limit"] == 40
+
+
 def test_training_writes_the_files_in_the_readme(trained):
     output = trained / "output"
     state = torch.load(output / "dual_params.bin", weights_only=True)

@@ -39,6 +39,11 @@ class Candidates:
             return self.texts[first:last]
         return [self.texts[row] for row in self.rows[first:last].tolist()]
 
+    def texts_of(self, pairs: list[int]) -> tuple[list[str], list[str]]:
+        """Return (queries, passages) of these pairs."""
+        queries = [self.queries[self.query_of[pair]] for pair in pairs]
+        return queries, [self.passages(pair, pair + 1)[0] for pair in pairs]
+
     def spans(self) -> Iterator[tuple[str, slice]]:
         """Yield (query, slice of its pairs)."""
         starts = np.flatnonzero(np.diff(self.query_of, prepend=-1)).tolist() + [len(self)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_src.models.model_folder import is_hub_name
+from torch_src.models.tokenization import TextRules
 from torch_src.runtime import tensor_files
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.log import log
@@ -131,8 +133,14 @@ def architecture(config: PretrainedConfig) -> str:
     return checksum_text(json.dumps(fields, sort_keys=True, default=str))
 
 
-def check_fits(config: PretrainedConfig, vocabulary: int, lengths: dict[str, int], path: str) -> None:
-    """UserError when the tokenizer has more tokens, or a length more positions, than the model."""
+def check_fits(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, rules: Mapping[str, TextRules], path: str
+) -> None:
+    """UserError when the tokenizer has more tokens, or an input more positions, than the model.
+
+    rules: how texts become token ids, by the knob that limits their length.
+    """
+    vocabulary = len(tokenizer)
     if vocabulary > config.vocab_size:
         raise UserError(
             f"{path}: the tokenizer has {vocabulary:,} tokens, but the model only {config.vocab_size:,}; "
@@ -141,9 +149,14 @@ def check_fits(config: PretrainedConfig, vocabulary: int, lengths: dict[str, int
     positions = getattr(config, "max_position_embeddings", None)
     if positions and "roberta" in config.model_type:
         positions -= 2  # its positions start after the padding index
-    for name, length in lengths.items():
-        if positions and length > positions:
-            raise UserError(f"--{name} {length}: the model {path} has only {positions} positions")
+    for knob, rule in rules.items():
+        prefix = rule.max_tokens(tokenizer) - rule.max_seq_len
+        if positions and rule.max_seq_len + prefix > positions:
+            more = f" and {prefix} of the prefix" if prefix else ""
+            raise UserError(
+                f"--{knob} {rule.max_seq_len}: {rule.max_seq_len} tokens{more} exceed the {positions} "
+                f"positions of {path}; lower it to {positions - prefix} or less"
+            )
 
 
 def read_weights(path: str, made_by: str) -> dict[str, Any]:

@@ -34,13 +34,22 @@ LOCK = threading.Lock()
 class TextRules:
     """How the texts of one side (queries or passages) become token ids."""
 
-    max_seq_len: int  # tokens, including special ones
+    max_seq_len: int  # tokens of a text, special tokens included; those of the prefix come on top
     prefix: str = ""
     remove_spaces: bool = False
 
     def clean(self, text: str) -> str:
         """Return the text to tokenize: ASCII spaces removed (with `remove_spaces`), then prefixed."""
-        return self.prefix + (text.replace(" ", "") if self.remove_spaces else text)
+        return self.prefix + self.without_prefix(text)
+
+    def without_prefix(self, text: str) -> str:
+        return text.replace(" ", "") if self.remove_spaces else text
+
+    def max_tokens(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Return the most tokens of an input: `max_seq_len` and those of the prefix."""
+        if not self.prefix:
+            return self.max_seq_len
+        return self.max_seq_len + token_counts(tokenizer, [self.prefix], add_special_tokens=False)[0]
 
 
 def load_tokenizer(pretrained_model_path: str, vocab_path: str = "") -> PreTrainedTokenizerBase:
@@ -104,16 +113,40 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], rules: TextRules
 ) -> tuple[list[list[int]], int]:
     """Return (token ids of each text, number of truncated texts); an empty text has only special tokens."""
-    limit = rules.max_seq_len * CHARACTERS_PER_TOKEN
+    max_tokens = rules.max_tokens(tokenizer)
+    limit = max_tokens * CHARACTERS_PER_TOKEN
     cleaned = [rules.clean(text) for text in texts]
-    ids, cut = _tokenize_texts(tokenizer, [cut_early(text, limit) for text in cleaned], rules.max_seq_len)
+    ids, cut = _tokenize_texts(tokenizer, [cut_early(text, limit) for text in cleaned], max_tokens)
     # the early cut removed tokens of texts with few tokens per character, e.g. runs of spaces: repeat
     redo = [at for at, text in enumerate(cleaned) if len(text) > limit and not cut[at]]
     if redo:
-        redone = _tokenize_texts(tokenizer, [cleaned[at] for at in redo], rules.max_seq_len)
+        redone = _tokenize_texts(tokenizer, [cleaned[at] for at in redo], max_tokens)
         for at, tokens, was_cut in zip(redo, *redone, strict=True):
             ids[at], cut[at] = tokens, was_cut
     return ids, sum(cut)
+
+
+def token_counts(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    passages: list[str] | None = None,
+    add_special_tokens: bool = True,
+) -> list[int]:
+    """Return the number of tokens of each text, or of each (text, passage) pair, without truncation."""
+    counts: list[int] = []
+    for start in range(0, len(texts), TEXTS_PER_CALL):
+        chunk = slice(start, start + TEXTS_PER_CALL)
+        with LOCK:
+            batch = tokenizer(
+                texts[chunk],
+                passages[chunk] if passages is not None else None,
+                add_special_tokens=add_special_tokens,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+        counts += map(len, batch["input_ids"])
+    return counts
 
 
 def cut_early(text: str, limit: int) -> str:
@@ -203,15 +236,20 @@ def _tokenize_pairs(
     return ids, types, cut
 
 
+def passage_reserve(max_seq_len: int) -> int:
+    """Return the tokens of a pair that a long query leaves to passage and special tokens."""
+    return min(MIN_PASSAGE_TOKENS, max_seq_len // 2)
+
+
 def _shorten_queries(tokenizer: PreTrainedTokenizerBase, queries: list[str], max_seq_len: int) -> list[str]:
     """Return the queries, truncated where they leave less than MIN_PASSAGE_TOKENS."""
-    room = max_seq_len - min(MIN_PASSAGE_TOKENS, max_seq_len // 2)
+    room = max_seq_len - passage_reserve(max_seq_len)
     # A character gives at most four tokens (its UTF-8 bytes, in byte-level vocabularies).
     for query in {query for query in queries if 4 * len(query) > room}:
         with LOCK:
-            offsets = tokenizer(
-                query, add_special_tokens=False, return_offsets_mapping=True, truncation=False
-            )["offset_mapping"]
+            offsets = tokenizer(query, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+                "offset_mapping"
+            ]
         if len(offsets) > room:
             queries = [query[: offsets[room][0]] if other == query else other for other in queries]
     return queries

@@ -65,8 +65,7 @@ class PairScorer(BatchedInference):
 
     def score_rows(self, candidates: Candidates, rows: list[int]) -> tuple[np.ndarray, Pairs]:
         """Return (logits, pairs) of the candidates with these numbers."""
-        queries = [candidates.queries[candidates.query_of[row]] for row in rows]
-        pairs = self.tokenize(queries, [candidates.passages(row, row + 1)[0] for row in rows])
+        pairs = self.tokenize(*candidates.texts_of(rows))
         return self.score(pairs), pairs
 
     def score_all(self, candidates: Candidates) -> np.ndarray:

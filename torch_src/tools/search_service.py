@@ -16,7 +16,14 @@ import numpy as np
 from torch_src.data.candidates import Candidates
 from torch_src.dual_hparams import MODEL_SETTINGS
 from torch_src.hparams import NONE
-from torch_src.inference import Retriever, find_cross_model, load_cross_model, load_dual_model, pair_scorer
+from torch_src.inference import (
+    Retriever,
+    find_cross_model,
+    load_cross_model,
+    load_dual_model,
+    pair_rules,
+    pair_scorer,
+)
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.models.backbones import check_fits
@@ -80,6 +87,7 @@ class SearchService:
         self.ids = self.retriever.passage_ids()
         self.encoder = self.retriever.encoder("query", load_dual_model(self.retriever.source))
         self.scorer = open_scorer(hp, self.retriever) if hp.reranks else None
+        self.truncation = self.retriever.truncation([])
         self.how, self.find = self._make_search()
 
     def _make_search(self) -> tuple[str, Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]]:
@@ -227,8 +235,7 @@ def open_scorer(hp: DemoHparams, retriever: Retriever) -> PairScorer:
     """Return the re-ranker on the retriever's device; UserError when its weights are missing."""
     settings = InferenceCrossHparams(cross_params=hp.cross_params_path, seed=hp.seed, debug=hp.debug)
     source = find_cross_model(settings)
-    lengths = {"max_seq_len": source.settings["max_seq_len"]}
-    check_fits(source.config, len(source.tokenizer), lengths, source.path)
+    check_fits(source.config, source.tokenizer, {"max_seq_len": pair_rules(source)}, source.path)
     model = load_cross_model(source).to(retriever.device)
     return pair_scorer(source, model, settings.batch_size, retriever.device, retriever.precision)
 

@@ -17,8 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from torch_src.data.candidates import OFFICIAL, OFFICIAL_IDS
 from torch_src.data.collection import PassageCollection
 from torch_src.models.backbones import check_fits, load_config, model_checksum
-from torch_src.models.tokenization import load_tokenizer, save_tokenizer, tokenizer_checksum
+from torch_src.models.tokenization import TextRules, load_tokenizer, save_tokenizer, tokenizer_checksum
 from torch_src.models.trained_settings import model_fields_intact, write_trained_settings
+from torch_src.models.truncation import Truncation
 from torch_src.runtime.devices import (
     choose_device,
     choose_precision,
@@ -86,6 +87,7 @@ class ModelFiles:
         self.params = Path(self.hp.params_path)
         self.settings = self.params.with_name(f"{self.name}_hparams.json")
         self.model = self.params.with_name(f"{self.name}_model")
+        self.truncation: list[Truncation] = []  # of the training texts, for information
 
     def save(self, state: dict[str, torch.Tensor]) -> str:
         """Write all of them; return the checksum of the weights."""
@@ -109,7 +111,9 @@ class ModelFiles:
             "model_files": {path.name: checksum_files([path]) for path in sorted(self.model.iterdir())},
             "weights": weights,
         }
-        write_trained_settings(self.settings, dataclasses.asdict(self.hp), model)
+        settings = dataclasses.asdict(self.hp)
+        settings["truncation"] = [dataclasses.asdict(each) for each in self.truncation]
+        write_trained_settings(self.settings, settings, model)
 
     def settings_intact(self, weights: str) -> bool:
         """Return whether settings, configuration and tokenizer are those of these weights, undamaged."""
@@ -126,13 +130,18 @@ class Setup:
     """Device, processes, configuration and tokenizer: what a program chooses before it loads data and model.
 
     `hp`: settings of the program; `batch`: name and value of the knob whose units the processes share;
-    `lengths`: names of the knobs that are lengths in tokens.
+    `rules`: how texts become token ids, by the knob that limits their length.
     """
 
     def __init__(
-        self, name: str, hp: Any, fixed_by_weights: Sequence[str], batch: str, lengths: Sequence[str]
+        self,
+        name: str,
+        hp: Any,
+        fixed_by_weights: Sequence[str],
+        batch: str,
+        rules: dict[str, TextRules],
     ):
-        self.name, self.hp = name, hp
+        self.name, self.hp, self.rules = name, hp, rules
         self.device = choose_device(hp.device)
         if hp.deterministic:
             make_deterministic(self.device)
@@ -148,8 +157,7 @@ class Setup:
             log(f"process {rank + 1} of {world}; they share each batch")
         self.config = load_config(hp.pretrained_model_path, hp.dropout)
         self.tokenizer = load_tokenizer(hp.pretrained_model_path, hp.vocab_path)
-        limits = {name: getattr(hp, name) for name in lengths}
-        check_fits(self.config, len(self.tokenizer), limits, hp.pretrained_model_path)
+        check_fits(self.config, self.tokenizer, rules, hp.pretrained_model_path)
         tokens = token_budget(hp.tokens_per_batch, self.device, training=True)
         self.chunking = Chunking(hp.grad_cache_chunk, tokens, hp.seed, rank)
         self.files = ModelFiles(name, hp, fixed_by_weights, self.config, self.tokenizer)

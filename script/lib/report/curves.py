@@ -138,7 +138,7 @@ def merged(files: list[Points]) -> Points:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a sample of texts, with prefix and special tokens."""
+    """Tokens of a sample of texts, with special tokens and without the prefix."""
 
     tokens: np.ndarray  # (sampled,) int64
     of: int  # texts that the sample was drawn from
@@ -176,7 +176,7 @@ def measure_lengths(
     for name, side, texts in (("queries", "query", queries), ("passages", "passage", collection)):
         count = min(samples, len(texts))
         rows = np.sort(generator.choice(len(texts), count, replace=False, shuffle=False)).tolist()
-        rules = TextRules(MAX_TOKENS, settings[f"{side}_prefix"], settings["remove_spaces"])
+        rules = TextRules(MAX_TOKENS, "", settings["remove_spaces"])
         ids, _ = tokenize(tokenizer, [texts[row] for row in rows], rules)
         tokens = np.array([len(text) for text in ids])
         measured[name] = Lengths(tokens, len(texts), settings[f"{side[0]}_max_seq_len"])
