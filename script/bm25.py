@@ -26,7 +26,7 @@ import numpy as np
 
 from script.lib.terms import PIECES, terms
 from torch_src.data.collection import PassageCollection
-from torch_src.data.formats import RunRow, format_run_row, read_queries, read_question_ids, run_by_query
+from torch_src.data.formats import RunRow, format_run_row, read_query_texts, run_by_query
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.locks import folder_lock
@@ -101,8 +101,7 @@ def search(args: argparse.Namespace) -> None:
     stamp = read_stamp(args.index / MARK)
     if stamp is None or stamp.get("collection") != collection.checksum:
         raise UserError(f"{args.index}: no finished index of this collection; run `bm25.py index` first")
-    path = args.dev_q
-    queries = list(read_question_ids(path)) if path.endswith(".json") else read_queries(path)
+    queries = read_query_texts(args.dev_q)
     tantivy = import_tantivy()
     schema = make_schema(tantivy)
     searcher = tantivy.Index.open(str(args.index / "tantivy")).searcher()

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 from script.lib.terms import PIECES, terms
 from torch_src import hparams
-from torch_src.data.formats import read_queries
+from torch_src.data.formats import read_query_texts
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.program import exit_status, exit_with
@@ -154,10 +154,10 @@ def respond(service: SearchService, question: str) -> Iterator[str]:
 
 def example_questions(hp: DemoHparams) -> list[str]:
     """Return the first short dev queries; empty without such a file."""
-    if hp.dev_q == hparams.NONE or not Path(hp.dev_q_path).exists() or hp.dev_q_path.endswith(".json"):
+    if hp.dev_q == hparams.NONE or not Path(hp.dev_q_path).exists():
         return []
     try:
-        short = [query for query in read_queries(hp.dev_q_path) if len(query) <= MAX_EXAMPLE]
+        short = [query for query in read_query_texts(hp.dev_q_path) if len(query) <= MAX_EXAMPLE]
     except UserError as error:
         warn(f"no example questions: {error}")
         return []

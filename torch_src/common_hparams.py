@@ -60,7 +60,7 @@ class Queries(DataFolder):
     """The queries of a result."""
 
     # data paths
-    dev_q: str = ""  # queries, 4 columns or test1.json; empty: data_dir/dev/dev.q.format
+    dev_q: str = ""  # dev.q.format, test1.json, .jsonl, qid TAB query; empty: data_dir/dev/dev.q.format
 
     @property
     def dev_q_path(self) -> str:

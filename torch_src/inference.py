@@ -13,7 +13,7 @@ from torch_src.common_hparams import QueryIds, Run
 from torch_src.cross_hparams import MODEL_SETTINGS as CROSS_MODEL_SETTINGS
 from torch_src.cross_hparams import CrossHparams
 from torch_src.data.collection import PassageCollection
-from torch_src.data.formats import read_q2qid, read_queries, read_question_ids
+from torch_src.data.formats import has_query_ids, read_q2qid, read_queries, read_question_ids
 from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.dual_hparams import MODEL_SETTINGS as DUAL_MODEL_SETTINGS
 from torch_src.dual_hparams import DualHparams
@@ -45,10 +45,12 @@ InferenceHparams = InferenceDeHparams | InferenceCrossHparams
 def read_query_ids(hp: QueryIds) -> dict[str, list[str] | None]:
     """Return {query text: its qids} in file order; with `--dev_q2qid none` the qids are None.
 
-    dev_q is dev.q.format with q2qid.dev.json beside it, or JSON lines with question_id and question
-    (test1.json, dev.json). UserError when a query has no qid.
+    dev_q is dev.q.format with q2qid.dev.json beside it, or a file with ids: JSON lines (test1.json, dev.json,
+    queries.jsonl) or `qid TAB query`. UserError when a query has no qid.
     """
-    if hp.dev_q_path.endswith(".json"):
+    if has_query_ids(hp.dev_q_path):
+        if hp.dev_q2qid not in ("", NONE):
+            warn(f"--dev_q2qid {hp.dev_q2qid}: not read, because {hp.dev_q_path} has ids")
         return dict(read_question_ids(hp.dev_q_path))
     queries = read_queries(hp.dev_q_path)
     if hp.dev_q2qid == NONE:

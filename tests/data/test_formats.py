@@ -1,5 +1,6 @@
 """Readers and writers of the official layout: texts unchanged, every malformed line named as file:line."""
 
+import gzip
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from torch_src.data import formats, lines
+from torch_src.data import formats, lines, results
 from torch_src.data.formats import CrossRow, DevQuery, DualRow, RunRow
 from torch_src.data.lines import FormatError
 from torch_src.runtime.errors import UserError
@@ -226,3 +227,58 @@ def test_run_row_restores_float32_exactly(tmp_path_factory, query, row, rank, sc
 def test_malformed_run_row_is_named(file, row):
     path = file("q\t1\t1\t2\nq\t" + row.replace(" ", "\t") + "\n")
     refused(lambda: list(formats.read_run(path)), f"{path}:2")
+
+
+GZIPPED = pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gz"])
+WITH_IDS = {
+    "test1.json": '{"question_id": 7, "question": "蒸鱼"}\n{"question_id": "q2", "question": "炖肉"}\n',
+    "q.jsonl": '{"_id": "7", "text": "蒸鱼"}\n{"id": "q2", "text": "炖肉", "url": null}\n',
+    "queries.dev.tsv": "qid\ttext\n7\t蒸鱼\nq2\t炖肉\n",
+    "topics": "7\t蒸鱼\nq2\t炖肉\n",
+}
+
+
+@GZIPPED
+@pytest.mark.parametrize("name", WITH_IDS)
+def test_query_files_with_ids(file, name, pack):
+    path = file(pack(WITH_IDS[name].encode()), name + (".gz" if pack is gzip.compress else ""))
+    assert formats.has_query_ids(path)
+    assert formats.read_question_ids(path) == {"蒸鱼": ["7"], "炖肉": ["q2"]}
+    assert formats.read_query_texts(path) == ["蒸鱼", "炖肉"]
+
+
+@GZIPPED
+def test_official_files_gzipped(file, pack):
+    assert formats.read_query_texts(file(pack("蒸鱼\t-\t-\t0\n".encode()), "dev.q.format")) == ["蒸鱼"]
+    assert formats.read_q2qid(file(pack(b'{"a": "1"}'))) == {"a": "1"}
+    assert results.load_result(file(pack(b'{"q1": ["a"]}'))) == {"q1": ["a"]}
+    damaged = file(gzip.compress(b"a\tb\n" * 1000)[:-20], "x.gz")
+    for read in (formats.read_question_ids, formats.read_q2qid, results.load_result):
+        with pytest.raises(UserError, match=f"^{damaged}: damaged"):
+            read(damaged)
+
+
+@pytest.mark.parametrize(
+    "name, content, line",
+    [
+        ("q.jsonl", '{"id": 1, "text": "a"}\n{"id": "1", "text": "b"}\n', 2),  # one id, as number and text
+        *(("q.jsonl", '{"id": true, "text": "a"}\n', 1), ("q.jsonl", '{"id": 1.5, "text": "a"}\n', 1)),
+        *(("q.jsonl", '{"id": "1", "text": 2}\n', 1), ("q.jsonl", '{"text": "a"}\n', 1)),
+        *(("q.tsv", "1\ta\n2\tb\tc\n", 2), ("q.tsv", "1\ta\r\n", 1), ("q.tsv", "1\ta\n\tb\n", 2)),
+    ],
+)
+def test_malformed_query_ids_are_named(file, name, content, line):
+    path = file(content, name)
+    refused(lambda: formats.read_question_ids(path), f"{path}:{line}")
+
+
+def test_integer_ids_and_grades_of_dev_json(file):
+    answers = [{"paragraph_id": 3, "paragraph_text": "a", "grade": 2}, {"paragraph_id": "4", "grade": 1}]
+    line = json.dumps({"question_id": 1, "question": "q", "answer_paragraphs": answers})
+    (query,) = formats.read_dev(file(line), texts=False)
+    assert query == DevQuery("1", "", {"3": "", "4": ""}, {"3": 2})
+    for grade in (0, -1, 1.5, "2", True, None):
+        answers[0]["grade"] = grade
+        path = file(json.dumps({"question_id": 1, "answer_paragraphs": answers}))
+        if grade is not True:  # equals 1
+            refused(lambda path=path: formats.read_dev(path, texts=False), f"{path}:1", "grade")

@@ -22,6 +22,8 @@ from torch_src.data.lines import (
 from torch_src.runtime.errors import UserError
 
 SEPARATORS = {"\t", "\n"}  # not allowed in a query or qid: they end the columns and lines of a run
+QID_FIELDS = ("question_id", "query_id", "qid", "_id", "id")  # of a file of queries with ids
+QUERY_FIELDS = ("question", "query", "text")
 EMPTY_TITLES = ("", "null", "-")  # spellings in the published files, their readme and the query files
 MERGE_QUERIES = (
     "a run identifies a query by its text; merge the two: one line in dev.q.format, one qid in "
@@ -51,6 +53,7 @@ class DevQuery(NamedTuple):
     qid: str
     query: str
     answers: dict[str, str]  # pid -> text of every positive
+    grades: dict[str, int] = {}  # pid -> grade of the positives whose grade is above 1
 
 
 class RunRow(NamedTuple):
@@ -152,20 +155,64 @@ def read_queries(path: FilePath) -> list[str]:
     return list(_require_not_empty(seen, path))
 
 
+def has_query_ids(path: FilePath) -> bool:
+    """Return whether a query file has ids (JSON lines, or qid TAB query), unlike dev.q.format."""
+    if str(path).removesuffix(".gz").endswith((".json", ".jsonl")):
+        return True
+    return next((text.count("\t") == 1 for _, text in read_lines(path)), False)
+
+
+def read_query_texts(path: FilePath) -> list[str]:
+    """Return the distinct query texts of dev.q.format or of a file with ids, in file order."""
+    return list(read_question_ids(path)) if has_query_ids(path) else read_queries(path)
+
+
 def read_question_ids(path: FilePath) -> dict[str, list[str]]:
-    """Return {query text: its qids} of JSON lines with question_id and question (test1.json, dev.json)."""
+    """Return {query text: its qids} of JSON lines (test1.json, dev.json) or of lines `qid TAB query`."""
     found: dict[str, list[str]] = {}
+    line_of: dict[str, int] = {}  # by qid
+    is_json = str(path).removesuffix(".gz").endswith((".json", ".jsonl"))
     for line, text in read_lines(path):
-        entry = parse_json(text, path, line)
-        try:
-            qid, query = entry["question_id"], entry["question"]
-        except (KeyError, TypeError):
-            raise FormatError(path, line, "expected {question_id, question}") from None
-        if not _are_strings(qid, query) or SEPARATORS & {*query, *qid}:
-            message = "question_id and question must be strings without TAB or line end"
-            raise FormatError(path, line, message)
+        qid, query = (_json_question if is_json else _tsv_question)(text, path, line)
+        if line == 1 and not is_json and qid.lower() in QID_FIELDS and query.lower() in QUERY_FIELDS:
+            continue
+        if not qid or SEPARATORS & {*query, *qid}:
+            raise FormatError(path, line, "the qid is empty, or a TAB or line end in qid or query")
+        if qid in line_of:
+            raise FormatError(path, line, f"the qid {shown(qid)} is also in line {line_of[qid]}")
+        line_of[qid] = line
         found.setdefault(_require_query(query, path, line), []).append(qid)
     return _require_not_empty(found, path)
+
+
+def _json_question(text: str, path: FilePath, line: int) -> tuple[str, str]:
+    entry = parse_json(text, path, line)
+    fields = entry if isinstance(entry, dict) else {}
+    qid = next((as_id(fields[name]) for name in QID_FIELDS if name in fields), None)
+    query = next((fields[name] for name in QUERY_FIELDS if name in fields), None)
+    if qid is None or not isinstance(query, str):
+        raise FormatError(path, line, "expected {question_id, question}: an id and a string")
+    return qid, query
+
+
+def _tsv_question(text: str, path: FilePath, line: int) -> tuple[str, str]:
+    qid, query = split_columns(text, 2, path, line, "qid, query")
+    if query.endswith("\r"):
+        raise FormatError(path, line, r"ends in \r\n (expected \n); the \r would become part of the query")
+    return qid, query
+
+
+def _required_id(value: object) -> str:
+    if (text := as_id(value)) is None:
+        raise TypeError("an id is not a string or an integer")
+    return text
+
+
+def as_id(value: object) -> str | None:
+    """Return the id that a JSON value holds, a string or an integer; None for any other value."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) else None
 
 
 def read_q2qid(path: FilePath) -> dict[str, str]:
@@ -195,12 +242,14 @@ def parse_dev_query(text: str, path: FilePath, line: int, texts: bool = True) ->
     """
     entry = parse_json(text, path, line)
     try:
-        qid, query = entry["question_id"], entry["question"] if texts else ""
-        answers = {
-            a["paragraph_id"]: a["paragraph_text"] if texts else "" for a in entry["answer_paragraphs"]
-        }
-        if not _are_strings(qid, query, *answers, *answers.values()):
+        qid, query = _required_id(entry["question_id"]), entry["question"] if texts else ""
+        paragraphs = [(_required_id(a["paragraph_id"]), a) for a in entry["answer_paragraphs"]]
+        answers = {pid: a["paragraph_text"] if texts else "" for pid, a in paragraphs}
+        grades = {pid: a["grade"] for pid, a in paragraphs if a.get("grade", 1) != 1}
+        if not _are_strings(query, *answers.values()):
             raise TypeError("a value is not a string")
+        if not all(isinstance(grade, int) and grade > 1 for grade in grades.values()):
+            raise TypeError("a grade is not an integer from 1")
     except (KeyError, TypeError) as error:
         fields = "question_id, question, answer_paragraphs: [{paragraph_id, paragraph_text}]"
         raise FormatError(path, line, f"expected {{{fields}}}; missing or malformed: {error}") from None
@@ -208,7 +257,7 @@ def parse_dev_query(text: str, path: FilePath, line: int, texts: bool = True) ->
         _require_query(query, path, line)
     if not answers:
         raise FormatError(path, line, "no answer_paragraphs (expected at least one)")
-    return DevQuery(qid, query, answers)
+    return DevQuery(qid, query, answers, grades)
 
 
 def read_dev(path: FilePath, texts: bool = True) -> list[DevQuery]:

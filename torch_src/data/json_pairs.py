@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import BinaryIO
 
-from torch_src.data.lines import FilePath, FormatError, open_file, shown
+from torch_src.data.lines import FilePath, FormatError, archive_errors, open_file, shown
 
 CHUNK = 1 << 17  # bytes read at a time
 LONGEST_PAIR = 1 << 20  # characters; a longer pair is refused
@@ -72,7 +72,8 @@ class _Source:
         """Drop the text before `at`, append the next chunk; return False at the end of the file."""
         self.first_line = self.line_at(self.at)
         rest = self.text[self.at :]
-        raw = self.file.read(max(self.chunk, len(rest)))
+        with archive_errors(self.path):
+            raw = self.file.read(max(self.chunk, len(rest)))
         try:
             self.text, self.at = rest + self.decoder.decode(raw, final=not raw), 0
         except UnicodeDecodeError as error:

@@ -4,14 +4,17 @@ Only `\\n` ends a line and nothing is stripped: texts contain characters at whic
 (\\x0b, \\x0c, \\x1c-\\x1e, \\x85, U+2028) and quotes that csv would remove.
 """
 
+import gzip
 import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import warn
@@ -20,6 +23,7 @@ FilePath = str | Path
 First = TypeVar("First")
 Second = TypeVar("Second")
 LONGEST_LINE = 1 << 24  # bytes; a longer line is refused to limit memory
+GZIPPED = b"\x1f\x8b"  # how a gzip archive begins, and no UTF-8 text
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
@@ -37,23 +41,37 @@ def shown(text: str) -> str:
 
 
 def open_file(path: FilePath) -> BinaryIO:
-    """Return the open binary file; UserError when it is missing or a folder."""
+    """Return the open binary file, unpacked if it is gzipped; UserError when it is missing or a folder."""
     try:
-        return open(path, "rb")
+        file = open(path, "rb")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder (expected a file)") from None
+    if file.peek(2)[:2] != GZIPPED:
+        return file
+    file.close()
+    return cast(BinaryIO, gzip.open(path, "rb"))
+
+
+@contextmanager
+def archive_errors(path: FilePath) -> Iterator[None]:
+    """Turn the errors of a damaged gzip archive into a UserError."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: damaged or truncated archive ({error})") from None
 
 
 def raw_lines(file: BinaryIO, path: FilePath) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, bytes) of a binary file; FormatError for a line above LONGEST_LINE."""
     number = 0
-    while raw := file.readline(LONGEST_LINE + 1):
-        number += 1
-        if len(raw) > LONGEST_LINE:
-            raise FormatError(path, number, f"a line of more than {LONGEST_LINE >> 20} MiB")
-        yield number, raw
+    with archive_errors(path):
+        while raw := file.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(raw) > LONGEST_LINE:
+                raise FormatError(path, number, f"a line of more than {LONGEST_LINE >> 20} MiB")
+            yield number, raw
 
 
 def decode(raw: bytes, path: FilePath, line: int) -> str:
@@ -61,7 +79,8 @@ def decode(raw: bytes, path: FilePath, line: int) -> str:
     try:
         text = raw.removesuffix(b"\n").decode("utf-8")
     except UnicodeDecodeError as error:
-        raise FormatError(path, line, f"not UTF-8 (byte {error.start + 1} of the line)") from None
+        fix = "convert it, for example with `iconv -f GB18030 -t UTF-8`"
+        raise FormatError(path, line, f"not UTF-8 (byte {error.start + 1} of the line); {fix}") from None
     if line == 1 and text.startswith("\ufeff"):
         raise FormatError(path, line, "starts with a byte order mark; save the file as plain UTF-8")
     return text
@@ -87,7 +106,7 @@ def read_together(
 
 def warn_if_cut(path: FilePath) -> None:
     """Warn when the last line has no newline: a truncated number or id still looks valid."""
-    with open_file(path) as file:
+    with open_file(path) as file, archive_errors(path):
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         if file.read() not in (b"", b"\n"):

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from torch_src.data.lines import FilePath, FormatError, open_file, parse_json, shown
+from torch_src.data.lines import FilePath, FormatError, archive_errors, open_file, parse_json, shown
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.log import warn
@@ -23,7 +23,7 @@ def write_result(path: FilePath, lists: Iterable[tuple[str, list[str]]]) -> None
 
 def load_result(path: FilePath) -> dict[str, list[str]]:
     """Return {qid: pids, best first} of a result file."""
-    with open_file(path) as file:
+    with open_file(path) as file, archive_errors(path):
         raw = file.read()
     try:
         text = raw.decode("utf-8")
