@@ -9,7 +9,6 @@ rank column, beside MODEL_OUTPUT (`cross_res.json` for `res.rerank*`, `dual_res.
 to OUTPUT. Needs numpy and xxhash, but no torch.
 """
 
-import argparse
 import os
 import sys
 from array import array
@@ -19,13 +18,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 
 import numpy as np
 
+from torch_src.data.collection import PassageCollection, collection_files
 from torch_src.data.formats import read_q2qid, read_run
-from torch_src.data.lines import FormatError, shown, warn_if_cut, whole_number
+from torch_src.data.lines import FormatError, shown, warn_if_cut
 from torch_src.data.passage_ids import pids_of
-from torch_src.data.results import require_own_path, stamp_result, write_result
+from torch_src.data.results import (
+    check_collection,
+    check_result_path,
+    searched_collection,
+    stamp_result,
+    write_result,
+)
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import warn
+from torch_src.runtime.options import OptionParser, positive_int
 from torch_src.runtime.program import exit_status
+from torch_src.runtime.stamps import clear_stamp
 
 
 class Ranking:
@@ -57,12 +65,29 @@ def default_output(model_output: str) -> str:
     return os.path.join(folder, "cross_res.json" if name.startswith("res.rerank") else "dual_res.json")
 
 
-def check_paths(model_output: str, output: str, inputs: tuple[str, ...]) -> None:
-    """UserError when the output is an input, or a re-ranked run would replace the first stage's result."""
-    require_own_path(output, inputs)
+def check_paths(model_output: str, output: str | None, inputs: tuple[str, ...]) -> str:
+    """Return the output. UserError when it is not a new file or an earlier result.
+
+    A re-ranked run must not replace the first stage's result.
+    """
+    path = check_result_path(output, default_output(model_output), inputs)
     reranked = os.path.basename(default_output(model_output)) == "cross_res.json"
-    if reranked and os.path.basename(output) == "dual_res.json":
-        raise UserError(f"{output}: the first stage's result; name another output for a re-ranked run")
+    if reranked and os.path.basename(path) == "dual_res.json":
+        raise UserError(f"{path}: the first stage's result; name another output for a re-ranked run")
+    return path
+
+
+def check_map(model_output: str, para2id: str) -> None:
+    """UserError when the run is of another collection than the passages beside the map, if there are any."""
+    folder, cache = Path(para2id).parent, Path(model_output).parent / "cache"
+    if searched_collection(model_output) is None:
+        return
+    try:
+        collection_files(folder)
+    except UserError:
+        return
+    collection = PassageCollection(folder, cache if cache.is_dir() else None)
+    check_collection(model_output, collection.checksum, folder)
 
 
 def read_results(path: str, qid_of: dict[str, str], topk: int) -> dict[str, Ranking]:
@@ -137,9 +162,9 @@ def warn_about(path: str, queries: int, rankings: dict[str, Ranking], topk: int,
 
 def convert(query2id: str, para2id: str, model_output: str, topk: int, output: str | None = None) -> None:
     """Check the run and write its JSON. On any error nothing is written."""
-    output = output or default_output(model_output)
     inputs = (query2id, para2id, model_output)
-    check_paths(model_output, output, inputs)
+    output = check_paths(model_output, output, inputs)
+    check_map(model_output, para2id)
     qid_of = read_q2qid(query2id)
     rankings = read_results(model_output, qid_of, topk)
     warn_if_cut(model_output)
@@ -150,27 +175,20 @@ def convert(query2id: str, para2id: str, model_output: str, topk: int, output: s
         (qid, [pids[slot] for slot in np.searchsorted(rows, ranking.rows)])
         for qid, ranking in rankings.items()
     )
+    clear_stamp(output)
     write_result(output, lists)
     stamp_result(output, "convert_recall_res_to_json", inputs, topk=topk)
     results = sum(len(ranking.rows) for ranking in rankings.values())
     print(f"{len(rankings)} queries, {results} results -> {output}")
 
 
-def positive(text: str) -> int:
-    """Return the integer from 1 that an argument holds."""
-    number = whole_number(text)
-    if not number:
-        raise argparse.ArgumentTypeError(f"{text!r} (expected an integer from 1)")
-    return number
-
-
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, or 2 when an input is wrong."""
-    parser = argparse.ArgumentParser(description="Convert a run to {qid: [pid, ...]}.")
+    parser = OptionParser("Convert a run to {qid: [pid, ...]}.")
     parser.add_argument("query2id", metavar="QUERY2ID", help="JSON object {query text: qid}")
     parser.add_argument("para2id", metavar="PARA2ID", help='JSON object {"0": pid, ...} by global row')
     parser.add_argument("model_output", metavar="MODEL_OUTPUT", help="lines: query, row, rank, score")
-    parser.add_argument("topk", metavar="TOPK", type=positive, help="results that each query should have")
+    parser.add_argument("topk", metavar="TOPK", type=positive_int, help="results that each query should have")
     parser.add_argument("output", metavar="OUTPUT", nargs="?", help="default: beside MODEL_OUTPUT")
     given = parser.parse_args(argv)
     return exit_status(

@@ -9,7 +9,6 @@ pid as a string, which is unrelated to relevance: with equal scores the two can 
 probabilities: saturated probabilities are equal. Needs numpy and xxhash, but no torch.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -18,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 
 from torch_src.data.formats import read_id_map, read_scores
 from torch_src.data.lines import FormatError, read_together, shown, warn_if_cut
-from torch_src.data.results import require_own_path, stamp_result, write_result
+from torch_src.data.results import check_result_path, stamp_result, write_result
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import warn
+from torch_src.runtime.options import OptionParser
 from torch_src.runtime.program import exit_status
+from torch_src.runtime.stamps import clear_stamp
 
 DEPTH = 50  # passages per query; the metrics use no more
 
@@ -47,8 +48,8 @@ def rank(scores: dict[str, float]) -> list[str]:
 
 def convert(score_file: str, id_map: str, output: str | None = None) -> None:
     """Check both files and write the JSON. On any error nothing is written."""
-    output = output or os.path.join(os.path.dirname(score_file), "cross_res.json")
-    require_own_path(output, (score_file, id_map))
+    default = os.path.join(os.path.dirname(score_file), "cross_res.json")
+    output = check_result_path(output, default, (score_file, id_map))
     scores_of = read_scored(score_file, id_map)
     for path in (score_file, id_map):
         warn_if_cut(path)
@@ -56,6 +57,7 @@ def convert(score_file: str, id_map: str, output: str | None = None) -> None:
     if equal:
         counted = f"{equal} of {len(scores_of)} queries"
         warn(f"{score_file}: {counted} have one score for all passages and keep the order of the id map")
+    clear_stamp(output)
     write_result(output, ((qid, rank(scores)) for qid, scores in scores_of.items()))
     stamp_result(output, "convert_rerank_res_to_json", (score_file, id_map))
     results = sum(min(len(scores), DEPTH) for scores in scores_of.values())
@@ -64,7 +66,7 @@ def convert(score_file: str, id_map: str, output: str | None = None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, or 2 when an input is wrong."""
-    parser = argparse.ArgumentParser(description="Convert a re-ranker's scores to {qid: [pid, ...]}.")
+    parser = OptionParser("Convert a re-ranker's scores to {qid: [pid, ...]}.")
     parser.add_argument("score_file", metavar="SCORE_FILE", help="one number a line")
     parser.add_argument("id_map", metavar="ID_MAP", help="lines: qid, pid; aligned with SCORE_FILE")
     parser.add_argument("output", metavar="OUTPUT", nargs="?", help="default: beside SCORE_FILE")

@@ -9,7 +9,6 @@ relevant passage among the first k; trec_eval's recall is another measure. Needs
 torch.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch_src.data.lines import FilePath
 from torch_src.data.results import load_result, warn_if_stale
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import warn
+from torch_src.runtime.options import OptionParser
 from torch_src.runtime.program import exit_status
 
 MRR_DEPTH = 10  # ranks that MRR uses
@@ -93,7 +93,7 @@ def evaluate(reference_path: FilePath, result_path: FilePath) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, or 2 when an input is wrong."""
-    parser = argparse.ArgumentParser(description="Print MRR@10, recall@1 and recall@50 of a result.")
+    parser = OptionParser("Print MRR@10, recall@1 and recall@50 of a result.")
     parser.add_argument("reference", metavar="REFERENCE", help="dev.json: a JSON object a line")
     parser.add_argument("result", metavar="RESULT", help="JSON object {qid: [pid, ...]}")
     given = parser.parse_args(argv)

@@ -16,10 +16,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 from torch_src.runtime.files import atomic_write, require
+from torch_src.runtime.options import OptionParser, integer
+from torch_src.runtime.outputs import Output, begins, check_outputs
 from torch_src.runtime.program import exit_status
 from torch_src.tools.data_check import PERCENTILES, DataCheck, Findings
 
 SHOWN = 50  # faults printed
+COLUMNS = "file\tline\twhat\n"  # first line of --fix-report
+FIX_REPORT = begins(COLUMNS.encode())
 
 
 def table(found: Findings, limits: dict[str, int]) -> list[str]:
@@ -39,8 +43,9 @@ def run(given: argparse.Namespace) -> Findings:
     """Check the folder, print the findings and return them."""
     folder = require(given.folder, "the data folder")
     if given.fix_report:
+        check_outputs([Output(given.fix_report, FIX_REPORT)], [Path(folder) / "passage-collection"])
         with atomic_write(given.fix_report) as file:
-            file.write("file\tline\twhat\n")
+            file.write(COLUMNS)
             found = DataCheck(folder, lambda *fault: file.write("\t".join(map(str, fault)) + "\n")).run()
     else:
         found = DataCheck(folder).run()
@@ -58,12 +63,12 @@ def run(given: argparse.Namespace) -> Findings:
 
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OptionParser(__doc__)
     parser.add_argument("folder", help="a data folder of the official layout")
-    parser.add_argument("--q_max_seq_len", type=int, default=32, help="longest query in tokens")
-    parser.add_argument("--p_max_seq_len", type=int, default=384, help="longest passage in tokens")
+    parser.add_argument("--q_max_seq_len", type=integer(3, 10**6), default=32, help="longest query in tokens")
+    parser.add_argument(
+        "--p_max_seq_len", type=integer(3, 10**6), default=384, help="longest passage in tokens"
+    )
     parser.add_argument("--fix-report", dest="fix_report", help="write every fault to this file")
     given = parser.parse_args(argv)
     found: list[Findings] = []

@@ -20,22 +20,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 import numpy as np
 
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result, per_query
-from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
+from torch_src.runtime.libraries import import_library
+from torch_src.runtime.options import OptionParser, seed
+from torch_src.runtime.outputs import Output, begins, check_outputs
 from torch_src.runtime.program import exit_status
 
 TREC = ("RR@10", "nDCG@10", "AP@50", "R@50", "Success@50")
+PER_QUERY = begins(rb'\{"qid": "(\\.|[^"\\])*", "MRR@10": \[')  # a file of --per_query
 DRAWS = 10_000  # of the randomization test
 BOOTSTRAPS = 2000
 
 
 def trec_values(reference: dict[str, set[str]], result: dict[str, list[str]]) -> dict[str, np.ndarray]:
     """Return {metric: (queries,) values} of trec_eval's metrics, in the order of the reference."""
-    try:
-        import ir_measures
-    except ImportError:
-        fix = "python -m pip install -r requirements-tools.txt"
-        raise UserError(f"ir-measures is not installed; run {fix}") from None
+    ir_measures = import_library("ir_measures", "requirements-tools.txt", "ir-measures")
     qrels = [ir_measures.Qrel(qid, pid, 1) for qid, pids in reference.items() for pid in pids]
     # trec_eval sorts by score: a score that decreases with the rank keeps the order.
     run = [
@@ -101,6 +100,8 @@ def table(first: dict[str, np.ndarray], second: dict[str, np.ndarray], seed: int
 
 def run(args: argparse.Namespace) -> None:
     """Compare and print."""
+    if args.per_query:
+        check_outputs([Output(args.per_query, PER_QUERY)], [args.a, args.b, args.reference])
     reference = load_reference(args.reference)
     first, second = (all_values(reference, load_result(path)) for path in (args.a, args.b))
     print(f"A {args.a}\nB {args.b}\n{len(reference):,} queries of {args.reference}\nDuReader:")
@@ -115,14 +116,12 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OptionParser(__doc__)
     parser.add_argument("a", metavar="A", help="result")
     parser.add_argument("b", metavar="B", help="result")
     parser.add_argument("--reference", required=True, help="dev.json")
     parser.add_argument("--per_query", default="", help="file to write, one JSON line per query")
-    parser.add_argument("--seed", type=int, default=42, help="of the test and the interval")
+    parser.add_argument("--seed", type=seed, default=42, help="of the test and the interval")
     args = parser.parse_args(argv)
     return exit_status(lambda: run(args))
 

@@ -16,7 +16,6 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
@@ -34,25 +33,23 @@ from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.models.tokenization import TextRules, save_tokenizer
 from torch_src.models.truncation import Truncation
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.files import atomic_write, read_json
+from torch_src.runtime.files import atomic_folder, atomic_write, read_json
+from torch_src.runtime.libraries import import_library
 from torch_src.runtime.log import log, warn
+from torch_src.runtime.options import OptionParser
+from torch_src.runtime.outputs import check_new_folder
 from torch_src.runtime.program import exit_status
 
 PROMPTS = {"query": "query_prefix", "document": "passage_prefix"}
 
 
-def import_sentence_transformers() -> ModuleType:
-    """Return the library; UserError if it is not installed."""
-    try:
-        import sentence_transformers
-    except ImportError:
-        fix = "python -m pip install -r requirements-tools.txt"
-        raise UserError(f"sentence-transformers is not installed; run {fix}") from None
-    return sentence_transformers
+def import_sentence_transformers() -> Any:
+    """Return the library; UserError if it cannot be imported."""
+    return import_library("sentence_transformers", "requirements-tools.txt", "sentence-transformers")
 
 
-def export_dual(args: argparse.Namespace) -> dict[str, Any]:
-    """Write the dual encoder; return its model settings."""
+def export_dual(args: argparse.Namespace, to: Path) -> dict[str, Any]:
+    """Write the dual encoder to the folder `to`; return its model settings."""
     library = import_sentence_transformers()
     from sentence_transformers.base.modules import Normalize, Router, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
@@ -85,12 +82,12 @@ def export_dual(args: argparse.Namespace) -> dict[str, Any]:
         modules=all_modules, device="cpu", prompts={name: fixed[prefix] for name, prefix in PROMPTS.items()},
         similarity_fn_name="cosine" if fixed["normalize"] else "dot",
     )  # fmt: skip
-    model.save_pretrained(str(args.to), create_model_card=False)
+    model.save_pretrained(str(to), create_model_card=False)
     return {**fixed, "weights": found.checksum}
 
 
-def export_cross(args: argparse.Namespace) -> dict[str, Any]:
-    """Write the cross-encoder; return its model settings."""
+def export_cross(args: argparse.Namespace, to: Path) -> dict[str, Any]:
+    """Write the cross-encoder to the folder `to`; return its model settings."""
     library = import_sentence_transformers()
     hp = InferenceCrossHparams(output_dir=args.output_dir)
     found = find_trained_model(hp, "cross", hp.cross_params_path, CROSS_FIXED)
@@ -102,7 +99,7 @@ def export_cross(args: argparse.Namespace) -> dict[str, Any]:
             folder, max_length=found.settings["max_seq_len"], activation_fn=torch.nn.Identity(), device="cpu",
             model_kwargs={"dtype": torch.float32},
         )  # fmt: skip
-        model.save_pretrained(str(args.to), create_model_card=False)
+        model.save_pretrained(str(to), create_model_card=False)
     return {**found.settings, "weights": found.checksum}
 
 
@@ -128,7 +125,9 @@ def measured(args: argparse.Namespace) -> dict[str, float]:
     return {name: metrics[name] for name in MEASURES}
 
 
-def write_card(args: argparse.Namespace, settings: dict[str, Any], metrics: dict[str, float]) -> None:
+def write_card(
+    args: argparse.Namespace, to: Path, settings: dict[str, Any], metrics: dict[str, float]
+) -> None:
     """Write README.md of the exported folder: how to load the model, its metrics, its settings."""
     name, task, usage = {
         "dual": ("Dual encoder", "sentence-similarity", DUAL_USAGE),
@@ -150,7 +149,7 @@ def write_card(args: argparse.Namespace, settings: dict[str, Any], metrics: dict
         "```python", usage.strip(), "```", "", *table, "## Settings", "",
         "```json", json.dumps(settings, ensure_ascii=False, indent=1), "```", "",
     ]  # fmt: skip
-    with atomic_write(Path(args.to) / "README.md") as file:
+    with atomic_write(to / "README.md") as file:
         file.write("\n".join(lines))
 
 
@@ -171,15 +170,15 @@ logits = model.predict([("query", "passage"), ("query", "another passage")])
 
 def run(args: argparse.Namespace) -> None:
     """Export the model and write its card."""
-    if args.to.exists() and any(args.to.iterdir()):
-        raise UserError(f"{args.to}: not empty; name another folder, or delete this one")
+    check_new_folder(args.to, [args.results, args.reference])
     if bool(args.results) != bool(args.reference):
         raise UserError("--results needs --reference, and --reference needs --results")
     metrics = measured(args)
     transformers.logging.set_verbosity_error()  # no progress bars, no warning of an unused pooler
     transformers.logging.disable_progress_bar()
-    settings = {"dual": export_dual, "cross": export_cross}[args.kind](args)
-    write_card(args, settings, metrics)
+    with atomic_folder(args.to) as folder:
+        settings = {"dual": export_dual, "cross": export_cross}[args.kind](args, folder)
+        write_card(args, folder, settings, metrics)
     if settings["remove_spaces"]:
         warn("remove_spaces cannot be exported; remove ASCII spaces from texts before encoding them")
     log(f"wrote {args.to}")
@@ -187,9 +186,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OptionParser(__doc__)
     parser.add_argument("kind", choices=["dual", "cross"])
     parser.add_argument("--output_dir", default="output", help="folder of the trained model")
     parser.add_argument("--to", type=Path, required=True, help="folder to write")

@@ -25,6 +25,7 @@ from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.runtime.files import read_json, require, write_json
 from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import log, warn
+from torch_src.runtime.outputs import RUN, Output, begins, check_outputs, settings_of
 from torch_src.runtime.program import exit_status, exit_with
 from torch_src.runtime.stamps import checksum_files, clear_stamp, up_to_date, write_stamp
 from torch_src.tools import mining, mining_inputs
@@ -82,8 +83,26 @@ def against_positive(hp: MiningHparams) -> bool:
 def run(hp: MiningHparams) -> None:
     """Retrieve, score, choose and write; each step is skipped if it is up to date."""
     hparams.announce("mine negatives", hp)
+    check_mined(hp)
     with folder_lock(hp.mined_dir_path, name="mining.lock"):
         mine(hp)
+
+
+def check_mined(hp: MiningHparams) -> None:
+    """UserError when a file to write is an input, or not of an earlier mining."""
+    folder = Path(hp.mined_dir_path)
+    mined = begins("\t".join(mining.COLUMNS).encode())
+    outputs = [
+        Output(folder / name, lambda _: mined(folder / mining.SIDECAR), ("mine_negatives",))
+        for name in OUTPUTS[:2]
+    ]
+    outputs += [
+        Output(folder / mining.SIDECAR, mined, ("mine_negatives",)),
+        Output(folder / "train.q.format", begins(rb"[^\t\n]*\t-\t-\t0\n")),
+        Output(folder / "mining.json", settings_of(folder / mining.SIDECAR)),
+        Output(folder / "res.pairs", RUN),
+    ]
+    check_outputs(outputs, hp.inputs)
 
 
 def mine(hp: MiningHparams) -> None:

@@ -21,11 +21,15 @@ from script.lib.report.hparams import ReportHparams
 from torch_src import hparams
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.log import duration, log
+from torch_src.runtime.outputs import Output, begins, check_outputs
 from torch_src.runtime.program import exit_status, exit_with
+
+PAGE = begins(rb"(?s)<!DOCTYPE html>.*<title>Report of ")
 
 
 def run(hp: ReportHparams) -> None:
     """Read the run and write the page."""
+    check_outputs([Output(hp.to_path, PAGE)], hp.inputs)
     plots.matplotlib()  # first: a missing library is reported before a minute of reading
     start, report = time.monotonic(), data.read_report(hp)
     for line in report.notes:

@@ -34,6 +34,7 @@ from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import require, write_json
 from torch_src.runtime.log import duration, log
+from torch_src.runtime.outputs import TIMES, Output, check_outputs
 from torch_src.runtime.program import exit_status
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +149,7 @@ def run(argv: list[str]) -> None:
             call([f"do_{stage}.py", *options[stage]])
         return
     output = Path(infer.output_dir)
+    check_outputs([Output(output / "run_all.json", TIMES)], infer.inputs)
     times: dict[str, float] = {}
     for stage in STAGES[STAGES.index(first) :]:
         log(f"== {stage}")

@@ -27,6 +27,7 @@ from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import write_json
 from torch_src.runtime.log import duration, log
+from torch_src.runtime.outputs import TIMES, Output, check_outputs
 from torch_src.tools.mining_hparams import MiningHparams
 
 DEFAULT_OUTPUT = "output/rounds"
@@ -73,6 +74,7 @@ class Rounds:
     def run(self) -> None:
         """Run all rounds and print the table."""
         topk = self.infer.topk or TOPK
+        check_outputs([Output(self.output / "rounds.json", TIMES)], self.infer.inputs)
         for number in range(1, self.count + 1):
             self.stage(number, "dual_train", *self.train_set(number, "dual"))
             self.stage(number, "dual_infer", "--topk", topk)

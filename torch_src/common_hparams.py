@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch_src.hparams import ABOVE_0, PRECISIONS, SAMPLE_DIR, Hparams, under
+from torch_src.hparams import PRECISIONS, SAMPLE_DIR, Hparams, under
 from torch_src.runtime.errors import UserError
+from torch_src.runtime.options import ABOVE_0, SEEDS
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class DataFolder(Hparams):
     passage_ids: str = ""  # row -> pid (JSON); empty: passage_dir/passage2id.map.json
 
     DEBUG = {"data_dir": SAMPLE_DIR}
+    INPUTS = {"passage_dir_path": "passages", "passage_ids_path": "row -> pid"}
 
     @property
     def passage_dir_path(self) -> str:
@@ -37,6 +39,7 @@ class TrainRows(DataFolder):
     train_set: str = ""  # training rows; empty: train/dual.train.tsv (or cross.train.tsv) in data_dir
 
     TRAIN_FILE = "train/dual.train.tsv"
+    INPUTS = {"train_set_path": "training rows"}
 
     @property
     def train_set_path(self) -> str:
@@ -50,6 +53,8 @@ class DevAnswers(DataFolder):
     # data paths
     dev_set: str = ""  # queries with answers (JSON lines); empty: data_dir/dev/dev.json; none: no metrics
 
+    INPUTS = {"dev_set_path": "answers"}
+
     @property
     def dev_set_path(self) -> str:
         return under(self.data_dir, self.dev_set, "dev/dev.json")
@@ -61,6 +66,8 @@ class Queries(DataFolder):
 
     # data paths
     dev_q: str = ""  # dev.q.format, test1.json, .jsonl, qid TAB query; empty: data_dir/dev/dev.q.format
+
+    INPUTS = {"dev_q_path": "queries"}
 
     @property
     def dev_q_path(self) -> str:
@@ -74,6 +81,8 @@ class QueryIds(Queries):
     # data paths
     dev_q2qid: str = ""  # query text -> qid (JSON); empty: q2qid.dev.json beside dev_q; none: no qids
 
+    INPUTS = {"dev_q2qid_path": "query text -> qid"}
+
     @property
     def dev_q2qid_path(self) -> str:
         return under(str(Path(self.dev_q_path).parent), self.dev_q2qid, "q2qid.dev.json")
@@ -86,6 +95,8 @@ class TrainedRetriever(DataFolder):
     # data paths
     dual_params: str = ""  # trained retriever; empty: output_dir/dual_params.bin; none: not fine-tuned
     para_emb: str = ""  # folder of the passage vectors; empty: output_dir/para_emb
+
+    INPUTS = {"dual_params_path": "trained retriever"}
 
     @property
     def dual_params_path(self) -> str:
@@ -107,7 +118,7 @@ class Run(Hparams):
     seed: int = 42  # random seed of weights, dropout, order and samples
 
     CHOICES = {"precision": PRECISIONS}
-    RANGES = {"threads": (0, 4096), "seed": (0, 2**32 - 1)}
+    RANGES = {"threads": (0, 4096), "seed": SEEDS}
 
 
 @dataclass(frozen=True)
@@ -160,6 +171,9 @@ class Training(TrainRows, DevAnswers, PlannedJob):
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     deterministic: bool = False  # bitwise reproducible on CUDA, slower; runs on a CPU always are
 
+    INPUTS = {
+        "dev_candidates_path": "candidates", "pretrained_model_path": "model", "vocab_path": "vocabulary",
+    }  # fmt: skip
     RANGES = {
         "epoch": (1,), "batch_size": (1,), "lr": ABOVE_0, "weight_decay": (0,), "dropout": (0, 0.9),
         "grad_cache_chunk": (0,), "accumulation_steps": (1,), "max_steps": (0,), "warmup_proportion": (0, 1),

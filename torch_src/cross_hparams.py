@@ -43,6 +43,7 @@ class CrossHparams(Training):
         "pretrained_model_path": TINY_MODEL, "precision": "fp32", "epoch": 8, "lr": 1e-3, "loss": "listwise",
         "group_size": 7, "max_seq_len": 160, "dropout": 0.0, "dev_queries": 90,
     }  # fmt: skip
+    INPUTS = {"dual_params": "trained retriever"}
     CHOICES = {"loss": ("pointwise", "listwise")}
     RANGES = {
         "max_seq_len": (8,), "group_size": (2,), "groups_per_step": (1,), "head_lr": (0,),

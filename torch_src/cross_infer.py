@@ -13,6 +13,7 @@ from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import RunRow, format_run_row, read_dev
 from torch_src.data.negative_scores import read_negative_scores
 from torch_src.data.passage_ids import check_length, read_passage_ids, rows_of
+from torch_src.data.results import RESULT_STAGES, check_collection
 from torch_src.inference import (
     LOG_SECONDS,
     choose_hardware,
@@ -35,6 +36,8 @@ from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write, require
 from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import log, warn
+from torch_src.runtime.outputs import RESULT as RESULT_FILE
+from torch_src.runtime.outputs import RUN, Output, begins, check_apart, check_outputs, settings_of
 from torch_src.runtime.planning import Plan
 from torch_src.runtime.program import exit_status
 from torch_src.runtime.progress import Progress
@@ -61,11 +64,27 @@ def main(argv: list[str]) -> int:
 def run(hp: InferenceCrossHparams) -> None:
     """Score the candidates and write the re-ranked run, unless it is up to date."""
     hparams.announce("re-rank", hp)
+    check_paths(hp)
     if hp.plan:
         job = CrossInference(hp)
         return job.plan().report(hp.output_dir, job.device)
     with folder_lock(hp.output_dir):
         rerank(CrossInference(hp))
+
+
+def check_paths(hp: InferenceCrossHparams) -> None:
+    """UserError when a file to write is an input or foreign."""
+    output, stages = Path(hp.output_dir), ("cross_infer",)
+    outputs = [
+        Output(output / f"res.rerank{hp.topk}", RUN, stages),
+        Output(output / RESULT, RESULT_FILE, RESULT_STAGES),
+        Output(output / SCORES, begins(rb"[-+.0-9einfa]+\n"), stages),
+        Output(output / ID_MAP, begins(rb"[^\t\n]+\t[^\t\n]+\n"), stages),
+        Output(hp.saved_to, settings_of(output / RESULT)),
+    ]
+    ids = hp.retrieval_result_path.removesuffix(OFFICIAL) + OFFICIAL_IDS
+    check_outputs(outputs, [*hp.inputs, ids])
+    check_apart(output / "cross_scores", hp.inputs)
 
 
 class CrossInference:
@@ -97,6 +116,7 @@ class CrossInference:
             self.id_map = path[: -len(OFFICIAL)] + OFFICIAL_IDS
         else:
             self.collection = PassageCollection(hp.passage_dir_path, cache)
+            check_collection(path, self.collection.checksum, hp.passage_dir_path)
         self.candidates = open_candidates(path, self.collection, cache)
         self.pairs = len(self.candidates)
         self._check_queries(path)
@@ -131,6 +151,7 @@ class CrossInference:
         ids = [path for path in (self.hp.passage_ids_path, self.id_map) if os.path.exists(path)]
         return {
             **self.score_stamp(),
+            **({"collection": self.collection.checksum} if self.collection else {}),
             "topk": self.hp.topk,
             "fuse_retriever_weight": self.hp.fuse_retriever_weight,
             "qids": checksum_text(json.dumps(self.qids, ensure_ascii=False)),

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from torch_src.common_hparams import Training
-from torch_src.hparams import ABOVE_0, NONE, POOLINGS, TINY_MODEL, under
+from torch_src.hparams import NONE, POOLINGS, TINY_MODEL, under
 from torch_src.runtime.errors import UserError
+from torch_src.runtime.options import ABOVE_0
 
 # Saved in dual_hparams.json; inference reads them there and refuses other values.
 MODEL_SETTINGS = (

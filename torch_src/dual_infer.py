@@ -34,6 +34,15 @@ from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import duration, log, rank, warn
+from torch_src.runtime.outputs import (
+    NUMPY,
+    RUN,
+    Output,
+    begins,
+    check_apart,
+    check_outputs,
+    settings_of,
+)
 from torch_src.runtime.program import exit_status
 from torch_src.runtime.stamps import JsonDict, checksum_text, clear_stamp, up_to_date, write_stamp
 
@@ -58,11 +67,26 @@ def run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
             f"--force in one process, or delete {hp.para_emb_path} and omit --force"
         )
     log(f"topk {topk}  bs {bs}")
+    check_paths(hp, topk)
     if hp.plan:
         job = DualInference(hp, topk, bs)
         return plan_retrieval(job, len(job.queries), topk, bs).report(hp.output_dir, job.device)
     with folder_lock(hp.output_dir, shared=True):
         encode_and_search(DualInference(hp, topk, bs))
+
+
+def check_paths(hp: InferenceDeHparams, topk: int) -> None:
+    """UserError when a file to write is an input or foreign."""
+    output = Path(hp.output_dir)
+    outputs = [
+        Output(output / f"res.top{topk}", RUN, ("dual_infer",)),
+        Output(output / "query.emb.npy", NUMPY),
+        Output(hp.saved_to, settings_of(output / f"res.top{topk}")),
+    ]
+    if hp.index:
+        outputs.append(Output(output / INDEX, begins(rb"I"), ("index",)))
+    check_outputs(outputs, hp.inputs)
+    check_apart(hp.para_emb_path, hp.inputs)
 
 
 def _process_count() -> int:

@@ -6,7 +6,6 @@ from common_hparams. The comment after a knob is its --help text, the comment ab
 
 import dataclasses
 import inspect
-import math
 import re
 import shutil
 import sys
@@ -22,14 +21,13 @@ import tyro
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import write_json
 from torch_src.runtime.log import log
+from torch_src.runtime.options import check_range, limit_text
 
 NONE = "none"  # value that turns a path or model option off
 SAMPLE_DIR = "script/sample_data"
 TINY_MODEL = f"{SAMPLE_DIR}/tiny_bert"  # a configuration without weights, which are drawn from the seed
 POOLINGS = ("cls", "mean", "pooler")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-
-ABOVE_0 = (1e-12,)  # a range
 
 GROUPS = ("main options", "data paths", "model", "optimization", "evaluation", "search", "run", "advanced")
 HELP_COLUMN = 32  # where the comments start
@@ -51,10 +49,11 @@ class Hparams:
     output_dir: str = "output"  # folder of the results
     debug: bool = False  # small run on a CPU without a download: sample data, small random model
 
-    # Subclasses extend these three with attributes of the same name.
+    # Subclasses extend these four with attributes of the same name.
     DEBUG: ClassVar[dict[str, Any]] = {"output_dir": "output/debug"}  # defaults with --debug; options win
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
     RANGES: ClassVar[Ranges] = {}  # knob -> (lowest,) or (lowest, highest)
+    INPUTS: ClassVar[dict[str, str]] = {}  # property or knob that names an input -> what it is
 
     @classmethod
     def defaults(cls: type[Settings], debug: bool) -> Settings:
@@ -65,6 +64,12 @@ class Hparams:
     def saved_to(self) -> str:
         """Return the JSON file that stores the settings beside the result; empty: none."""
         return ""
+
+    @property
+    def inputs(self) -> list[str]:
+        """Return the paths that the program reads, which no output may replace."""
+        paths = [getattr(self, name) for name in inherited(type(self), "INPUTS")]
+        return [path for path in paths if path and path != NONE]
 
     def check(self) -> None:
         """UserError for a value that is not allowed; None (unset) always is."""
@@ -88,18 +93,6 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """UserError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise UserError(f"--{name} {value}: expected one of {', '.join(allowed)}")
-
-
-def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """UserError unless low <= value <= high and value is finite."""
-    if not low <= value <= high or math.isinf(value):
-        raise UserError(f"--{name} {value}: must be {limit_text(low, high)}")
-
-
-def limit_text(low: float, high: float = math.inf) -> str:
-    if high < math.inf:
-        return f"between {low} and {high}"
-    return "above 0" if (low,) == ABOVE_0 else f"at least {low}"
 
 
 def parse(

@@ -27,6 +27,10 @@ class InferenceCrossHparams(QueryIds, DevAnswers, PlannedJob):
     block_pairs: int = 65536  # pairs per score file, the unit of writing and resuming
 
     DEBUG = {"precision": "fp32"}
+    INPUTS = {
+        "retrieval_result_path": "candidates", "cross_params_path": "trained re-ranker",
+        "pretrained_model_path": "model", "vocab_path": "vocabulary",
+    }  # fmt: skip
     RANGES = {
         "topk": (1,), "batch_size": (1,), "fuse_retriever_weight": (0,), "max_seq_len": (8,),
         "block_pairs": (1,),

@@ -33,6 +33,7 @@ class RetrieverHparams(TrainedRetriever):
     search_params: str = ""  # search parameters of that index (or of Milvus), e.g. nprobe=64,k_factor_rf=10
     search_memory_gb: float = 2.0  # memory for passage vectors during the search, in 10^9 bytes
 
+    INPUTS = {"pretrained_model_path": "model", "vocab_path": "vocabulary"}
     CHOICES = {"pooling": POOLINGS}
     RANGES = {"q_max_seq_len": (3,), "p_max_seq_len": (3,), "search_memory_gb": (0.01,)}
 

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository r
 
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
+from torch_src.runtime.libraries import import_library
 from torch_src.runtime.log import duration, log, warn
 from torch_src.runtime.program import exit_status
 
@@ -360,11 +361,7 @@ def download_model(args: argparse.Namespace) -> None:
         return log(f"{target}: up to date; set pretrained_model_path to it")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        import huggingface_hub as hub
-    except ImportError:
-        fix = "python3 -m pip install -r requirements.txt"
-        raise UserError(f"huggingface_hub is not installed; run {fix}") from None
+    hub = import_library("huggingface_hub", "requirements.txt")
     fresh = target.with_name(f".{target.name}.unfinished")
     try:
         info = hub.HfApi().model_info(args.name)

@@ -2,14 +2,17 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch_src.data.lines import FilePath, FormatError, archive_errors, open_file, parse_json, shown
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.log import warn
+from torch_src.runtime.outputs import RESULT, Output, check_outputs, never
 from torch_src.runtime.stamps import CHECKSUM, checksum_files, read_stamp, write_stamp
+
+RESULT_STAGES = ("cross_infer", "convert_recall_res_to_json", "convert_rerank_res_to_json")
 
 
 def write_result(path: FilePath, lists: Iterable[tuple[str, list[str]]]) -> None:
@@ -71,7 +74,45 @@ def warn_if_stale(path: FilePath) -> None:
             warn(f"{path}: {source} has changed since this result was made; convert it again")
 
 
-def require_own_path(output: FilePath, inputs: Iterable[FilePath]) -> None:
-    """UserError when the output is also an input, for example because an argument was omitted."""
-    if os.path.realpath(output) in map(os.path.realpath, inputs):
-        raise UserError(f"{output}: the output is one of the inputs; name another output")
+def check_result_path(option: FilePath | None, default: FilePath, inputs: Iterable[FilePath]) -> str:
+    """Return the path of a result to write, `option` or else `default`.
+
+    UserError when it is an input or a foreign file.
+    """
+    own = never if option else RESULT  # without a stamp
+    check_outputs([Output(option or default, own, RESULT_STAGES)], inputs)
+    return str(option or default)
+
+
+def searched_collection(run: FilePath) -> str | None:
+    """Return the checksum of the collection of a run's rows; None when no intact stamp names it."""
+    stamp = read_stamp(run) or {}
+    collection = stamp.get("collection")
+    if not isinstance(collection, str):
+        return None
+    if stamp.get(CHECKSUM) != checksum_files([run]):
+        warn(f"{run}: changed since {stamp.get('stage')} wrote it; its collection is not checked")
+        return None
+    return collection
+
+
+def check_collection(run: FilePath, collection: str, where: FilePath) -> None:
+    """UserError when a run's stamp names another collection than the one in the folder `where`."""
+    searched = searched_collection(run)
+    if searched not in (None, collection):
+        raise UserError(
+            f"{run}: its rows are of another collection ({searched}) than {where} ({collection}); "
+            "use the collection that was searched, or search this one"
+        )
+
+
+def common_collection(runs: Sequence[FilePath]) -> str | None:
+    """Return the collection of the runs; None when no stamp names it. UserError when two differ."""
+    known = [(run, found) for run in runs if (found := searched_collection(run))]
+    for run, found in known[1:]:
+        if found != known[0][1]:
+            raise UserError(
+                f"{run}: its rows are of another collection ({found}) than those of {known[0][0]} "
+                f"({known[0][1]}); combine runs of one collection"
+            )
+    return known[0][1] if known else None

@@ -3,6 +3,8 @@
 import glob
 import json
 import os
+import re
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +21,9 @@ def atomic_write(path: str | Path, mode: str = "w", keep_old: str | Path | None 
     A reader sees the old file or the complete new one. The old file is renamed to `keep_old`, if given.
     """
     path = Path(path)
+    require_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # host and process id in the name: two machines may write the same file on a shared file system
-    prefix = f"{path.name}.{socket.gethostname()}"
-    tmp = path.with_name(f"{prefix}.{os.getpid()}.tmp")
-    for leftover in path.parent.glob(f"{glob.escape(prefix)}.*.tmp"):
-        if not _is_running(leftover.name.split(".")[-2]):
-            leftover.unlink(missing_ok=True)
+    tmp = _temporary(path)
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     try:
         with open(tmp, mode, encoding=encoding, newline=newline) as file:
@@ -41,11 +39,62 @@ def atomic_write(path: str | Path, mode: str = "w", keep_old: str | Path | None 
         raise UserError(f"{path}: could not be written ({error}); is the disk full?") from error
     finally:
         tmp.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)  # the rename
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces `path` when the block ends without an error.
+
+    The caller checks that an existing folder may be replaced (runtime.outputs).
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = _temporary(path)
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir()
     try:
-        os.fsync(folder)  # the rename
+        yield tmp
+        for found in [*tmp.rglob("*"), tmp]:
+            _sync(found)
+        if path.exists():
+            shutil.rmtree(path)
+        os.rename(tmp, path)
     finally:
-        os.close(folder)
+        shutil.rmtree(tmp, ignore_errors=True)
+    _sync(path.parent)
+
+
+def require_replaceable(path: Path) -> None:
+    """UserError when `path` is a folder, a device or a pipe, which a written file must not replace."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder (expected a file to write)")
+    device = re.match(r"/(dev(?!/shm/)|proc|sys)/", os.path.abspath(path))  # /dev/stdout may be a file
+    if device or (path.exists() and not path.is_file()):
+        raise UserError(f"{path}: not a regular file (expected a file to write)")
+
+
+def _temporary(path: Path) -> Path:
+    """Return a temporary name beside `path`, and delete what killed processes left under such names."""
+    # host and process id in the name: two machines may write the same file on a shared file system
+    prefix = f"{path.name}.{socket.gethostname()}"
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}.*.tmp"):
+        if _is_running(leftover.name.split(".")[-2]):
+            continue
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    return path.with_name(f"{prefix}.{os.getpid()}.tmp")
+
+
+def _sync(path: Path) -> None:
+    """Write a file, or the names in a folder, to disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _is_running(pid: str) -> bool:

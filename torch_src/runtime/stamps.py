@@ -72,16 +72,23 @@ def write_stamp(artifact: str | Path, stamp: JsonDict) -> None:
 
 
 def clear_stamp(artifact: str | Path) -> None:
-    """Delete the stamp, before the artifact is replaced."""
-    stamp_path(artifact).unlink(missing_ok=True)
+    """Empty the stamp before the artifact is replaced: still this program's own, but incomplete."""
+    write_json(stamp_path(artifact), {})
 
 
 def read_stamp(artifact: str | Path) -> JsonDict | None:
-    """Return the artifact's stamp; None when the artifact or its stamp is missing or unreadable."""
+    """Return the artifact's stamp; None when the artifact or its stamp is missing, empty or unreadable."""
     try:
-        return read_json(stamp_path(artifact)) if Path(artifact).exists() else None
+        return (read_json(stamp_path(artifact)) or None) if Path(artifact).exists() else None
     except (UserError, OSError):
         return None
+
+
+def stamp_stage(artifact: str | Path) -> str | None:
+    """Return the stage in the artifact's stamp, empty if it is incomplete or damaged; None without one."""
+    if not stamp_path(artifact).exists():
+        return None
+    return str((read_stamp(artifact) or {}).get("stage", ""))
 
 
 def is_intact(artifact: str | Path) -> bool:

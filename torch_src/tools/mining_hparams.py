@@ -31,6 +31,7 @@ class MiningHparams(TrainRows, TrainedRetriever, Job):
     bs: int = 1000  # queries searched at once
 
     DEBUG = {"topk": 50, "precision": "fp32"}
+    INPUTS = {"retrieval_result": "run over the training queries", "cross_params": "trained re-ranker"}
     CHOICES = {
         "score_against": ("auto", "zero", "positive"), "select": ("top", "sample"),
         "too_few": ("original", "fewer", "drop"),

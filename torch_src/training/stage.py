@@ -33,12 +33,14 @@ from torch_src.runtime.errors import UserError, is_out_of_memory
 from torch_src.runtime.files import read_json, require
 from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import duration, log
+from torch_src.runtime.outputs import SETTINGS, Output, check_apart, check_outputs
 from torch_src.runtime.planning import Plan, checkpoint_gb, memory_gb, smaller_chunk
 from torch_src.runtime.stamps import (
     changed_files,
     checksum_files,
     checksum_text,
     clear_stamp,
+    stamp_path,
     up_to_date,
     write_stamp,
 )
@@ -88,6 +90,21 @@ class ModelFiles:
         self.settings = self.params.with_name(f"{self.name}_hparams.json")
         self.model = self.params.with_name(f"{self.name}_model")
         self.truncation: list[Truncation] = []  # of the training texts, for information
+
+    def check_paths(self) -> None:
+        """UserError when a file to write is an input, or not of an earlier training."""
+        checkpoint = self.params.with_name(f"{self.name}_checkpoint.pt")
+        beside = self.settings.exists() or checkpoint.exists()  # of weights whose stamp was deleted
+        is_stamped = stamp_path(self.params).exists()
+        outputs = [
+            Output(self.params, lambda _: beside, (f"{self.name}_train",)),
+            Output(self.settings, lambda path: SETTINGS(path) or checkpoint.exists() or is_stamped),
+            Output(checkpoint, lambda _: True),  # damaged ones are reported by the loader
+        ]
+        check_outputs(outputs, self.hp.inputs)
+        check_apart(self.model, self.hp.inputs)
+        if weights := [*self.model.glob("*.safetensors"), *self.model.glob("*.bin")]:
+            raise UserError(f"{weights[0]}: not written by this program; use another --output_dir")
 
     def save(self, state: dict[str, torch.Tensor]) -> str:
         """Write all of them; return the checksum of the weights."""
@@ -224,6 +241,7 @@ class TrainingStage:
 
     def run(self) -> None:
         """Train unless the weights are up to date; with --plan print an estimate instead."""
+        self.setup.files.check_paths()
         if self.hp.plan:
             self.plan().report(self.hp.output_dir, self.device)
         else:

@@ -20,6 +20,7 @@ class ReportHparams(QueryIds, DevAnswers):
     dual_run: str = ""  # the retriever's run, its model beside it; empty: output_dir/res.top50
     cross_run: str = ""  # the re-ranked run, its model beside it; empty: output_dir/res.rerank50; none
 
+    INPUTS = {"dual_run_path": "the retriever's run", "cross_run_path": "the re-ranked run"}
     RANGES = {"depth": (1,), "characters": (1,)}
 
     @property

@@ -5,13 +5,12 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from script.lib.report.curves import Curves, Lengths
-from torch_src.runtime.errors import UserError
+from torch_src.runtime.libraries import import_library
 
 # matplotlib writes these colors; COLORS replaces them with CSS variables of the page.
 INK, RULE = "#010203", "#040506"
@@ -36,14 +35,9 @@ SIZE = (4.7, 3.2)  # inches of 72 units: about the width of a page column, so th
 Axes = Any  # matplotlib.axes.Axes; matplotlib is an optional requirement
 
 
-def matplotlib() -> ModuleType:
-    """Return the library; UserError if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        fix = "python -m pip install -r requirements-tools.txt"
-        raise UserError(f"matplotlib is not installed; run {fix}") from None
-    return matplotlib
+def matplotlib() -> Any:
+    """Return the library; UserError if it cannot be imported."""
+    return import_library("matplotlib", "requirements-tools.txt")
 
 
 def plot(label: str, draw: Callable[[Axes], None]) -> str:

@@ -20,6 +20,7 @@ from torch_src.retrieval.engines.milvus_uri import is_milvus_file
 from torch_src.retrieval.search import best_first, check_blocks, exact_scores
 from torch_src.retrieval.vectors import NOT_COMPARED, VectorStore
 from torch_src.runtime.errors import UserError
+from torch_src.runtime.libraries import import_library
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.stamps import JsonDict, changes
 
@@ -55,14 +56,8 @@ def parse_params(option: str, text: str) -> dict[str, int | float | str]:
 
 def connect(uri: str) -> tuple[Any, tuple[type[Exception], ...]]:
     """Return (client, the exceptions it raises); UserError without the package, the file or the server."""
-    try:
-        import grpc
-        import pymilvus
-
-        if is_milvus_file(uri):
-            import milvus_lite  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed; install requirements-milvus.txt") from None
+    names = ["grpc", "pymilvus", *(["milvus_lite"] if is_milvus_file(uri) else [])]
+    grpc, pymilvus, *_ = (import_library(name, "requirements-milvus.txt") for name in names)
     for name in ("pymilvus", "milvus_lite", "grpc"):  # they log tracebacks of errors that are reported below
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     failures = (pymilvus.MilvusException, grpc.RpcError)

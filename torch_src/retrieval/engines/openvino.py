@@ -12,18 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from torch_src.runtime.errors import UserError
+from torch_src.runtime.libraries import import_library
 
 TOKENS = 2048  # padded tokens per forward pass: the fastest of 1,024 to 8,192
 PRECISIONS = {"bf16": "bf16", "fp32": "f32"}  # --precision -> OpenVINO's hint
 
 
 def require_openvino() -> Any:
-    """Return the module openvino; UserError when it is not installed."""
-    try:
-        import openvino
-    except ImportError:
-        raise UserError("--encoder_engine openvino: install requirements-openvino.txt") from None
-    return openvino
+    """Return the module openvino; UserError when it cannot be imported."""
+    return import_library("openvino", "requirements-openvino.txt")
 
 
 def check_openvino(device: torch.device, precision: str, pooling: str) -> None:
