@@ -16,20 +16,21 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
-from script.lib.terms import PIECES, terms
+from script.lib.terms import places, terms
 from torch_src import hparams
 from torch_src.data.formats import read_query_texts
 from torch_src.runtime.errors import UserError
+from torch_src.runtime.libraries import import_library
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.program import exit_status, exit_with
 from torch_src.tools.demo_hparams import DemoHparams
 from torch_src.tools.search_service import LONGEST_QUESTION, Answer, Hit, SearchService
 
+REQUIREMENTS = "requirements-demo.txt"
 MAX_SHOWN = 2000  # characters of a passage
 EXAMPLES, MAX_EXAMPLE = 4, 24  # example questions; characters of one
 TRIAL_TOPK = 4  # passages for the trial question before the page opens
@@ -65,31 +66,21 @@ CSS = """
 """
 
 
-def load_gradio() -> ModuleType:
-    """Return the gradio module; UserError if it is missing or has another major version."""
-    fix = "run python -m pip install -r requirements-demo.txt"
-    try:
-        import gradio
-    except ImportError:
-        raise UserError(f"gradio is not installed; {fix}") from None
+def load_gradio() -> Any:
+    """Return the gradio module; UserError if it cannot be imported or has another major version."""
+    gradio = import_library("gradio", REQUIREMENTS)
     if gradio.__version__.split(".")[0] != "6":
+        fix = f"run python -m pip install -r {REQUIREMENTS}"
         raise UserError(f"gradio {gradio.__version__} is installed (expected 6); {fix}")
     return gradio
 
 
 def marked(text: str, wanted: set[str]) -> str:
     """Return the text as HTML, with the terms in `wanted` in <mark>."""
-    lower = "".join(low if len(low := c.lower()) == 1 else c for c in text)  # same length as the text
     hit = bytearray(len(text))
-    for piece in PIECES.finditer(lower):
-        first, last = piece.span()
-        if piece[0][0].isascii():
-            spans = [(first, last)]
-        else:  # bigrams, and single characters
-            spans = [(at, min(at + size, last)) for at in range(first, last) for size in (1, 2)]
-        for begin, end in spans:
-            if lower[begin:end] in wanted:
-                hit[begin:end] = b"\1" * (end - begin)
+    for begin, end, term in places(text):
+        if term in wanted:
+            hit[begin:end] = b"\1" * (end - begin)
     parts, start = [], 0
     while start < len(text):
         end = hit.find(1 - hit[start], start)

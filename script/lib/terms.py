@@ -1,21 +1,70 @@
-"""The terms of a text, for BM25 and for the words marked in the report and on the search page."""
+"""The terms of a text, for BM25 and for the words marked in the report and on the search page.
 
-import re
+Every script counts: letters, digits and their accents, after NFKC (full-width forms, half-width kana) and
+lower-casing.
+"""
 
-# Latin words and numbers, and runs of Chinese characters.
-PIECES = re.compile(r"[a-z0-9]+|[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
+import unicodedata
+from collections.abc import Iterator
+
+import regex
+
+# Scripts without spaces between words, and Korean, whose particles are written on to the word.
+UNSPACED = (
+    "".join(
+        rf"\p{{Script={name}}}"
+        for name in ("Han", "Hiragana", "Katakana", "Hangul", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar")
+    )
+    + "\u30fc"
+)  # the long-vowel mark of kana
+# Runs of such characters, and words and numbers of all other scripts. JavaScript reads this pattern, too.
+PIECES = regex.compile(rf"[{UNSPACED}]+|(?:(?![{UNSPACED}])[\p{{L}}\p{{N}}\p{{M}}])+")
+IS_UNSPACED = regex.compile(rf"[{UNSPACED}]")
+CHARACTERS = regex.compile(r".[\p{M}\uff9e\uff9f]*", regex.DOTALL)  # with the marks that NFKC may join to it
+
+
+def normalized(text: str) -> str:
+    """Return the text in NFKC and lower case."""
+    return unicodedata.normalize("NFKC", text).lower()
 
 
 def terms(text: str) -> list[str]:
     """Return the terms of a text in order, with repeats.
 
-    A term is a Latin word, a number, a pair of adjacent Chinese characters, or a single Chinese character
-    between other text.
+    A term is a word, a number, a pair of adjacent characters of a script without spaces, or a single such
+    character between other text.
     """
     found = []
-    for piece in PIECES.findall(text.lower()):
-        if piece[0].isascii() or len(piece) == 1:
+    for piece in PIECES.findall(normalized(text)):
+        if len(piece) == 1 or not IS_UNSPACED.match(piece):
             found.append(piece)
         else:
             found += [piece[at : at + 2] for at in range(len(piece) - 1)]
     return found
+
+
+def single_characters(text: str) -> list[str]:
+    """Return each character of the scripts without spaces: what a query of one character is compared with."""
+    return IS_UNSPACED.findall(normalized(text))
+
+
+def is_single(term: str) -> bool:
+    """Return whether a term is one character of a script without spaces."""
+    return len(term) == 1 and IS_UNSPACED.match(term) is not None
+
+
+def places(text: str) -> Iterator[tuple[int, int, str]]:
+    """Yield (start, end, term) of each term, and of each single character, by their place in the text."""
+    parts, origin = [], []
+    for match in CHARACTERS.finditer(text):
+        part = normalized(match[0])
+        parts.append(part)
+        origin += [match.span()] * len(part)
+    for piece in PIECES.finditer("".join(parts)):
+        first, last = piece.span()
+        if not IS_UNSPACED.match(piece[0]):
+            yield origin[first][0], origin[last - 1][1], piece[0]
+            continue
+        for at in range(first, last):
+            for end in range(at + 1, min(at + 2, last) + 1):
+                yield origin[at][0], origin[end - 1][1], piece[0][at - first : end - first]

@@ -11,7 +11,7 @@ from metric.evaluation import MEASURES, compute_metrics
 from script.lib.report import curves, data, plots
 from script.lib.report.data import Passages, Report
 from script.lib.report.hparams import ReportHparams
-from script.lib.terms import PIECES
+from script.lib.terms import IS_UNSPACED, PIECES
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json
 from torch_src.runtime.log import duration
@@ -146,12 +146,11 @@ def times_section(hp: ReportHparams) -> str:
 
 def browser_data(hp: ReportHparams, report: Report, passages: Passages) -> dict[str, Any]:
     """Return what the script of the page reads, except the passages."""
-    # The pattern of script/lib/terms.py, with long escapes as JavaScript writes them.
-    pieces = re.sub(r"\\U000([0-9a-f]{5})", r"\\u{\1}", PIECES.pattern)
     return {
         "stages": [stage.name for stage in report.stages],
         "depth": hp.depth,
-        "pieces": pieces,
+        "pieces": PIECES.pattern,
+        "unspaced": IS_UNSPACED.pattern,
         "scored": bool(report.reference),
         "chunk": data.CHUNK,
         "queries": data.query_entries(report, passages, hp.depth),
