@@ -10,24 +10,30 @@ import torch
 from torch_src.runtime.devices import choose_precision
 
 
-def bi_encoder(path: str, length: int) -> Any:
-    """Return a SentenceTransformer with mean pooling and normalization, at `length` tokens."""
+def bi_encoder(
+    path: str, length: int, device: str = "cpu", dtype: torch.dtype = torch.float32, pooling: str = "mean"
+) -> Any:
+    """Return a SentenceTransformer at `length` tokens: mean pooling and normalization, or cls without."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    # fp32 explicitly: a model saved in fp16 would compute in fp16, which is slow on CPUs.
-    transformer = Transformer(path, max_seq_length=length, model_kwargs={"dtype": torch.float32})
-    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
-    return SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu")
+    transformer = Transformer(path, max_seq_length=length, model_kwargs=_model_options(dtype))
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode=pooling)]
+    return SentenceTransformer(modules=modules + [Normalize()] * (pooling == "mean"), device=device)
 
 
-def cross_encoder(path: str, length: int) -> Any:
+def cross_encoder(path: str, length: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """Return a CrossEncoder whose predict() returns logits."""
     from sentence_transformers import CrossEncoder
 
-    options: dict[str, Any] = {"activation_fn": torch.nn.Identity(), "model_kwargs": {"dtype": torch.float32}}
-    return CrossEncoder(path, max_length=length, device="cpu", **options)
+    options: dict[str, Any] = {"activation_fn": torch.nn.Identity(), "model_kwargs": _model_options(dtype)}
+    return CrossEncoder(path, max_length=length, device=device, **options)
+
+
+def _model_options(dtype: torch.dtype) -> dict[str, Any]:
+    # explicitly: a model saved in fp16 would compute in fp16, which is slow on CPUs
+    return {"dtype": dtype, "attn_implementation": "sdpa"}
 
 
 def peer_autocast(precision: str) -> tuple[AbstractContextManager, str]:

@@ -1,4 +1,4 @@
-"""Synthetic inputs of the benchmarks: models with random weights, repeated collections, random vectors."""
+"""Synthetic inputs of the benchmarks: models with random weights, collections, texts, random vectors."""
 
 import json
 import shutil
@@ -6,10 +6,16 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from script.bench.common import ROOT
 
 if TYPE_CHECKING:
     from torch_src.retrieval.vectors import VectorStore
+
+# Characters of DuReader's texts: (mean, deviation of the logarithm). With the second a query has 21
+# characters at the 99th percentile, as in DuReader, and a passage cut to 384 tokens has 245 on average.
+PASSAGE_CHARACTERS, QUERY_CHARACTERS = (331.0, 0.8), (9.5, 0.37)
 
 
 def write_model(folder: Path, **sizes: int) -> None:
@@ -25,6 +31,41 @@ def write_model(folder: Path, **sizes: int) -> None:
 def write_small_model(folder: Path) -> None:
     """Write a 2-layer, 64-wide BERT."""
     write_model(folder, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+
+
+def write_base_model(folder: Path, hidden: int = 768, layers: int = 12, dropout: float = 0.1) -> None:
+    """Write a BERT with random weights and a head of one logit, by default of the size of BERT-base."""
+    import torch
+    import transformers
+    from transformers import AutoConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": max(1, hidden // 64)}
+    write_model(folder, **sizes, intermediate_size=4 * hidden, vocab_size=21128, random_init=False)
+    config = AutoConfig.from_pretrained(folder)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    config.num_labels = 1
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(folder)
+
+
+def texts_like(characters: tuple[float, float], count: int, seed: int) -> list[str]:
+    """Return distinct texts cut from the joined passages of the sample data, with log-normal lengths.
+
+    characters: (mean, deviation of the logarithm), e.g. PASSAGE_CHARACTERS.
+    """
+    (mean, spread), draw = characters, np.random.default_rng(seed)
+    parts = sorted((ROOT / "script/sample_data/passage-collection").glob("part-*"))
+    lines = [line for part in parts for line in part.read_text(encoding="utf-8").split("\n")[:-1]]
+    source = "".join(line.split("\t")[2] for line in lines) * 2
+    texts: dict[str, None] = {}
+    while len(texts) < count:
+        length = round(draw.lognormal(np.log(mean) - spread**2 / 2, spread))
+        start = int(draw.integers(len(source) // 2))
+        text = source[start : start + length].strip()
+        if len(text) > 1:
+            texts[text] = None
+    return list(texts)
 
 
 def write_id_map(folder: Path, rows: int) -> None:
