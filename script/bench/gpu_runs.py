@@ -46,7 +46,8 @@ class Sizes:
     updates: int = 3  # timed, after one warm-up
     chunks: tuple[tuple[int, int], ...] = ((64, 0), (128, 32768), (256, 65536))  # (texts, tokens), 0: default
     peer_chunks: tuple[int, ...] = (64, 128)  # texts
-    texts: int = 32768  # to encode
+    texts: int = 65536  # to encode
+    tokens: tuple[int, ...] = (0, 65536, 131072)  # padded, in a forward pass of ours; 0: the default
     block_rows: int = 8192  # of encoded vectors
     pairs: int = 16384  # to re-rank
     peer_batches: tuple[int, ...] = (64, 128, 256)
@@ -60,9 +61,9 @@ class Sizes:
 
 
 TINY = Sizes(
-    hidden=64, layers=2, dropout=0.0, matmul=128, copy_bytes=1 << 16, train_queries=8, updates=2,
-    chunks=((4, 0),), peer_chunks=(4,), texts=24, block_rows=8, pairs=12, peer_batches=(8,), rows=4000,
-    queries=(8, 24), queries_at_once=8, topk=10, search_memory_gb=(0.2,), index="IVF4,SQfp16",
+    hidden=64, layers=2, dropout=0.0, matmul=128, copy_bytes=1 << 16, train_queries=4, updates=1,
+    chunks=((2, 0),), peer_chunks=(2,), texts=24, tokens=(0,), block_rows=8, pairs=12, peer_batches=(8,),
+    rows=4000, queries=(8, 24), queries_at_once=8, topk=10, search_memory_gb=(0.2,), index="IVF4,SQfp16",
     index_rows=2000,
 )  # fmt: skip
 
@@ -125,7 +126,7 @@ class Bench:
         log(f"{self.name}  {name}  skipped: {reason}")
         self.send({"skipped": {name: reason}})
 
-    def attempt(self, name: str, seconds: float, work: Callable[[], None]) -> None:
+    def attempt(self, name: str, seconds: float, work: Callable[[], object]) -> None:
         """Run work() if `seconds` are left; an error ends this measurement only."""
         if self.left() < seconds:
             return self.skip(name, f"needs about {seconds:.0f} s, {self.left():.0f} s are left")
@@ -152,7 +153,7 @@ class Bench:
     def profile(self, work: Callable[[], object]) -> None:
         """With --profile, run work() once more and print the operations that take the most time."""
         if self.profiling:
-            print_profile(work, self.synchronize, self.name)
+            self.attempt("profile", 5 * self.on_gpu, lambda: print_profile(work, self.synchronize, self.name))
 
     def synchronize(self) -> None:
         if self.on_gpu:
@@ -228,12 +229,12 @@ def print_profile(work: Callable[[], object], synchronize: Callable[[], None], t
     on_gpu = sum(e.self_device_time_total for e in events if e.device_type == DeviceType.CUDA) / 1e6
     print(f"\nprofile of {title}: {wall:.2f} s, of which the GPU computed {on_gpu:.2f} s")
     for side, attribute in (("GPU", "self_device_time_total"), ("CPU", "self_cpu_time_total")):
-        rows = [event for event in events if event.device_type == DeviceType.CPU]
-        rows = sorted(rows, key=lambda event: -getattr(event, attribute))[:PROFILED_OPS]
-        print(f"{'operation, by its own ' + side + ' time':52} {'calls':>8} {'ms':>10}")
-        for event in rows:
-            if getattr(event, attribute):
-                print(f"{event.key[:52]:52} {event.count:8} {getattr(event, attribute) / 1e3:10.2f}")
+        rows = [(getattr(e, attribute) / 1e3, e) for e in events if e.device_type == DeviceType.CPU]
+        rows = sorted((row for row in rows if row[0]), key=lambda row: -row[0])[:PROFILED_OPS]
+        if rows:
+            print(f"{'operation, by its own ' + side + ' time':52} {'calls':>8} {'ms':>10}")
+        for milliseconds, event in rows:
+            print(f"{event.key[:52]:52} {event.count:8} {milliseconds:10.2f}")
     print(flush=True)
 
 
@@ -298,10 +299,13 @@ def _cell(row: Figures, name: str, form: str) -> str:
 
 
 def run_sections(
-    sections: dict[str, Section], sizes: Sizes, device: str, minutes: float, profiled: list[str]
+    sections: dict[str, Section], sizes: Sizes, device: str, end: float, profiled: list[str]
 ) -> list[Outcome]:
-    """Run each section in a process of its own, within its part of the time; print the results at once."""
-    end, outcomes = time.monotonic() + 60 * minutes, []
+    """Run each section in a process of its own, within its part of the time; print the results at once.
+
+    end: when all of them must be done, as time.monotonic().
+    """
+    outcomes = []
     with tempfile.TemporaryDirectory() as folder:
         for at, (name, section) in enumerate(sections.items()):
             weights = [other.weight for other in list(sections.values())[at:]]
