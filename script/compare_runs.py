@@ -3,10 +3,14 @@
     python -m pip install -r requirements-tools.txt
     python script/compare_runs.py output/dual_res.json output/cross_res.json --reference D/dev/dev.json
 
-A and B are results ({qid: [pid, ...]}, best first). MRR@10, recall@1 and recall@50 are DuReader's (its recall
-is a hit rate); RR@10, nDCG@10, AP@50, R@50 and Success@50 are trec_eval's, computed by ir-measures. p: paired
-randomization test, two-sided (Smucker et al. 2007). Interval: 95 %, bootstrap over queries. --per_query
-writes one line per query.
+    python script/compare_runs.py run_a.txt run_b.txt --reference qrels.txt
+
+A and B are results ({qid: [pid, ...]}, best first) or runs: TREC, or TSV with qid, pid, rank, score. The
+reference is dev.json or qrels: TREC, TSV or JSON lines. All may be gzipped. MRR@10, recall@1 and recall@50
+are DuReader's (its recall is a hit rate); RR@10, nDCG@10, AP@50, R@50 and Success@50 are trec_eval's,
+computed by ir-measures. nDCG uses the grades; for the other measures a passage is relevant from --min_grade
+on. p: paired randomization test, two-sided (Smucker et al. 2007). Interval: 95 %, bootstrap over queries.
+--per_query writes one line per query.
 """
 
 import argparse
@@ -19,10 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 import numpy as np
 
-from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result, per_query
+from metric.evaluation import MEASURES, Reference, compute_metrics, per_query
+from script.lib.trec_files import read_grades, read_ranking
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.libraries import import_library
-from torch_src.runtime.options import OptionParser, seed
+from torch_src.runtime.log import warn
+from torch_src.runtime.options import OptionParser, positive_int, seed
 from torch_src.runtime.outputs import Output, begins, check_outputs
 from torch_src.runtime.program import exit_status
 
@@ -32,20 +38,25 @@ DRAWS = 10_000  # of the randomization test
 BOOTSTRAPS = 2000
 
 
-def trec_values(reference: dict[str, set[str]], result: dict[str, list[str]]) -> dict[str, np.ndarray]:
-    """Return {metric: (queries,) values} of trec_eval's metrics, in the order of the reference."""
+Grades = dict[str, dict[str, int]]  # qid -> pid -> grade, from 1
+
+
+def trec_values(grades: Grades, result: dict[str, list[str]], min_grade: int = 1) -> dict[str, np.ndarray]:
+    """Return {metric: (queries,) values} of trec_eval's metrics, in the order of the grades."""
     ir_measures = import_library("ir_measures", "requirements-tools.txt", "ir-measures")
-    qrels = [ir_measures.Qrel(qid, pid, 1) for qid, pids in reference.items() for pid in pids]
+    qrels = [ir_measures.Qrel(qid, pid, grade) for qid, of in grades.items() for pid, grade in of.items()]
     # trec_eval sorts by score: a score that decreases with the rank keeps the order.
     run = [
         ir_measures.ScoredDoc(qid, pid, -float(rank))
-        for qid in reference
+        for qid in grades
         for rank, pid in enumerate(unique(result.get(qid, ())))
     ]
-    places = {qid: at for at, qid in enumerate(reference)}
-    values = {name: np.zeros(len(reference)) for name in TREC}
-    for metric in ir_measures.iter_calc([ir_measures.parse_measure(name) for name in TREC], qrels, run):
-        values[str(metric.measure)][places[metric.query_id]] = metric.value
+    places = {qid: at for at, qid in enumerate(grades)}
+    values = {name: np.zeros(len(grades)) for name in TREC}
+    names = {name if "DCG" in name else name.replace("@", f"(rel={min_grade})@"): name for name in TREC}
+    measures = {ir_measures.parse_measure(text): name for text, name in names.items()}
+    for metric in ir_measures.iter_calc([*measures], qrels, run):
+        values[measures[metric.measure]][places[metric.query_id]] = metric.value
     return values
 
 
@@ -54,12 +65,15 @@ def unique(pids: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(pids))
 
 
-def all_values(reference: dict[str, set[str]], result: dict[str, list[str]]) -> dict[str, np.ndarray]:
-    """Return {metric: (queries,) values} under the names of each tool."""
+def all_values(
+    reference: Reference, result: dict[str, list[str]], grades: Grades | None = None, min_grade: int = 1
+) -> dict[str, np.ndarray]:
+    """Return {metric: (queries,) values} under the names of each tool; `grades` default to 1."""
     compute_metrics(reference, result)  # UserError without a common query
     own = per_query(reference, result).values()
     dureader = {name: np.array([values[name] for values in own]) for name in MEASURES}
-    return {**dureader, **trec_values(reference, result)}
+    known = grades or {qid: dict.fromkeys(pids, 1) for qid, pids in reference.items()}
+    return {**dureader, **trec_values(known, result, min_grade)}
 
 
 def randomization_p(differences: np.ndarray, seed: int) -> float:
@@ -102,8 +116,18 @@ def run(args: argparse.Namespace) -> None:
     """Compare and print."""
     if args.per_query:
         check_outputs([Output(args.per_query, PER_QUERY)], [args.a, args.b, args.reference])
-    reference = load_reference(args.reference)
-    first, second = (all_values(reference, load_result(path)) for path in (args.a, args.b))
+    grades = read_grades(Path(args.reference), args.min_grade)
+    reference = {
+        qid: {pid for pid, grade in judged.items() if grade >= args.min_grade}
+        for qid, judged in grades.items()
+    }
+    results = [read_ranking(Path(path)) for path in (args.a, args.b)]
+    for path, result in zip((args.a, args.b), results, strict=True):
+        if unknown := len(result.keys() - reference.keys()):
+            warn(f"{path}: {unknown:,} queries are not in the reference: not scored")
+        if missing := len(reference.keys() - result.keys()):
+            warn(f"{path}: {missing:,} of the {len(reference):,} reference queries have no list and score 0")
+    first, second = (all_values(reference, result, grades, args.min_grade) for result in results)
     print(f"A {args.a}\nB {args.b}\n{len(reference):,} queries of {args.reference}\nDuReader:")
     print("\n".join(table(first, second, args.seed)))
     if args.per_query:
@@ -117,9 +141,10 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str]) -> int:
     """Return the exit status."""
     parser = OptionParser(__doc__)
-    parser.add_argument("a", metavar="A", help="result")
-    parser.add_argument("b", metavar="B", help="result")
-    parser.add_argument("--reference", required=True, help="dev.json")
+    parser.add_argument("a", metavar="A", help="result or run")
+    parser.add_argument("b", metavar="B", help="result or run")
+    parser.add_argument("--reference", required=True, help="dev.json, or qrels")
+    parser.add_argument("--min_grade", type=positive_int, default=1, help="of a relevant passage")
     parser.add_argument("--per_query", default="", help="file to write, one JSON line per query")
     parser.add_argument("--seed", type=seed, default=42, help="of the test and the interval")
     args = parser.parse_args(argv)

@@ -1,93 +1,211 @@
-"""Convert other data sets to the official layout and back. Ids are kept; memory is bounded.
+"""Convert other data sets to the official layout and back; what is dropped or merged is counted and printed.
 
-    python script/convert_dataset.py beir FOLDER --to D           corpus.jsonl, queries.jsonl, qrels/*.tsv
-    python script/convert_dataset.py jsonl CORPUS --queries Q --to D     your own passages and queries
-    python script/convert_dataset.py hub FOLDER --to D            rows of the hub mirrors: corpus, train, dev
-    python script/convert_dataset.py dureader FOLDER --to D       the original JSON of DuReader-retrieval
-    python script/convert_dataset.py to_beir D --to FOLDER        the official layout as a BEIR folder
-    python script/convert_dataset.py to_trec RESULT --reference DEV --to FOLDER     run.txt and qrels.txt
+    python script/convert_dataset.py jsonl passages.jsonl --queries queries.jsonl --to D
+    python script/convert_dataset.py jsonl passages.tsv --queries queries.tsv --qrels qrels.txt --to D
+    python script/convert_dataset.py beir FOLDER --to D
+    python script/convert_dataset.py t2ranking FOLDER --to D
+    python script/convert_dataset.py msmarco FOLDER --to D
+    python script/convert_dataset.py flagembedding train.jsonl --dev dev.jsonl --to D
+    python script/convert_dataset.py tevatron FOLDER --to D
+    python script/convert_dataset.py dpr FOLDER --to D
+    python script/convert_dataset.py hub FOLDER --to D
+    python script/convert_dataset.py dureader FOLDER --to D
+    python script/convert_dataset.py to_beir D --to FOLDER
+    python script/convert_dataset.py to_trec dual_res.json --reference dev.json --to FOLDER
+    python script/convert_dataset.py from_trec run.txt --to dual_res.json
 
-Every input file may be gzipped. A line of CORPUS is {"id" or "_id" or "docid" or "paragraph_id", "text" or
-"contents" or "paragraph_text", optionally "title"}; a line of Q is {"id", "text", "positives": [id, ...],
-optionally "negatives": [id, ...] and "split": "train" or "dev"}. A title is written before its text, and also
-to titles.tsv, so that to_beir can restore it. TABs and line breaks in a text become spaces. A training query
-without negatives gets random passages (--seed); mine better ones with script/mine_negatives.py.
+jsonl: your own passages (id, text, optionally title) and queries (id, text, positives: [id, ...], optionally
+    negatives and split), in JSON lines; or both as JSON lines, TSV or CSV with judgments in files of their
+    own: TREC qrels, or qid, pid, grade. --train_qrels FILE for training.
+beir, msmarco, t2ranking: corpus.jsonl or collection.tsv, queries.jsonl or queries.SPLIT.tsv, and judgments
+    qrels/SPLIT.tsv, qrels.SPLIT.tsv or SPLIT_qrels.jsonl.
+flagembedding, tevatron, dpr, hub, dureader: rows of a query and its passages, in one file or in files named
+    after their split (train.jsonl, dev.jsonl), with or without a corpus: {query, pos, neg} with optional
+    pos_scores and neg_scores; {query_id, query, positive_passages, negative_passages};
+    {question, positive_ctxs, hard_negative_ctxs}; {question_id, question, answer_paragraphs};
+    {anchor, positive, negative}.
+
+Files may be gzipped. Headers are recognized; --columns names the columns of a corpus without one. The dev set
+is the split dev, validation or test, the first that exists, or the one that --split names. An id that is not
+in the corpus is an error, or with --skip_dangling its judgment is dropped. A title is written before its
+text, and also to titles.tsv, so that to_beir can restore it. TABs and line breaks in a text become spaces. A
+training query without negatives gets random passages (--seed); mine better ones with
+script/mine_negatives.py.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
-from metric.evaluation import load_reference, load_result
 from script.lib.foreign_datasets import (
-    beir_queries,
-    dureader_queries,
-    hub_queries,
-    jsonl_queries,
+    Conversion,
+    data_files,
+    find_corpus,
+    folder_queries,
     read_passages,
-    require_file,
+    row_files,
+    row_passages,
+    row_queries,
+    table_queries,
 )
-from script.lib.official_layout import TITLES, OfficialLayoutWriter, Query
+from script.lib.foreign_files import Counts, Source
+from script.lib.official_layout import TITLES, OfficialLayoutWriter, Passage, Query
+from script.lib.trec_files import read_grades, read_ranking
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import parse_cross_row, read_dev
 from torch_src.data.lines import read_lines, split_columns
 from torch_src.data.passage_ids import check_length, read_passage_ids
+from torch_src.data.results import check_result_path, stamp_result, write_result
 from torch_src.data.row_file import text_hash
-from torch_src.runtime.files import atomic_write
-from torch_src.runtime.log import log
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import atomic_folder, atomic_write
+from torch_src.runtime.log import log, warn
+from torch_src.runtime.options import OptionParser, positive_int, seed
+from torch_src.runtime.outputs import check_new_folder
 from torch_src.runtime.program import exit_status
+from torch_src.runtime.stamps import clear_stamp
 
 READ_ROWS = 4096  # passages in memory at a time
-# kind -> (names of the corpus file, reader of the queries)
-FOLDER_KINDS = {
-    "beir": (("corpus",), beir_queries),
-    "hub": (("corpus", "passage_collection"), hub_queries),
-    "dureader": (("passage_collection",), dureader_queries),
+JUDGED = ("beir", "msmarco", "t2ranking")
+IN_ROWS = ("flagembedding", "tevatron", "dpr", "hub", "dureader")
+CONVERTED = ("jsonl", *JUDGED, *IN_ROWS)
+# option -> the kinds that read it
+OPTIONS = {
+    "queries": ("jsonl",),
+    "qrels": ("jsonl",),
+    "train_qrels": ("jsonl",),
+    "corpus": (*JUDGED, *IN_ROWS),
+    "dev": IN_ROWS,
+    "split": CONVERTED,
+    "skip_dangling": CONVERTED,
+    "min_grade": ("jsonl", *JUDGED),
+    "columns": CONVERTED,
+    "quotes": CONVERTED,
+    "reference": ("to_trec",),
 }
+T2RANKING_GRADE = 2  # from 0 to 3; the authors count 2 and 3 as relevant
+
+
+@contextmanager
+def new_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """Yield a folder that becomes --to when the block ends without an error; --to must be new or empty."""
+    inputs = (args.source, args.queries, args.qrels, args.train_qrels, args.corpus, args.dev, args.reference)
+    check_new_folder(args.to, inputs)
+    with atomic_folder(args.to) as folder:
+        yield folder
 
 
 def to_official(args: argparse.Namespace) -> None:
     """Convert another data set to the official layout."""
-    source, layout = Path(args.source), OfficialLayoutWriter(Path(args.to), args.seed)
-    queries: Iterable[Query]
-    if args.kind == "jsonl":
-        corpus, queries = source, jsonl_queries(Path(args.queries)) if args.queries else ()
-    else:
-        stems, reader = FOLDER_KINDS[args.kind]
-        corpus, queries = require_file(source, *stems), reader(source)
-    layout.write_collection(read_passages(corpus))
-    layout.write_queries(queries)
-    layout.finish()
+    path, columns = Path(args.source), tuple(args.columns.split(",")) if args.columns else ()
+    if unknown := set(columns) - {"id", "title", "text", "-"}:
+        raise UserError(
+            f"--columns: unknown {', '.join(unknown)} (expected id, text, title, or - for another)"
+        )
+    source = Source(tuple("" if column == "-" else column for column in columns), args.quotes, Counts())
+    min_grade = args.min_grade or (T2RANKING_GRADE if args.kind == "t2ranking" else 1)
+    with new_folder(args) as folder:
+        layout = OfficialLayoutWriter(folder, args.seed, source.counts, min_grade)
+        conversion = Conversion(source, layout, args.split, args.skip_dangling, min_grade)
+        passages, queries = records_of(args, path, conversion)
+        layout.write_collection(passages)
+        layout.write_queries(queries)
+        source.counts.log()
+        log_unread(path, source)
     log(f"wrote {args.to}")
+
+
+def records_of(
+    args: argparse.Namespace, path: Path, conversion: Conversion
+) -> tuple[Iterator[Passage], Iterable[Query]]:
+    """Return the passages and the queries of a data set; nothing is read yet."""
+    source = conversion.source
+    if args.kind == "jsonl":
+        pairs = [
+            (Path(name), split) for name, split in ((args.train_qrels, "train"), (args.qrels, "dev")) if name
+        ]
+        if pairs and not args.queries:
+            raise UserError("--qrels needs the queries that it judges; pass --queries")
+        if args.min_grade and not pairs:
+            raise UserError("--min_grade: rows of positives and negatives have no grades; omit it")
+        queries = table_queries(Path(args.queries), pairs, conversion) if args.queries else ()
+        return read_passages(path, source), queries
+    corpus = Path(args.corpus) if args.corpus else find_corpus(path) if not path.is_file() else None
+    if args.kind in JUDGED:
+        if corpus is None:
+            raise UserError(f"{path}: no file corpus or collection in this folder; pass --corpus")
+        return read_passages(corpus, source), folder_queries(path, conversion)
+    conversion.files = row_files(path, conversion)
+    if args.dev:
+        conversion.files = [
+            *(pair for pair in conversion.files if pair[1] == "train"),
+            (Path(args.dev), "dev"),
+        ]
+    conversion.has_corpus = corpus is not None
+    if corpus is None:
+        log("no corpus file: the collection is the passages of the rows")
+        return row_passages(conversion), row_queries(conversion)
+    return read_passages(corpus, source, need_ids=False), row_queries(conversion)
+
+
+def log_unread(path: Path, source: Source) -> None:
+    """Log the data files of the source folder that were not read."""
+    files = [
+        file for folder in (path, path / "qrels") for paths in data_files(folder).values() for file in paths
+    ]
+    unread = [str(file.relative_to(path)) for file in files if file not in source.opened]
+    if unread:
+        log(f"{path}: files not read: {', '.join(unread)}")
+
+
+# ---- from the official layout
 
 
 def to_beir(args: argparse.Namespace) -> None:
     """Write the official layout as a BEIR folder."""
-    source, folder = Path(args.source), Path(args.to)
+    source = Path(args.source)
     collection = PassageCollection(source / "passage-collection")
     map_path = source / "passage-collection/passage2id.map.json"
     ids = [pid.decode() for pid in read_passage_ids(map_path)]
     check_length(map_path, len(ids), len(collection))
-    titles = read_titles(source / "passage-collection" / TITLES)
-    with atomic_write(folder / "corpus.jsonl") as file:
+    dev = read_dev(source / "dev/dev.json") if (source / "dev/dev.json").exists() else []
+    train = training_queries(source / "train/cross.train.tsv", collection, ids)
+    prefix = "train"
+    while any(query.qid.startswith(prefix) for query in dev):
+        prefix += "_"
+    for number, query in enumerate(train):
+        query.qid = f"{prefix}{number}"
+    known = set(ids)
+    unknown = [(query.qid, pid) for query in dev for pid in query.answers if pid not in known]
+    if unknown:
+        warn(f"{len(unknown):,} dev judgments of passages that are not in the collection, e.g. {unknown[0]}")
+    with new_folder(args) as folder:
+        write_corpus(
+            folder / "corpus.jsonl", collection, ids, read_titles(source / "passage-collection" / TITLES)
+        )
+        with atomic_write(folder / "queries.jsonl") as file:
+            for qid, text in [*((q.qid, q.query) for q in dev), *((q.qid, q.text) for q in train)]:
+                file.write(json.dumps({"_id": qid, "text": text}, ensure_ascii=False) + "\n")
+        judged = [(q.qid, pid, q.grades.get(pid, 1)) for q in dev for pid in q.answers]
+        write_qrels(folder / "qrels/dev.tsv", judged)
+        write_qrels(
+            folder / "qrels/train.tsv", [(q.qid, pid, g) for q in train for pid, g in q.grades.items()]
+        )
+    log(f"wrote {args.to} ({len(ids):,} passages, {len(dev):,} dev and {len(train):,} training queries)")
+
+
+def write_corpus(path: Path, collection: PassageCollection, ids: list[str], titles: dict[int, str]) -> None:
+    """Write the passages as JSON lines, with their titles apart from their texts."""
+    with atomic_write(path) as file:
         for row, pid in enumerate(ids):
             title, text = titles.get(row, ""), collection[row]
             entry = {"_id": pid, "title": title, "text": text.removeprefix(f"{title} ") if title else text}
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-    dev = read_dev(source / "dev/dev.json") if (source / "dev/dev.json").exists() else []
-    train = training_queries(source / "train/cross.train.tsv", collection, ids)
-    with atomic_write(folder / "queries.jsonl") as file:
-        for qid, text in [*((q.qid, q.query) for q in dev), *((q.qid, q.text) for q in train)]:
-            file.write(json.dumps({"_id": qid, "text": text}, ensure_ascii=False) + "\n")
-    write_qrels(folder / "qrels/dev.tsv", [(q.qid, pid, 1) for q in dev for pid in q.answers])
-    judged = [(q.qid, pid, score) for q in train
-              for pids, score in ((q.positives, 1), (q.negatives, 0)) for pid in pids]  # fmt: skip
-    write_qrels(folder / "qrels/train.tsv", judged)
-    log(f"wrote {folder} ({len(ids):,} passages, {len(dev):,} dev and {len(train):,} training queries)")
 
 
 def write_qrels(path: Path, rows: list[tuple[str, str, int]]) -> None:
@@ -107,66 +225,121 @@ def read_titles(path: Path) -> dict[int, str]:
 
 
 def training_queries(path: Path, collection: PassageCollection, ids: list[str]) -> list[Query]:
-    """Return the training queries that have a positive. Rows have no ids: passages are matched by text."""
+    """Return the training queries that have a positive, without qids. Passages are matched by text."""
     if not path.exists():
         return []
-    first_row: dict[int, int] = {}  # hash of a training passage -> the first row with that text
+    counts, first_row = Counts(), rows_by_text(path, collection)
+    found: dict[str, Query] = {}
     for line, text in read_lines(path):
-        first_row[text_hash(parse_cross_row(text, path, line).passage)] = -1
+        row = parse_cross_row(text, path, line)
+        query = found.setdefault(row.query, Query("", row.query, "train", path, line))
+        if (at := first_row[text_hash(row.passage)]) < 0:
+            counts.add("training passages are not in the collection: omitted", path, line)
+        elif what := query.judge(ids[at], row.label, 1):
+            counts.add(what, path, line)
+    answered = [query for query in found.values() if any(query.grades.values())]
+    for query in found.values():
+        if not any(query.grades.values()):
+            counts.add("training queries have no positive passage: omitted", path, query.line)
+    counts.log()
+    return answered
+
+
+def rows_by_text(path: Path, collection: PassageCollection) -> dict[int, int]:
+    """Return {hash of a passage of cross.train.tsv: the first row with that text, or -1}."""
+    first_row = {text_hash(parse_cross_row(text, path, line).passage): -1 for line, text in read_lines(path)}
     for start in range(0, len(collection), READ_ROWS):
         for at, text in enumerate(collection[start : start + READ_ROWS], start):
             if first_row.get(hashed := text_hash(text)) == -1:
                 first_row[hashed] = at
-    found: dict[str, Query] = {}
-    missing = 0
-    for line, text in read_lines(path):
-        row = parse_cross_row(text, path, line)
-        at = first_row[text_hash(row.passage)]
-        if at < 0:
-            missing += 1
-            continue
-        query = found.setdefault(row.query, Query("", row.query))
-        pids = query.positives if row.label else query.negatives
-        if ids[at] not in pids:
-            pids.append(ids[at])
-    if missing:
-        log(f"{missing:,} training passages are not in the collection: omitted")
-    answered = [query for query in found.values() if query.positives]
-    for number, query in enumerate(answered):
-        query.qid = f"train{number}"
-        query.negatives = [pid for pid in query.negatives if pid not in query.positives]
-    return answered
+    return first_row
 
 
 def to_trec(args: argparse.Namespace) -> None:
     """Write a result as a TREC run, and the reference as qrels."""
-    result, folder = load_result(args.source), Path(args.to)
-    with atomic_write(folder / "run.txt") as file:
-        for qid, pids in result.items():
-            for rank, pid in enumerate(dict.fromkeys(pids), start=1):
-                file.write(f"{qid} Q0 {pid} {rank} {1 / rank:.9g} dureader\n")
-    if args.reference:
-        with atomic_write(folder / "qrels.txt") as file:
-            for qid, answers in load_reference(args.reference).items():
-                file.writelines(f"{qid} 0 {pid} 1\n" for pid in sorted(answers))
-    log(f"wrote {folder}")
+    source = Path(args.source)
+    result = read_ranking(source)
+    grades = read_grades(Path(args.reference)) if args.reference else {}
+    for path, lists in ((source, result), (args.reference, grades)):
+        for qid, pids in lists.items():
+            check_trec_ids(path, [qid, *pids])
+    repeated = sum(len(pids) - len(set(pids)) for pids in result.values())
+    if repeated:
+        warn(f"{source}: {repeated:,} duplicate pids of a query: the first counts")
+    if grades and (unknown := len(result.keys() - grades.keys())):
+        warn(f"{source}: {unknown:,} queries are not in {args.reference}")
+    with new_folder(args) as folder:
+        with atomic_write(folder / "run.txt") as file:
+            for qid, pids in result.items():
+                for rank, pid in enumerate(dict.fromkeys(pids), start=1):
+                    file.write(f"{qid} Q0 {pid} {rank} {1 / rank:.9g} dureader\n")
+        if args.reference:
+            with atomic_write(folder / "qrels.txt") as file:
+                for qid, judged in grades.items():
+                    file.writelines(f"{qid} 0 {pid} {judged[pid]}\n" for pid in sorted(judged))
+    log(f"wrote {args.to}")
+
+
+def check_trec_ids(path: Path | str, ids: list[str]) -> None:
+    """UserError for an id that would break a column of a TREC file."""
+    for name in ids:
+        if not name or any(character.isspace() for character in name):
+            raise UserError(
+                f"{path}: the id {name!r} is empty or has a blank, which separates TREC columns; rename it"
+            )
+
+
+def from_trec(args: argparse.Namespace) -> None:
+    """Write a run of another tool as a result, {qid: [pid, ...]}."""
+    check_result_path(args.to, "", [args.source])
+    ranking = read_ranking(Path(args.source))
+    clear_stamp(args.to)
+    write_result(args.to, ranking.items())
+    stamp_result(args.to, "from_trec", [args.source])
+    log(f"wrote {args.to} ({len(ranking):,} queries, {sum(map(len, ranking.values())):,} results)")
+
+
+# ---- the command line
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """UserError for an option that this kind does not read."""
+    for name, kinds in OPTIONS.items():
+        if getattr(args, name) and args.kind not in kinds:
+            raise UserError(f"--{name}: not an option of {args.kind} (read by {', '.join(kinds)})")
 
 
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    kinds = {name: to_official for name in (*FOLDER_KINDS, "jsonl")}
-    kinds |= {"to_beir": to_beir, "to_trec": to_trec}
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    kinds = dict.fromkeys(CONVERTED, to_official)
+    kinds |= {"to_beir": to_beir, "to_trec": to_trec, "from_trec": from_trec}
+    parser = OptionParser(__doc__)
     parser.add_argument("kind", choices=list(kinds))
     parser.add_argument("source", help="folder or file to read")
-    parser.add_argument("--to", required=True, help="folder to write")
+    parser.add_argument("--to", required=True, help="new folder to write; from_trec: a new file")
     parser.add_argument("--queries", default="", help="queries for jsonl")
-    parser.add_argument("--reference", default="", help="dev.json, for to_trec")
-    parser.add_argument("--seed", type=int, default=42, help="for random negatives")
+    parser.add_argument("--qrels", default="", help="their judgments, for the dev set")
+    parser.add_argument("--train_qrels", default="", help="their judgments, for training")
+    parser.add_argument("--corpus", default="", help="the corpus, if its name is not known or not unique")
+    parser.add_argument("--dev", default="", help="rows of the dev set, if SOURCE is a file of training rows")
+    parser.add_argument(
+        "--split", default="", help="split that becomes the dev set; of a file of rows: theirs"
+    )
+    parser.add_argument("--skip_dangling", action="store_true", help="drop judgments of unknown ids")
+    parser.add_argument("--min_grade", type=positive_int, help="of a positive; default 1, for t2ranking 2")
+    parser.add_argument("--columns", default="", help="of a corpus without header, such as id,text,title")
+    parser.add_argument(
+        "--quotes", choices=("", "csv", "none"), default="", help="of tables; default: as found"
+    )
+    parser.add_argument("--reference", default="", help="dev.json or qrels, for to_trec")
+    parser.add_argument("--seed", type=seed, default=42, help="for random negatives")
     args = parser.parse_args(argv)
-    return exit_status(lambda: kinds[args.kind](args))
+
+    def convert() -> None:
+        check_options(args)
+        kinds[args.kind](args)
+
+    return exit_status(convert)
 
 
 if __name__ == "__main__":

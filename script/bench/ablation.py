@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository r
 import numpy as np
 
 from metric.evaluation import compute_metrics, load_reference, load_result
-from script.lib.official_layout import OfficialLayoutWriter, Query
+from script.lib.foreign_files import Counts
+from script.lib.official_layout import OfficialLayoutWriter, Passage, Query
 from script.run_all import call, convert
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import parse_dual_row
@@ -35,7 +36,7 @@ from torch_src.data.lines import read_lines
 from torch_src.hparams import parse
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.files import read_json, write_json
+from torch_src.runtime.files import atomic_folder, read_json, write_json
 from torch_src.runtime.program import exit_status
 
 RECIPES = ("base", "batch", "mined", "denoised", "distilled")
@@ -58,19 +59,18 @@ def write_subset(source: Path, folder: Path, queries: int, dev_queries: int, who
     for row in rows:
         if row.query in chosen:
             query = train.setdefault(row.query, Query(f"q{len(train)}", row.query))
-            for text, known in ((row.positive, query.positives), (row.negative, query.negatives)):
-                pid = pids.setdefault(text, f"p{len(pids)}")
-                if pid not in known:
-                    known.append(pid)
+            for grade, text in ((1, row.positive), (0, row.negative)):
+                query.judge(pids.setdefault(text, f"p{len(pids)}"), grade, 1)
     dev_rows = []
     for entry in dev:
         answers = [paragraph["paragraph_text"] for paragraph in entry["answer_paragraphs"]]
         positives = [pids.setdefault(text, f"p{len(pids)}") for text in answers]
-        dev_rows.append(Query(entry["question_id"], entry["question"], positives, split="dev"))
-    layout = OfficialLayoutWriter(folder, seed=0)
-    layout.write_collection((pid, "", text) for text, pid in pids.items())
-    layout.write_queries([*train.values(), *dev_rows])
-    layout.finish()
+        grades = dict.fromkeys(positives, 1)
+        dev_rows.append(Query(entry["question_id"], entry["question"], split="dev", grades=grades))
+    with atomic_folder(folder) as unfinished:
+        layout = OfficialLayoutWriter(unfinished, seed=0, counts=Counts())
+        layout.write_collection(Passage(pid, "", text) for text, pid in pids.items())
+        layout.write_queries([*train.values(), *dev_rows])
 
 
 class Ablation:

@@ -12,7 +12,7 @@ from torch_src.runtime.log import warn
 from torch_src.runtime.outputs import RESULT, Output, check_outputs, never
 from torch_src.runtime.stamps import CHECKSUM, checksum_files, read_stamp, write_stamp
 
-RESULT_STAGES = ("cross_infer", "convert_recall_res_to_json", "convert_rerank_res_to_json")
+RESULT_STAGES = ("cross_infer", "convert_recall_res_to_json", "convert_rerank_res_to_json", "from_trec")
 
 
 def write_result(path: FilePath, lists: Iterable[tuple[str, list[str]]]) -> None:

@@ -1,0 +1,356 @@
+"""Files of other tools as records: JSON lines, a JSON array, TSV or CSV; gzipped or not.
+
+What the readers of the official files refuse is accepted here and counted: a byte order mark, `\\r\\n`, blank
+lines, CSV quotes, further columns.
+"""
+
+import codecs
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch_src.data.lines import (
+    LONGEST_LINE,
+    FormatError,
+    archive_errors,
+    decode,
+    open_file,
+    parse_json,
+    raw_lines,
+    shown,
+)
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.log import log
+
+BOM = b"\xef\xbb\xbf"
+READ_SIZE = 1 << 16  # characters of a JSON array read at a time
+BEGINS_FIELD = re.compile(r'(?:^|\t)"')
+QUOTED, DOUBLED = re.compile(r'"([^"]|"")*"'), '""'
+NO_TITLE = ("", "-", "null", "None", "nan", "NaN")  # of pandas and of the official files
+UNREADABLE = {
+    b"PAR1": "a Parquet file",
+    b"PK\x03\x04": "a zip archive or an Excel file",
+    b"ARRO": "an Arrow file",
+}
+
+
+class Counts:
+    """What a conversion drops, merges or changes: how often, and where first."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, tuple[int, str]] = {}
+
+    def add(self, what: str, path: Path, line: int, count: int = 1) -> None:
+        if count:
+            known, first = self.found.get(what, (0, f"{path}:{line}"))
+            self.found[what] = known + count, first
+
+    def log(self) -> None:
+        for what, (count, first) in self.found.items():
+            log(f"{count:,} {what} (first: {first})")
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The values of one kind of record, and how files name them."""
+
+    names: dict[str, tuple[str, ...]]  # value -> names of its column or JSON field, the most usual first
+    required: tuple[str, ...]
+    orders: dict[int, tuple[str, ...]]  # number of columns -> their values in a table without header
+    blanks: bool = False  # blanks separate columns where there is no TAB
+
+
+@dataclass
+class Source:
+    """How files are read: the options of a conversion, and its counts."""
+
+    columns: tuple[str, ...] = ()  # of a passage table without header; empty: the usual order
+    quotes: str = ""  # csv, none, or empty: decided by the file
+    counts: Counts = field(default_factory=Counts)
+    opened: set[Path] = field(default_factory=set)
+
+    def lines(self, path: Path) -> Iterator[tuple[int, str]]:
+        """Yield (line, text without byte order mark and line end)."""
+        self.opened.add(path)
+        with open_file(path) as file:
+            for line, raw in raw_lines(file, path):
+                if line == 1:
+                    _require_text(raw, path)
+                    raw = raw.removeprefix(BOM)
+                text = decode(raw, path, line)
+                if text.endswith("\r"):
+                    text = text[:-1]
+                    self.counts.add(r"lines ended in \r\n: read as \n", path, line)
+                yield line, text
+
+    def entries(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (line, object) of JSON lines or of one JSON array."""
+        self.opened.add(path)
+        with open_file(path) as file, archive_errors(path):
+            head = file.read(READ_SIZE)
+        _require_text(head, path)
+        found = _array(path) if head.removeprefix(BOM).lstrip()[:1] == b"[" else self._json_lines(path)
+        for line, value in found:
+            if not isinstance(value, dict):
+                raise FormatError(path, line, f"expected a JSON object, found {type(value).__name__}")
+            yield line, value
+
+    def _json_lines(self, path: Path) -> Iterator[tuple[int, Any]]:
+        for line, text in self.lines(path):
+            if text.strip():
+                yield line, parse_json(text, path, line)
+            else:
+                self.counts.add("blank lines: skipped", path, line)
+
+    def records(
+        self, path: Path, fields: Fields, columns: tuple[str, ...] = ()
+    ) -> Iterator[tuple[int, dict]]:
+        """Yield (line, {value: content}) of JSON or of a table; `columns`: order without a header."""
+        if is_json(path):
+            return self._json_records(path, fields)
+        return self._table_records(path, fields, columns)
+
+    def _json_records(self, path: Path, fields: Fields) -> Iterator[tuple[int, dict]]:
+        known, unread = {name for names in fields.names.values() for name in names}, set[str]()
+        for line, entry in self.entries(path):
+            if not unread.issuperset(new := entry.keys() - known):
+                unread |= new
+            record = {
+                value: first_of(entry, names)
+                for value, names in fields.names.items()
+                if not entry.keys().isdisjoint(names)
+            }
+            for value in fields.required:
+                if value not in record:
+                    names = ", ".join(fields.names[value])
+                    raise FormatError(path, line, f"expected one of the fields {names}")
+            yield line, record
+        if unread:
+            log(f"{path}: fields not read: {', '.join(sorted(unread))}")
+
+    def _table_records(
+        self, path: Path, fields: Fields, columns: tuple[str, ...]
+    ) -> Iterator[tuple[int, dict]]:
+        order, longer_titles, rows = columns, 0, 0
+        guessed = False
+        for number, (line, row) in enumerate(self.rows(path, fields)):
+            if not number and looks_like_header(row, fields):
+                order = columns or header_order(row, fields, path, line)
+                continue
+            if not order:
+                order = self._usual_order(row, fields, path, line)
+                guessed = order == ("id", "title", "text")
+            if len(row) != len(order):
+                names = ", ".join(name or "-" for name in order)
+                raise FormatError(path, line, f"{len(row)} columns (expected {len(order)}: {names})")
+            record = dict(zip(order, row, strict=True))
+            record.pop("", None)
+            rows += 1
+            longer_titles += guessed and len(record["title"]) > len(record["text"])
+            yield line, record
+        if longer_titles * 2 > rows:
+            what = f"the second of three columns is the longer one in {longer_titles:,} of {rows:,} rows"
+            fix = "pass --columns id,text,title, or to keep the order --columns id,title,text"
+            raise UserError(f"{path}: {what} (expected id, title, text without a header); {fix}")
+
+    def _usual_order(self, row: list[str], fields: Fields, path: Path, line: int) -> tuple[str, ...]:
+        order = fields.orders.get(len(row))
+        if order is None:
+            known = " or ".join(", ".join(name or "-" for name in names) for names in fields.orders.values())
+            raise FormatError(path, line, f"{len(row)} columns without a known header (expected {known})")
+        names = ", ".join(name or "-" for name in order)
+        log(f"{path}: no header line, columns read as {names}: {shown(' | '.join(row))}")
+        return order
+
+    def rows(self, path: Path, fields: Fields) -> Iterator[tuple[int, list[str]]]:
+        """Yield (line, columns) of a table, without blank lines and CSV quotes."""
+        comma = plain_name(path).endswith(".csv")
+        lines = self.lines(path)
+        first = next(lines, None)
+        if first is None:
+            raise UserError(f"{path}: is empty")
+        quoted = self.quotes == "csv" or (not self.quotes and (comma or _uses_quotes(first[1])))
+        chained = _chain(first, lines)
+        if quoted or comma:
+            yield from self._csv_rows(path, chained, "," if comma else "\t", quoted)
+            return
+        for line, text in chained:
+            if not text.strip():
+                self.counts.add("blank lines: skipped", path, line)
+                continue
+            row = text.split("\t") if "\t" in text or not fields.blanks else text.split()
+            if not self.quotes and '"' in text:
+                self._check_quotes(row, path, line)
+            yield line, row
+
+    def _csv_rows(
+        self, path: Path, lines: Iterator[tuple[int, str]], delimiter: str, quoted: bool
+    ) -> Iterator[tuple[int, list[str]]]:
+        """Yield the rows of a CSV dialect; a quoted field may go over several lines."""
+        begin = last = 0
+        taken: list[str] = []
+
+        def source() -> Iterator[str]:
+            nonlocal last
+            for line, text in lines:
+                last = line
+                taken.append(text)
+                yield text + "\n"
+
+        rows = source()
+        reader = csv.reader(rows, delimiter=delimiter, strict=True)
+        if not quoted:
+            reader = csv.reader(rows, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        limit = csv.field_size_limit(LONGEST_LINE)
+        try:
+            for row in reader:
+                begin, raw = last - len(taken) + 1, "\n".join(taken)
+                taken.clear()
+                if not raw.strip():
+                    self.counts.add("blank lines: skipped", path, begin)
+                    continue
+                if quoted and '"' in raw:
+                    self.counts.add("rows had CSV quotes: removed (--quotes none keeps them)", path, begin)
+                yield begin, row
+        except csv.Error as error:
+            line = last - len(taken) + 1
+            fix = "is a quotation mark part of a text? pass --quotes none"
+            raise FormatError(path, line, f"not CSV ({error}); {fix}") from None
+        finally:
+            csv.field_size_limit(limit)
+
+    def _check_quotes(self, row: list[str], path: Path, line: int) -> None:
+        for column in row:
+            if len(column) > 1 and column[0] == '"' == column[-1] and QUOTED.fullmatch(column):
+                if DOUBLED in column[1:-1]:
+                    message = f"{shown(column)} looks like a field in CSV quotes; pass --quotes csv to remove"
+                    raise FormatError(path, line, f"{message} them, or --quotes none to keep them")
+                self.counts.add("texts in quotation marks: kept (--quotes csv removes them)", path, line)
+
+
+def plain_name(path: Path) -> str:
+    """Return the lower-case name without .gz."""
+    return path.name.lower().removesuffix(".gz")
+
+
+def is_json(path: Path) -> bool:
+    """Return whether the file holds JSON, by its name, or else by its first character."""
+    name = plain_name(path)
+    if name.endswith((".json", ".jsonl")):
+        return True
+    if name.endswith((".tsv", ".csv", ".txt")):
+        return False
+    with open_file(path) as file, archive_errors(path):
+        return file.read(READ_SIZE).removeprefix(BOM).lstrip()[:1] in (b"{", b"[")
+
+
+def _require_text(head: bytes, path: Path) -> None:
+    for magic, what in UNREADABLE.items():
+        if head.startswith(magic):
+            fix = "write it as JSON lines, with pandas: to_json(path, orient='records', lines=True)"
+            raise UserError(f"{path}: {what} (expected JSON lines, TSV or CSV); {fix}")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise FormatError(path, 1, "UTF-16 (expected UTF-8); convert it with `iconv -f UTF-16 -t UTF-8`")
+
+
+def _array(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line, element) of one JSON array, read a chunk at a time."""
+    decoder, text_of = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
+    with open_file(path) as file, archive_errors(path):
+        text, line, begun = "", 1, False
+        while True:
+            raw = file.read(max(READ_SIZE, len(text)))
+            try:
+                text += text_of.decode(raw, final=not raw)
+            except UnicodeDecodeError:
+                raise FormatError(path, line, "not UTF-8") from None
+            while True:
+                rest = text.lstrip("\ufeff \t\r\n")
+                line, text = line + text[: len(text) - len(rest)].count("\n"), rest
+                mark = text[:1]
+                if begun and mark == "]" and not text[1:].strip() and not raw:
+                    return
+                if mark and mark == ("," if begun else "["):
+                    begun, text = True, text[1:]
+                    continue
+                try:
+                    value, end = decoder.raw_decode(text)
+                    if not text[end:].strip() and raw:
+                        break  # a number may go on
+                except json.JSONDecodeError as error:
+                    if raw and len(text) <= LONGEST_LINE:
+                        break
+                    raise FormatError(path, line + error.lineno - 1, f"not JSON ({error.msg})") from None
+                yield line, parse_json(text[:end], path, line)
+                line, text = line + text.count("\n", 0, end), text[end:]
+
+
+def first_of(entry: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """Return the first value of these names that is not null or NaN; None without one."""
+    for name in names:
+        value = entry.get(name)
+        if value is not None and value == value:
+            return value
+    return None
+
+
+def column_values(row: list[str], fields: Fields) -> tuple[str, ...]:
+    """Return the value that each column name means; empty for an unknown name."""
+    value_of = {name: value for value, names in fields.names.items() for name in names}
+    return tuple(value_of.get(name.strip().strip('"').lower(), "") for name in row)
+
+
+def looks_like_header(row: list[str], fields: Fields) -> bool:
+    """Return whether the first row names columns: the first of them, or two."""
+    values = column_values(row, fields)
+    return bool(values[0]) or len(set(values) - {""}) > 1
+
+
+def header_order(row: list[str], fields: Fields, path: Path, line: int) -> tuple[str, ...]:
+    """Return the values of the columns of a header line, empty for columns that are not read."""
+    order = column_values(row, fields)
+    names = [value for value in order if value]
+    if len(names) > len(set(names)) or not set(names) >= set(fields.required):
+        expected = "; ".join(f"{value}: {'/'.join(fields.names[value])}" for value in fields.required)
+        raise FormatError(path, line, f"header {shown(' | '.join(row))} (expected one each of {expected})")
+    unread = [name for name, value in zip(row, order, strict=True) if not value and name != "-"]
+    if unread:
+        log(f"{path}: columns not read: {', '.join(unread)}")
+    return order
+
+
+def id_of(value: Any, path: Path, line: int, counts: Counts, what: str = "id") -> str:
+    """Return an id as text; FormatError unless it is a string or an integer without TAB or line end."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        counts.add("ids were numbers such as 7.0: read as 7", path, line)
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise FormatError(path, line, f"the {what} is {shown(repr(value))} (expected a string or an integer)")
+    text = str(value)
+    if not text.strip() or {"\t", "\n", "\r", "\0"} & set(text):
+        raise FormatError(path, line, f"the {what} {text!r} is empty, or has a TAB, line end or NUL")
+    return text
+
+
+def text_of(value: Any, path: Path, line: int, what: str) -> str:
+    """Return a text; null is an empty one, and FormatError for anything but a string or a number."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise FormatError(path, line, f"the {what} is {shown(repr(value))} (expected a string)")
+    return str(value)
+
+
+def _uses_quotes(first: str) -> bool:
+    """Return whether the first line shows CSV quotes: quoted names, or the header of DPR, which uses them."""
+    names = first.split("\t")
+    return names == ["id", "text", "title"] or (len(names) > 1 and all(map(QUOTED.fullmatch, names)))
+
+
+def _chain(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    yield first
+    yield from rest
