@@ -101,9 +101,9 @@ def train(bench: Bench) -> None:
         name = f"ours, {texts} texts a pass" + (f", {tokens} tokens" if tokens else "")
         work = partial(_our_update, bench, name, texts, tokens, profiled=not number)
         bench.attempt(name, 15 * bench.on_gpu, work)
-    for number, texts in enumerate(sizes.peer_chunks):
+    for texts in sizes.peer_chunks:
         name = f"sentence-transformers, {texts} texts a pass"
-        bench.attempt(name, 15 * bench.on_gpu, partial(_peer_update, bench, name, texts, profiled=not number))
+        bench.attempt(name, 15 * bench.on_gpu, partial(_peer_update, bench, name, texts))
 
 
 def _settings(bench: Bench, chunk: int, tokens: int) -> DualHparams:
@@ -136,7 +136,7 @@ def _our_update(bench: Bench, name: str, chunk: int, tokens: int, profiled: bool
         bench.profile(lambda: trainer.update(bench.sizes.updates + 1, [last]))
 
 
-def _peer_update(bench: Bench, name: str, mini_batch: int, profiled: bool) -> None:
+def _peer_update(bench: Bench, name: str, mini_batch: int) -> None:
     """Updates with CachedMultipleNegativesRankingLoss on the same rows, tokenized beforehand."""
     from sentence_transformers.sentence_transformer import losses
     from sentence_transformers.util import batch_to_device, dot_score
@@ -164,8 +164,6 @@ def _peer_update(bench: Bench, name: str, mini_batch: int, profiled: bool) -> No
     seen = [update()]
     _, figures = bench.time(lambda: seen.extend(update() for _ in range(bench.sizes.updates)))
     _record_updates(bench, name, PEER, figures, lengths, seen)
-    if profiled:
-        bench.profile(update)
 
 
 def _run_under(model: torch.nn.Module, context: AbstractContextManager[object]) -> None:
@@ -367,13 +365,16 @@ class SearchComparison:
             bench.skip(f"{sizes.rows:,} rows", f"the GPU's memory allows {self.rows:,}")
         self.vectors = unit_vectors(self.rows, sizes.hidden, bench.device)
         self.queries = unit_vectors(max(sizes.queries), sizes.hidden, bench.device, seed=1)
-        self.variants: dict[str, tuple[str, Find]] = {}
+        self.variants: dict[str, tuple[str, Find, float]] = {}
         self.seconds_per_query: dict[str, float] = {}
         self.expected: dict[int, np.ndarray] = {}  # number of queries -> our rows
 
-    def add(self, name: str, side: str, find: Find) -> None:
-        """Measure a search with the smallest number of queries, and keep it for the others."""
-        self.variants[name] = side, find
+    def add(self, name: str, side: str, find: Find, memory_gb: float = 0.0) -> None:
+        """Measure a search with the smallest number of queries, and keep it for the others.
+
+        memory_gb: what it holds outside of torch; 0 for a search in torch.
+        """
+        self.variants[name] = side, find, memory_gb
         self.attempt(name, self.bench.sizes.queries[0])
 
     def measure_all(self, count: int) -> None:
@@ -392,10 +393,11 @@ class SearchComparison:
         self.bench.attempt(f"{name}, {count:,} queries", seconds, partial(self._measure, name, count))
 
     def _measure(self, name: str, count: int) -> None:
-        (side, find), queries = self.variants[name], self.queries[:count]
+        (side, find, memory_gb), queries = self.variants[name], self.queries[:count]
         if name not in self.seconds_per_query:
             find(queries[: max(1, count // 8)])  # a warm-up
         (rows, note), figures = self.bench.time(lambda: find(queries))
+        figures["peak_gb"] = memory_gb or figures["peak_gb"]
         self.seconds_per_query[name] = figures["seconds"] / count
         figures |= {"work": f"{count:,} queries", "count": count, "unit": "queries", "rows": self.rows}
         figures |= {"flops": 2.0 * count * self.rows * self.bench.sizes.hidden, "note": note}
@@ -479,13 +481,13 @@ def _add_flat_index(bench: Bench, comparison: SearchComparison, name: str) -> No
     def find(queries: torch.Tensor) -> tuple[np.ndarray, str]:
         parts = queries.float().split(bench.sizes.queries_at_once)
         found = [index.search(part, bench.sizes.topk)[1] for part in parts]
-        return torch.cat(found).cpu().numpy(), f"its memory {held:.2f} GB"
+        return torch.cat(found).cpu().numpy(), ""
 
     before = free_gpu_memory(bench.device)
     _, figures = bench.time(fill)
     held = (before - free_gpu_memory(bench.device)) / 1e9  # faiss has an allocator of its own
     bench.record(f"{name}, filling", PART, figures | {"count": index.ntotal, "unit": "rows", "peak_gb": held})
-    comparison.add(name, PEER, find)
+    comparison.add(name, PEER, find, held)
 
 
 def faiss_on_gpu(bench: Bench) -> tuple[Any, Any]:
@@ -534,6 +536,7 @@ def _build_index(
     if resources is not None:
         index = faiss.index_cpu_to_gpu(resources, bench.device.index or 0, index)
     _, training = bench.time(lambda: index.train(sample))
+    training.pop("peak_gb")  # torch's
     more = {"work": "training", "count": len(sample), "unit": "vectors"}
     bench.record(f"{name}: {sizes.index}, training", side, training | more)
 
@@ -542,12 +545,14 @@ def _build_index(
             index.add(chunk.float().numpy())
 
     _, filling = bench.time(fill)
+    filling.pop("peak_gb")
     if resources is not None:
         filling["peak_gb"] = (free - free_gpu_memory(bench.device)) / 1e9
     more = {"work": "filling", "count": len(host), "unit": "vectors"}
     bench.record(f"{name}: {sizes.index}, filling", side, filling | more)
     index.nprobe = min(PROBES, lists)
     found, searching = bench.time(lambda: index.search(queries, sizes.topk)[1])
+    searching.pop("peak_gb")
     more = {"work": "searching", "count": len(queries), "unit": "queries"}
     recall = {"recall": agreement(found, exact)}
     bench.record(f"{name}: {sizes.index}, {index.nprobe} probes", side, searching | more | recall)
