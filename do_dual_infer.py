@@ -13,7 +13,7 @@ from torch_src.runtime.program import exit_with
 
 def enter(topk: int = 50, bs: int = 1000) -> int:
     """Keep topk passages per query, search bs queries at once; the options --topk and --bs win."""
-    from torch_src import dual_infer  # here: Ctrl-C during the slow imports ends quietly, too
+    from torch_src import dual_infer  # imported here: Ctrl-C during the slow imports gives no traceback
 
     return dual_infer.main(sys.argv[1:], topk=topk, bs=bs)
 

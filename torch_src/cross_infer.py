@@ -8,12 +8,12 @@ import numpy as np
 
 from metric.evaluation import compute_metrics
 from torch_src import hparams
-from torch_src.data.candidates import OFFICIAL, OFFICIAL_IDS, Candidates, open_candidates
+from torch_src.data.candidates import OFFICIAL, Candidates, official_ids_path, open_candidates
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import RunRow, format_run_row, read_dev
 from torch_src.data.negative_scores import read_negative_scores
 from torch_src.data.passage_ids import check_length, read_passage_ids, rows_of
-from torch_src.data.results import RESULT_STAGES, check_collection
+from torch_src.data.results import RESULT_STAGES, check_collection, write_result
 from torch_src.inference import (
     LOG_SECONDS,
     choose_hardware,
@@ -82,7 +82,7 @@ def check_paths(hp: InferenceCrossHparams) -> None:
         Output(output / ID_MAP, begins(rb"[^\t\n]+\t[^\t\n]+\n"), stages),
         Output(hp.saved_to, settings_of(output / RESULT)),
     ]
-    ids = hp.retrieval_result_path.removesuffix(OFFICIAL) + OFFICIAL_IDS
+    ids = official_ids_path(hp.retrieval_result_path)
     check_outputs(outputs, [*hp.inputs, ids])
     check_apart(output / "cross_scores", hp.inputs)
 
@@ -113,7 +113,7 @@ class CrossInference:
             return
         require(path, "candidates to re-rank", "run do_dual_infer.py first")
         if path.endswith(OFFICIAL):
-            self.id_map = path[: -len(OFFICIAL)] + OFFICIAL_IDS
+            self.id_map = official_ids_path(path)
         else:
             self.collection = PassageCollection(hp.passage_dir_path, cache)
             check_collection(path, self.collection.checksum, hp.passage_dir_path)
@@ -248,8 +248,7 @@ def write_run(job: CrossInference, logits: np.ndarray, pids: np.ndarray, rows: n
                 file.write(format_run_row(RunRow(query, int(rows[pair]), number, float(scores[pair]))))
             for qid in job.qids[query] or ():
                 result[qid] = [pid.decode() for pid in pids[best]]
-    with atomic_write(job.output / RESULT) as file:
-        json.dump(result, file, ensure_ascii=False)
+    write_result(job.output / RESULT, result.items())
     return result
 
 

@@ -84,9 +84,9 @@ class CrossTask(TrainingTask):
         texts = [row.query for row in rows], [row.passage for row in rows]
         found = truncation_of_pairs(setup.tokenizer, *texts, self.rules)
         self.files.truncation = [each.report() for each in found]
-        if self.listwise and (short := self.data.short_lists(hp.group_size)):
+        if self.listwise and (short := self.data.short_groups(hp.group_size)):
             log(
-                f"{short:,} of {len(self.data.lists):,} positives have fewer than {hp.group_size - 1} "
+                f"{short:,} of {len(self.data.groups):,} positives have fewer than {hp.group_size - 1} "
                 "negatives: their groups repeat some"
             )
         if hp.eval_every >= 0:
@@ -112,9 +112,9 @@ class CrossTask(TrainingTask):
         """Draw a batch and tokenize this process's shard."""
         hp, data = self.hp, self.data
         if self.listwise:
-            source = data.lists_of(hp.seed, epoch, step, self.groups, hp.group_size)
+            source = data.group_batch(hp.seed, epoch, step, self.groups, hp.group_size)
         else:
-            source = data.pairs(hp.seed, epoch, step, self.groups)
+            source = data.pair_batch(hp.seed, epoch, step, self.groups)
         groups = self.processes.shard(self.groups)
         shard = slice(groups.start * self.group_size, groups.stop * self.group_size)
         pairs = self._tokenize(source.queries[shard], source.passages[shard])
@@ -124,7 +124,7 @@ class CrossTask(TrainingTask):
         return tokenize_pairs(self.setup.tokenizer, queries, passages, self.rules)
 
     def forward(self, batch: CrossInputs) -> Output:
-        """Score the pairs of this process; with FGM on perturbed word embeddings alone."""
+        """Score the pairs of this process; with FGM the loss is that of the perturbed word embeddings."""
         if self.hp.fgm_epsilon:
             logits = self.logits(batch, 1, self._perturbed_embeddings(batch))
             return Output(*self.loss(logits.outputs, batch), logits.deferred)
@@ -141,7 +141,8 @@ class CrossTask(TrainingTask):
     def logits(self, batch: CrossInputs, number: int, embeddings: Tensor | None = None) -> ChunkedForward:
         """Return the logits of this process's pairs, computed in chunks.
 
-        `number` tells two passes over a batch apart; `embeddings` replace the word embeddings.
+        number: 0 or 1, of the forward passes over this batch; part of the dropout seed.
+        embeddings: replace the word embeddings.
         """
 
         def forward(rows: np.ndarray) -> Tensor:
@@ -157,8 +158,8 @@ class CrossTask(TrainingTask):
     def _perturbed_embeddings(self, batch: CrossInputs) -> Tensor:
         """Return word embeddings moved by epsilon g / |g|, g their gradient of all processes' loss (FGM).
 
-        Miyato et al. 2017 (arXiv 1605.07725), on the whole table as in the official recipe. A gradient that
-        is zero or not finite moves nothing.
+        Miyato et al. 2017 (arXiv 1605.07725), on the whole table as in the official recipe. If the
+        gradient is zero or not finite, the embeddings are unchanged.
         """
         table = self.model.word_embeddings
         logits = self.logits(batch, 0)
@@ -267,9 +268,9 @@ def perturb(table: Tensor, gradient: Tensor, epsilon: float) -> Tensor:
 
 @contextmanager
 def replaced(parameter: torch.nn.Parameter, values: Tensor | None) -> Iterator[None]:
-    """Within the block the parameter holds `values`.
+    """Use `values` as the parameter within the context.
 
-    Enough for FGM also when the backward pass follows later: a lookup keeps no values of its table for it.
+    The backward pass may follow later: an embedding lookup does not save its weight for it.
     """
     own = parameter.data
     parameter.data = own if values is None else values

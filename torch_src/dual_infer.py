@@ -142,7 +142,7 @@ class DualInference(Retriever):
                 stamp[name] = getattr(hp, name)
         if self.milvus:
             stamp |= {name: getattr(hp, name) for name in ("engine", "milvus_collection", "search_params")}
-            manifest = self.milvus.manifest  # of vectors from another machine, perhaps
+            manifest = self.milvus.manifest  # the vectors may come from another machine
             stamp |= {f"passage {name}": manifest[name] for name in NOT_COMPARED}
             stamp |= {
                 "milvus_uri": hp.milvus_uri_path,
@@ -197,9 +197,9 @@ def encode_and_search(job: DualInference) -> None:
 
 
 def encode(job: DualInference, force: bool) -> tuple[np.ndarray | None, VectorStore | None]:
-    """Return (query vectors (B, H) float32, in the first process; passage vectors on disk, None without).
+    """Return (query vectors (B, H) float32, None except in the first process; passage vectors on disk).
 
-    With Milvus no passages are encoded.
+    With Milvus no passages are encoded, and the vectors on disk may be None.
     """
     model = load_dual_model(job.source)
     if job.milvus:

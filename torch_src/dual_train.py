@@ -57,7 +57,7 @@ class DualTask(TrainingTask):
         self.dev: DevRetrieval | None = None
 
     def inputs(self) -> dict[str, Any]:
-        """Return the checksums of collection, as its dev pool decides the best weights, and the teacher."""
+        """Return the checksums of the collection, from which the dev pool is drawn, and of the teacher."""
         stamp = self.setup.collection_stamp() if self.hp.eval_every >= 0 else {}
         if self.hp.distill_loss != hparams.NONE:
             stamp["teacher"] = checksum_files([sidecar_path(self.hp.train_set_path)])
@@ -213,7 +213,7 @@ def training_stage(hp: DualHparams) -> TrainingStage:
 
 
 def settings(argv: list[str]) -> DualHparams:
-    """Return the settings; the options win over the model folder, which wins over the defaults."""
+    """Return the settings: those of the command line, else of the model folder, else the defaults."""
     hp = hparams.parse(DualHparams, argv)
     return hparams.parse(DualHparams, argv, own_settings(hp.pretrained_model_path))
 

@@ -64,7 +64,7 @@ def peer(args: argparse.Namespace) -> Figures:
         rows: dict[str, list] = {"query": [], "passage": [], "label": []}
         for step in range(args.steps):
             epoch, at = divmod(step, task.data.steps_per_epoch(args.batch, False))
-            batch = task.data.pairs(args.seed, epoch, at, args.batch)
+            batch = task.data.pair_batch(args.seed, epoch, at, args.batch)
             rows["query"] += batch.queries
             rows["passage"] += batch.passages
             rows["label"] += batch.labels.tolist()

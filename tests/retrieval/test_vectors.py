@@ -252,7 +252,7 @@ def test_a_block_without_its_stamp_is_missing(tmp_path):
 def test_a_block_whose_stamp_was_edited_is_missing(tmp_path):
     """Also when the edited field does not affect the vectors."""
     store = make(tmp_path)
-    fill(store, made_with={"threads": 2})
+    fill(store, settings={"threads": 2})
     path = tmp_path / "block-00001.json"
     path.write_text(path.read_text().replace('"threads": 2', '"threads": 3'))
     assert store.missing_blocks() == [1]

@@ -154,7 +154,7 @@ def test_success_is_status_0_without_output(capsys):
         (FormatError("f", 3, "wrong"), 2, "ERROR f:3: wrong"),
         (FileNotFoundError(2, "No such file or directory", "f"), 2, "ERROR f: No such file or directory"),
         (OSError(28, "No space left on device"), 2, "ERROR system: No space left on device"),
-        (KeyboardInterrupt(), 130, "WARNING interrupted; the same command resumes"),
+        (KeyboardInterrupt(), 130, f"WARNING {program.RESUMES}"),
     ],
 )
 def test_user_errors_and_interruptions_are_one_line_on_stderr(capsys, error, status, line):

@@ -76,7 +76,7 @@ def test_a_signal_saves_and_reports_how_to_resume(programs, world):
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
     out = process.output()
-    assert "stopped by SIGTERM" in out and "the same command resumes" in out and "Traceback" not in out
+    assert "stopped by SIGTERM" in out and "the same command" in out and "Traceback" not in out
     assert load_checkpoint(world / "asked/dual_checkpoint.pt")["progress"]["step"] >= 3
 
 

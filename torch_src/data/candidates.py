@@ -15,6 +15,11 @@ from torch_src.runtime.errors import UserError
 OFFICIAL, OFFICIAL_IDS = ".res.tsv", ".res.id_map.tsv"
 
 
+def official_ids_path(path: str) -> str:
+    """Return the path of the id map beside official candidates."""
+    return path.removesuffix(OFFICIAL) + OFFICIAL_IDS
+
+
 @dataclass
 class Candidates:
     """N (query, passage) pairs in file order; the pairs of a query are adjacent.
@@ -91,7 +96,7 @@ def open_candidates(
 
 def _open_official(path: str, cache_dir: FilePath | None) -> Candidates:
     pairs, pids, qids = _Pairs(), [], []
-    for query, ranking in candidates_by_query(path, path.removesuffix(OFFICIAL) + OFFICIAL_IDS):
+    for query, ranking in candidates_by_query(path, official_ids_path(path)):
         for rank, row in enumerate(ranking, start=1):
             pairs.add(-1, -rank)
             pids.append(row.pid.encode())

@@ -35,11 +35,15 @@ class CrossTrainingSet:
         query_hash, self.passage_hash, self.labels = self.file.numbers.T
         if self.labels.min() == self.labels.max():
             raise UserError(f"{path}: every label is {self.labels[0]} (expected both 0 and 1)")
-        groups = [self._split(rows) for rows in group_rows(query_hash)]
+        by_query = [self._split(rows) for rows in group_rows(query_hash)]
         self.rows = len(self.file)
-        self.queries = len(groups)  # distinct
+        self.queries = len(by_query)  # distinct
         # One (row of the positive, rows of its negatives) for each positive that has negatives.
-        self.lists = [(positive, rows) for positives, rows in groups if len(rows) for positive in positives]
+        self.groups = [
+            (positive, negatives)
+            for positives, negatives in by_query
+            for positive in (positives if len(negatives) else ())
+        ]
 
     def _split(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return one query's (positive, negative) rows, each text once; a positive is never a negative."""
@@ -50,30 +54,30 @@ class CrossTrainingSet:
     def _distinct(self, rows: np.ndarray) -> np.ndarray:
         return rows[np.unique(self.passage_hash[rows], return_index=True)[1]]
 
-    def short_lists(self, group_size: int) -> int:
+    def short_groups(self, group_size: int) -> int:
         """Return how many positives have fewer than group_size - 1 distinct negatives."""
-        return sum(len(negatives) < group_size - 1 for _, negatives in self.lists)
+        return sum(len(negatives) < group_size - 1 for _, negatives in self.groups)
 
     def steps_per_epoch(self, units: int, listwise: bool) -> int:
         """Return the number of full batches of `units` pairs, or of `units` positives when listwise."""
-        count, name = (len(self.lists), "positives with negatives") if listwise else (self.rows, "rows")
+        count, name = (len(self.groups), "positives with negatives") if listwise else (self.rows, "rows")
         if units > count:
             message = f"only {count} {name}, fewer than one batch of {units}; lower the batch size"
             raise UserError(f"{self.path}: {message}")
         return count // units
 
-    def pairs(self, seed: int, epoch: int, step: int, batch_size: int) -> CrossBatch:
+    def pair_batch(self, seed: int, epoch: int, step: int, batch_size: int) -> CrossBatch:
         """Return the pairs of (epoch, step), both from 0."""
         order = np.random.default_rng([seed, epoch, 0]).permutation(self.rows)
         return self._batch(order[step * batch_size : (step + 1) * batch_size].tolist())
 
-    def lists_of(self, seed: int, epoch: int, step: int, count: int, group_size: int) -> CrossBatch:
+    def group_batch(self, seed: int, epoch: int, step: int, count: int, group_size: int) -> CrossBatch:
         """Return `count` groups: a positive and group_size - 1 random negatives, with repeats if needed."""
-        order = np.random.default_rng([seed, epoch, 0]).permutation(len(self.lists))
+        order = np.random.default_rng([seed, epoch, 0]).permutation(len(self.groups))
         random = np.random.default_rng([seed, epoch, 1, step])
         rows = []
         for index in order[step * count : (step + 1) * count]:
-            positive, negatives = self.lists[index]
+            positive, negatives = self.groups[index]
             rows += [int(positive), *draw_negatives(negatives, group_size - 1, random)]
         return self._batch(rows)
 

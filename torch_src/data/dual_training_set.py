@@ -51,7 +51,7 @@ class DualTrainingSet:
             raise UserError(f"{path}: {self.rows:,} rows, but {len(teacher):,} rows of a teacher's scores")
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Return the number of full batches; each epoch omits other queries."""
+        """Return the number of full batches; the queries that are left over differ in each epoch."""
         if batch_size > self.queries:
             raise UserError(
                 f"--batch_size {batch_size}: {self.path} has only {self.queries} distinct queries, "

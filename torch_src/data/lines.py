@@ -23,7 +23,7 @@ FilePath = str | Path
 First = TypeVar("First")
 Second = TypeVar("Second")
 LONGEST_LINE = 1 << 24  # bytes; a longer line is refused to limit memory
-GZIPPED = b"\x1f\x8b"  # how a gzip archive begins, and no UTF-8 text
+GZIPPED = b"\x1f\x8b"  # first bytes of a gzip file; no UTF-8 text begins with them
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 

@@ -34,7 +34,7 @@ LOCK = threading.Lock()
 class TextRules:
     """How the texts of one side (queries or passages) become token ids."""
 
-    max_seq_len: int  # tokens of a text, special tokens included; those of the prefix come on top
+    max_seq_len: int  # tokens of a text with special tokens; those of the prefix are not counted
     prefix: str = ""
     remove_spaces: bool = False
 
@@ -346,7 +346,7 @@ class BatchedInference:
 
 
 def _fits_in_memory(forward: Callable[[np.ndarray], None], rows: np.ndarray) -> bool:
-    """Return False if forward(rows) ran out of memory; returning frees the tensors that the error holds."""
+    """Return False if forward(rows) ran out of memory; its traceback, which holds tensors, is freed."""
     try:
         forward(rows)
     except (RuntimeError, MemoryError) as error:

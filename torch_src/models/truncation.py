@@ -18,11 +18,11 @@ class Truncation:
     """How many texts of one kind are truncated; lengths in tokens, without those of a prefix."""
 
     kind: str  # queries, passages or pairs
-    knob: str  # that limits their length
-    limit: int  # its value
-    share: float  # of the texts that are longer
-    fitting: int  # the smallest limit at which at most 1% are
-    longest: int
+    knob: str  # option that limits their length
+    limit: int  # value of the option
+    share: float  # fraction of the texts that is truncated
+    fitting: int  # limit that truncates at most 1%
+    longest: int  # length of the longest text
 
     @property
     def is_tolerated(self) -> bool:

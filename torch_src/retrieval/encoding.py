@@ -122,11 +122,11 @@ def _encode_block(
     vectors = encoder.encode_tokens(table, torch.float16, progress.add)
     check_float16(vectors, store.block_range(block)[0])
     progress.cut += table.cut
-    made_with = {
+    settings = {
         "threads": torch.get_num_threads(), "batch_size": encoder.batch_size,
         "tokens_per_batch": encoder.tokens_per_batch, "torch": torch.__version__,
     }  # fmt: skip
-    store.write_block(block, vectors, made_with)
+    store.write_block(block, vectors, settings)
 
 
 class _TokenizedChunks(Dataset):

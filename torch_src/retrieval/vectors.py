@@ -24,7 +24,7 @@ from torch_src.runtime.stamps import (
     write_checked_json,
 )
 
-# Manifest fields that may differ when vectors are searched: another machine may encode the query.
+# Manifest fields that are ignored in a search: queries may be encoded on other hardware.
 NOT_COMPARED = ("precision", "device")
 
 
@@ -129,7 +129,7 @@ class VectorStore:
         """Return whether manifest.json is this manifest and no block is missing."""
         return not self.changed_fields() and not self.missing_blocks()
 
-    def write_block(self, block: int, vectors: np.ndarray, made_with: JsonDict | None = None) -> None:
+    def write_block(self, block: int, vectors: np.ndarray, settings: JsonDict | None = None) -> None:
         """Write one block, (rows of the block, H) of the store's dtype, then its stamp, each atomically."""
         assert vectors.shape == self._shape(block) and vectors.dtype == self.dtype
         if self.changed_fields():
@@ -138,10 +138,10 @@ class VectorStore:
                 "use another --output_dir for one of them"
             )
         for path in self.folder.glob(f"block-{block:05d}.*.tmp"):
-            path.unlink(missing_ok=True)  # left by a killed process; this process has locked the block
+            path.unlink(missing_ok=True)  # left by a killed process; a lock excludes other writers
         with atomic_write(self.block_path(block), "wb") as file:
             np.save(file, vectors, allow_pickle=False)
-        stamp = {**(made_with or {}), "manifest": self.manifest_checksum, "vectors": _checksum(vectors)}
+        stamp = {**(settings or {}), "manifest": self.manifest_checksum, "vectors": _checksum(vectors)}
         write_checked_json(self.stamp_path(block), stamp)
 
     def delete_damaged(self, damage: DamagedBlock, deleted: set[int]) -> None:
@@ -172,7 +172,8 @@ class VectorStore:
     def read_into(self, first: int, out: np.ndarray) -> None:
         """Fill `out` (rows, H) with the vectors from row `first` on; DamagedBlock on a checksum mismatch.
 
-        Checksums are compared once calls in order have read a whole block. Not memory-mapped: resident pages.
+        A checksum is compared once consecutive calls have read the whole block. Files are read, not
+        memory-mapped, to limit resident memory.
         """
         done = 0
         while done < len(out):

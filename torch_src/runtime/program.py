@@ -11,6 +11,7 @@ from torch_src.runtime import log
 from torch_src.runtime.errors import Stopped, UserError, first_line, is_out_of_memory
 
 INTERRUPTED = 128 + signal.SIGINT
+RESUMES = "interrupted; the same command, without --force, resumes"
 
 
 def exit_status(program: Callable[[], object], *user_errors: type[Exception]) -> int:
@@ -40,7 +41,7 @@ def exit_status(program: Callable[[], object], *user_errors: type[Exception]) ->
         log.warn(str(stop))
         return 128 + stop.signum
     except KeyboardInterrupt:
-        log.warn("interrupted; the same command resumes")
+        log.warn(RESUMES)
         return INTERRUPTED
     return 0
 
@@ -56,7 +57,7 @@ def exit_with(program: Callable[[], int]) -> NoReturn:
     def interrupted(_signum: int, _frame: FrameType | None) -> NoReturn:
         try:
             if os.getpid() == main_process:  # a worker process exits silently
-                log.warn("interrupted; the same command resumes")
+                log.warn(RESUMES)
         finally:
             os._exit(INTERRUPTED)
 

@@ -12,15 +12,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """In its `with` block, `asked` is the number of the received signal, 0 before one arrives."""
+    """In its `with` block, `received` is the number of the received signal, 0 before one arrives."""
 
     def __init__(self) -> None:
-        self.asked, self.immediate = 0, False
+        self.received, self.immediate = 0, False
         self.previous: dict[signal.Signals, Any] = {}  # the handlers outside the block
 
     def __enter__(self) -> "StopSignals":
         try:
-            self.previous = {number: signal.signal(number, self._received) for number in SIGNALS}
+            self.previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         except ValueError:
             self.previous = {}  # not the main thread: signals cannot be handled here
         return self
@@ -32,9 +32,9 @@ class StopSignals:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def _received(self, number: int, _frame: FrameType | None) -> None:
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
         self._restore()  # a second signal ends the process
-        self.asked = number
+        self.received = number
         if self.immediate:
             raise self.stopped("before the end of an evaluation")
 
@@ -49,5 +49,6 @@ class StopSignals:
 
     def stopped(self, where: str) -> Stopped:
         """Return the error that ends the run."""
-        name = signal.Signals(self.asked).name
-        return Stopped(self.asked, f"stopped by {name} {where}; the same command resumes (without --force)")
+        name = signal.Signals(self.received).name
+        message = f"stopped by {name} {where}; the same command, without --force, resumes"
+        return Stopped(self.received, message)

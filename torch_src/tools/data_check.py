@@ -258,7 +258,9 @@ class DataCheck:
             except UserError as error:
                 self.found.error(self.ids_path, error)
         if empty:
-            self.found.notes.append(f"{empty:,} passages are empty or blank (kept: rows must not move)")
+            self.found.notes.append(
+                f"{empty:,} passages are empty or blank (kept, so that row numbers do not change)"
+            )
         if repeats := texts.repeats():
             count, place, earlier = repeats
             note = f"{count:,} passages repeat the text of an earlier one; the first: {place}, as {earlier}"

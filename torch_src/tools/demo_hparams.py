@@ -17,7 +17,7 @@ class DemoHparams(RetrieverHparams, Queries, Run):
     topk: int = 50  # passages retrieved for a question, and re-ranked
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: other machines can send queries
     port: int = 7860  # port to listen on; 0: any free one
-    cross_params: str = ""  # trained re-ranker; empty: output_dir/cross_params.bin if it exists; none
+    cross_params: str = ""  # trained re-ranker; empty: output_dir/cross_params.bin; none: no re-ranker
 
     RANGES = {"topk": (1, 1000), "port": (0, 65535), "search_memory_gb": (0,)}
 

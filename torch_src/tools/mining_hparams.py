@@ -23,7 +23,7 @@ class MiningHparams(TrainRows, TrainedRetriever, Job):
     mined_dir: str = ""  # folder of the mined files; empty: output_dir/mined
 
     # advanced
-    score_against: str = "auto"  # compare a logit with zero or the best positive's; auto: as trained
+    score_against: str = "auto"  # compare logits with zero or those of positives; auto: as trained
     rank_from: int = 1  # first rank that may be a negative (from 1)
     rank_to: int = 0  # last rank that may be a negative; 0: topk
     too_few: str = "original"  # original: add those of train_set; fewer: write fewer; drop: omit the query

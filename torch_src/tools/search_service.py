@@ -137,10 +137,10 @@ class SearchService:
 
     @contextmanager
     def _same_vectors(self) -> Iterator[None]:
-        """UserError unless the manifest on disk is still the one that was opened, before and after the block.
+        """UserError unless the manifest on disk is the one that was opened, before and after a search.
 
         Nothing locks the vectors: do_dual_infer.py may replace them at any time, with those of other weights
-        than the model in memory. Checked also when the block fails: a deleted block is not a damaged one.
+        than the model in memory. Checked also after an error: a missing file may mean replaced vectors.
         """
         self._check_manifest()
         try:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from metric.evaluation import MEASURES, compute_metrics
-from torch_src.data.candidates import OFFICIAL, OFFICIAL_IDS, Candidates, open_candidates
+from torch_src.data.candidates import OFFICIAL, Candidates, official_ids_path, open_candidates
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import DevQuery, read_candidates, read_dev
 from torch_src.data.passage_ids import check_length, read_passage_ids
@@ -134,7 +134,7 @@ def open_dev_retrieval(
     pool, source = {pid: text for query in queries for pid, text in query.answers.items()}, "dev positives"
     if os.path.exists(candidates):
         source += " + auxiliary candidates"
-        for _, pid, _, text in read_candidates(candidates, candidates.replace(OFFICIAL, OFFICIAL_IDS)):
+        for _, pid, _, text in read_candidates(candidates, official_ids_path(candidates)):
             pool.setdefault(pid, text)
     if len(collection) <= random_passages + len(pool):
         # in row order: ties rank as at inference

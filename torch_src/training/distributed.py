@@ -104,7 +104,7 @@ class Processes:
         self.all_reduce_sum_(torch.zeros(1, device=self.device))
 
     def close(self) -> None:
-        """Leave the process group. Not after an error: NCCL would wait for a collective of the others.
+        """Leave the process group. Do not call it after an error: NCCL would wait for the other processes.
 
         torchrun notices a process that ends with an error and ends the others.
         """

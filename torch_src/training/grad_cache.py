@@ -2,8 +2,8 @@
 
 Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (arXiv 2101.06983):
 the outputs are computed without a graph, the loss is differentiated with respect to them, and each chunk is
-then recomputed with a graph to back-propagate its part of that gradient. Memory follows the chunk; the
-gradient is that of the whole batch.
+then recomputed with a graph to back-propagate its part of that gradient. Memory depends on the
+chunk size; the gradient equals that of the whole batch.
 """
 
 from collections.abc import Callable, Sequence

@@ -48,7 +48,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the shadow towards the live weights."""
+        """Update the averaged weights."""
         for name, parameter in self.model.named_parameters():
             self.shadow[name].lerp_(parameter, 1 - self.decay)
 

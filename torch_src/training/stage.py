@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from torch_src.data.candidates import OFFICIAL, OFFICIAL_IDS
+from torch_src.data.candidates import OFFICIAL, official_ids_path
 from torch_src.data.collection import PassageCollection
 from torch_src.models.backbones import check_fits, load_config, model_checksum
 from torch_src.models.tokenization import TextRules, load_tokenizer, save_tokenizer, tokenizer_checksum
@@ -53,7 +53,7 @@ ROWS_IN_ERROR = 40  # of a batch that an error message lists
 PROBED_UPDATES = 3  # that a plan measures, after one warm-up
 
 # Settings that change paths or log lines, but not the weights of a run. `tokens_per_batch` is stamped as the
-# user gave it: 0 stands for any device's own number, as `device` itself is not stamped.
+# user gave it: 0 means the default of the device, which is not stamped either.
 NOT_STAMPED = {
     "data_dir", "train_set", "dev_set", "passage_dir", "passage_ids", "dev_candidates", "output_dir",
     "log_every", "save_every_minutes", "pretrained_model_path", "dual_params", "vocab_path", "force", "debug",
@@ -146,7 +146,7 @@ class ModelFiles:
 class Setup:
     """Device, processes, configuration and tokenizer: what a program chooses before it loads data and model.
 
-    `hp`: settings of the program; `batch`: name and value of the knob whose units the processes share;
+    `hp`: settings of the program; `batch`: name of the batch size that is split between the processes;
     `rules`: how texts become token ids, by the knob that limits their length.
     """
 
@@ -186,7 +186,7 @@ class Setup:
         settings = {k: v for k, v in dataclasses.asdict(hp).items() if k not in NOT_STAMPED}
         dev = [hp.dev_set_path, hp.dev_candidates_path]
         if hp.dev_candidates_path.endswith(OFFICIAL):
-            dev.append(hp.dev_candidates_path.replace(OFFICIAL, OFFICIAL_IDS))
+            dev.append(official_ids_path(hp.dev_candidates_path))
         rows = require(hp.train_set_path, "training rows", "get it with `sh script/download.sh`")
         return {
             "stage": f"{self.name}_train",

@@ -40,15 +40,15 @@ class Output:
 
 
 class TrainingTask(ABC):
-    """Data, loss and dev evaluation of one model: all that the trainer and the stage know of it."""
+    """Data, loss and dev evaluation of one model: the interface for Trainer and TrainingStage."""
 
     model: nn.Module
     chunking: Chunking
     batches_per_epoch: int
     unit = "queries"  # of the rate in the log
     units_per_batch = 1
-    texts_per_batch = 1  # or pairs: what a forward pass takes
-    accuracy_name = "accuracy"  # which share `Output.accuracy` is
+    texts_per_batch = 1  # texts or pairs in a forward pass
+    accuracy_name = "accuracy"  # in the log
     peak_lr: dict[str, float] = {}  # parameter name -> peak learning rate that replaces the common one
 
     @abstractmethod
@@ -75,7 +75,7 @@ class TrainingTask(ABC):
     def saved_checksum(self) -> str | None:
         """Return the checksum of the weights on disk, None when there are none."""
 
-    # For the stage that runs the task.
+    # Called by TrainingStage.
 
     def inputs(self) -> dict[str, Any]:
         """Return what decides the weights besides the common settings and files; part of the stamp."""
@@ -108,7 +108,7 @@ class TrainerOptions:
     max_steps: int = 0  # updates; 0: all epochs
     ema_decay: float = 0.0  # of averaged weights; 0: none
     eval_every: int = 0  # updates between evaluations; 0: an epoch; -1: never
-    early_stop: int = 0  # evaluations without a gain that end the run; 0: never
+    early_stop: int = 0  # patience in evaluations; 0: no early stop
     save_every_minutes: float = 0.0  # between checkpoints; 0: only at epochs and evaluations
     log_every: int = 20  # updates between log lines
 
@@ -124,7 +124,7 @@ class TrainingProgress:
     best_weights: str = ""  # checksum of the saved weights
     untrained: float = -1.0  # main metric before the first update
     evaluations_without_gain: int = 0
-    processes: int = 1  # that share the updates
+    processes: int = 1  # number of distributed processes
     skipped: int = 0  # fp16 updates skipped in a row
     skipped_total: int = 0
     history: list[dict[str, float]] = field(default_factory=list)  # {step, loss, ...} and {step, metrics...}
@@ -213,12 +213,12 @@ class Trainer:
                 update = self.update(step, islice(batches, options.accumulation_steps))
                 self.progress.step = step + 1
                 self.log.update(update)
-                stop = self.processes.sum_of(float(self.signals.asked)) > 0
+                stop = self.processes.sum_of(float(self.signals.received)) > 0
                 if stop or self._checkpoint_due():
                     self._save_checkpoint()
                 if stop:
                     # the signal may have reached another process only
-                    self.signals.asked = self.signals.asked or signal.SIGTERM
+                    self.signals.received = self.signals.received or signal.SIGTERM
                     raise self.signals.stopped(f"after step {step + 1} of {total}")
                 if self.schedule.evaluation_due(self.progress):
                     self.evaluate()
