@@ -11,7 +11,7 @@
     python script/convert_dataset.py hub FOLDER --to D
     python script/convert_dataset.py dureader FOLDER --to D
     python script/convert_dataset.py to_beir D --to FOLDER
-    python script/convert_dataset.py to_trec dual_res.json --reference dev.json --to FOLDER
+    python script/convert_dataset.py to_trec dual_res.json --reference qrels.txt --to FOLDER
     python script/convert_dataset.py from_trec run.txt --to dual_res.json
 
 jsonl: your own passages (id, text, optionally title) and queries (id, text, positives: [id, ...], optionally
@@ -301,6 +301,12 @@ def from_trec(args: argparse.Namespace) -> None:
 
 # ---- the command line
 
+KINDS = dict.fromkeys(CONVERTED, to_official) | {
+    "to_beir": to_beir,
+    "to_trec": to_trec,
+    "from_trec": from_trec,
+}
+
 
 def check_options(args: argparse.Namespace) -> None:
     """UserError for an option that this kind does not read."""
@@ -311,10 +317,8 @@ def check_options(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    kinds = dict.fromkeys(CONVERTED, to_official)
-    kinds |= {"to_beir": to_beir, "to_trec": to_trec, "from_trec": from_trec}
     parser = OptionParser(__doc__)
-    parser.add_argument("kind", choices=list(kinds))
+    parser.add_argument("kind", choices=list(KINDS))
     parser.add_argument("source", help="folder or file to read")
     parser.add_argument("--to", required=True, help="new folder to write; from_trec: a new file")
     parser.add_argument("--queries", default="", help="queries for jsonl")
@@ -337,7 +341,7 @@ def main(argv: list[str]) -> int:
 
     def convert() -> None:
         check_options(args)
-        kinds[args.kind](args)
+        KINDS[args.kind](args)
 
     return exit_status(convert)
 
