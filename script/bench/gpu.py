@@ -32,8 +32,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository r
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from script.bench.gpu_runs import TINY, Sizes, run_sections  # noqa: E402
-from script.bench.gpu_sections import SECTIONS  # noqa: E402
+from script.bench import gpu_models, gpu_search  # noqa: E402
+from script.bench.gpu_runs import TINY, Section, Sizes, run_sections  # noqa: E402
+
+SECTIONS = {
+    "ceilings": Section(gpu_models.ceilings, weight=6, least_seconds=5),
+    "train": Section(gpu_models.train, weight=25, least_seconds=30),
+    "encode": Section(gpu_models.encode, weight=16, least_seconds=20),
+    "rerank": Section(gpu_models.rerank, weight=12, least_seconds=15),
+    "search": Section(gpu_search.exact_search, weight=28, least_seconds=30),
+    "ivf": Section(gpu_search.inverted_file, weight=20, least_seconds=30),
+}
 
 
 def main() -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from doc_commands import ROOT
 
+from script.bench.gpu_models import forward_flops
 from script.bench.gpu_runs import OURS, PART, PEER, TINY, Bench, Outcome, Section, run_sections
-from script.bench.gpu_sections import agreement, blockwise_topk, forward_flops, unit_vectors
+from script.bench.gpu_search import agreement, blockwise_topk, unit_vectors
 from script.bench.synthetic import PASSAGE_CHARACTERS, QUERY_CHARACTERS, texts_like
 
 
@@ -76,7 +77,7 @@ def test_operations_of_a_forward_pass():
 
 
 def test_blockwise_products_find_the_best_rows(monkeypatch):
-    monkeypatch.setattr("script.bench.gpu_sections.GENERATED_ROWS", 64)
+    monkeypatch.setattr("script.bench.gpu_search.GENERATED_ROWS", 64)
     vectors, queries = (unit_vectors(n, 16, torch.device("cpu"), n) for n in (200, 7))
     found, _ = blockwise_topk(vectors, queries, 5, at_once=3)
     scores = queries.double() @ vectors.double().T

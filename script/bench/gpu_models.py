@@ -1,10 +1,9 @@
-"""The sections of gpu.py: what each one measures, ours and the peers."""
+"""Sections of gpu.py: the rates of the card, and training, encoding and re-ranking against their peers."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from script.bench.common import Figures
-from script.bench.gpu_runs import OURS, PART, PEER, Bench, Section
+from script.bench.gpu_runs import OURS, PART, PEER, Bench
 from script.bench.peers import bi_encoder, cross_encoder
 from script.bench.synthetic import PASSAGE_CHARACTERS, QUERY_CHARACTERS, open_store, texts_like
 from torch_src.data.candidates import Candidates
@@ -25,23 +24,14 @@ from torch_src.models.cross_encoder import load_cross_encoder
 from torch_src.models.dual_encoder import load_backbone
 from torch_src.models.tokenization import TextRules, load_tokenizer
 from torch_src.retrieval.encoding import Encoder, encode_collection
-from torch_src.retrieval.faiss_index import FILL_ROWS, MAX_TRAINING, inverted_lists, load_faiss, new_index
 from torch_src.retrieval.reranking import PairScorer
-from torch_src.retrieval.search import DeviceCache, SearchStats, choose_kind, chunk_rows, search
-from torch_src.retrieval.vectors import VectorStore, new_manifest
-from torch_src.runtime.devices import autocast, free_gpu_memory, token_budget, worker_count
+from torch_src.runtime.devices import autocast, token_budget, worker_count
 from torch_src.runtime.prefetch import one_ahead
 
 LENGTH, QUERY_LENGTH = 384, 32  # tokens
 HEAD = 8192  # texts or pairs that the model alone and the peers get
 DEPTH = 50  # passages per query to re-rank
 LR = 3e-5
-GENERATED_ROWS = 65536  # vectors generated, or compared by a peer, at once
-VECTOR_SHARE = 0.35  # of the free GPU memory, for the vectors to search: faiss holds a copy of them
-INDEX_QUERIES = 1000
-PROBES = 64  # inverted lists that a query searches
-
-Find = Callable[[torch.Tensor], tuple[np.ndarray, str]]  # queries (B, H) fp16 -> (rows (B, K) int64, a note)
 
 
 def forward_flops(bench: Bench, lengths: Iterable[int] | np.ndarray) -> float:
@@ -53,12 +43,6 @@ def forward_flops(bench: Bench, lengths: Iterable[int] | np.ndarray) -> float:
     tokens = np.fromiter(lengths, dtype=np.float64)
     hidden = bench.sizes.hidden
     return float(bench.sizes.layers * (24 * hidden**2 * tokens + 4 * hidden * tokens**2).sum())
-
-
-def agreement(found: np.ndarray, expected: np.ndarray) -> float:
-    """Return the share of the rows (B, K) `expected` that `found` contains, query by query."""
-    hits = sum(len(set(a) & set(b)) for a, b in zip(found.tolist(), expected.tolist(), strict=True))
-    return hits / expected.size
 
 
 # Ceilings
@@ -326,255 +310,3 @@ def _peer_scoring(bench: Bench, pairs: list[tuple[str, str]], ours: np.ndarray, 
 
 def _pairs(count: int) -> Figures:
     return {"count": count, "unit": "pairs"}
-
-
-# Exact search
-
-
-def exact_search(bench: Bench) -> None:
-    """The top k of all queries over random unit vectors that lie on the device from the start.
-
-    Ours gets them as the chunks that a search leaves cached on the GPU, and returns exact results with fp64
-    scores. The peers return the results of 16-bit products.
-    """
-    sizes = bench.sizes
-    comparison = SearchComparison(bench)
-    vectors, first = comparison.vectors, sizes.queries[0]
-    for memory_gb in sizes.search_memory_gb:
-        find = OurSearch(bench, vectors, memory_gb).find
-        comparison.add(f"ours, {memory_gb:g} GB", OURS, find)
-    if bench.profiling:
-        part = OurSearch(bench, vectors[: 10 * GENERATED_ROWS], sizes.search_memory_gb[0])
-        bench.profile(lambda: part.find(comparison.queries[:first]))
-    comparison.add("torch matmul + topk, fp16", PEER, partial(blockwise_topk, vectors, topk=sizes.topk))
-    name = "faiss GpuIndexFlatIP, fp16"
-    bench.attempt(name, 20 * bench.on_gpu, partial(_add_flat_index, bench, comparison, name))
-    for count in sizes.queries[1:]:
-        comparison.measure_all(count)
-
-
-class SearchComparison:
-    """The vectors, the queries, and the searches that are compared."""
-
-    def __init__(self, bench: Bench):
-        self.bench, sizes, self.rows = bench, bench.sizes, bench.sizes.rows
-        if bench.on_gpu:
-            room = int(VECTOR_SHARE * free_gpu_memory(bench.device))
-            self.rows = min(self.rows, room // (2 * sizes.hidden))
-        if self.rows < sizes.rows:
-            bench.skip(f"{sizes.rows:,} rows", f"the GPU's memory allows {self.rows:,}")
-        self.vectors = unit_vectors(self.rows, sizes.hidden, bench.device)
-        self.queries = unit_vectors(max(sizes.queries), sizes.hidden, bench.device, seed=1)
-        self.variants: dict[str, tuple[str, Find, float]] = {}
-        self.seconds_per_query: dict[str, float] = {}
-        self.expected: dict[int, np.ndarray] = {}  # number of queries -> our rows
-
-    def add(self, name: str, side: str, find: Find, memory_gb: float = 0.0) -> None:
-        """Measure a search with the smallest number of queries, and keep it for the others.
-
-        memory_gb: what it holds outside of torch; 0 for a search in torch.
-        """
-        self.variants[name] = side, find, memory_gb
-        self.attempt(name, self.bench.sizes.queries[0])
-
-    def measure_all(self, count: int) -> None:
-        """Measure the faster of ours, and the peers, with `count` queries."""
-        for side in (OURS, PEER):
-            names = [name for name in self.seconds_per_query if self.variants[name][0] == side]
-            names.sort(key=lambda name: self.seconds_per_query[name])
-            for name in names[:1] if side == OURS else names:
-                if side == OURS or count in self.expected:
-                    self.attempt(name, count)
-                else:
-                    self.bench.skip(f"{name}, {count:,} queries", "ours was not measured")
-
-    def attempt(self, name: str, count: int) -> None:
-        seconds = self.seconds_per_query.get(name, 0.0) * count
-        self.bench.attempt(f"{name}, {count:,} queries", seconds, partial(self._measure, name, count))
-
-    def _measure(self, name: str, count: int) -> None:
-        (side, find, memory_gb), queries = self.variants[name], self.queries[:count]
-        if name not in self.seconds_per_query:
-            find(queries[: max(1, count // 8)])  # a warm-up
-        (rows, note), figures = self.bench.time(lambda: find(queries))
-        figures["peak_gb"] = memory_gb or figures["peak_gb"]
-        self.seconds_per_query[name] = figures["seconds"] / count
-        figures |= {"work": f"{count:,} queries", "count": count, "unit": "queries", "rows": self.rows}
-        figures |= {"flops": 2.0 * count * self.rows * self.bench.sizes.hidden, "note": note}
-        if side == OURS:
-            self.expected.setdefault(count, rows)
-        if count in self.expected:
-            figures["recall_against_ours"] = agreement(rows, self.expected[count])
-        self.bench.record(f"{name}, {count:,} queries", side, figures)
-
-
-class OurSearch:
-    """The project's exact search over vectors (N, H) fp16 that are already on the device."""
-
-    def __init__(self, bench: Bench, vectors: torch.Tensor, memory_gb: float):
-        self.sizes, self.device, self.memory_gb = bench.sizes, bench.device, memory_gb
-        rows, hidden = vectors.shape
-        self.store = VectorStore(bench.folder / "none", new_manifest({}, rows, hidden, GENERATED_ROWS))
-        self.cache = DeviceCache([bench.device])
-        chunk = chunk_rows(bench.sizes.queries_at_once, hidden, memory_gb, [bench.device])
-        self.cache.chunks[0] = [(first, vectors[first : first + chunk]) for first in range(0, rows, chunk)]
-        self.cache.complete = True  # nothing is read from the store
-        self.kind = choose_kind("auto", hidden, bench.device)
-
-    def find(self, queries: torch.Tensor) -> tuple[np.ndarray, str]:
-        found, total = [], SearchStats()
-        for part in queries.float().cpu().split(self.sizes.queries_at_once):
-            rows, _, stats = search(
-                self.store,
-                part.numpy(),
-                self.sizes.topk,
-                [self.device],
-                self.kind,
-                self.memory_gb,
-                self.cache,
-            )
-            found.append(rows)
-            total.add(stats)
-        return np.concatenate(found), f"{self.kind} {total}"
-
-
-def unit_vectors(rows: int, hidden: int, device: torch.device, seed: int = 0) -> torch.Tensor:
-    """Return random vectors (rows, hidden) float16 of length 1 on the device."""
-    vectors = torch.empty(rows, hidden, dtype=torch.float16, device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    for chunk in vectors.split(GENERATED_ROWS):
-        random = torch.randn(chunk.shape, generator=generator, device=device)
-        chunk.copy_(torch.nn.functional.normalize(random, dim=1))
-    return vectors
-
-
-def blockwise_topk(
-    vectors: torch.Tensor, queries: torch.Tensor, topk: int, at_once: int = 2000
-) -> tuple[np.ndarray, str]:
-    """Return the rows (B, K) int64 of the best fp16 products, block after block of the vectors."""
-    found = []
-    for part in queries.split(at_once):
-        scores = torch.full((len(part), topk), -torch.inf, dtype=vectors.dtype, device=vectors.device)
-        rows = torch.zeros(scores.shape, dtype=torch.int64, device=vectors.device)
-        for at, block in enumerate(vectors.split(GENERATED_ROWS)):
-            best = torch.topk(part @ block.T, min(topk, len(block)), dim=1)
-            both = torch.cat([rows, best.indices + at * GENERATED_ROWS], 1)
-            scores, order = torch.topk(torch.cat([scores, best.values], 1), topk, dim=1)
-            rows = both.gather(1, order)
-        found.append(rows)
-    return torch.cat(found).cpu().numpy(), ""
-
-
-def _add_flat_index(bench: Bench, comparison: SearchComparison, name: str) -> None:
-    """Fill a flat faiss index on the GPU and add its search to the comparison."""
-    faiss, resources = faiss_on_gpu(bench)
-    if resources is None:
-        return bench.skip(name, "faiss has no GPU here")
-    config = faiss.GpuIndexFlatConfig()
-    config.useFloat16, config.device = True, bench.device.index or 0
-    index = faiss.GpuIndexFlatIP(resources, bench.sizes.hidden, config)
-
-    def fill() -> None:
-        for chunk in comparison.vectors.split(GENERATED_ROWS):
-            index.add(chunk.float())
-
-    def find(queries: torch.Tensor) -> tuple[np.ndarray, str]:
-        parts = queries.float().split(bench.sizes.queries_at_once)
-        found = [index.search(part, bench.sizes.topk)[1] for part in parts]
-        return torch.cat(found).cpu().numpy(), ""
-
-    before = free_gpu_memory(bench.device)
-    _, figures = bench.time(fill)
-    held = (before - free_gpu_memory(bench.device)) / 1e9  # faiss has an allocator of its own
-    bench.record(f"{name}, filling", PART, figures | {"count": index.ntotal, "unit": "rows", "peak_gb": held})
-    comparison.add(name, PEER, find, held)
-
-
-def faiss_on_gpu(bench: Bench) -> tuple[Any, Any]:
-    """Return (faiss, its resources on the GPU, None without a GPU); faiss then takes torch tensors too."""
-    faiss = load_faiss()
-    if not bench.on_gpu or not getattr(faiss, "get_num_gpus", lambda: 0)():
-        return faiss, None
-    import_module("faiss.contrib.torch_utils")
-    return faiss, faiss.StandardGpuResources()
-
-
-# Inverted lists
-
-
-def inverted_file(bench: Bench) -> None:
-    """Training and filling an IVF index on the GPU (ours, in the ratio) and on the CPU (the peer).
-
-    The vectors are in clusters, as those of passages are, and come from host memory. Recall: of the exact
-    top k, with 64 probed lists.
-    """
-    sizes = bench.sizes
-    vectors = clustered_vectors(sizes.index_rows, sizes.hidden, bench.device)
-    queries = clustered_vectors(min(INDEX_QUERIES, sizes.index_rows), sizes.hidden, bench.device, seed=1)
-    exact, _ = blockwise_topk(vectors, queries, sizes.topk)
-    host, asked = vectors.cpu(), queries.float().cpu().numpy()
-    del vectors, queries
-    bench.free_memory()
-    faiss, resources = faiss_on_gpu(bench)
-    work = partial(_build_index, bench, faiss, host, asked, exact)
-    if resources is None:
-        bench.skip("GPU", "faiss has no GPU here")
-    else:
-        bench.attempt("GPU", 10, partial(work, "GPU", OURS, resources))
-    bench.attempt("CPU", 40 * bench.on_gpu, partial(work, "CPU", PEER, None))
-
-
-def _build_index(
-    bench: Bench, faiss: Any, host: torch.Tensor, queries: np.ndarray, exact: np.ndarray,
-    name: str, side: str, resources: Any,
-) -> None:  # fmt: skip
-    sizes = bench.sizes
-    index = new_index(sizes.index, sizes.hidden)
-    lists = inverted_lists(index)
-    sample = host[: min(len(host), 64 * lists, MAX_TRAINING)].float().numpy()
-    free = free_gpu_memory(bench.device) if resources is not None else 0
-    if resources is not None:
-        index = faiss.index_cpu_to_gpu(resources, bench.device.index or 0, index)
-    _, training = bench.time(lambda: index.train(sample))
-    training.pop("peak_gb")  # torch's
-    more = {"work": "training", "count": len(sample), "unit": "vectors"}
-    bench.record(f"{name}: {sizes.index}, training", side, training | more)
-
-    def fill() -> None:
-        for chunk in host.split(FILL_ROWS):
-            index.add(chunk.float().numpy())
-
-    _, filling = bench.time(fill)
-    filling.pop("peak_gb")
-    if resources is not None:
-        filling["peak_gb"] = (free - free_gpu_memory(bench.device)) / 1e9
-    more = {"work": "filling", "count": len(host), "unit": "vectors"}
-    bench.record(f"{name}: {sizes.index}, filling", side, filling | more)
-    index.nprobe = min(PROBES, lists)
-    found, searching = bench.time(lambda: index.search(queries, sizes.topk)[1])
-    searching.pop("peak_gb")
-    more = {"work": "searching", "count": len(queries), "unit": "queries"}
-    recall = {"recall": agreement(found, exact)}
-    bench.record(f"{name}: {sizes.index}, {index.nprobe} probes", side, searching | more | recall)
-
-
-def clustered_vectors(rows: int, hidden: int, device: torch.device, seed: int = 0) -> torch.Tensor:
-    """Return fp16 vectors (rows, hidden) of length 1 around 1,000 centers, the same for every seed."""
-    centers = unit_vectors(1000, hidden, device)
-    vectors = unit_vectors(rows, hidden, device, seed=1 + seed)
-    generator = torch.Generator(device).manual_seed(seed)
-    for chunk in vectors.split(GENERATED_ROWS):
-        center = centers[torch.randint(len(centers), (len(chunk),), generator=generator, device=device)]
-        chunk.copy_(torch.nn.functional.normalize((chunk + center).float(), dim=1))
-    return vectors
-
-
-# the order in which they run: the cheap ones that the others are compared with first
-SECTIONS = {
-    "ceilings": Section(ceilings, 3, 5),
-    "train": Section(train, 25, 30),
-    "encode": Section(encode, 16, 20),
-    "rerank": Section(rerank, 12, 15),
-    "search": Section(exact_search, 28, 30),
-    "ivf": Section(inverted_file, 20, 30),
-}
