@@ -19,6 +19,7 @@ from metric.evaluation import compute_metrics, load_reference
 from torch_src.data.formats import read_id_map, read_run, read_scores
 from torch_src.retrieval.reranking import fused_scores
 from torch_src.runtime.errors import UserError
+from torch_src.runtime.options import OptionParser
 from torch_src.runtime.program import exit_status
 from torch_src.runtime.stamps import checksum_files, read_stamp
 
@@ -73,9 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OptionParser(__doc__)
     for name in ("run", "scores", "id_map", "reference"):
         parser.add_argument(f"--{name}", required=True)
     args = parser.parse_args(argv)

@@ -29,6 +29,7 @@ from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json
 from torch_src.runtime.log import duration, log
+from torch_src.runtime.options import OptionParser
 from torch_src.runtime.program import exit_status, exit_with
 from torch_src.runtime.stamps import changes, checksum_text
 
@@ -101,9 +102,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OptionParser(__doc__)
     parser.add_argument("--output_dir", default="output", help="output folder of do_dual_infer.py")
     parser.add_argument("--para_emb", default="", help="folder of vectors; default: output_dir/para_emb")
     parser.add_argument("--data_dir", default="dureader-retrieval-baseline-dataset", help="official layout")

@@ -15,6 +15,7 @@ end shows which round is the best.
 
 import sys
 import time
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
@@ -27,10 +28,11 @@ from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import write_json
 from torch_src.runtime.log import duration, log
+from torch_src.runtime.options import integer
 from torch_src.runtime.outputs import TIMES, Output, check_outputs
 from torch_src.tools.mining_hparams import MiningHparams
 
-DEFAULT_OUTPUT = "output/rounds"
+DEFAULT_OUTPUT, ROUNDS = "output/rounds", (1, 1000)
 STAGES: Programs = {
     **{name: PROGRAMS[name] for name in ("dual_train", "dual_infer", "cross_train")},
     "mine": MiningHparams,
@@ -107,10 +109,14 @@ class Rounds:
 
 def run(argv: list[str]) -> None:
     """Run the number of rounds that the first word gives."""
-    if not argv or not argv[0].isdecimal() or int(argv[0]) < 1:
+    if not argv or argv[0].startswith("--"):
         raise UserError("the number of rounds is missing: e.g. sh script/run_rounds.sh 3")
+    try:
+        count = integer(*ROUNDS)(argv[0])
+    except ArgumentTypeError as error:
+        raise UserError(f"number of rounds: {error}") from None
     denoise = "--denoise" in argv
-    Rounds(int(argv[0]), denoise, [word for word in argv[1:] if word != "--denoise"]).run()
+    Rounds(count, denoise, [word for word in argv[1:] if word != "--denoise"]).run()
 
 
 def main(argv: list[str]) -> int:

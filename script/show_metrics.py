@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result
+from torch_src.runtime.options import OptionParser
 from torch_src.runtime.program import exit_status
 
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OptionParser(__doc__)
     parser.add_argument("reference", metavar="DEV_JSON", help="queries with answers")
     parser.add_argument(
         "results", nargs="+", metavar="NAME=RESULT_JSON", type=named_path, help="a name and a result"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch_src.hparams import PRECISIONS, SAMPLE_DIR, Hparams, under
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.options import ABOVE_0, SEEDS
+from torch_src.runtime.options import ABOVE_0, COUNT, COUNT_OR_OFF, RATE, SEEDS, SHARE, STEPS, STEPS_OR_OFF
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,11 @@ class Training(TrainRows, DevAnswers, PlannedJob):
         "dev_candidates_path": "candidates", "pretrained_model_path": "model", "vocab_path": "vocabulary",
     }  # fmt: skip
     RANGES = {
-        "epoch": (1,), "batch_size": (1,), "lr": ABOVE_0, "weight_decay": (0,), "dropout": (0, 0.9),
-        "grad_cache_chunk": (0,), "accumulation_steps": (1,), "max_steps": (0,), "warmup_proportion": (0, 1),
-        "max_grad_norm": ABOVE_0, "ema_decay": (0, 0.999999), "eval_every": (-1,), "early_stop": (0,),
-        "save_every_minutes": (0,), "log_every": (1,), "tokens_per_batch": (0,),
+        "epoch": COUNT, "batch_size": COUNT, "lr": RATE, "weight_decay": (0, 100), "dropout": (0, 0.9),
+        "grad_cache_chunk": COUNT_OR_OFF, "accumulation_steps": COUNT, "max_steps": STEPS_OR_OFF,
+        "warmup_proportion": SHARE, "max_grad_norm": ABOVE_0, "ema_decay": (0, 0.999999),
+        "eval_every": (-1, 10**8), "early_stop": COUNT_OR_OFF, "save_every_minutes": (0, 10**6),
+        "log_every": STEPS, "tokens_per_batch": STEPS_OR_OFF,
     }  # fmt: skip
 
     @property

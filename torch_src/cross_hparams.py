@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch_src.common_hparams import Training
 from torch_src.hparams import NONE, TINY_MODEL, under
 from torch_src.runtime.errors import UserError
+from torch_src.runtime.options import AT_MOST_ALL, COUNT, PAIR_LENGTH, RATE_OR_OFF
 
 # Saved in cross_hparams.json; inference reads them there and refuses other values.
 MODEL_SETTINGS = ("max_seq_len", "remove_spaces", "vocab_path")
@@ -46,8 +47,9 @@ class CrossHparams(Training):
     INPUTS = {"dual_params": "trained retriever"}
     CHOICES = {"loss": ("pointwise", "listwise")}
     RANGES = {
-        "max_seq_len": (8,), "group_size": (2,), "groups_per_step": (1,), "head_lr": (0,),
-        "r_drop_alpha": (0,), "fgm_epsilon": (0,), "dev_queries": (1,), "dev_depth": (1,),
+        "max_seq_len": PAIR_LENGTH, "group_size": (2, 1000), "groups_per_step": COUNT,
+        "head_lr": RATE_OR_OFF, "r_drop_alpha": (0, 1000), "fgm_epsilon": (0, 1000),
+        "dev_queries": AT_MOST_ALL, "dev_depth": AT_MOST_ALL,
     }  # fmt: skip
 
     @property

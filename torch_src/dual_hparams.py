@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch_src.common_hparams import Training
 from torch_src.hparams import NONE, POOLINGS, TINY_MODEL, under
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.options import ABOVE_0
+from torch_src.runtime.options import LENGTH, TEMPERATURE, WEIGHT
 
 # Saved in dual_hparams.json; inference reads them there and refuses other values.
 MODEL_SETTINGS = (
@@ -55,9 +55,9 @@ class DualHparams(Training):
     }  # fmt: skip
     CHOICES = {"pooling": POOLINGS, "distill_loss": (NONE, "kl", "margin_mse")}
     RANGES = {
-        "q_max_seq_len": (3,), "p_max_seq_len": (3,), "hard_negatives": (0,), "temperature": ABOVE_0,
-        "distill_weight": (0,), "distill_temperature": ABOVE_0, "contrastive_weight": (0,),
-        "dev_random_passages": (0,),
+        "q_max_seq_len": LENGTH, "p_max_seq_len": LENGTH, "hard_negatives": (0, 1000),
+        "temperature": TEMPERATURE, "distill_weight": WEIGHT, "distill_temperature": TEMPERATURE,
+        "contrastive_weight": WEIGHT, "dev_random_passages": (0,),
     }  # fmt: skip
 
     @property
@@ -72,5 +72,7 @@ class DualHparams(Training):
         super().check()
         if self.distill_loss != NONE and not self.hard_negatives:
             raise UserError("--distill_loss requires --hard_negatives of at least 1")
+        if self.distill_loss != NONE and not (self.distill_weight or self.contrastive_weight):
+            raise UserError("--distill_weight 0 --contrastive_weight 0: there is nothing to train on")
         if self.batch_size == 1 and not self.hard_negatives:
             raise UserError("--batch_size 1 --hard_negatives 0: no query would have a negative")

@@ -21,7 +21,7 @@ import tyro
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import write_json
 from torch_src.runtime.log import log
-from torch_src.runtime.options import check_range, limit_text
+from torch_src.runtime.options import check_range, check_utf8, limit_text
 
 NONE = "none"  # value that turns a path or model option off
 SAMPLE_DIR = "script/sample_data"
@@ -114,6 +114,7 @@ def parse(
 
 def parse_options(settings: type[Hparams], argv: list[str]) -> dict[str, Any]:
     """Return {knob: value} of the options in `argv` alone."""
+    check_utf8(argv)
     kinds = {field.name: field.type for field in dataclasses.fields(settings)}
     flags = {name for name, kind in kinds.items() if kind in (bool, bool | None)}
     kinds |= dict.fromkeys(flags, bool)  # tyro has flags for plain booleans only

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch_src.common_hparams import DevAnswers, PlannedJob, QueryIds
 from torch_src.hparams import under
+from torch_src.runtime.options import AT_MOST_ALL, COUNT, PAIR_LENGTH, WEIGHT
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class InferenceCrossHparams(QueryIds, DevAnswers, PlannedJob):
         "pretrained_model_path": "model", "vocab_path": "vocabulary",
     }  # fmt: skip
     RANGES = {
-        "topk": (1,), "batch_size": (1,), "fuse_retriever_weight": (0,), "max_seq_len": (8,),
-        "block_pairs": (1,),
+        "topk": AT_MOST_ALL, "batch_size": COUNT, "fuse_retriever_weight": WEIGHT,
+        "max_seq_len": PAIR_LENGTH, "block_pairs": AT_MOST_ALL,
     }  # fmt: skip
 
     @property

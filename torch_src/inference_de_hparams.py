@@ -6,6 +6,7 @@ from torch_src.common_hparams import PlannedJob, QueryIds, TrainedRetriever
 from torch_src.hparams import POOLINGS, under
 from torch_src.retrieval.engines.milvus_uri import check_milvus_uri
 from torch_src.runtime.errors import UserError
+from torch_src.runtime.options import AT_MOST_ALL, COUNT, COUNT_OR_OFF, LENGTH
 
 OPENVINO = "openvino"
 
@@ -35,7 +36,7 @@ class RetrieverHparams(TrainedRetriever):
 
     INPUTS = {"pretrained_model_path": "model", "vocab_path": "vocabulary"}
     CHOICES = {"pooling": POOLINGS}
-    RANGES = {"q_max_seq_len": (3,), "p_max_seq_len": (3,), "search_memory_gb": (0.01,)}
+    RANGES = {"q_max_seq_len": LENGTH, "p_max_seq_len": LENGTH, "search_memory_gb": (0.01,)}
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class InferenceDeHparams(RetrieverHparams, QueryIds, PlannedJob):
     DEBUG = {"precision": "fp32"}
     CHOICES = {"engine": ("exact", "milvus"), "encoder_engine": ("torch", OPENVINO)}
     RANGES = {
-        "topk": (1,), "bs": (1,), "batch_size": (1,), "vector_dims": (0,), "recall_queries": (0,),
-        "block_rows": (1,), "workers": (-1,),
+        "topk": AT_MOST_ALL, "bs": AT_MOST_ALL, "batch_size": COUNT, "vector_dims": COUNT_OR_OFF,
+        "recall_queries": (0,), "block_rows": AT_MOST_ALL, "workers": (-1, 256),
     }  # fmt: skip
 
     @property

@@ -33,6 +33,7 @@ from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.libraries import import_library
 from torch_src.runtime.log import duration, log, warn
+from torch_src.runtime.options import OptionParser, integer, number
 from torch_src.runtime.program import exit_status
 
 BASE_URL = "https://dataset-bj.cdn.bcebos.com/qianyan/"
@@ -380,9 +381,8 @@ def download_model(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="download.sh",
-        description="Download the data set, or with `model [NAME]` a model from the Hugging Face hub.",
+    parser = OptionParser(
+        "Download the data set, or with `model [NAME]` a model from the Hugging Face hub.", "download.sh"
     )
     env = os.environ.get
     parser.add_argument("what", nargs="?", choices=("data", "model"), default="data")
@@ -399,8 +399,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="JSON file {relative path: rows} to verify instead of the published counts (env DATA_COUNTS)",
     )
-    parser.add_argument("--retries", type=int, default=5, help="retries after a lost connection (default: 5)")
-    parser.add_argument("--retry-wait", type=float, default=2, help="seconds before a retry (default: 2)")
+    retries, seconds = integer(0, 1000), number(0, 3600)
+    parser.add_argument("--retries", type=retries, default=5, help="after a lost connection (default: 5)")
+    parser.add_argument("--retry-wait", type=seconds, default=2, help="seconds before a retry (default: 2)")
     args = parser.parse_args(argv)
     if args.name and args.what == "data":
         parser.error(f"unexpected {args.name!r}: only `model` takes a name")

@@ -22,6 +22,13 @@ def error(line: str) -> None:
     _print(f"ERROR {line}", error_stream=True)
 
 
+def escape_unprintable() -> None:
+    """Print characters that the terminal's encoding lacks (LC_ALL=C, gbk) as escapes instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _print(line: str, error_stream: bool = False) -> None:
     prefix = time.strftime("%H:%M:%S ") + (f"[rank {rank()}] " if rank() else "")
     # flushed, because buffered lines are lost when the process is killed

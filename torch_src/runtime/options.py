@@ -4,13 +4,22 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 from torch_src.runtime import log
 from torch_src.runtime.errors import UserError
 
-ABOVE_0 = (1e-12,)  # a range
+# Ranges, one per kind of option: (lowest,) or (lowest, highest).
+ABOVE_0 = (1e-12,)
+AT_MOST_ALL = (1,)  # a number of things, of which there may be fewer
+COUNT, COUNT_OR_OFF = (1, 10**6), (0, 10**6)  # numbers that memory or time grows with
+STEPS, STEPS_OR_OFF = (1, 10**8), (0, 10**8)  # updates, tokens
+PAIR_LENGTH, LENGTH = (8, 10**6), (3, 10**6)  # tokens; the model's own limit is checked when it is loaded
+SHARE = (0, 1)
+RATE, RATE_OR_OFF = (1e-12, 1), (0, 1)  # learning rates
+WEIGHT = (0, 10**6)  # of a loss or a score
+TEMPERATURE = (1e-6, 1000)
 SEEDS = (0, 2**32 - 1)
 WHOLE = re.compile(r"[+-]?[0-9]{1,18}")  # more digits than an int64 has are out of every range
 
@@ -63,11 +72,30 @@ positive_int = integer(1)
 seed = integer(*SEEDS)
 
 
+def check_utf8(words: Iterable[str]) -> None:
+    """UserError for a word that is not UTF-8: it could be neither printed nor written to a file."""
+    for word in words:
+        try:
+            word.encode("utf-8")
+        except UnicodeEncodeError:
+            fix = "set LC_ALL=C.UTF-8 or PYTHONUTF8=1, or rename the file"
+            raise UserError(f"{ascii(word)}: an option that is not UTF-8; {fix}") from None
+
+
 class OptionParser(argparse.ArgumentParser):
     """The parser of the argparse programs: the module's text as --help, an error of one line, status 2."""
 
-    def __init__(self, description: str | None):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, description: str | None, prog: str | None = None):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=description, formatter_class=raw)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        log.escape_unprintable()  # before --help
+        try:
+            check_utf8(sys.argv[1:] if args is None else args)
+        except UserError as error:
+            self.error(str(error))
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         log.error(f"{message}; --help lists the options")

@@ -20,6 +20,7 @@ def exit_status(program: Callable[[], object], *user_errors: type[Exception]) ->
     0: success. 2: UserError, OSError, `user_errors` or out of memory, logged as one line. 128 + signal:
     stopped or interrupted.
     """
+    log.escape_unprintable()
     expected: tuple[type[Exception], ...] = (UserError, *user_errors)
     try:
         program()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch_src.common_hparams import Job, TrainedRetriever, TrainRows
 from torch_src.hparams import NONE, under
 from torch_src.runtime.errors import UserError
+from torch_src.runtime.options import AT_MOST_ALL, COUNT, SHARE
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class MiningHparams(TrainRows, TrainedRetriever, Job):
         "too_few": ("original", "fewer", "drop"),
     }  # fmt: skip
     RANGES = {
-        "topk": (1,), "negatives": (1,), "max_score": (0, 1), "rank_from": (1,), "rank_to": (0,),
-        "promote_score": (0, 1), "bs": (1,),
+        "topk": AT_MOST_ALL, "negatives": COUNT, "max_score": SHARE, "rank_from": AT_MOST_ALL,
+        "rank_to": (0,), "promote_score": SHARE, "bs": AT_MOST_ALL,
     }  # fmt: skip
 
     @property

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch_src.common_hparams import DevAnswers, QueryIds
 from torch_src.hparams import under
+from torch_src.runtime.options import AT_MOST_ALL
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class ReportHparams(QueryIds, DevAnswers):
     cross_run: str = ""  # the re-ranked run, its model beside it; empty: output_dir/res.rerank50; none
 
     INPUTS = {"dual_run_path": "the retriever's run", "cross_run_path": "the re-ranked run"}
-    RANGES = {"depth": (1,), "characters": (1,)}
+    RANGES = {"depth": AT_MOST_ALL, "characters": AT_MOST_ALL}
 
     @property
     def to_path(self) -> str:
