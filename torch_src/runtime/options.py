@@ -57,8 +57,8 @@ def number(low: float, high: float = math.inf) -> Callable[[str], float]:
     """Return a `type=` of argparse: a finite number in this range."""
 
     def parse(text: str) -> float:
-        try:
-            value = float(text)
+        try:  # float() alone reads 1_000 and full-width digits
+            value = float(text) if text.isascii() and "_" not in text else math.nan
         except ValueError:
             value = math.nan
         if not in_range(value, low, high):
