@@ -58,7 +58,7 @@ def count_blocks(folder) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [2])
 def test_a_run_that_is_killed_several_times_ends_in_the_same_bytes(programs, world, kills):
     folder, expected = world
     name = f"killed{kills}"
@@ -69,7 +69,7 @@ def test_a_run_that_is_killed_several_times_ends_in_the_same_bytes(programs, wor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.parametrize("processes", [2])
 def test_any_number_of_processes_gives_the_same_bytes(world, processes):
     folder, expected = world
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")

@@ -48,7 +48,7 @@ def results(folder, kind: str) -> list[bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dual", "cross"])
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [3])
 def test_killed_at_random_moments(programs, world, kind, kills):
     whole, name, log = f"{kind}-whole", f"{kind}-{kills}", world / "log"
     if not (world / whole).exists():
