@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result
 from torch_src.cross_hparams import MODEL_SETTINGS as CROSS_FIXED
@@ -30,6 +30,7 @@ from torch_src.dual_hparams import MODEL_SETTINGS as DUAL_FIXED
 from torch_src.inference import ModelSource, find_trained_model, load_cross_model, load_dual_model
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
+from torch_src.models.dual_encoder import LAYERS, pools_prompt, sentence_layers
 from torch_src.models.tokenization import TextRules, save_tokenizer
 from torch_src.models.truncation import Truncation
 from torch_src.runtime.errors import UserError
@@ -58,14 +59,18 @@ def export_dual(args: argparse.Namespace, to: Path) -> dict[str, Any]:
     found = find_trained_model(hp, "dual", hp.dual_params_path, DUAL_FIXED)
     fixed, encoder = found.settings, load_dual_model(found)
     if fixed["pooling"] == "pooler":
-        raise UserError("pooling pooler: not supported by sentence-transformers (expected cls or mean)")
+        raise UserError("pooling pooler: not supported by sentence-transformers; use another pooling")
+
+    layers = {side: export_layers(encoder.tower(side), found.config) for side in ("query", "passage")}
+    found.config.__dict__.pop("sentence_settings", None)  # they are modules of the exported folder
 
     def modules(side: str, **lengths: int) -> list[Any]:
         with tempfile.TemporaryDirectory() as folder:
             save_backbone(encoder.tower(side), found, folder)
             transformer = Transformer(folder, model_kwargs={"dtype": torch.float32}, **lengths)
-        pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=fixed["pooling"])
-        return [transformer, pooling, *([Normalize()] if fixed["normalize"] else [])]
+        dimension = transformer.get_embedding_dimension()
+        pooling = Pooling(dimension, fixed["pooling"], include_prompt=pools_prompt(found.config))
+        return [transformer, pooling, *layers[side], *([Normalize()] if fixed["normalize"] else [])]
 
     # sentence-transformers counts the tokens of a prompt as well
     query, passage = (
@@ -84,6 +89,27 @@ def export_dual(args: argparse.Namespace, to: Path) -> dict[str, Any]:
     )  # fmt: skip
     model.save_pretrained(str(to), create_model_card=False)
     return {**fixed, "weights": found.checksum}
+
+
+def export_layers(tower: PreTrainedModel, config: PretrainedConfig) -> list[Any]:
+    """Return the layers after the pooling as modules of sentence-transformers; the tower loses them."""
+    from sentence_transformers.base.modules import Dense, Normalize
+    from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm
+
+    def convert(at: dict[str, Any]) -> Any:
+        if at["type"] == "Dense":
+            activation = getattr(torch.nn, at["activation"])()
+            return Dense(at["inputs"], at["outputs"], at["bias"], activation)
+        if at["type"] == "LayerNorm":
+            return LayerNorm(at["size"])
+        return Dropout(at["p"]) if at["type"] == "Dropout" else Normalize()
+
+    found = [convert(at) for at in sentence_layers(config)]
+    if found and hasattr(tower, LAYERS):
+        for module, own in zip(found, tower.get_submodule(LAYERS).children(), strict=True):
+            module.load_state_dict(own.state_dict())
+        delattr(tower, LAYERS)
+    return found
 
 
 def export_cross(args: argparse.Namespace, to: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """do_dual_train.py: train/dual.train.tsv -> output/dual_params.bin, dual_hparams.json, dual_model/."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,19 @@ from torch_src import hparams
 from torch_src.data.dual_training_set import DualBatch, DualTrainingSet
 from torch_src.data.mined_files import read_teacher, sidecar_path
 from torch_src.dual_hparams import MODEL_SETTINGS, DualHparams
-from torch_src.models.dual_encoder import DualEncoder, load_backbone, shorten
+from torch_src.models.backbones import folder_settings
+from torch_src.models.dual_encoder import (
+    DualEncoder,
+    describe_retriever,
+    load_backbone,
+    load_query_backbone,
+    pools_prompt,
+    shorten,
+    vector_width,
+)
 from torch_src.models.losses import contrastive_loss, contrastive_scores, distillation_loss
-from torch_src.models.model_folder import own_settings
-from torch_src.models.tokenization import TextRules, pad, tokenize
+from torch_src.models.model_folder import log_overrides
+from torch_src.models.tokenization import TextRules, exclude_prompt, pad, tokenize
 from torch_src.models.truncation import sampled, truncation_of_texts
 from torch_src.retrieval.encoding import Encoder
 from torch_src.runtime.devices import autocast, tensors_to, token_budget
@@ -52,7 +61,10 @@ class DualTask(TrainingTask):
         if hp.normalize and hp.temperature >= 1:
             warn("--normalize with a --temperature of 1 or more: scores in [-1, 1] are too flat to learn")
         self.rules = {side: setup.rules[f"{side[0]}_max_seq_len"] for side in ("query", "passage")}
-        hidden = setup.config.hidden_size
+        if not pools_prompt(setup.config):
+            self.rules = {side: exclude_prompt(rules, setup.tokenizer) for side, rules in self.rules.items()}
+        log(describe_retriever(asdict(hp), setup.config))
+        hidden = vector_width(setup.config)
         self.dims = [*hparams.dimensions("matryoshka_dims", hp.matryoshka_dims, hidden), hidden]
         self.dev: DevRetrieval | None = None
 
@@ -83,10 +95,13 @@ class DualTask(TrainingTask):
                 hp.seed,
                 setup.cache_dir,
             )
-        backbone = load_backbone(hp.pretrained_model_path, setup.config, hp.pooling, hp.seed)
+        start = (hp.pretrained_model_path, setup.config, hp.pooling, hp.seed)
+        backbone, query_backbone = load_backbone(*start), load_query_backbone(*start)
         if hp.gradient_checkpointing:
-            checkpoint_activations(backbone)
-        self.model = DualEncoder(backbone, hp.share_encoder, hp.pooling, hp.normalize).to(self.device)
+            for tower in filter(None, (backbone, query_backbone)):
+                checkpoint_activations(tower)
+        options = (hp.share_encoder, hp.pooling, hp.normalize, query_backbone)
+        self.model = DualEncoder(backbone, *options).to(self.device)
 
     def _report_truncation(self) -> None:
         """Log which shares of the training texts are truncated; they are saved with the weights."""
@@ -127,7 +142,7 @@ class DualTask(TrainingTask):
         def forward(rows: np.ndarray) -> Tensor:
             arrays = pad([ids[row] for row in rows], self.setup.tokenizer.pad_token_id)
             with autocast(self.device, self.setup.precision):
-                return self.model(side, *tensors_to(self.device, *arrays))
+                return self.model(side, *tensors_to(self.device, *arrays), self.rules[side].prompt_tokens)
 
         return self.chunking.run(forward, [len(tokens) for tokens in ids], (*batch.place, side == "query"))
 
@@ -176,7 +191,7 @@ class DualTask(TrainingTask):
 
     def save(self) -> str:
         """Write dual_params.bin and the files beside it."""
-        return self.files.save(self.model.state_dict())
+        return self.files.save(self.model.stored_state())
 
     def saved_checksum(self) -> str | None:
         """Return the checksum of dual_params.bin."""
@@ -215,7 +230,12 @@ def training_stage(hp: DualHparams) -> TrainingStage:
 def settings(argv: list[str]) -> DualHparams:
     """Return the settings: those of the command line, else of the model folder, else the defaults."""
     hp = hparams.parse(DualHparams, argv)
-    return hparams.parse(DualHparams, argv, own_settings(hp.pretrained_model_path))
+    path, lengths = hp.pretrained_model_path, ("q_max_seq_len", "p_max_seq_len")
+    # the folder's longest text may be too long to train with: the recipe's length, unless it is for this side
+    own = folder_settings(path, {name: getattr(DualHparams.defaults(hp.debug), name) for name in lengths})
+    final = hparams.parse(DualHparams, argv, own)
+    log_overrides(path, own, asdict(final))
+    return final
 
 
 def run(hp: DualHparams) -> None:

@@ -26,7 +26,7 @@ from torch_src.runtime.options import check_range, check_utf8, limit_text
 NONE = "none"  # value that turns a path or model option off
 SAMPLE_DIR = "script/sample_data"
 TINY_MODEL = f"{SAMPLE_DIR}/tiny_bert"  # a configuration without weights, which are drawn from the seed
-POOLINGS = ("cls", "mean", "pooler")
+POOLINGS = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "pooler")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 GROUPS = ("main options", "data paths", "model", "optimization", "evaluation", "search", "run", "advanced")

@@ -20,11 +20,26 @@ from torch_src.dual_hparams import DualHparams
 from torch_src.hparams import NONE, check_range
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import OPENVINO, InferenceDeHparams
-from torch_src.models.backbones import architecture, check_fits, load_config, load_weights, model_checksum
+from torch_src.models.backbones import (
+    architecture,
+    check_fits,
+    folder_settings,
+    load_config,
+    load_weights,
+    model_checksum,
+)
 from torch_src.models.cross_encoder import CrossEncoder, build_cross_encoder, load_cross_encoder
-from torch_src.models.dual_encoder import DualEncoder, build_backbone, load_backbone
-from torch_src.models.model_folder import own_settings
-from torch_src.models.tokenization import TextRules, load_tokenizer, tokenizer_checksum
+from torch_src.models.dual_encoder import (
+    DualEncoder,
+    build_backbone,
+    describe_retriever,
+    load_backbone,
+    load_query_backbone,
+    pools_prompt,
+    vector_width,
+)
+from torch_src.models.model_folder import log_overrides
+from torch_src.models.tokenization import TextRules, exclude_prompt, load_tokenizer, tokenizer_checksum
 from torch_src.models.trained_settings import MODEL_FIELDS, model_fields_intact
 from torch_src.models.truncation import Truncation, sampled, truncation_of_texts
 from torch_src.retrieval.encoding import Encoder
@@ -103,15 +118,18 @@ def find_dual_model(hp: InferenceDeHparams) -> ModelSource:
     if hp.dual_params != NONE and not _planned_before_training(hp.plan, hp.dual_params_path):
         return find_trained_model(hp, "dual", hp.dual_params_path, DUAL_MODEL_SETTINGS)
     training = DualHparams.defaults(hp.debug)
-    own = own_settings(hp.pretrained_model_path or training.pretrained_model_path)
-    return _find_pretrained_model(hp, replace(training, **own), DUAL_MODEL_SETTINGS)
+    path = hp.pretrained_model_path or training.pretrained_model_path
+    own = folder_settings(path)
+    source = _find_pretrained_model(hp, "dual", replace(training, **own), DUAL_MODEL_SETTINGS)
+    log_overrides(path, own, source.settings)
+    return source
 
 
 def find_cross_model(hp: InferenceCrossHparams) -> ModelSource:
     """Return the trained re-ranker, or with `--cross_params none` a pretrained model."""
     if hp.cross_params != NONE and not _planned_before_training(hp.plan, hp.cross_params_path):
         return find_trained_model(hp, "cross", hp.cross_params_path, CROSS_MODEL_SETTINGS)
-    return _find_pretrained_model(hp, CrossHparams.defaults(hp.debug), CROSS_MODEL_SETTINGS)
+    return _find_pretrained_model(hp, "cross", CrossHparams.defaults(hp.debug), CROSS_MODEL_SETTINGS)
 
 
 def _planned_before_training(plan: bool, params_path: str) -> bool:
@@ -160,26 +178,26 @@ def _load_trained_model_files(
     vocab_path = hp.vocab_path
     if not vocab_path and path != str(folder):
         vocab_path = trained["fixed_by_weights"]["vocab_path"]
-    tokenizer, config = load_tokenizer(path, vocab_path or ""), load_config(path)
+    tokenizer, config = load_tokenizer(path, vocab_path or "", name), load_config(path, kind=name)
     if tokenizer_checksum(tokenizer) != trained["tokenizer"]:
         raise UserError(f"{vocab_path or path}: not the tokenizer of {params}; omit the option")
     is_own = path == str(folder) or not folder.exists()
-    if not is_own and architecture(config) != architecture(load_config(str(folder))):
+    if not is_own and architecture(config) != architecture(load_config(str(folder), kind=name)):
         raise UserError(f"{path}: not the configuration that {params} was trained with; omit the option")
     return path, tokenizer, config
 
 
 def _find_pretrained_model(
-    hp: InferenceHparams, training: DualHparams | CrossHparams, model_settings: tuple[str, ...]
+    hp: InferenceHparams, name: str, training: DualHparams | CrossHparams, model_settings: tuple[str, ...]
 ) -> ModelSource:
-    """Return a pretrained model; unset settings are those of `training`."""
+    """Return a pretrained model, `name` dual or cross; unset settings are those of `training`."""
     path = hp.pretrained_model_path or training.pretrained_model_path
     settings = {
-        name: getattr(training, name) if getattr(hp, name) is None else getattr(hp, name)
-        for name in model_settings
+        knob: getattr(training, knob) if getattr(hp, knob) is None else getattr(hp, knob)
+        for knob in model_settings
     }
-    config = load_config(path)  # first, for its error about a missing folder
-    tokenizer = load_tokenizer(path, settings["vocab_path"])
+    config = load_config(path, kind=name)  # first, for its error about a missing folder
+    tokenizer = load_tokenizer(path, settings["vocab_path"], name)
     checksum = weights_checksum(path, None, hp.seed)
     return ModelSource(settings, path, None, tokenizer, config, architecture(config), checksum, hp.seed)
 
@@ -189,8 +207,9 @@ def load_dual_model(source: ModelSource) -> DualEncoder:
     settings = source.settings
     options = (settings["share_encoder"], settings["pooling"], settings["normalize"])
     if source.params is None:
-        backbone = load_backbone(source.path, source.config, settings["pooling"], source.seed)
-        encoder = DualEncoder(backbone, *options)
+        start = (source.path, source.config, settings["pooling"], source.seed)
+        backbone = load_backbone(*start)
+        encoder = DualEncoder(backbone, *options, load_query_backbone(*start))
     else:
         encoder = DualEncoder(build_backbone(source.config, settings["pooling"]), *options)
         load_weights(source.params, encoder, "do_dual_train.py")
@@ -245,7 +264,10 @@ class Retriever:
         }
         by_knob = {LENGTHS[side]: rules for side, rules in self.rules.items()}
         check_fits(source.config, source.tokenizer, by_knob, source.path)
-        check_range("vector_dims", hp.vector_dims, 0, source.config.hidden_size)
+        if not pools_prompt(source.config):
+            self.rules = {side: exclude_prompt(rules, source.tokenizer) for side, rules in self.rules.items()}
+        check_range("vector_dims", hp.vector_dims, 0, vector_width(source.config))
+        log(describe_retriever(settings, source.config))
         if hp.encoder_engine == OPENVINO:
             check_openvino(self.device, self.precision, source.settings["pooling"])
         self.collection = PassageCollection(hp.passage_dir_path, self.output / "cache")
@@ -253,7 +275,7 @@ class Retriever:
     @property
     def width(self) -> int:
         """Dimensions of a stored vector."""
-        return self.hp.vector_dims or self.source.config.hidden_size
+        return self.hp.vector_dims or vector_width(self.source.config)
 
     def passage_ids(self) -> np.ndarray | None:
         """Return the pids (N,) as bytes; None with `--passage_ids none`. UserError unless one per passage."""

@@ -29,6 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root
 
+from torch_src.models.hub import is_weights, needed_files
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.libraries import import_library
@@ -338,25 +339,19 @@ def download_data(args: argparse.Namespace) -> None:
 # --- pre-trained model ------------------------------------------------------------------------------
 
 
-def is_weights(name: str) -> bool:
-    return name.endswith(".safetensors") or re.fullmatch(r"pytorch_model.*\.bin", name) is not None
-
-
 def model_files(names: list[str]) -> list[str]:
-    """Return the files of a model that transformers needs: one kind of weights, configuration, tokenizer."""
-    top = [name for name in names if "/" not in name]  # sub-folders hold other formats, such as ONNX
-    weights = [name for name in top if is_weights(name)]
-    safe = [name for name in weights if name.endswith(".safetensors")]
-    if not weights or "config.json" not in top:
+    """Return the files of a model that are used: one kind of weights, settings, tokenizer."""
+    files = needed_files(names)
+    if not any(map(is_weights, files)) or not any(name.rpartition("/")[2] == "config.json" for name in files):
         raise UserError("the repository has no config.json with safetensors or pytorch_model.bin")
-    return (safe or weights) + [name for name in top if name.endswith((".json", ".txt", ".model"))]
+    return files
 
 
 def download_model(args: argparse.Namespace) -> None:
     """Download into a hidden folder, where a later run resumes; rename it when it is complete."""
     target = args.to / "torch_pretrained_models" / args.name.rstrip("/").rpartition("/")[2]
     if target.exists():
-        present = [path.name for path in target.iterdir()] if target.is_dir() else []
+        present = [path.name for path in target.rglob("*")]
         if "config.json" not in present or not any(map(is_weights, present)):
             raise UserError(f"{target}: no config.json or no weights; move it away and run again")
         return log(f"{target}: up to date; set pretrained_model_path to it")

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from torch_src.hparams import POOLINGS
 from torch_src.models.backbones import check_fits, load_config, load_weights, model_checksum
 from torch_src.models.dual_encoder import DualEncoder, embed, load_backbone, pool
 from torch_src.models.tokenization import TextRules
@@ -40,7 +42,25 @@ def test_pool_against_plain_sums():
     assert pool(hidden.bfloat16(), MASK, "mean").dtype == torch.float32
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "pooler"])
+def test_other_poolings_against_plain_loops():
+    hidden = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    for skipped in (0, 1):
+        found = {kind: pool(hidden, MASK, kind, skipped) for kind in POOLINGS if kind != "pooler"}
+        for at, length in enumerate((5, 3, 4)):
+            kept = range(skipped, length)
+            states = hidden[at, skipped:length]
+            weighted = sum((position + 1) * hidden[at, position] for position in kept)
+            expected = {
+                "cls": states[0], "lasttoken": states[-1], "mean": states.mean(0),
+                "max": torch.stack([max(states[:, i]) for i in range(4)]),
+                "mean_sqrt_len_tokens": states.sum(0) / len(kept) ** 0.5,
+                "weightedmean": weighted / sum(position + 1 for position in kept),
+            }  # fmt: skip
+            for kind, value in expected.items():
+                assert torch.allclose(found[kind][at], value, atol=1e-6), (kind, skipped)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_padding_does_not_change_a_vector(tiny_bert, pooling, normalize):
     tower = tiny_bert(0, add_pooling_layer=True)
@@ -184,6 +204,52 @@ def test_pooler_needs_trained_pooler_weights(folder, tmp_path, tiny_bert):
     assert load(tmp_path / "with", "cls").pooler is None
 
 
+def small(name, **more):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return getattr(transformers, name)(vocab_size=99, **sizes, **more)
+
+
+def test_cls_of_a_decoder_is_refused_and_its_last_token_is_pooled(tmp_path):
+    config = small("Qwen2Config", num_key_value_heads=2)
+    tower = transformers.Qwen2Model(config).eval()
+    tower.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="--pooling cls: .*decoder"):
+        load(tmp_path, "cls")
+    loaded = load(tmp_path, "lasttoken").eval()
+    with torch.inference_mode():
+        found = embed(loaded, IDS, MASK, "lasttoken", False)
+        for at, length in enumerate((5, 3, 4)):
+            assert torch.allclose(found[at], tower(IDS[at : at + 1, :length])[0][0, -1], atol=1e-5)
+
+
+def test_the_encoder_of_t5_is_loaded_without_its_decoder(tmp_path):
+    config = transformers.T5Config(vocab_size=99, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    whole = transformers.T5Model(config).eval()
+    whole.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        expected = whole.encoder(IDS, attention_mask=MASK)[0]
+        found = load(tmp_path, "mean").eval()(input_ids=IDS, attention_mask=MASK)[0]
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("config", "named"), [
+    (lambda: transformers.BartConfig(vocab_size=99, d_model=16), "bart"),
+    (lambda: transformers.CLIPConfig(), "clip"), (lambda: transformers.ChineseCLIPConfig(), "chinese_clip"),
+    (lambda: transformers.Qwen3VLConfig(), "qwen3_vl"),
+    (lambda: small("DPRConfig", random_init=True), "dpr"),
+])  # fmt: skip
+def test_other_kinds_of_models_are_refused_by_name(tmp_path, config, named):
+    config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"a {named} model is not supported"):
+        load(tmp_path, "mean")
+
+
+def test_an_adapter_is_refused_with_its_base_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    with pytest.raises(UserError, match="an adapter .* of owner/base"):
+        load_config(str(tmp_path))
+
+
 def test_pooler_of_a_kind_without_one(tmp_path):
     from transformers import DistilBertConfig
 
@@ -205,6 +271,27 @@ def test_state_dict_round_trip(tmp_path, tiny_bert, share):
     for side in ("query", "passage"):
         assert torch.equal(other(side, IDS, MASK), saved(side, IDS, MASK))
     assert torch.equal(other("query", IDS, MASK), other("passage", IDS, MASK)) == share
+
+
+def test_a_shared_encoder_is_stored_once_and_its_copies_must_agree(tmp_path, tiny_bert):
+    saved, path = DualEncoder(tiny_bert(1), True, "cls", False), tmp_path / "dual_params.bin"
+    stored = saved.stored_state()
+    assert len(stored) == len(saved.query_encoder.state_dict()) == len(saved.state_dict()) / 2
+    other_names = {name.replace("query_encoder", "passage_encoder"): v for name, v in stored.items()}
+    for state in (stored, saved.state_dict(), other_names):
+        other = DualEncoder(tiny_bert(5), True, "cls", False)
+        torch.save(state, path)
+        load_weights(str(path), other, "do_dual_train.py")
+        assert same_weights(other, saved)
+    name = "embeddings.LayerNorm.weight"
+    for side in ("query", "passage"):
+        both = {key: value.clone() for key, value in saved.state_dict().items()}
+        both[f"{side}_encoder.{name}"][0] += 1
+        torch.save(both, path)
+        with pytest.raises(UserError, match=f"dual_params.bin: .*{name} has two different copies"):
+            load_weights(str(path), DualEncoder(tiny_bert(5), True, "cls", False), "do_dual_train.py")
+    apart = DualEncoder(tiny_bert(1), False, "cls", False)
+    assert list(apart.stored_state()) == list(apart.state_dict())
 
 
 def test_weights_of_another_model_are_refused(tmp_path, tiny_bert, tiny_config):
@@ -267,10 +354,9 @@ def test_the_tokens_of_the_prefix_need_positions_as_well(tiny_config, tokenizer)
         check_fits(tiny_config, tokenizer, {"q_max_seq_len": TextRules(62, "水油鱼")}, "m")
 
 
-def test_roberta_has_two_positions_less():
-    from transformers import RobertaConfig
-
-    config = RobertaConfig(max_position_embeddings=66)
+@pytest.mark.parametrize("name", ["RobertaConfig", "CamembertConfig", "MPNetConfig", "XLMRobertaConfig"])
+def test_roberta_and_others_have_two_positions_less(name):
+    config = getattr(transformers, name)(max_position_embeddings=66)
     check_fits(config, range(10), {"q_max_seq_len": TextRules(64)}, "m")
     with pytest.raises(UserError, match=r"--q_max_seq_len 65: .* 64 positions of m"):
         check_fits(config, range(10), {"q_max_seq_len": TextRules(65)}, "m")
@@ -282,4 +368,3 @@ def test_checksum_follows_the_content(folder, tiny_bert):
     assert model_checksum(str(folder)) == first
     tiny_bert(2).save_pretrained(folder)
     assert model_checksum(str(folder)) != first
-    assert model_checksum("owner/name") == "owner/name"

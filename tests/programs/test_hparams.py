@@ -170,14 +170,14 @@ def test_parsing_and_help_use_no_network(words, monkeypatch):
 
 
 BAD_TRAIN = (
-    "pooling=max precision=int8 distill_loss=mse epoch=0 batch_size=0 accumulation_steps=0 log_every=0 "
+    "pooling=median precision=int8 distill_loss=mse epoch=0 batch_size=0 accumulation_steps=0 log_every=0 "
     "tokens_per_batch=-1 hard_negatives=-1 max_steps=-1 dev_random_passages=-1 early_stop=-1 threads=-1 "
     "weight_decay=-0.1 q_max_seq_len=2 p_max_seq_len=2 lr=0 lr=nan lr=inf temperature=0 temperature=-1 "
     "max_grad_norm=0 warmup_proportion=-0.1 warmup_proportion=1.1 dropout=-0.1 dropout=1 eval_every=-2 "
     "seed=-1 weight_decay=nan save_every_minutes=inf ema_decay=1 seed=99999999999999999999"
 ).split()
 BAD_INFER = (
-    "pooling=max precision=int8 engine=faiss batch_size=0 block_rows=0 topk=0 bs=0 threads=-1 "
+    "pooling=median precision=int8 engine=faiss batch_size=0 block_rows=0 topk=0 bs=0 threads=-1 "
     "q_max_seq_len=0 q_max_seq_len=1 p_max_seq_len=1 workers=-2 search_memory_gb=0 "
     "search_memory_gb=nan recall_queries=-1"
 ).split()

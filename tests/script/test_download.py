@@ -384,6 +384,15 @@ def test_safetensors_are_preferred(download):
     assert download.model_files(names) == ["model.safetensors", "config.json", "spiece.model"]
 
 
+def test_the_modules_of_a_model_are_downloaded_and_other_formats_are_not(download):
+    wanted = ["model.safetensors", "2_Dense/pytorch_model.bin", "config.json", "modules.json"]
+    wanted += ["1_Pooling/config.json", "2_Dense/config.json", "chat_template.jinja"]
+    other = ["onnx/model.onnx", "onnx/config.json", "openvino/pytorch_model.bin", "pytorch_model.bin"]
+    assert download.model_files([*wanted[2:], *other, *wanted[:2]]) == wanted
+    old = ["0_Transformer/config.json", "0_Transformer/pytorch_model.bin", "modules.json"]
+    assert sorted(download.model_files(old)) == old
+
+
 @pytest.mark.parametrize(
     "lost, names, complaint",
     [

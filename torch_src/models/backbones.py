@@ -12,12 +12,18 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
-from torch_src.models.model_folder import is_hub_name
-from torch_src.models.tokenization import TextRules
+from torch_src.models.hub import is_hub_name, local_folder
+from torch_src.models.model_folder import own_settings, read_model_folder, read_reranker_folder
+from torch_src.models.tokenization import TextRules, load_tokenizer, token_counts
 from torch_src.runtime import tensor_files
 from torch_src.runtime.errors import UserError, first_line
-from torch_src.runtime.log import log
+from torch_src.runtime.files import read_json
+from torch_src.runtime.log import log, warn
 from torch_src.runtime.stamps import checksum_files, checksum_text
 from torch_src.runtime.tensor_files import load_tensors
 
@@ -34,7 +40,23 @@ DROPOUT_FIELDS = (
     "attention_dropout",
     "dropout",
     "embd_pdrop",
+    "attn_pdrop",
+    "resid_pdrop",
+    "dropout_rate",
+    "embedding_dropout",
+    "mlp_dropout",
 )
+# models whose positions start after the padding token's id
+POSITIONS_AFTER_PADDING = {
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet", "longformer",
+    "data2vec-text", "ibert", "xmod", "luke", "esm",
+}  # fmt: skip
+ENCODERS = {
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}  # of encoder-decoders
+NOT_DECODERS = {"xlnet", "bert-generation"}  # attend to both sides, although they have a causal head
 # configuration fields that do not affect the vectors or logits
 OTHER_FIELDS = set(
     "_name_or_path transformers_version dtype torch_dtype architectures id2label label2id problem_type "
@@ -46,23 +68,103 @@ CONFIG_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, St
 WEIGHT_ERRORS = (*tensor_files.LOAD_ERRORS, SafetensorError)
 
 
-def load_config(path: str, dropout: float | None = None) -> PretrainedConfig:
-    """Return the model's configuration; UserError when the folder or hub name has none.
+def load_config(path: str, dropout: float | None = None, kind: str = "dual") -> PretrainedConfig:
+    """Return the configuration of a retriever (`kind` dual) or re-ranker (cross) by folder or hub name.
 
+    What its folder says and no knob covers is added to it, and so saved with trained weights.
     `dropout` replaces all its dropout probabilities. With 0, attention runs as one fused kernel, on CPUs too.
+    UserError when there is no configuration, or for a part or kind of model that is not supported.
     """
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
-        raise UserError(f"{path}: contains no config.json; get it with `sh script/download.sh model NAME`")
-    if not os.path.isdir(path) and not is_hub_name(path):
-        raise UserError(f"{path}: no such folder (pretrained_model_path); run sh script/download.sh model")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except CONFIG_ERRORS as error:
-        raise UserError(f"{path}: the model configuration cannot be read ({first_line(error)})") from error
+    _check_folder(path)
+    folder = read_model_folder(path) if kind == "dual" else read_reranker_folder(path)
+    config = _read_config(folder.tower("passage"), path)
+    if folder.separate and architecture(config) != architecture(_read_config(folder.tower("query"), path)):
+        raise UserError(f"{path}: two towers of different configurations are not supported")
+    if folder.layers or not folder.include_prompt:
+        config.sentence_settings = {"layers": list(folder.layers), "include_prompt": folder.include_prompt}
     for name in DROPOUT_FIELDS if dropout is not None else ():
         if hasattr(config, name):
             setattr(config, name, dropout)
     return config
+
+
+def _check_folder(path: str) -> None:
+    if not os.path.isdir(path) and not is_hub_name(path):
+        raise UserError(f"{path}: no such folder (pretrained_model_path); run sh script/download.sh model")
+
+
+def _read_config(tower: str, path: str) -> PretrainedConfig:
+    """Return the configuration of a transformer's folder; `path`: its model, for errors."""
+    file = Path(tower) / "config.json"
+    if (adapter := file.with_name("adapter_config.json")).exists():
+        base = read_json(adapter).get("base_model_name_or_path", "its base model")
+        raise UserError(
+            f"{path}: an adapter (adapter_config.json) of {base}; merge it into that model "
+            "(merge_and_unload of peft) and save the result"
+        )
+    if not file.exists():
+        raise UserError(f"{path}: contains no config.json; get it with `sh script/download.sh model NAME`")
+    try:
+        config = AutoConfig.from_pretrained(tower, trust_remote_code=False)
+    except CONFIG_ERRORS as error:
+        raise UserError(f"{path}: the model configuration cannot be read ({first_line(error)})") from error
+    own_code = {name: code for name, code in (read_json(file).get("auto_map") or {}).items() if code}
+    if own_code:
+        name, code = next(iter(own_code.items()))
+        raise UserError(
+            f"{file}: auto_map says that the model needs its own code ({name}: {code}), which is not run; "
+            f"the {config.model_type} model of transformers may give other results; use another model"
+        )
+    if not hasattr(config, "vocab_size"):
+        raise UserError(
+            f"{path}: a {config.model_type} model is not supported (expected an encoder of texts)"
+        )
+    if config.is_encoder_decoder and config.model_type not in ENCODERS:
+        raise UserError(f"{path}: a {config.model_type} model is not supported (an encoder and a decoder)")
+    return config
+
+
+def is_decoder(config: PretrainedConfig) -> bool:
+    """Return whether each token attends only to the tokens before it."""
+    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", None) is False:
+        return False
+    only_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    only_causal = only_causal and config.model_type not in {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *NOT_DECODERS}
+    return not config.is_encoder_decoder and (only_causal or bool(getattr(config, "is_decoder", False)))
+
+
+def folder_settings(path: str, longest: dict[str, int] | None = None) -> dict[str, Any]:
+    """Return the knobs of a retriever that its folder or hub name sets.
+
+    Without modules.json only a decoder sets any: its last token has seen the whole text. Lengths are at most
+    what the model has positions for. `longest`: lengths above which the folder's general limit is not used.
+    """
+    if not os.path.isdir(path) and not is_hub_name(path):
+        return {}  # load_config reports it
+    folder, knobs = read_model_folder(path), own_settings(path)
+    config = load_config(path) if (Path(folder.tower("passage")) / "config.json").exists() else None
+    if folder.unused_prompts:
+        names = ", ".join(folder.unused_prompts)
+        warn(f"{path}: its prompts {names} are not used; pass --query_prefix and --passage_prefix")
+    if not folder.has_modules:
+        return {"pooling": "lasttoken"} if config and is_decoder(config) else {}
+    if folder.separate:
+        knobs["share_encoder"] = False
+    limits = [limit for limit in (config and positions(config),) if limit]
+    for name in ("q_max_seq_len", "p_max_seq_len"):
+        if length := getattr(folder, name) or folder.max_seq_len:
+            knobs[name] = min([length, *limits]) - _prefix_tokens(path, getattr(folder, PREFIXES[name]))
+            if longest and not getattr(folder, name):
+                knobs[name] = min(knobs[name], longest[name])
+    return knobs
+
+
+PREFIXES = {"q_max_seq_len": "query_prefix", "p_max_seq_len": "passage_prefix"}
+
+
+def _prefix_tokens(path: str, prefix: str | None) -> int:
+    """Return the number of tokens of a prefix, which the folder's lengths include and the knobs do not."""
+    return token_counts(load_tokenizer(path), [prefix], add_special_tokens=False)[0] if prefix else 0
 
 
 def load_pretrained(
@@ -73,13 +175,15 @@ def load_pretrained(
     With `"random_init": true` in config.json all weights are initialized from `seed` and none is missing.
     UserError for a missing or incomplete folder.
     """
+    path = local_folder(path)
     if getattr(config, "random_init", False):
         log(f"{path}: no pretrained weights; initialized randomly with seed {seed}")
         torch.manual_seed(seed)
-        model = auto_class.from_config(config, dtype=torch.float32, **options)
+        build = getattr(auto_class, "from_config", None) or auto_class._from_config
+        model = build(config, dtype=torch.float32, **options)
         attend_to_equal_tokens(model)
         return model, []
-    if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in WEIGHT_FILES):
+    if not any(os.path.exists(os.path.join(path, name)) for name in WEIGHT_FILES):
         raise UserError(f"{path}: contains no weights (expected model.safetensors); download it again")
     # transformers' reports and progress bars would clutter the log; the caller checks for missing weights
     transformers.logging.set_verbosity_error()
@@ -118,12 +222,21 @@ def attend_to_equal_tokens(model: PreTrainedModel) -> None:
 
 
 def model_checksum(path: str) -> str:
-    """Return a checksum of a model folder's configuration and weights; for a hub name, the name."""
-    folder = Path(path)
-    if not folder.is_dir():
+    """Return a checksum of the configuration and weights of a model folder, or of a hub name's snapshot.
+
+    For a hub name without a snapshot, which cannot be loaded, the name.
+    """
+    try:
+        folder = local_folder(path)
+    except UserError:
         return path
-    weights = [p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")]
-    return checksum_files([folder / "config.json", *sorted(weights)])
+    if not os.path.isdir(folder):
+        return path
+    try:
+        files = read_model_folder(path).files()
+    except UserError:  # not of a retriever
+        files = read_reranker_folder(path).files()
+    return checksum_files(files)
 
 
 def architecture(config: PretrainedConfig) -> str:
@@ -131,6 +244,17 @@ def architecture(config: PretrainedConfig) -> str:
     ignored = {*OTHER_FIELDS, *DROPOUT_FIELDS}
     fields = {name: value for name, value in config.to_dict().items() if name not in ignored}
     return checksum_text(json.dumps(fields, sort_keys=True, default=str))
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """Return the number of tokens that the model has positions for; None without a limit."""
+    count = getattr(config, "max_position_embeddings", None)
+    if not isinstance(count, int) or count <= 0:
+        return None
+    if config.model_type not in POSITIONS_AFTER_PADDING:
+        return count
+    padding = 1 if config.model_type == "mpnet" else config.pad_token_id or 0
+    return count - padding - 1
 
 
 def check_fits(
@@ -146,16 +270,14 @@ def check_fits(
             f"{path}: the tokenizer has {vocabulary:,} tokens, but the model only {config.vocab_size:,}; "
             "check that vocab_path is that model's vocabulary"
         )
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and "roberta" in config.model_type:
-        positions -= 2  # its positions start after the padding index
+    limit = positions(config)
     for knob, rule in rules.items():
         prefix = rule.max_tokens(tokenizer) - rule.max_seq_len
-        if positions and rule.max_seq_len + prefix > positions:
+        if limit and rule.max_seq_len + prefix > limit:
             more = f" and {prefix} of the prefix" if prefix else ""
             raise UserError(
-                f"--{knob} {rule.max_seq_len}: {rule.max_seq_len} tokens{more} exceed the {positions} "
-                f"positions of {path}; lower it to {positions - prefix} or less"
+                f"--{knob} {rule.max_seq_len}: {rule.max_seq_len} tokens{more} exceed the {limit} "
+                f"positions of {path}; lower it to {limit - prefix} or less"
             )
 
 
@@ -175,6 +297,8 @@ def load_weights(path: str, model: nn.Module, made_by: str) -> None:
     state = read_weights(path, made_by)
     try:
         model.load_state_dict(state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except (RuntimeError, AttributeError, TypeError) as error:
         detail = [line.strip() for line in str(error).split("\n")[1:2]] or [first_line(error)]
         raise UserError(f"{path}: weights of another model or settings ({detail[0][:200]})") from error

@@ -91,8 +91,12 @@ def load_cross_encoder(path: str, config: PretrainedConfig, seed: int, trained: 
 
 def start_from_retriever(encoder: CrossEncoder, path: str) -> None:
     """Load the passage tower of a trained retriever (dual_params.bin) into the encoder below the head."""
-    prefix = "passage_encoder."
     state = read_weights(path, "do_dual_train.py")
+    prefix = "passage_encoder."
+    shared = "query_encoder."  # of a shared encoder, which is stored once
+    names = [name for name in state if name.startswith((prefix, shared))]
+    if names and not any(name.startswith(prefix) for name in names):
+        prefix = shared
     tower = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     needed = {name for name in encoder.model.base_model.state_dict() if not name.startswith("pooler.")}
     if missing := needed - set(tower):

@@ -4,15 +4,21 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import normalizers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from torch_src.data.lines import read_lines
+from torch_src.models.hub import is_hub_name
+from torch_src.models.model_folder import read_model_folder, read_reranker_folder
 from torch_src.runtime.errors import UserError, is_out_of_memory
+from torch_src.runtime.files import read_json
 from torch_src.runtime.log import warn
 from torch_src.runtime.stamps import checksum_text
 
@@ -20,7 +26,7 @@ TokenIds = Sequence[int] | np.ndarray
 
 # long texts are cut to this many characters per token before tokenization, to save time
 CHARACTERS_PER_TOKEN = 16
-TOKENIZER_FILES = ("tokenizer.json", "vocab", "spiece", "sentencepiece", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "vocab", "spiece", "spm", "sentencepiece", "tokenizer.model")
 MIN_PASSAGE_TOKENS = 16  # of a pair, with special tokens: queries that leave less are truncated
 HAN = re.compile("[\u4e00-\u9fff]")
 MIN_TOKENS_PER_BATCH = 512  # the token budget is not halved below this
@@ -37,6 +43,7 @@ class TextRules:
     max_seq_len: int  # tokens of a text with special tokens; those of the prefix are not counted
     prefix: str = ""
     remove_spaces: bool = False
+    prompt_tokens: int = 0  # first tokens that are not pooled
 
     def clean(self, text: str) -> str:
         """Return the text to tokenize: ASCII spaces removed (with `remove_spaces`), then prefixed."""
@@ -52,8 +59,14 @@ class TextRules:
         return self.max_seq_len + token_counts(tokenizer, [self.prefix], add_special_tokens=False)[0]
 
 
-def load_tokenizer(pretrained_model_path: str, vocab_path: str = "") -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer, or a WordPiece one from vocab.txt; UserError when loading fails."""
+def load_tokenizer(
+    pretrained_model_path: str, vocab_path: str = "", kind: str = "dual"
+) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer, or a WordPiece one from vocab.txt; UserError when loading fails.
+
+    `kind`: dual for a retriever, cross for a re-ranker.
+    """
+    lower_case = False
     try:
         if vocab_path:
             if not os.path.isfile(vocab_path):
@@ -61,25 +74,83 @@ def load_tokenizer(pretrained_model_path: str, vocab_path: str = "") -> PreTrain
             _check_vocabulary(vocab_path)
             tokenizer: PreTrainedTokenizerBase = BertTokenizer(vocab=vocab_path)
         else:
-            _check_folder(pretrained_model_path)
-            tokenizer = AutoTokenizer.from_pretrained(pretrained_model_path, trust_remote_code=False)
+            tokenizer, lower_case = _load_own_tokenizer(pretrained_model_path, kind)
     except UserError:
         raise
     except Exception as error:  # each kind of tokenizer raises its own errors for a broken folder
         reason = str(error).strip().split("\n")[0]
         path = vocab_path or pretrained_model_path
         raise UserError(f"{path}: the tokenizer cannot be loaded ({reason})") from error
-    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        raise UserError(
-            f"{pretrained_model_path}: needs a fast tokenizer with a pad token (tokenizer.json or vocab.txt)"
-        )
+    if not tokenizer.is_fast:
+        raise UserError(f"{pretrained_model_path}: needs a fast tokenizer (tokenizer.json or vocab.txt)")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{pretrained_model_path}: the tokenizer needs a pad token or an end token")
+        tokenizer.pad_token = tokenizer.eos_token  # masked, so any token will do
+    if lower_case:
+        _lower_case(tokenizer)
     return tokenizer
 
 
-def _check_folder(path: str) -> None:
+def _load_own_tokenizer(path: str, kind: str) -> tuple[PreTrainedTokenizerBase, bool]:
+    """Return (the tokenizer of a folder or hub name, whether texts become lower case first)."""
+    if not os.path.isdir(path) and not is_hub_name(path):
+        raise UserError(f"{path}: no such folder (pretrained_model_path)")
+    folder = read_model_folder(path) if kind == "dual" else read_reranker_folder(path)
+    towers = [folder.tower(side) for side in ("passage", "query")[: 1 + folder.separate]]
+    loaded = []
+    for tower in towers:
+        _check_folder(path, Path(tower))
+        loaded.append(AutoTokenizer.from_pretrained(tower, trust_remote_code=False))
+    if folder.separate and tokenizer_checksum(loaded[0]) != tokenizer_checksum(loaded[1]):
+        raise UserError(f"{path}: two towers with different tokenizers are not supported")
+    return loaded[0], folder.lower_case
+
+
+def _check_folder(path: str, tower: Path) -> None:
+    names = sorted(os.listdir(tower)) if tower.is_dir() else []
     # Without these files transformers builds a tokenizer with an empty vocabulary.
-    if os.path.isdir(path) and not any(name.startswith(TOKENIZER_FILES) for name in os.listdir(path)):
+    if names and not any(name.startswith(TOKENIZER_FILES) for name in names):
         raise UserError(f"{path}: contains no tokenizer.json or vocab.txt; download the model again")
+    file = tower / "tokenizer_config.json"
+    stated = read_json(file) if file.exists() else {}
+    if own_code := [code for code in (stated.get("auto_map") or {}).values() if code]:
+        raise UserError(f"{file}: auto_map names a tokenizer's own code ({own_code[0]}), which is not run")
+    if stated.get("tokenizer_class") in ("RoFormerTokenizer", "RoFormerTokenizerFast"):
+        raise UserError(
+            f"{file}: RoFormerTokenizer splits words by jieba and is not supported; use another model"
+        )
+    if "tokenizer.json" not in names and (models := [name for name in names if name.endswith(".model")]):
+        if find_spec("sentencepiece") is None:
+            raise UserError(
+                f"{tower / models[0]}: a sentencepiece tokenizer without tokenizer.json; get tokenizer.json, "
+                "or run python -m pip install sentencepiece protobuf"
+            )
+
+
+def _lower_case(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Turn texts into lower case before the tokenizer's own normalization, unless that already does."""
+    own: Any = tokenizer.backend_tokenizer.normalizer
+    steps: list[Any] = [] if own is None else [own]
+    if isinstance(own, normalizers.Sequence):
+        steps = [own[at] for at in range(len(own))]
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
+
+
+def exclude_prompt(rules: TextRules, tokenizer: PreTrainedTokenizerBase) -> TextRules:
+    """Return the rules of a model that does not pool the tokens of a prefix."""
+    return replace(rules, prompt_tokens=count_prompt_tokens(tokenizer, rules.prefix))
+
+
+def count_prompt_tokens(tokenizer: PreTrainedTokenizerBase, prefix: str) -> int:
+    """Return the number of tokens of a prefix, special tokens before it included."""
+    if not prefix:
+        return 0
+    with LOCK:
+        _clear_limits(tokenizer)
+        ids = tokenizer(prefix)["input_ids"]
+    return len(ids) - (ids[-1] in tokenizer.all_special_ids)
 
 
 def _check_vocabulary(vocab_path: str) -> None:
@@ -114,8 +185,8 @@ def tokenize(
 ) -> tuple[list[list[int]], int]:
     """Return (token ids of each text, number of truncated texts); an empty text has only special tokens."""
     max_tokens = rules.max_tokens(tokenizer)
-    limit = max_tokens * CHARACTERS_PER_TOKEN
     cleaned = [rules.clean(text) for text in texts]
+    limit = _early_limit(tokenizer, cleaned, max_tokens)
     ids, cut = _tokenize_texts(tokenizer, [cut_early(text, limit) for text in cleaned], max_tokens)
     # the early cut removed tokens of texts with few tokens per character, e.g. runs of spaces: repeat
     redo = [at for at, text in enumerate(cleaned) if len(text) > limit and not cut[at]]
@@ -147,6 +218,13 @@ def token_counts(
             )
         counts += map(len, batch["input_ids"])
     return counts
+
+
+def _early_limit(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_seq_len: int) -> int:
+    """Return the characters that cut_early keeps: all of them when the tokenizer cuts at the beginning."""
+    if tokenizer.truncation_side == "left":
+        return max(map(len, texts), default=0)
+    return max_seq_len * CHARACTERS_PER_TOKEN
 
 
 def cut_early(text: str, limit: int) -> str:
@@ -199,8 +277,8 @@ def tokenize_pairs(
     tokenizer: PreTrainedTokenizerBase, queries: list[str], passages: list[str], rules: TextRules
 ) -> Pairs:
     """Return the token ids of the pairs; only passages are truncated, unless the query leaves no room."""
-    limit = rules.max_seq_len * CHARACTERS_PER_TOKEN
     passages = [rules.clean(text) for text in passages]
+    limit = _early_limit(tokenizer, passages, rules.max_seq_len)
     queries = _shorten_queries(tokenizer, [rules.clean(text) for text in queries], rules.max_seq_len)
     early = [cut_early(text, limit) for text in passages]
     ids, types, cut = _tokenize_pairs(tokenizer, queries, early, rules.max_seq_len)

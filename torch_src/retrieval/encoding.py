@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_src.data.collection import PassageCollection
-from torch_src.models.dual_encoder import embed, shorten
+from torch_src.models.dual_encoder import embed, shorten, vector_width
 from torch_src.models.tokenization import BatchedInference, TextRules, TokenTable
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.devices import autocast, tensors_to
@@ -43,7 +43,7 @@ class Encoder(BatchedInference):
     @property
     def width(self) -> int:
         """The number of dimensions of a vector."""
-        return self.dims or self.tower.config.hidden_size
+        return self.dims or vector_width(self.tower.config)
 
     def tokenize(self, texts: list[str]) -> TokenTable:
         return TokenTable.of_texts(self.tokenizer, texts, self.rules)
@@ -77,7 +77,7 @@ class Encoder(BatchedInference):
     def _forward(self, table: TokenTable, rows: np.ndarray, vectors: torch.Tensor) -> None:
         arrays = (*table.padded(rows, self.tokenizer.pad_token_id), rows)
         input_ids, mask, at = tensors_to(self.device, *arrays)
-        found = embed(self.tower, input_ids, mask, self.pooling, self.normalize)
+        found = embed(self.tower, input_ids, mask, self.pooling, self.normalize, self.rules.prompt_tokens)
         vectors[at] = shorten(found, self.width, self.normalize).to(vectors.dtype)
 
 

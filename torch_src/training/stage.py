@@ -172,8 +172,8 @@ class Setup:
             raise UserError(f"--{batch} {getattr(hp, batch)}: must be at least {world}, the processes")
         if world > 1:
             log(f"process {rank + 1} of {world}; they share each batch")
-        self.config = load_config(hp.pretrained_model_path, hp.dropout)
-        self.tokenizer = load_tokenizer(hp.pretrained_model_path, hp.vocab_path)
+        self.config = load_config(hp.pretrained_model_path, hp.dropout, name)
+        self.tokenizer = load_tokenizer(hp.pretrained_model_path, hp.vocab_path, name)
         check_fits(self.config, self.tokenizer, rules, hp.pretrained_model_path)
         tokens = token_budget(hp.tokens_per_batch, self.device, training=True)
         self.chunking = Chunking(hp.grad_cache_chunk, tokens, hp.seed, rank)
