@@ -79,6 +79,9 @@ ROW_FIELDS = {
 }
 
 
+Judged = list[tuple[Path, str]]  # files of judgments with their split, train or dev
+
+
 class Reference(NamedTuple):
     """A passage as a row names it: by id, by text, or both."""
 
@@ -405,9 +408,24 @@ def read_judgments(path: Path, source: Source, no_grade: int = 1) -> Iterator[tu
         yield line, qid, pid, int(grade)
 
 
-def judged_queries(queries: Path, qrels: Path, split: str, conversion: Conversion) -> Iterator[Query]:
-    """Yield the queries that the judgments name, in that order."""
+def judged_queries(queries: Path, judged: Judged, conversion: Conversion) -> Iterator[Query]:
+    """Yield the queries of a file that the judgments of its splits name, in that order."""
     texts = read_query_texts(queries, conversion.source)
+    seen: set[str] = set()
+    for qrels, split in judged:
+        found = judged_split(queries, texts, qrels, split, conversion)
+        seen |= found.keys()
+        yield from found.values()
+    unjudged = [line for qid, (_, line) in texts.items() if qid not in seen]
+    if unjudged:
+        names = " and ".join(qrels.name for qrels, _ in judged)
+        conversion.count(f"queries have no judgment in {names}: omitted", queries, unjudged[0], len(unjudged))
+
+
+def judged_split(
+    queries: Path, texts: dict[str, tuple[str, int]], qrels: Path, split: str, conversion: Conversion
+) -> dict[str, Query]:
+    """Return {qid: query} of one file of judgments."""
     found: dict[str, Query] = {}
     for line, qid, pid, grade in read_judgments(qrels, conversion.source, conversion.min_grade):
         if qid not in texts:
@@ -416,11 +434,7 @@ def judged_queries(queries: Path, qrels: Path, split: str, conversion: Conversio
         if qid not in found:
             found[qid] = Query(qid, texts[qid][0], split, queries, texts[qid][1])
         conversion.judge(found[qid], pid, grade, qrels, line)
-    unjudged = [line for qid, (_, line) in texts.items() if qid not in found]
-    if unjudged:
-        what = f"queries have no judgment in {qrels.name}: omitted"
-        conversion.count(what, queries, unjudged[0], len(unjudged))
-    yield from found.values()
+    return found
 
 
 def qrels_files(folder: Path) -> dict[str, Path]:
@@ -442,20 +456,23 @@ def folder_queries(folder: Path, conversion: Conversion) -> Iterator[Query]:
     chosen = choose_split(splits, conversion, folder)
     if not chosen:
         warn(f"{folder}: no judgments (qrels/train.tsv, qrels/dev.tsv, ...): only the passages are converted")
+    queries_of: dict[Path, Judged] = {}
     for qrels, target in chosen:
         split = next(name for name, path in splits.items() if path == qrels)
         names = [f"queries{mark}{split}" for mark in "._-"] + [f"{split}{mark}queries" for mark in "._-"]
         queries = find_file(folder, *names) or find_file(folder, "queries", "topics")
         if queries is None:
             raise UserError(f"{folder}: no file queries or queries.{split} in this folder")
-        yield from judged_queries(queries, qrels, target, conversion)
+        queries_of.setdefault(queries, []).append((qrels, target))
+    for queries, judged in queries_of.items():
+        yield from judged_queries(queries, judged, conversion)
 
 
-def table_queries(path: Path, qrels: list[tuple[Path, str]], conversion: Conversion) -> Iterator[Query]:
+def table_queries(path: Path, judged: Judged, conversion: Conversion) -> Iterator[Query]:
     """Yield your own queries: rows with their passages, or with judgments in files of their own."""
-    for judgments, split in qrels:
-        yield from judged_queries(path, judgments, split, conversion)
-    if not qrels:
+    if judged:
+        yield from judged_queries(path, judged, conversion)
+    else:
         if not is_json(path):
             raise UserError(
                 f"{path}: a table has no answers; pass the judgments with --qrels or --train_qrels"

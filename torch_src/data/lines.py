@@ -139,7 +139,8 @@ def parse_json(text: str, path: FilePath, line: int, pairs_hook: Callable | None
     """
     try:
         value = json.loads(text, object_pairs_hook=pairs_hook)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        if "\\ud" in text or "\\uD" in text:  # UTF-8 holds a surrogate only as an escape
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except UserError:
         raise  # from the hook
