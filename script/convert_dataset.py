@@ -43,6 +43,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 from script.lib.foreign_datasets import (
+    TRAIN,
     Conversion,
     data_files,
     find_corpus,
@@ -107,6 +108,8 @@ def to_official(args: argparse.Namespace) -> None:
         raise UserError(
             f"--columns: unknown {', '.join(unknown)} (expected id, text, title, or - for another)"
         )
+    if args.split == TRAIN:
+        raise UserError(f"--split {TRAIN}: the dev set cannot be the training queries; name another split")
     source = Source(tuple("" if column == "-" else column for column in columns), args.quotes, Counts())
     min_grade = args.min_grade or (T2RANKING_GRADE if args.kind == "t2ranking" else 1)
     with new_folder(args) as folder:
@@ -114,7 +117,9 @@ def to_official(args: argparse.Namespace) -> None:
         conversion = Conversion(source, layout, args.split, args.skip_dangling, min_grade)
         passages, queries = records_of(args, path, conversion)
         layout.write_collection(passages)
-        layout.write_queries(queries)
+        dev = layout.write_queries(queries)
+        if args.split and not dev:
+            raise UserError(f"--split {args.split}: no query of this split has a positive passage")
         source.counts.log()
         log_unread(path, source)
     log(f"wrote {args.to}")
@@ -263,9 +268,6 @@ def to_trec(args: argparse.Namespace) -> None:
     for path, lists in ((source, result), (args.reference, grades)):
         for qid, pids in lists.items():
             check_trec_ids(path, [qid, *pids])
-    repeated = sum(len(pids) - len(set(pids)) for pids in result.values())
-    if repeated:
-        warn(f"{source}: {repeated:,} duplicate pids of a query: the first counts")
     if grades and (unknown := len(result.keys() - grades.keys())):
         warn(f"{source}: {unknown:,} queries are not in {args.reference}")
     with new_folder(args) as folder:

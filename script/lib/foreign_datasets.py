@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from script.lib.foreign_files import (
-    NO_TITLE,
+    NO_TITLES,
     Counts,
     Fields,
     Source,
@@ -24,7 +24,8 @@ from script.lib.foreign_files import (
     text_of,
 )
 from script.lib.official_layout import OfficialLayoutWriter, Passage, Query, joined
-from torch_src.data.lines import FormatError, finite_number, shown
+from torch_src.data.formats import EMPTY_TITLES
+from torch_src.data.lines import FormatError, archive_errors, finite_number, open_file, shown
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import log, warn
 
@@ -87,7 +88,7 @@ class Reference(NamedTuple):
 
     pid: str
     title: str
-    text: str
+    text: str | None  # None: only an id
     logit: float | None  # the teacher's score
 
 
@@ -139,7 +140,7 @@ class Conversion:
         name = split.lower()
         if name == TRAIN:
             return TRAIN
-        if name == self.split or (not self.split and name in DEV_SPLITS and name != "test"):
+        if name == self.split.lower() or (not self.split and name in DEV_SPLITS[:-1]):
             return "dev"
         if name not in DEV_SPLITS and not self.split:
             raise FormatError(path, line, f"split {shown(split)} (expected train or dev)")
@@ -179,33 +180,39 @@ def find_file(folder: Path, *stems: str, fix: str = "keep one of them") -> Path 
 def find_corpus(folder: Path) -> Path | None:
     """Return the corpus of a folder; UserError for several."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such file or folder")
     return find_file(folder, *CORPORA, fix="choose one with --corpus")
 
 
 def choose_split(found: dict[str, Path], conversion: Conversion, folder: Path) -> list[tuple[Path, str]]:
     """Return (file, train or dev) of the splits to convert, and log the files of other splits."""
-    if conversion.split == TRAIN:
-        raise UserError(f"--split {TRAIN}: the dev set cannot be the training queries; name another split")
     wanted = conversion.split or next((name for name in DEV_SPLITS if name in found), "")
     if conversion.split and conversion.split not in found:
         raise UserError(f"{folder}: no split {conversion.split} (found: {', '.join(found) or 'none'})")
     chosen = [(found[name], target) for name, target in ((TRAIN, TRAIN), (wanted, "dev")) if name in found]
     for name, path in found.items():
         if name not in (TRAIN, wanted):
-            lines = sum(1 for _ in conversion.source.lines(path))
+            lines = count_lines(path)
+            conversion.source.opened.add(path)
             log(f"{path}: {lines:,} lines not read; --split {name} reads them as the dev set")
     return chosen
+
+
+def count_lines(path: Path) -> int:
+    with open_file(path) as file, archive_errors(path):
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
 def row_files(path: Path, conversion: Conversion) -> list[tuple[Path, str]]:
     """Return (file, train or dev) of a folder of rows, or of one file of rows."""
     if path.is_file():
-        return [(path, "dev" if conversion.split not in ("", TRAIN) else TRAIN)]
-    found: dict[str, list[Path]] = {}
+        return [(path, "dev" if conversion.split else TRAIN)]
+    exact, found = dict[str, list[Path]](), dict[str, list[Path]]()
     for stem, paths in data_files(path).items():
-        if match := SPLIT_END.fullmatch(stem):
-            found.setdefault(match[1], []).extend(paths)
+        match, rows = SPLIT_END.fullmatch(stem), [*filter(is_json, paths)]
+        if match and rows:
+            (exact if stem == match[1] else found).setdefault(match[1], []).extend(rows)
+    found |= exact  # train.jsonl before other-train.jsonl
     splits = {name: only(paths, "name the file itself") for name, paths in found.items()}
     chosen = choose_split(splits, conversion, path)
     if not chosen:
@@ -222,10 +229,13 @@ def read_passages(path: Path, source: Source, need_ids: bool = True) -> Iterator
     Without `need_ids` a passage may lack an id: a checksum of its text takes its place.
     """
     fields = PASSAGE if need_ids else Fields(PASSAGE.names, ("text",), {1: ("text",), **PASSAGE.orders})
+    empty_titles = EMPTY_TITLES if is_json(path) else NO_TITLES
+    if source.columns and is_json(path):
+        raise UserError(f"--columns: {path} is JSON, whose fields have names; omit it")
     for line, record in source.records(path, fields, source.columns):
         title = text_of(record.get("title"), path, line, "title")
         text = text_of(record["text"], path, line, "text")
-        if title.strip() in NO_TITLE:
+        if title.strip() in empty_titles:
             source.counts.add("titles such as null or nan: read as empty", path, line, count=bool(title))
             title = ""
         found = record.get("id")
@@ -249,7 +259,7 @@ def row_passages(conversion: Conversion) -> Iterator[Passage]:
     for path, line, row in read_rows(uncounted, silent=True):
         for reference in (*row.positives, *row.negatives):
             pid, title, text, _ = reference
-            if not text and not title:
+            if text is None:
                 raise FormatError(
                     path, line, f"passage {pid} has no text (expected one, or a corpus: --corpus)"
                 )
@@ -284,7 +294,9 @@ def parse_row(entry: dict[str, Any], path: Path, line: int, conversion: Conversi
     """Return a row of any known layout."""
     name = next((name for name in ROWS if name in entry), None)
     if name is None:
-        raise FormatError(path, line, f"expected one of the fields {', '.join(ROWS)}")
+        raise FormatError(
+            path, line, f"expected one of the fields {', '.join(ROWS)}, found {', '.join(entry)}"
+        )
     query = first_of(entry, QUERIES)
     if not isinstance(query, str):
         raise FormatError(path, line, f"expected one of the fields {', '.join(QUERIES)}, a string")
@@ -324,7 +336,7 @@ def references(
                 path, line, f"a score in {SCORES[name]} is {shown(repr(score))} (expected a number)"
             )
         reference = reference_of(item, are_ids, path, line, conversion, name)
-        if reference.pid or reference.text.strip() or reference.title.strip():
+        if reference.pid or (reference.text or reference.title).strip():
             found.append(reference._replace(logit=None if score is None else float(score)))
         else:
             conversion.count("empty passages in rows: dropped", path, line)
@@ -339,13 +351,14 @@ def reference_of(
     if isinstance(item, dict):
         pid = first_of(item, PIDS)
         title = text_of(first_of(item, TITLES), path, line, "title")
-        text = text_of(first_of(item, TEXTS), path, line, "text")
+        has_text = not item.keys().isdisjoint(TEXTS)
+        text = text_of(first_of(item, TEXTS), path, line, "text") if has_text else None
         known = "" if pid is None else id_of(pid, path, line, counts, "passage id")
-        if not known and not any(text_field in item for text_field in TEXTS):
+        if not known and not has_text:
             raise FormatError(path, line, f"a passage in {name} has neither an id nor a text")
-        return Reference(known, "" if title.strip() in NO_TITLE else title, text, None)
+        return Reference(known, "" if title.strip() in EMPTY_TITLES else title, text, None)
     if is_id:
-        return Reference(id_of(item, path, line, counts, "passage id"), "", "", None)
+        return Reference(id_of(item, path, line, counts, "passage id"), "", None, None)
     if not isinstance(item, str):
         raise FormatError(path, line, f"a passage in {name} is {shown(repr(item))} (expected a text)")
     return Reference("", "", item, None)
@@ -367,10 +380,12 @@ def row_queries(conversion: Conversion) -> Iterator[Query]:
 def known_pid(reference: Reference, conversion: Conversion, path: Path, line: int) -> str:
     """Return the id of a passage of a row; count texts that are not those of the corpus."""
     layout, (pid, title, text, _) = conversion.layout, reference
+    if text is None:
+        return pid
     if not pid:
         key = text_id(title, text)
         return key if key in layout.rows else layout.pid_of_text(joined(title, text)) or shown(text)
-    if conversion.has_corpus and text and pid in layout.rows:
+    if conversion.has_corpus and pid in layout.rows:
         same = layout.has_text(pid, joined(title, text)) or layout.has_text(pid, joined("", text))
         conversion.count(
             "passages with another text than in the corpus: that of the corpus is used", path, line, not same

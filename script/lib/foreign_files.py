@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch_src.data.formats import EMPTY_TITLES
 from torch_src.data.lines import (
     LONGEST_LINE,
     FormatError,
@@ -30,7 +31,7 @@ BOM = b"\xef\xbb\xbf"
 READ_SIZE = 1 << 16  # characters of a JSON array read at a time
 BEGINS_FIELD = re.compile(r'(?:^|\t)"')
 QUOTED, DOUBLED = re.compile(r'"([^"]|"")*"'), '""'
-NO_TITLE = ("", "-", "null", "None", "nan", "NaN")  # of pandas and of the official files
+NO_TITLES = (*EMPTY_TITLES, "None", "nan", "NaN")  # of tables written by pandas
 UNREADABLE = {
     b"PAR1": "a Parquet file",
     b"PK\x03\x04": "a zip archive or an Excel file",
@@ -127,7 +128,9 @@ class Source:
             for value in fields.required:
                 if value not in record:
                     names = ", ".join(fields.names[value])
-                    raise FormatError(path, line, f"expected one of the fields {names}")
+                    raise FormatError(
+                        path, line, f"expected one of the fields {names}, found {', '.join(entry)}"
+                    )
             yield line, record
         if unread:
             log(f"{path}: fields not read: {', '.join(sorted(unread))}")

@@ -156,8 +156,8 @@ class OfficialLayoutWriter:
 
     # ---- queries
 
-    def write_queries(self, queries: Iterable[Query]) -> None:
-        """Write train/ and dev/, with the texts of the collection written before."""
+    def write_queries(self, queries: Iterable[Query]) -> int:
+        """Write train/ and dev/, with the texts of the collection written before; return the dev queries."""
         collection = PassageCollection(self.folder / "passage-collection")
         found: dict[str, dict[str, Query]] = {"train": {}, "dev": {}}  # split -> text -> query
         line_of: dict[tuple[str, str], Query] = {}
@@ -182,6 +182,7 @@ class OfficialLayoutWriter:
         both = sum(query.text in found["train"] for query in dev)
         if both:
             warn(f"{both:,} dev queries are also training queries: dev figures will be too high")
+        return len(dev)
 
     def _check(self, query: Query, seen: dict[tuple[str, str], Query]) -> None:
         """Turn the text into one line; FormatError for an empty text, or one id with two texts."""

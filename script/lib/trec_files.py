@@ -86,7 +86,10 @@ def _json_ranking(path: Path) -> dict[str, list[str]]:
         or not value
         or not all(isinstance(found, dict) for found in value.values())
     ):
-        return load_result(path)
+        result = load_result(path)
+        if repeated := sum(len(pids) - len(set(pids)) for pids in result.values()):
+            warn(f"{path}: {repeated:,} duplicate pids of a query: trec_eval's measures use the first")
+        return result
     for qid, scores in value.items():
         for pid, score in scores.items():
             if finite_number(json.dumps(score)) is None:

@@ -1,6 +1,7 @@
 """Settings: options, --debug, --help, ranges, what is printed and saved, paths that follow a folder."""
 
 import dataclasses
+import gzip
 import json
 import math
 import socket
@@ -12,6 +13,7 @@ from doc_commands import SETTINGS
 from torch_src import dual_train, hparams
 from torch_src.dual_hparams import MODEL_SETTINGS, DualHparams
 from torch_src.hparams import Hparams, inherited
+from torch_src.inference import read_query_ids
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.runtime.errors import UserError
 
@@ -267,3 +269,16 @@ def test_model_settings_are_unset_options_of_inference():
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         train().lr = 1.0
+
+
+@pytest.mark.parametrize("name, content", [
+    ("test1.json", '{"question_id": 7, "question": "蒸鱼"}\n'), ("q.jsonl", '{"_id": "7", "text": "蒸鱼"}\n'),
+    ("queries.tsv", "qid\ttext\n7\t蒸鱼\n"), ("topics.txt", "7\t蒸鱼\n"),
+])  # fmt: skip
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gz"])
+def test_query_files_with_ids_need_no_q2qid(tmp_path, capsys, name, content, pack):
+    path = tmp_path / (name + (".gz" if pack is gzip.compress else ""))
+    path.write_bytes(pack(content.encode()))
+    assert read_query_ids(infer("--dev_q", str(path))) == {"蒸鱼": ["7"]}
+    assert read_query_ids(infer("--dev_q", str(path), "--dev_q2qid", "other.json")) == {"蒸鱼": ["7"]}
+    assert "--dev_q2qid other.json" in capsys.readouterr().err  # not read

@@ -478,6 +478,21 @@ def test_tevatron_with_a_corpus(convert, tmp_path):
     assert "train.jsonl:2: " in convert.error("tevatron", tmp_path / "T")
 
 
+def test_an_empty_passage_with_an_id(convert, tmp_path):
+    rows = [tevatron(1, "蒸鱼", [(10, "-", FISH)], [(11, "", ""), (12, "", PORK)])]
+    found = convert("tevatron", put(tmp_path, rows, "t.jsonl"))
+    assert found.passages == {"10": FISH, "11": "", "12": PORK} and found.dual == [("蒸鱼", FISH, PORK)]
+    assert "1 passages are empty" in convert.printed
+
+
+def test_tables_of_queries_are_not_rows(convert, tmp_path):
+    put(tmp_path, TEVATRON, "T/train.jsonl.gz")
+    put(tmp_path, table("1|蒸鱼"), "T/queries.train.tsv")
+    put(tmp_path, TEVATRON, "T/old-train.jsonl")
+    convert("tevatron", tmp_path / "T")
+    assert "files not read: old-train.jsonl, queries.train.tsv" in convert.printed
+
+
 def test_tevatron_with_ids_of_documents(convert, tmp_path):
     row = {
         "query_id": "1",
@@ -575,6 +590,8 @@ def test_splits_of_your_own_rows(convert, tmp_path, options, dev):
     put(rows, [OWN[0] | {"split": "trian"}])
     shutil.rmtree(found.folder)
     assert "q.jsonl:1: " in convert.error("jsonl", corpus, "--queries", rows)
+    for split in ("tset", "train"):
+        assert f"--split {split}" in convert.error("jsonl", corpus, "--queries", rows, "--split", split)
 
 
 @pytest.mark.parametrize("text", ["qid\ttext\n1\t蒸鱼\n2\t炖肉\n", "1\t蒸鱼\n2\t炖肉\n"])
@@ -591,6 +608,7 @@ def test_queries_as_tsv_with_qrels(convert, tmp_path, text):
     "beir B --queries x", "beir B --qrels x", "beir B --dev x", "jsonl B/corpus.jsonl --dev x",
     "flagembedding B/corpus.jsonl --min_grade 2", "to_beir B --split dev", "to_trec B --skip_dangling",
     "jsonl B/corpus.jsonl --qrels B/qrels/dev.tsv", "jsonl B/corpus.jsonl --columns id,body",
+    "jsonl B/corpus.jsonl --columns id,text", "flagembedding B/corpus.jsonl --split train",
 ])  # fmt: skip
 def test_an_option_that_is_not_read_is_refused(convert, tmp_path, monkeypatch, words):
     three_files(tmp_path / "B", {"qrels/dev.tsv": "q1\td0\t1\n"})
