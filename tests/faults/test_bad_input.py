@@ -13,12 +13,14 @@ from torch_src.data.lines import LONGEST_LINE, FormatError
 from torch_src.data.row_file import RowFile
 
 
+@pytest.mark.slow
 def test_mutated_files(tmp_path):
     counts, failures = run(tmp_path, list(READERS), inputs=2000, seed=7)
     assert not failures, failures[0]
     assert counts["parsed"] > 100 and counts["refused"] > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(READERS))
 def test_any_bytes(tmp_path_factory, name):
     file, _, read, beside = READERS[name]
@@ -47,6 +49,7 @@ def test_passages_of_zero_and_a_million_characters(tmp_path):
     assert collection[0 : len(collection)] == texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", [
     lambda path: read_queries(path), lambda path: PassageCollection(path.parent),
     lambda path: RowFile(path, lambda text, path, line: text, lambda row: (0,)),

@@ -198,6 +198,7 @@ def test_the_official_candidates_give_the_same_ranking(world):
     )
 
 
+@pytest.mark.slow
 def test_training_and_inference_print_the_same_dev_metrics(trained, capsys):
     """Training evaluates on the run that inference re-ranks, so both print the same metrics."""
     assert train(trained, "--force", output="again") == 0
@@ -212,6 +213,7 @@ def test_training_and_inference_print_the_same_dev_metrics(trained, capsys):
     assert params.read_bytes() == (trained / "output/cross_params.bin").read_bytes()  # same seed, same bytes
 
 
+@pytest.mark.slow
 def test_inference_warns_of_training_negatives_that_are_too_easy(world, capsys):
     """The scores of some training negatives are saved with the weights; here they are lowered."""
     path = world / "output/cross_negatives.json"
@@ -227,6 +229,7 @@ def test_inference_warns_of_training_negatives_that_are_too_easy(world, capsys):
     assert "are easier than the candidates" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_missing_or_damaged_scores_of_training_negatives_are_rewritten(world, capsys):
     path = world / "output/cross_negatives.json"
     assert train(world) == 0
@@ -239,6 +242,7 @@ def test_missing_or_damaged_scores_of_training_negatives_are_rewritten(world, ca
         assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_missing_or_damaged_settings_are_rewritten(world, capsys):
     record, config = world / "output/cross_hparams.json", world / "output/cross_model/config.json"
     record.unlink()

@@ -149,6 +149,7 @@ def test_zero_shot_needs_no_training(world):
     assert np.allclose(np.linalg.norm(np.load(out / "query.emb.npy"), axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_metrics_in_the_training_log_equal_those_of_inference(trained, tmp_path, capsys):
     """The pool is the whole collection here, so the best dev line and the scored run must agree."""
     assert dual_train.main([*train_options(trained, tmp_path / "o"), "--force"]) == 0
@@ -245,6 +246,7 @@ def test_empty_training_file(world, capsys):
     refused(capsys, world, train(world), "dual.train.tsv: contains no training rows")
 
 
+@pytest.mark.slow
 def test_unknown_option(world, capsys):
     with pytest.raises(SystemExit) as stopped:
         train(world, "--epochs", "3")

@@ -64,6 +64,7 @@ def test_every_number_has_a_range_that_contains_its_default(settings):
     assert set(ranges) <= {field.name for field in dataclasses.fields(settings)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv, named",
     [

@@ -278,6 +278,7 @@ def test_a_threshold_between_two_floats_is_rounded_down():
     assert len(select_pairs(torch.ones(1, 1), between, 10)[0]) == 1  # one pair too many, never one too few
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [3])
 def test_several_devices_share_the_chunks_and_agree(tmp_path, monkeypatch, devices):
     monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 64)

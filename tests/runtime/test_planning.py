@@ -22,6 +22,7 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "counted"), [
     (dual_train, "6 updates"), (dual_infer, "encode 60 passages"), (cross_train, "updates"),
     (cross_infer, "score 300 pairs"),
@@ -41,6 +42,7 @@ def test_before_anything_is_trained(world, tmp_path, capsys, program, counted):
     }
 
 
+@pytest.mark.slow
 def test_a_plan_does_not_change_what_is_up_to_date(world, tmp_path, capsys):
     words = train_options(world, tmp_path / "out")
     assert dual_train.main(words) == 0

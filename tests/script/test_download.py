@@ -326,6 +326,7 @@ def test_two_runs_at_once(download, tmp_path, capsys):
     assert_failed(tmp_path, capsys.readouterr(), "another download")
 
 
+@pytest.mark.slow
 def test_the_shell_script_by_itself(server, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     env = {**os.environ, "DATA_URL": address(server), "no_proxy": "127.0.0.1"}

@@ -145,6 +145,7 @@ def test_vectors_in_memory_and_on_disk_give_the_same(trained, service):
     assert on_disk.answer("怎么做鱼").recall == service.answer("怎么做鱼").recall
 
 
+@pytest.mark.slow
 def test_an_existing_index_is_used(world):
     refused(world, "para.index: no finished index", "do_dual_infer.py --index 'Flat'", index="Flat")
     assert dual_infer.main([*options(world, world / "output"), "--index", "Flat", "--force"], topk=50) == 0
@@ -199,6 +200,7 @@ def test_a_zero_shot_run(world):
     refused(world, "pooling: mean -> cls", **{**same, "pooling": "cls"})
 
 
+@pytest.mark.slow
 def test_vectors_of_another_precision_are_accepted(world):
     assert (
         dual_infer.main([*options(world, world / "output"), "--precision", "bf16", "--force"], topk=50) == 0

@@ -327,6 +327,7 @@ def with_teacher(world, folder) -> dict:
     return dict(train_set=str(folder / "dual.train.tsv"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "share", "more"),
     [
