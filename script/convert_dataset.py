@@ -42,19 +42,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
-from script.lib.foreign_datasets import (
-    TRAIN,
-    Conversion,
-    data_files,
-    find_corpus,
-    folder_queries,
-    read_passages,
-    row_files,
-    row_passages,
-    row_queries,
-    table_queries,
-)
-from script.lib.foreign_files import Counts, Source
+from script.lib.foreign_datasets import TRAIN, Conversion, data_files, find_corpus, read_passages
+from script.lib.foreign_files import Counts, Source, is_json
+from script.lib.foreign_judgments import folder_queries, judged_queries
+from script.lib.foreign_rows import row_files, row_passages, row_queries
 from script.lib.official_layout import TITLES, OfficialLayoutWriter, Passage, Query
 from script.lib.trec_files import read_grades, read_ranking
 from torch_src.data.collection import PassageCollection
@@ -103,14 +94,10 @@ def new_folder(args: argparse.Namespace) -> Iterator[Path]:
 
 def to_official(args: argparse.Namespace) -> None:
     """Convert another data set to the official layout."""
-    path, columns = Path(args.source), tuple(args.columns.split(",")) if args.columns else ()
-    if unknown := set(columns) - {"id", "title", "text", "-"}:
-        raise UserError(
-            f"--columns: unknown {', '.join(unknown)} (expected id, text, title, or - for another)"
-        )
+    path, columns = Path(args.source), columns_of(args)
     if args.split == TRAIN:
         raise UserError(f"--split {TRAIN}: the dev set cannot be the training queries; name another split")
-    source = Source(tuple("" if column == "-" else column for column in columns), args.quotes, Counts())
+    source = Source(columns, args.quotes, Counts())
     min_grade = args.min_grade or (T2RANKING_GRADE if args.kind == "t2ranking" else 1)
     with new_folder(args) as folder:
         layout = OfficialLayoutWriter(folder, args.seed, source.counts, min_grade)
@@ -125,45 +112,64 @@ def to_official(args: argparse.Namespace) -> None:
     log(f"wrote {args.to}")
 
 
+def columns_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """Return the columns that --columns names, empty for those that are not read."""
+    columns = args.columns.split(",") if args.columns else []
+    named = [column for column in columns if column != "-"]
+    required = {"text"} if args.kind in IN_ROWS else {"id", "text"}
+    if columns and not (required <= {*named} <= {"id", "title", "text"} and len(named) == len({*named})):
+        raise UserError(
+            f"--columns {args.columns}: expected id, text and title, each once, or - for another column"
+        )
+    return tuple(column.replace("-", "") for column in columns)
+
+
 def records_of(
     args: argparse.Namespace, path: Path, conversion: Conversion
 ) -> tuple[Iterator[Passage], Iterable[Query]]:
     """Return the passages and the queries of a data set; nothing is read yet."""
-    source = conversion.source
     if args.kind == "jsonl":
-        pairs = [
-            (Path(name), split) for name, split in ((args.train_qrels, "train"), (args.qrels, "dev")) if name
-        ]
-        if pairs and not args.queries:
-            raise UserError("--qrels needs the queries that it judges; pass --queries")
-        if args.min_grade and not pairs:
-            raise UserError("--min_grade: rows of positives and negatives have no grades; omit it")
-        queries = table_queries(Path(args.queries), pairs, conversion) if args.queries else ()
-        return read_passages(path, source), queries
-    corpus = Path(args.corpus) if args.corpus else find_corpus(path) if not path.is_file() else None
+        return read_passages(path, conversion.source), own_queries(args, conversion)
+    corpus = Path(args.corpus) if args.corpus else None
+    if corpus is None and not path.is_file():
+        corpus = find_corpus(path)
     if args.kind in JUDGED:
         if corpus is None:
             raise UserError(f"{path}: no file corpus or collection in this folder; pass --corpus")
-        return read_passages(corpus, source), folder_queries(path, conversion)
-    conversion.files = row_files(path, conversion)
+        return read_passages(corpus, conversion.source), folder_queries(path, conversion)
+    conversion.files, conversion.has_corpus = row_files(path, conversion), corpus is not None
     if args.dev:
-        conversion.files = [
-            *(pair for pair in conversion.files if pair[1] == "train"),
-            (Path(args.dev), "dev"),
-        ]
-    conversion.has_corpus = corpus is not None
+        train = [(file, split) for file, split in conversion.files if split == TRAIN]
+        conversion.files = [*train, (Path(args.dev), "dev")]
     if corpus is None:
         log("no corpus file: the collection is the passages of the rows")
         return row_passages(conversion), row_queries(conversion)
-    return read_passages(corpus, source, need_ids=False), row_queries(conversion)
+    return read_passages(corpus, conversion.source, need_ids=False), row_queries(conversion)
+
+
+def own_queries(args: argparse.Namespace, conversion: Conversion) -> Iterable[Query]:
+    """Return your own queries: rows with their passages, or with judgments in files of their own."""
+    named = ((args.train_qrels, TRAIN), (args.qrels, "dev"))
+    qrels = [(Path(name), split) for name, split in named if name]
+    if not args.queries:
+        if qrels:
+            raise UserError("--qrels needs the queries that it judges; pass --queries")
+        return ()
+    queries = Path(args.queries)
+    if qrels:
+        return judged_queries(queries, qrels, conversion)
+    if args.min_grade:
+        raise UserError("--min_grade: rows of positives and negatives have no grades; omit it")
+    if not is_json(queries):
+        raise UserError(f"{queries}: a table has no answers; pass --qrels or --train_qrels")
+    conversion.files = [(queries, TRAIN)]
+    return row_queries(conversion)
 
 
 def log_unread(path: Path, source: Source) -> None:
     """Log the data files of the source folder that were not read."""
-    files = [
-        file for folder in (path, path / "qrels") for paths in data_files(folder).values() for file in paths
-    ]
-    unread = [str(file.relative_to(path)) for file in files if file not in source.opened]
+    found = [*data_files(path).values(), *data_files(path / "qrels").values()]
+    unread = [str(file.relative_to(path)) for files in found for file in files if file not in source.opened]
     if unread:
         log(f"{path}: files not read: {', '.join(unread)}")
 

@@ -127,10 +127,8 @@ class Source:
             }
             for value in fields.required:
                 if value not in record:
-                    names = ", ".join(fields.names[value])
-                    raise FormatError(
-                        path, line, f"expected one of the fields {names}, found {', '.join(entry)}"
-                    )
+                    names, present = ", ".join(fields.names[value]), shown(", ".join(entry))
+                    raise FormatError(path, line, f"expected one of the fields {names}, found {present}")
             yield line, record
         if unread:
             log(f"{path}: fields not read: {', '.join(sorted(unread))}")

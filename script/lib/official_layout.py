@@ -124,9 +124,7 @@ class OfficialLayoutWriter:
         """Check a passage and return its text as one line."""
         pid, title, text, path, line = passage
         if len(pid) > LONGEST_PID:
-            raise FormatError(
-                path, line, f"passage id {shown(pid)} (expected at most {LONGEST_PID} characters)"
-            )
+            raise FormatError(path, line, f"passage id {shown(pid)}: over {LONGEST_PID} characters")
         clean = joined(title, text)
         hashed = text_hash(clean)
         if pid in self.rows:
@@ -217,6 +215,9 @@ class OfficialLayoutWriter:
         for query in queries.values():
             if query.split == "train":
                 self._drop_unusable(query)
+                graded = sum(grade > 1 for grade in query.grades.values())
+                what = "training judgments have a grade above 1: training files hold no grades"
+                self.counts.add(what, query.path, query.line, graded)
             if any(grade >= self.min_grade for grade in query.grades.values()):
                 kept.append(query)
             else:

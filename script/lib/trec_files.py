@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from script.lib.foreign_datasets import read_judgments
 from script.lib.foreign_files import Source, is_json
+from script.lib.foreign_judgments import read_judgments
 from torch_src.data.formats import read_dev
 from torch_src.data.lines import FormatError, finite_number, parse_json, shown, whole_number
 from torch_src.data.results import load_result

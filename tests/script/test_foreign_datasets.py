@@ -284,7 +284,8 @@ def test_duplicates_and_contradictions_in_judgments(convert, tmp_path):
     assert found.dual == [("问1", FISH, RICE), ("问1", PORK, RICE), ("问2", FISH, PORK)]
     assert found.cross[:3] == [("问1", FISH, 1), ("问1", PORK, 1), ("问1", RICE, 0)]
     assert found.cross[3:] == [("问2", FISH, 1), ("问2", PORK, 0)]
-    for count in ("2 duplicate judgments", "1 negatives are also positives", "1 passages have two grades"):
+    counts = ("2 duplicate judgments", "1 negatives are also positives", "1 passages have two grades")
+    for count in (*counts, "1 training judgments have a grade above 1"):
         assert count in convert.printed
 
 
@@ -523,7 +524,8 @@ def test_dpr(convert, tmp_path):
     put(tmp_path, json.dumps(DPR, indent=4, ensure_ascii=False), "N/biencoder-nq-train.json")
     found = convert("dpr", tmp_path / "N")
     assert found.passages == {"1": f"菜 {FISH}", "2": PORK}
-    assert found.dual == [("蒸鱼", f"菜 {FISH}", PORK)] and "1 negative_ctxs beside" in convert.printed
+    assert found.dual == [("蒸鱼", f"菜 {FISH}", PORK)]
+    assert "1 rows with negative_ctxs beside" in convert.printed
     corpus = table("id|text|title", f'1|"{FISH}"|菜', f'2|"{PORK}"|', f'3|"{RICE} ""饭"""|饭')
     put(tmp_path, corpus, "N/psgs_w100.tsv")
     shutil.rmtree(found.folder)
@@ -543,7 +545,7 @@ def test_dureader_and_sentence_transformers(convert, tmp_path):
 
 
 @pytest.mark.parametrize("row, words", [
-    ({"query": "q"}, "pos"), ({"pos": ["a"]}, "query"), ({"query": 1, "pos": ["a"]}, "query"),
+    ({"query": "q"}, "pos"), ({"pos": ["a"]}, "query"), ({"query": ["q"], "pos": ["a"]}, "query"),
     ({"query": "q", "pos": [1]}, "pos"), ({"query": "q", "pos": [["a"]]}, "pos"),
     ({"query": " ", "pos": ["a"]}, "empty"),
     ({"query": "q", "pos": ["a"], "pos_scores": [1, 2]}, "pos_scores"),
@@ -608,7 +610,8 @@ def test_queries_as_tsv_with_qrels(convert, tmp_path, text):
     "beir B --queries x", "beir B --qrels x", "beir B --dev x", "jsonl B/corpus.jsonl --dev x",
     "flagembedding B/corpus.jsonl --min_grade 2", "to_beir B --split dev", "to_trec B --skip_dangling",
     "jsonl B/corpus.jsonl --qrels B/qrels/dev.tsv", "jsonl B/corpus.jsonl --columns id,body",
-    "jsonl B/corpus.jsonl --columns id,text", "flagembedding B/corpus.jsonl --split train",
+    "jsonl B/corpus.jsonl --columns id,text", "jsonl B/x --columns id,title",
+    "jsonl B/x --columns id,text,id", "flagembedding B/corpus.jsonl --split train",
 ])  # fmt: skip
 def test_an_option_that_is_not_read_is_refused(convert, tmp_path, monkeypatch, words):
     three_files(tmp_path / "B", {"qrels/dev.tsv": "q1\td0\t1\n"})
