@@ -27,10 +27,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result
 from torch_src.cross_hparams import MODEL_SETTINGS as CROSS_FIXED
 from torch_src.dual_hparams import MODEL_SETTINGS as DUAL_FIXED
-from torch_src.inference import ModelSource, find_trained_model, load_cross_model, load_dual_model
+from torch_src.inference import (
+    ModelSource,
+    find_trained_model,
+    load_cross_model,
+    load_dual_model,
+    pair_rules,
+)
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.models.dual_encoder import LAYERS, pools_prompt, sentence_layers
+from torch_src.models.pair_template import PairTemplate, chat_template, template_of
 from torch_src.models.tokenization import TextRules, save_tokenizer
 from torch_src.models.truncation import Truncation
 from torch_src.runtime.errors import UserError
@@ -62,7 +69,6 @@ def export_dual(args: argparse.Namespace, to: Path) -> dict[str, Any]:
         raise UserError("pooling pooler: not supported by sentence-transformers; use another pooling")
 
     layers = {side: export_layers(encoder.tower(side), found.config) for side in ("query", "passage")}
-    found.config.__dict__.pop("sentence_settings", None)  # they are modules of the exported folder
 
     def modules(side: str, **lengths: int) -> list[Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -119,18 +125,32 @@ def export_cross(args: argparse.Namespace, to: Path) -> dict[str, Any]:
     found = find_trained_model(hp, "cross", hp.cross_params_path, CROSS_FIXED)
     encoder = load_cross_model(found)
     report_truncation(hp.cross_params_path, "cross")
+    template = template_of(found.config)
+    prompt = template.before if template and template.special_tokens else ""
     with tempfile.TemporaryDirectory() as folder:
-        save_backbone(encoder.model, found, folder)
+        save_backbone(encoder.model, found, folder, template)
         model = library.CrossEncoder(
-            folder, max_length=found.settings["max_seq_len"], activation_fn=torch.nn.Identity(), device="cpu",
-            model_kwargs={"dtype": torch.float32},
+            folder, max_length=pair_rules(found).max_tokens(found.tokenizer), device="cpu",
+            activation_fn=torch.nn.Identity(), model_kwargs={"dtype": torch.float32},
+            prompts={"query": prompt} if prompt else None, default_prompt_name="query" if prompt else None,
         )  # fmt: skip
         model.save_pretrained(str(to), create_model_card=False)
     return {**found.settings, "weights": found.checksum}
 
 
-def save_backbone(model: PreTrainedModel, found: ModelSource, folder: str) -> None:
-    """Write a plain transformers folder: configuration, safetensors, tokenizer."""
+def save_backbone(
+    model: PreTrainedModel, found: ModelSource, folder: str, template: PairTemplate | None = None
+) -> None:
+    """Write a plain transformers folder: configuration, safetensors, tokenizer.
+
+    The template of a re-ranker's pairs becomes the tokenizer's chat template; without one it has none, as
+    sentence-transformers would put it around every text.
+    """
+    for name in ("sentence_settings", "pair_settings"):  # they are in the files of sentence-transformers
+        model.config.__dict__.pop(name, None)
+    found.tokenizer.chat_template = None
+    if template and not template.special_tokens:
+        found.tokenizer.chat_template = chat_template(template)
     if hasattr(model.config, "random_init"):
         del model.config.random_init  # set for the sample model only; these weights are trained
     model.save_pretrained(folder)

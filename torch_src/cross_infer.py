@@ -26,7 +26,7 @@ from torch_src.inference import (
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_plan import plan_reranking, sample_pairs
 from torch_src.models.backbones import check_fits
-from torch_src.models.cross_encoder import CrossEncoder
+from torch_src.models.cross_encoder import CrossEncoder, describe_reranker
 from torch_src.models.truncation import sampled, truncation_of_pairs
 from torch_src.retrieval import score_checks
 from torch_src.retrieval.reranking import PairScorer, fuse, rank_pairs
@@ -97,6 +97,7 @@ class CrossInference:
         self._open_candidates()
         self.source = source = find_cross_model(hp)
         self.rules = pair_rules(source)
+        log(describe_reranker(source.settings, source.config))
         check_fits(source.config, source.tokenizer, {"max_seq_len": self.rules}, source.path)
         self.run_path = self.output / f"res.rerank{hp.topk}"
         self.outputs = [self.run_path, *(self.output / name for name in (RESULT, SCORES, ID_MAP))]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,16 @@ from torch_src.cross_hparams import MODEL_SETTINGS, CrossHparams
 from torch_src.data.candidates import OFFICIAL
 from torch_src.data.cross_training_set import CrossBatch, CrossTrainingSet
 from torch_src.data.negative_scores import negative_scores_path, read_negative_scores, write_negative_scores
-from torch_src.models.cross_encoder import CrossEncoder, load_cross_encoder, start_from_retriever
+from torch_src.models.backbones import reranker_settings
+from torch_src.models.cross_encoder import (
+    CrossEncoder,
+    describe_reranker,
+    load_cross_encoder,
+    start_from_retriever,
+)
 from torch_src.models.losses import listwise_loss, pointwise_loss, r_drop_loss
+from torch_src.models.model_folder import log_overrides
+from torch_src.models.pair_template import template_of
 from torch_src.models.tokenization import Pairs, TextRules, tokenize_pairs
 from torch_src.models.truncation import sampled, truncation_of_pairs
 from torch_src.retrieval import score_checks
@@ -55,7 +63,8 @@ class CrossTask(TrainingTask):
         self.hp, self.setup, self.files = hp, setup, setup.files
         self.device, self.processes, self.chunking = setup.device, setup.processes, setup.chunking
         setup.config.num_labels = 1
-        self.rules = setup.rules["max_seq_len"]
+        self.rules = replace(setup.rules["max_seq_len"], pair=template_of(setup.config))
+        log(describe_reranker(asdict(hp), setup.config))
         self.listwise = hp.loss == "listwise"
         self.accuracy_name = "group" if self.listwise else "pair"
         # the processes share whole groups
@@ -288,6 +297,15 @@ def training_stage(hp: CrossHparams) -> TrainingStage:
     return TrainingStage(setup, CrossTask(hp, setup))
 
 
+def settings(argv: list[str]) -> CrossHparams:
+    """Return the settings: those of the command line, else of the model folder, else the defaults."""
+    hp = hparams.parse(CrossHparams, argv)
+    own = reranker_settings(hp.pretrained_model_path, CrossHparams.defaults(hp.debug).max_seq_len)
+    final = hparams.parse(CrossHparams, argv, own)
+    log_overrides(hp.pretrained_model_path, own, asdict(final))
+    return final
+
+
 def run(hp: CrossHparams) -> None:
     """Train unless the result is up to date."""
     hparams.announce("train the cross-encoder", hp)
@@ -296,4 +314,4 @@ def run(hp: CrossHparams) -> None:
 
 def main(argv: list[str]) -> int:
     """Run with these options; return the exit status."""
-    return exit_status(lambda: run(hparams.parse(CrossHparams, argv)))
+    return exit_status(lambda: run(settings(argv)))

@@ -27,8 +27,13 @@ from torch_src.models.backbones import (
     load_config,
     load_weights,
     model_checksum,
+    reranker_settings,
 )
-from torch_src.models.cross_encoder import CrossEncoder, build_cross_encoder, load_cross_encoder
+from torch_src.models.cross_encoder import (
+    CrossEncoder,
+    build_cross_encoder,
+    load_cross_encoder,
+)
 from torch_src.models.dual_encoder import (
     DualEncoder,
     build_backbone,
@@ -39,6 +44,7 @@ from torch_src.models.dual_encoder import (
     vector_width,
 )
 from torch_src.models.model_folder import log_overrides
+from torch_src.models.pair_template import template_of
 from torch_src.models.tokenization import TextRules, exclude_prompt, load_tokenizer, tokenizer_checksum
 from torch_src.models.trained_settings import MODEL_FIELDS, model_fields_intact
 from torch_src.models.truncation import Truncation, sampled, truncation_of_texts
@@ -129,7 +135,12 @@ def find_cross_model(hp: InferenceCrossHparams) -> ModelSource:
     """Return the trained re-ranker, or with `--cross_params none` a pretrained model."""
     if hp.cross_params != NONE and not _planned_before_training(hp.plan, hp.cross_params_path):
         return find_trained_model(hp, "cross", hp.cross_params_path, CROSS_MODEL_SETTINGS)
-    return _find_pretrained_model(hp, "cross", CrossHparams.defaults(hp.debug), CROSS_MODEL_SETTINGS)
+    training = CrossHparams.defaults(hp.debug)
+    path = hp.pretrained_model_path or training.pretrained_model_path
+    own = reranker_settings(path)
+    source = _find_pretrained_model(hp, "cross", replace(training, **own), CROSS_MODEL_SETTINGS)
+    log_overrides(path, own, source.settings)
+    return source
 
 
 def _planned_before_training(plan: bool, params_path: str) -> bool:
@@ -230,7 +241,8 @@ def load_cross_model(source: ModelSource, trained: bool = True) -> CrossEncoder:
 
 def pair_rules(source: ModelSource) -> TextRules:
     """Return how pairs become token ids."""
-    return TextRules(source.settings["max_seq_len"], "", source.settings["remove_spaces"])
+    settings, template = source.settings, template_of(source.config)
+    return TextRules(settings["max_seq_len"], "", settings["remove_spaces"], pair=template)
 
 
 def pair_scorer(

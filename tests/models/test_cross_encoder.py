@@ -375,13 +375,6 @@ def test_a_missing_head_is_drawn_from_the_seed_or_refused(tiny_config, tmp_path,
         load_cross_encoder(str(tmp_path), tiny_config, 5, trained=True)
 
 
-def test_a_head_of_two_classes_is_no_trained_head(tiny_config, tmp_path):
-    tiny_config.num_labels = 2
-    AutoModelForSequenceClassification.from_config(tiny_config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no trained head.*classifier"):
-        load_cross_encoder(str(tmp_path), tiny_config, 5, trained=True)
-
-
 def test_missing_weights_of_the_encoder_are_refused(tiny_config, tmp_path):
     deeper = copy.deepcopy(tiny_config)
     deeper.num_hidden_layers = 3

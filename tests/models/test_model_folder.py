@@ -10,10 +10,10 @@ from toy_folders import PACKAGE, write_dense, write_json, write_modules
 from torch_src import dual_train, inference
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.models import hub
-from torch_src.models.backbones import folder_settings, is_decoder, load_config, model_checksum
+from torch_src.models.backbones import folder_settings, load_config, model_checksum
 from torch_src.models.dual_encoder import embed, load_backbone, load_query_backbone, vector_width
 from torch_src.models.hub import is_hub_name
-from torch_src.models.model_folder import own_settings, read_model_folder
+from torch_src.models.model_folder import is_decoder, own_settings, read_model_folder
 from torch_src.models.tokenization import (
     TextRules,
     count_prompt_tokens,

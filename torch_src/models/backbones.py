@@ -12,13 +12,16 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
 from torch_src.models.hub import is_hub_name, local_folder
-from torch_src.models.model_folder import own_settings, read_model_folder, read_reranker_folder
+from torch_src.models.model_folder import (
+    ModelFolder,
+    is_decoder,
+    own_settings,
+    read_model_folder,
+    read_reranker_folder,
+)
+from torch_src.models.pair_template import add_template, template_of
 from torch_src.models.tokenization import TextRules, load_tokenizer, token_counts
 from torch_src.runtime import tensor_files
 from torch_src.runtime.errors import UserError, first_line
@@ -56,7 +59,6 @@ ENCODERS = {
     "mt5": "MT5EncoderModel",
     "umt5": "UMT5EncoderModel",
 }  # of encoder-decoders
-NOT_DECODERS = {"xlnet", "bert-generation"}  # attend to both sides, although they have a causal head
 # configuration fields that do not affect the vectors or logits
 OTHER_FIELDS = set(
     "_name_or_path transformers_version dtype torch_dtype architectures id2label label2id problem_type "
@@ -77,8 +79,10 @@ def load_config(path: str, dropout: float | None = None, kind: str = "dual") -> 
     """
     _check_folder(path)
     folder = read_model_folder(path) if kind == "dual" else read_reranker_folder(path)
-    config = _read_config(folder.tower("passage"), path)
-    if folder.separate and architecture(config) != architecture(_read_config(folder.tower("query"), path)):
+    config = read_config(folder.tower("passage"), path)
+    if kind == "cross":
+        _complete_reranker(config, folder)
+    if folder.separate and architecture(config) != architecture(read_config(folder.tower("query"), path)):
         raise UserError(f"{path}: two towers of different configurations are not supported")
     if folder.layers or not folder.include_prompt:
         config.sentence_settings = {"layers": list(folder.layers), "include_prompt": folder.include_prompt}
@@ -88,12 +92,40 @@ def load_config(path: str, dropout: float | None = None, kind: str = "dual") -> 
     return config
 
 
+def _complete_reranker(config: PretrainedConfig, folder: ModelFolder) -> None:
+    """Add the template of the pairs, and the pad token, which decoders need to find the last token."""
+
+    def load() -> PreTrainedTokenizerBase:
+        return load_tokenizer(folder.path, kind="cross")
+
+    add_template(config, folder, load)
+    if config.pad_token_id is None and is_decoder(config):
+        config.pad_token_id = load().pad_token_id
+
+
+def reranker_settings(path: str, longest: int | None = None) -> dict[str, Any]:
+    """Return the knobs of a re-ranker that its folder or hub name sets: max_seq_len, at most `longest`."""
+    if not os.path.isdir(path) and not is_hub_name(path):
+        return {}  # load_config reports it
+    folder = read_reranker_folder(path)
+    if folder.unused_prompts:
+        names = ", ".join(folder.unused_prompts)
+        warn(f"{path}: its prompts {names} are not the default one and are not used")
+    if not folder.has_modules or not folder.max_seq_len:
+        return {}
+    config, tokenizer = load_config(path, kind="cross"), load_tokenizer(path, kind="cross")
+    template = template_of(config)
+    own = min(limit for limit in (folder.max_seq_len, positions(config)) if limit)
+    own -= TextRules(0, pair=template).max_tokens(tokenizer) if template else 0
+    return {"max_seq_len": min(own, longest) if longest else own}
+
+
 def _check_folder(path: str) -> None:
     if not os.path.isdir(path) and not is_hub_name(path):
         raise UserError(f"{path}: no such folder (pretrained_model_path); run sh script/download.sh model")
 
 
-def _read_config(tower: str, path: str) -> PretrainedConfig:
+def read_config(tower: str, path: str) -> PretrainedConfig:
     """Return the configuration of a transformer's folder; `path`: its model, for errors."""
     file = Path(tower) / "config.json"
     if (adapter := file.with_name("adapter_config.json")).exists():
@@ -122,15 +154,6 @@ def _read_config(tower: str, path: str) -> PretrainedConfig:
     if config.is_encoder_decoder and config.model_type not in ENCODERS:
         raise UserError(f"{path}: a {config.model_type} model is not supported (an encoder and a decoder)")
     return config
-
-
-def is_decoder(config: PretrainedConfig) -> bool:
-    """Return whether each token attends only to the tokens before it."""
-    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", None) is False:
-        return False
-    only_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    only_causal = only_causal and config.model_type not in {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *NOT_DECODERS}
-    return not config.is_encoder_decoder and (only_causal or bool(getattr(config, "is_decoder", False)))
 
 
 def folder_settings(path: str, longest: dict[str, int] | None = None) -> dict[str, Any]:

@@ -2,16 +2,29 @@
 
 import inspect
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from torch_src.models.backbones import load_pretrained, read_weights
+from torch_src.models.backbones import load_config, load_pretrained, read_config, read_weights
+from torch_src.models.model_folder import ModelFolder, read_reranker_folder
+from torch_src.models.pair_template import is_causal, template_of
+from torch_src.models.tokenization import load_tokenizer
 from torch_src.runtime.devices import at_least_float32
-from torch_src.runtime.errors import UserError
+from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.log import log
 
+# names of the labels of a classifier with two, where they are not LABEL_0 (irrelevant) and LABEL_1
+RELEVANT, IRRELEVANT = {"relevant", "positive", "yes", "true"}, {"irrelevant", "negative", "no", "false"}
 ENCODER_LAYER = re.compile(r"\blayers?\.\d+\.")  # linear layers outside of these belong to the head
 
 
@@ -72,10 +85,23 @@ def build_cross_encoder(config: PretrainedConfig) -> CrossEncoder:
 def load_cross_encoder(path: str, config: PretrainedConfig, seed: int, trained: bool) -> CrossEncoder:
     """Return the cross-encoder with the pretrained weights of a folder or hub name.
 
-    A missing head is initialized from `seed`; UserError with `trained`, or if encoder weights are missing.
+    Two labels, and the answers yes and no of a causal language model, become one logit: their difference
+    (log-odds). A missing head is initialized from `seed`; UserError with `trained`, or if encoder weights are
+    missing.
     """
+    folder = read_reranker_folder(path)
+    own = read_config(folder.tower("passage"), path)
+    if is_causal(folder, load_config(path, kind="cross")):
+        return CrossEncoder(_from_causal(folder, config, seed))
+    kind = (AutoModelForSequenceClassification, folder.tower("passage"))
+    if own.num_labels == 2 and (own.architectures or [""])[0].endswith("ForSequenceClassification"):
+        config.num_labels = 2
+        model, missing = load_pretrained(*kind, config, seed)
+        config.num_labels = 1
+        if not missing:
+            return CrossEncoder(_log_odds(model, own, path))
     config.num_labels = 1
-    model, missing = load_pretrained(AutoModelForSequenceClassification, path, config, seed)
+    model, missing = load_pretrained(*kind, config, seed)
     body = [name for name in missing if ENCODER_LAYER.search(name) or "embedding" in name]
     if body:
         raise UserError(f"{path}: {len(body)} encoder weights are missing, e.g. {body[0]}")
@@ -87,6 +113,92 @@ def load_cross_encoder(path: str, config: PretrainedConfig, seed: int, trained: 
     if missing:
         log(f"{path}: no head with one logit; {', '.join(missing)} initialized randomly with seed {seed}")
     return CrossEncoder(model, missing)
+
+
+@torch.no_grad()
+def _log_odds(model: PreTrainedModel, config: PretrainedConfig, path: str) -> PreTrainedModel:
+    """Replace the last layer of a classifier with two labels by one for the difference of their logits."""
+    heads = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == 2 and not ENCODER_LAYER.search(f"{name}.")
+    ]
+    if len(heads) != 1:
+        raise UserError(f"{path}: the layer of its two labels is not known, so it is not supported")
+    head = model.get_submodule(heads[0])
+    assert isinstance(head, nn.Linear)
+    names = [str(config.id2label.get(at, "")).lower() for at in range(2)]
+    relevant = 0 if names[0] in RELEVANT or names[1] in IRRELEVANT else 1
+    log(f"{path}: two labels; the score is the logit of label {relevant} minus that of label {1 - relevant}")
+    parent, _, child = heads[0].rpartition(".")
+    setattr(model.get_submodule(parent), child, _difference(head, relevant, 1 - relevant))
+    model.num_labels = model.config.num_labels = 1
+    return model
+
+
+def _difference(head: nn.Linear, plus: int, minus: int | None) -> nn.Linear:
+    """Return a layer with one output: one output of `head` minus another, if given."""
+    one = nn.Linear(head.in_features, 1, bias=head.bias is not None)
+    for name in ("weight", "bias") if head.bias is not None else ("weight",):
+        values = getattr(head, name).detach()
+        kept = values[plus : plus + 1].clone()
+        getattr(one, name).data = kept if minus is None else kept - values[minus : minus + 1]
+    return one
+
+
+@torch.no_grad()
+def _from_causal(folder: ModelFolder, config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    """Return a causal language model as a classifier with one logit: that of yes minus that of no."""
+    path = folder.path
+    causal, missing = load_pretrained(AutoModelForCausalLM, folder.tower("passage"), config, seed)
+    if missing:
+        raise UserError(f"{path}: {len(missing)} weights are missing, e.g. {missing[0]}")
+    tokenizer = load_tokenizer(path, kind="cross")
+    yes, no = folder.answers or (_answer(tokenizer, "yes", path), _answer(tokenizer, "no", path))
+    head = causal.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or max(yes, no or 0) >= head.out_features:
+        raise UserError(f"{path}: the answers {yes} and {no} are not in the model's vocabulary")
+    config.num_labels = 1
+    unsupported = f"{path}: a causal {config.model_type} model is not supported as a re-ranker"
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        setattr(model, model.base_model_prefix, causal.base_model)
+        model.score = _difference(head, yes, no)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{unsupported} ({first_line(error)})") from error
+    ids = torch.tensor([[3, 4, 5]])
+    answers = causal.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
+    expected = answers[yes] - (0 if no is None else answers[no])
+    found = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0]
+    if (found - expected).abs() > 1e-3 * (1 + expected.abs()):
+        raise UserError(f"{unsupported}: its logits are not a linear function of the last state")
+    config.architectures = [type(model).__name__]
+    log(
+        f"{path}: the score is the logit of token {yes}"
+        + ("" if no is None else f" minus that of token {no}")
+    )
+    return model
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, text: str, path: str) -> int:
+    """Return the token of an answer, the first one of several."""
+    found = tokenizer.convert_tokens_to_ids(text)
+    if isinstance(found, int) and found != tokenizer.unk_token_id:
+        return found
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids or ids[0] == tokenizer.unk_token_id:
+        raise UserError(f"{path}: a causal language model whose tokenizer has no token {text}")
+    return int(ids[0])
+
+
+def describe_reranker(settings: Mapping[str, Any], config: PretrainedConfig) -> str:
+    """Return the settings in effect as one line for the log."""
+    template = template_of(config)
+    parts = [f"query and passage at most {settings['max_seq_len']} tokens"]
+    if template:
+        parts.append(f"template {template.before!r} query {template.between!r} passage {template.after!r}")
+    return "; ".join(parts)
 
 
 def start_from_retriever(encoder: CrossEncoder, path: str) -> None:

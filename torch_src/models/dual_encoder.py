@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 
-from torch_src.models.backbones import ENCODERS, WEIGHT_ERRORS, is_decoder, load_pretrained
-from torch_src.models.model_folder import read_model_folder
+from torch_src.models.backbones import ENCODERS, WEIGHT_ERRORS, load_pretrained
+from torch_src.models.model_folder import is_decoder, read_model_folder
 from torch_src.runtime.devices import at_least_float32
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.tensor_files import load_tensors

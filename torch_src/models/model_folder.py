@@ -6,9 +6,15 @@ Everything in these files is honored, or refused with the name of the part that 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from torch_src.models.hub import is_hub_name, known_file, local_folder
 from torch_src.runtime.errors import UserError
@@ -41,6 +47,8 @@ TANH = "torch.nn.modules.activation.Tanh"
 ACTIVATIONS = ("Tanh", "Identity", "GELU", "ReLU", "SiLU", "Sigmoid", "ELU", "LeakyReLU", "Mish", "SELU")
 NO_LIMIT = 1_000_000  # tokenizers without a length limit have a larger model_max_length
 
+NOT_DECODERS = {"xlnet", "bert-generation"}  # attend to both sides, although they have a causal head
+
 Modules = list[tuple[str, Path]]  # (kind, folder), in the order of the computation
 
 
@@ -66,6 +74,7 @@ class ModelFolder:
     unused_prompts: tuple[str, ...] = ()  # names that stand for neither queries nor passages
     lower_case: bool = False  # whether texts become lower case before the tokenizer
     answers: tuple[int, int | None] | None = None  # token ids of a re-ranker's yes and no
+    chat: dict[str, Any] | None = None  # format and arguments of the chat template of a re-ranker's pairs
 
     def tower(self, side: str) -> str:
         """Return the folder of the transformer of `side`, query or passage."""
@@ -146,33 +155,52 @@ def read_model_folder(path: str) -> ModelFolder:
 
 
 def read_reranker_folder(path: str) -> ModelFolder:
-    """Return what the folder of a re-ranker says; UserError for a part that is not supported."""
+    """Return what the folder of a re-ranker says; UserError for a part that is not supported.
+
+    Of a retriever's folder, from which a re-ranker is trained, only the transformer is used.
+    """
     root = Path(local_folder(path))
-    listed, tower, answers, stated = known_file(path, MODULES), root, None, {}
-    if listed is not None:
-        modules = _modules(listed, "query")
-        kinds = [kind for kind, _ in modules]
-        if kinds not in (["Transformer"], ["Transformer", "LogitScore"]):
-            wrong = next((kind for kind in kinds if kind not in ("Transformer", "LogitScore")), kinds[-1])
-            raise UserError(f"{listed}: the module {wrong} is not supported for a re-ranker")
-        tower = modules[0][1]
-        task = "text-generation" if len(modules) > 1 else "sequence-classification"
-        stated = _transformer_settings(tower, task)
-        if len(modules) > 1:
-            ids = read_json(modules[1][1] / "config.json")
-            answers = (int(ids["true_token_id"]), ids.get("false_token_id"))
+    listed = known_file(path, MODULES)
+    if listed is None:
+        return ModelFolder(path, towers=(str(root), str(root)))
+    modules = _modules(listed, "passage")
+    kinds = [kind for kind, _ in modules]
+    tower = modules[0][1] if modules else root
+    found = ModelFolder(path, True, (str(tower), str(tower)))
+    if kinds[:2] == ["Transformer", "Pooling"]:
+        return replace(found, has_modules=False)
+    if kinds not in (["Transformer"], ["Transformer", "LogitScore"]):
+        wrong = next((kind for kind in kinds if kind not in ("Transformer", "LogitScore")), "order")
+        raise UserError(f"{listed}: the module {wrong} is not supported for a re-ranker")
+    causal = len(modules) > 1
+    stated = _transformer_settings(tower, "text-generation" if causal else "sequence-classification")
     general_path = root / SETTINGS
     general = read_json(general_path) if known_file(path, SETTINGS) else {}
     prompts, default = _prompts(general, general_path), general.get("default_prompt_name")
     if default is not None and default not in prompts:
         raise UserError(f"{general_path}: default_prompt_name {default!r} is not one of its prompts")
-    unused = tuple(name for name, text in prompts.items() if text and name != default)
-    return ModelFolder(
-        path, listed is not None, (str(tower), str(tower)), answers=answers,
+    message = (stated.get("modality_config") or {}).get("message")
+    arguments = (stated.get("processing_kwargs") or {}).get("chat_template", {})
+    return replace(
+        found,
+        answers=_answers(modules[1][1] / "config.json") if causal else None,
+        chat={"format": message.get("format", "auto"), "arguments": arguments}
+        if message is not None
+        else None,
         default_prompt=prompts[default] if default is not None else "",
-        max_seq_len=_length(stated, "max_seq_length", tower) if listed else None,
-        lower_case=bool(stated.get("do_lower_case")), unused_prompts=unused,
-    )  # fmt: skip
+        max_seq_len=_length(stated, "max_seq_length", tower),
+        lower_case=bool(stated.get("do_lower_case")),
+        unused_prompts=tuple(name for name, text in prompts.items() if text and name != default),
+    )
+
+
+def _answers(path: Path) -> tuple[int, int | None]:
+    """Return the token ids of yes and no; None where the score is the logit of yes alone."""
+    ids = read_json(path)
+    if ids.get("module_input_name", "causal_logits") != "causal_logits":
+        raise UserError(f"{path}: module_input_name {ids['module_input_name']} is not supported")
+    false = ids.get("false_token_id")
+    return int(_stated(ids, "true_token_id", path)), None if false is None else int(false)
 
 
 def _modules(listed: Path, side: str) -> Modules:
@@ -293,23 +321,25 @@ def _transformer_settings(tower: Path, task: str) -> dict[str, Any]:
     stated = read_json(found)
     if stated.get("transformer_task", task) != task:
         raise UserError(f"{found}: transformer_task {stated['transformer_task']} is not supported ({task})")
-    for name in ("query_expansion", "processing_kwargs"):
-        if stated.get(name):
-            raise UserError(f"{found}: {name} is not supported")
+    if stated.get("query_expansion"):
+        raise UserError(f"{found}: query_expansion is not supported")
+    for name in set(stated.get("processing_kwargs") or ()) - {"chat_template"}:
+        raise UserError(f"{found}: processing_kwargs {name} is not supported")
     for name in ("model", "tokenizer", "config", "processor"):
         for arguments in (stated.get(f"{name}_args"), stated.get(f"{name}_kwargs")):
             if odd := sorted(set(arguments or ()) - HARMLESS):
                 raise UserError(f"{found}: {name}_args {', '.join(odd)}: not supported")
-    text = (stated.get("modality_config") or {}).get("text", {"method": "forward"})
-    if (
-        set(stated.get("modality_config") or ("text",)) - {"text", "message"}
-        or text.get("method") != "forward"
-    ):
-        kinds = ", ".join(stated["modality_config"])
-        raise UserError(f"{found}: modality_config {kinds} is not supported (expected text)")
-    output = text.get("method_output_name", "last_hidden_state")
-    if task == "feature-extraction" and output != "last_hidden_state":
-        raise UserError(f"{found}: method_output_name {output} is not supported (expected last_hidden_state)")
+    is_retriever = task == "feature-extraction"
+    inputs = stated.get("modality_config") or {"text": {}}
+    if odd := sorted(set(inputs) - ({"text"} if is_retriever else {"text", "message"})):
+        raise UserError(f"{found}: modality_config {', '.join(odd)} is not supported (expected text)")
+    output = "last_hidden_state" if is_retriever else "logits"
+    for how in inputs.values():
+        given = how.get("method", "forward"), how.get("method_output_name", output)
+        if given != ("forward", output):
+            raise UserError(
+                f"{found}: {' '.join(map(str, given))} is not supported (expected forward {output})"
+            )
     return stated
 
 
@@ -354,3 +384,12 @@ def _same(listed: Path, values: list[Any]) -> Any:
         text = json.dumps(values[:2], default=str)
         raise UserError(f"{listed}: queries and passages with different settings are not supported ({text})")
     return values[0]
+
+
+def is_decoder(config: PretrainedConfig) -> bool:
+    """Return whether each token attends only to the tokens before it."""
+    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", None) is False:
+        return False
+    only_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    only_causal = only_causal and config.model_type not in {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *NOT_DECODERS}
+    return not config.is_encoder_decoder and (only_causal or bool(getattr(config, "is_decoder", False)))

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 from torch_src.data.lines import read_lines
 from torch_src.models.hub import is_hub_name
 from torch_src.models.model_folder import read_model_folder, read_reranker_folder
+from torch_src.models.pair_template import PairTemplate
 from torch_src.runtime.errors import UserError, is_out_of_memory
 from torch_src.runtime.files import read_json
 from torch_src.runtime.log import warn
@@ -44,6 +45,7 @@ class TextRules:
     prefix: str = ""
     remove_spaces: bool = False
     prompt_tokens: int = 0  # first tokens that are not pooled
+    pair: PairTemplate | None = None  # text around query and passage of a pair; not counted either
 
     def clean(self, text: str) -> str:
         """Return the text to tokenize: ASCII spaces removed (with `remove_spaces`), then prefixed."""
@@ -53,10 +55,12 @@ class TextRules:
         return text.replace(" ", "") if self.remove_spaces else text
 
     def max_tokens(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Return the most tokens of an input: `max_seq_len` and those of the prefix."""
-        if not self.prefix:
-            return self.max_seq_len
-        return self.max_seq_len + token_counts(tokenizer, [self.prefix], add_special_tokens=False)[0]
+        """Return the most tokens of an input: `max_seq_len` and those of prefix and template."""
+        around = [self.prefix]
+        if self.pair:
+            around += [self.pair.before, self.pair.between, self.pair.after]
+        around = [text for text in around if text]
+        return self.max_seq_len + sum(token_counts(tokenizer, around, add_special_tokens=False))
 
 
 def load_tokenizer(
@@ -277,39 +281,53 @@ def tokenize_pairs(
     tokenizer: PreTrainedTokenizerBase, queries: list[str], passages: list[str], rules: TextRules
 ) -> Pairs:
     """Return the token ids of the pairs; only passages are truncated, unless the query leaves no room."""
-    passages = [rules.clean(text) for text in passages]
-    limit = _early_limit(tokenizer, passages, rules.max_seq_len)
+    max_tokens, pair = rules.max_tokens(tokenizer), rules.pair or PairTemplate()
     queries = _shorten_queries(tokenizer, [rules.clean(text) for text in queries], rules.max_seq_len)
+    # a space before the passage is part of its first token
+    between = pair.between.rstrip(" ")
+    lead = pair.between[len(between) :]
+    queries = [pair.before + text + between for text in queries]
+    passages = [lead + rules.clean(text) for text in passages]
+    limit = _early_limit(tokenizer, passages, max_tokens)
     early = [cut_early(text, limit) for text in passages]
-    ids, types, cut = _tokenize_pairs(tokenizer, queries, early, rules.max_seq_len)
+    ids, types, cut = _tokenize_pairs(tokenizer, queries, early, max_tokens, pair)
     redo = [at for at, text in enumerate(passages) if len(text) > limit and not cut[at]]  # as in tokenize
     if redo:
         whole = [queries[at] for at in redo], [passages[at] for at in redo]
-        redone = _tokenize_pairs(tokenizer, *whole, rules.max_seq_len)
+        redone = _tokenize_pairs(tokenizer, *whole, max_tokens, pair)
         for at, tokens, segments, was_cut in zip(redo, *redone, strict=True):
             ids[at], types[at], cut[at] = tokens, segments, was_cut
     return Pairs(ids, types, sum(cut))
 
 
 def _tokenize_pairs(
-    tokenizer: PreTrainedTokenizerBase, queries: list[str], passages: list[str], max_seq_len: int
+    tokenizer: PreTrainedTokenizerBase,
+    queries: list[str],
+    passages: list[str],
+    max_tokens: int,
+    pair: PairTemplate,
 ) -> tuple[list[list[int]], list[list[int]], list[bool]]:
     """Return (token ids, segment ids, whether the passage was truncated) of each pair."""
     ids: list[list[int]] = []
     types: list[list[int]] = []
     cut: list[bool] = []
+    after: list[int] = []
+    if pair.after:
+        with LOCK:
+            after = list(tokenizer(pair.after, add_special_tokens=False)["input_ids"])
     for start in range(0, len(passages), TEXTS_PER_CALL):
         with LOCK:
             batch = tokenizer(
                 queries[start : start + TEXTS_PER_CALL],
                 passages[start : start + TEXTS_PER_CALL],
                 truncation="only_second",
-                max_length=max_seq_len,
+                max_length=max_tokens - len(after),
+                add_special_tokens=pair.special_tokens,
                 return_attention_mask=False,
                 return_token_type_ids=True,
             )
-        ids += batch["input_ids"]
-        types += batch["token_type_ids"]
+        ids += [tokens + after for tokens in batch["input_ids"]]
+        types += [segments + [1] * len(after) for segments in batch["token_type_ids"]]
         cut += [bool(encoding.overflowing) for encoding in batch.encodings]
     return ids, types, cut
 
