@@ -68,6 +68,7 @@ def export_dual(args: argparse.Namespace, to: Path) -> dict[str, Any]:
     if fixed["pooling"] == "pooler":
         raise UserError("pooling pooler: not supported by sentence-transformers; use another pooling")
 
+    include_prompt = pools_prompt(found.config)  # before save_backbone removes it
     layers = {side: export_layers(encoder.tower(side), found.config) for side in ("query", "passage")}
 
     def modules(side: str, **lengths: int) -> list[Any]:
@@ -75,7 +76,7 @@ def export_dual(args: argparse.Namespace, to: Path) -> dict[str, Any]:
             save_backbone(encoder.tower(side), found, folder)
             transformer = Transformer(folder, model_kwargs={"dtype": torch.float32}, **lengths)
         dimension = transformer.get_embedding_dimension()
-        pooling = Pooling(dimension, fixed["pooling"], include_prompt=pools_prompt(found.config))
+        pooling = Pooling(dimension, fixed["pooling"], include_prompt=include_prompt)
         return [transformer, pooling, *layers[side], *([Normalize()] if fixed["normalize"] else [])]
 
     # sentence-transformers counts the tokens of a prompt as well
@@ -125,12 +126,12 @@ def export_cross(args: argparse.Namespace, to: Path) -> dict[str, Any]:
     found = find_trained_model(hp, "cross", hp.cross_params_path, CROSS_FIXED)
     encoder = load_cross_model(found)
     report_truncation(hp.cross_params_path, "cross")
-    template = template_of(found.config)
+    template, length = template_of(found.config), pair_rules(found).max_tokens(found.tokenizer)
     prompt = template.before if template and template.special_tokens else ""
     with tempfile.TemporaryDirectory() as folder:
         save_backbone(encoder.model, found, folder, template)
         model = library.CrossEncoder(
-            folder, max_length=pair_rules(found).max_tokens(found.tokenizer), device="cpu",
+            folder, max_length=length, device="cpu",
             activation_fn=torch.nn.Identity(), model_kwargs={"dtype": torch.float32},
             prompts={"query": prompt} if prompt else None, default_prompt_name="query" if prompt else None,
         )  # fmt: skip

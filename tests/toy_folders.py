@@ -29,7 +29,9 @@ def write_modules(
     """
     kinds = {transformer: "Transformer", "1_Pooling": "Pooling"}
     kinds |= {f"{at}_{kind}": kind for at, kind in enumerate(after, start=2)}
-    modules = [{"type": f"{PACKAGE}.{kind}", "path": path} for path, kind in kinds.items()]
+    modules = [
+        {"type": f"{PACKAGE}.{kind}", "path": path, "name": f"m{path}"} for path, kind in kinds.items()
+    ]
     write_json(folder / "modules.json", modules)
     config = {"pooling_mode": pooling} if isinstance(pooling, str) else pooling
     write_json(folder / "1_Pooling/config.json", config)

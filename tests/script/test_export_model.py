@@ -1,14 +1,27 @@
 """Exported folders load in transformers and sentence-transformers, with the same vectors and scores."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from toy_world import lines, make_world, options, train_options
-from transformers import AutoModel, AutoTokenizer
+from safetensors.torch import save_file
+from toy_folders import write_dense, write_json, write_modules
+from toy_world import SAMPLE, lines, make_world, options, train_options
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
 
 from script import export_model
 from torch_src import cross_infer, cross_train, dual_infer, dual_train
 from torch_src.models.model_folder import own_settings
+from torch_src.models.tokenization import load_tokenizer
 
 pytestmark = pytest.mark.tools
 
@@ -140,3 +153,103 @@ def test_cross_encoder_scores_are_the_same(tmp_path):
     ours = np.array([float(line) for line in lines(world / "out/cross_scores.txt")])
     assert np.abs(logits - ours).max() < 1e-5
     assert "| MRR@10 | " in (world / "ce/README.md").read_text(encoding="utf-8")
+
+
+def model_with(folder: Path, kind: str) -> Path:
+    """Write a tiny pretrained model with the sample's vocabulary."""
+    tokenizer = load_tokenizer("", str(SAMPLE / "tiny_bert/vocab.txt"))
+    tokenizer.chat_template = "{% for m in messages %}x {{ m.content }}{% endfor %}"  # not for this use
+    sizes = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 32, "max_position_embeddings": 1024, "initializer_range": 0.3,
+    }  # fmt: skip
+    decoder = Qwen3Config(**sizes, num_key_value_heads=2, head_dim=16)
+    torch.manual_seed(0)
+    if kind == "reranker":
+        tokenizer.chat_template = None
+        Qwen3ForCausalLM(decoder).save_pretrained(folder)
+    elif kind == "decoder":
+        Qwen3Model(decoder).save_pretrained(folder)
+        pooling = {"pooling_mode": "lasttoken", "embedding_dimension": 32}
+        write_modules(folder, pooling, prompts={"query": "问："}, lengths={"max_seq_length": 40})
+        tokenizer.padding_side = "left"
+    else:
+        BertModel(BertConfig(**sizes)).save_pretrained(folder)
+        pooling = {
+            "pooling_mode": "weightedmean", "include_prompt": False, "embedding_dimension": 32,
+        }  # fmt: skip
+        after = ("Dense", "LayerNorm", "Normalize")
+        write_modules(
+            folder, pooling, after, {"max_seq_length": 40}, prompts={"query": "问：", "document": "文："}
+        )
+        write_dense(folder / "2_Dense", 32, 24)
+        write_json(folder / "3_LayerNorm/config.json", {"dimension": 24})
+        save_file({"norm.weight": torch.rand(24), "norm.bias": torch.rand(24)},
+                  str(folder / "3_LayerNorm/model.safetensors"))  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["decoder", "layers"])
+def test_a_retriever_of_another_kind_through_all_programs(tmp_path, kind):
+    """Zero-shot, trained and exported: each equal to sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+
+    world = make_world(tmp_path)
+    folder, both = model_with(world / kind, kind), options(world, world / "out")
+    queries, passages = texts(world)
+
+    def equal(path: Path) -> None:
+        model = SentenceTransformer(str(path), device="cpu")
+        ours = np.load(world / "out/query.emb.npy"), np.load(world / "out/para_emb/block-00000.npy")
+        for one, other in zip(
+            ours, (model.encode_query(queries), model.encode_document(passages)), strict=True
+        ):
+            one = one.astype(np.float64) / np.linalg.norm(one.astype(np.float64), axis=1, keepdims=True)
+            other = other / np.linalg.norm(other, axis=1, keepdims=True)
+            assert (one * other).sum(1).min() > 0.99999
+
+    start = ["--pretrained_model_path", str(folder)]
+    assert dual_infer.main([*both, *start, "--dual_params", "none"], topk=10) == 0
+    equal(folder)
+    short = ["--epoch", "1", "--batch_size", "8", "--lr", "1e-3", "--temperature", "0.05"]
+    assert dual_train.main([*both, *start, *short]) == 0
+    assert dual_infer.main(both, topk=10) == 0
+    assert export_model.main(["dual", "--output_dir", str(world / "out"), "--to", str(world / "st")]) == 0
+    equal(world / "st")
+    again = [*both, "--pretrained_model_path", str(world / "st"), "--dual_params", "none"]
+    before = np.load(world / "out/query.emb.npy")
+    assert dual_infer.main(again, topk=10) == 0
+    assert np.abs(np.load(world / "out/query.emb.npy") - before).max() < 1e-6
+
+
+def test_a_language_model_as_re_ranker_through_all_programs(tmp_path):
+    """Zero-shot, trained and exported with its template: the export equals sentence-transformers."""
+    from sentence_transformers import CrossEncoder
+
+    world = make_world(tmp_path)
+    folder, both = model_with(world / "lm", "reranker"), options(world, world / "out")
+    dual = [*both, "--pretrained_model_path", str(world / "model"), "--dual_params", "none"]
+    assert dual_infer.main(dual, topk=10) == 0
+    start, run = (
+        ["--pretrained_model_path", str(folder)],
+        ["--retrieval_result", str(world / "out/res.top10")],
+    )
+    assert cross_infer.main([*both, *start, *run, "--cross_params", "none"]) == 0
+    zero_shot = np.array([float(line) for line in lines(world / "out/cross_scores.txt")])
+    short = ["--epoch", "1", "--batch_size", "16", "--max_seq_len", "260", "--lr", "1e-3", "--max_steps", "2"]
+    assert cross_train.main([*both, *start, *short]) == 0
+    assert cross_infer.main([*both, *run]) == 0
+    ours = np.array([float(line) for line in lines(world / "out/cross_scores.txt")])
+    assert np.abs(ours - zero_shot).max() > 1e-3
+    assert export_model.main(["cross", "--output_dir", str(world / "out"), "--to", str(world / "ce")]) == 0
+    rows = [line.split("\t") for line in lines(world / "out/res.top10")]
+    _, passages = texts(world)
+    loaded = CrossEncoder(str(world / "ce"), device="cpu")
+    pairs = [(query, passages[int(row)]) for query, row, _, _ in rows]
+    logits = loaded.predict(pairs)
+    assert np.abs(logits - ours).max() < 1e-4
+    again = [*both, *run, "--pretrained_model_path", str(world / "ce"), "--cross_params", "none"]
+    assert cross_infer.main(again) == 0
+    back = np.array([float(line) for line in lines(world / "out/cross_scores.txt")])
+    assert np.abs(back - ours).max() < 1e-5
