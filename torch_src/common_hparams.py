@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch_src.hparams import PRECISIONS, SAMPLE_DIR, Hparams, under
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.options import ABOVE_0, COUNT, COUNT_OR_OFF, RATE, SEEDS, SHARE, STEPS, STEPS_OR_OFF
+from torch_src.runtime.options import ABOVE_0, COUNT, COUNT_OR_OFF, FROM_0, SEEDS, SHARE, STEPS, STEPS_OR_OFF
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Training(TrainRows, DevAnswers, PlannedJob):
         "dev_candidates_path": "candidates", "pretrained_model_path": "model", "vocab_path": "vocabulary",
     }  # fmt: skip
     RANGES = {
-        "epoch": COUNT, "batch_size": COUNT, "lr": RATE, "weight_decay": (0, 100), "dropout": (0, 0.9),
+        "epoch": COUNT, "batch_size": COUNT, "lr": ABOVE_0, "weight_decay": FROM_0, "dropout": (0, 0.9),
         "grad_cache_chunk": COUNT_OR_OFF, "accumulation_steps": COUNT, "max_steps": STEPS_OR_OFF,
         "warmup_proportion": SHARE, "max_grad_norm": ABOVE_0, "ema_decay": (0, 0.999999),
         "eval_every": (-1, 10**8), "early_stop": COUNT_OR_OFF, "save_every_minutes": (0, 10**6),

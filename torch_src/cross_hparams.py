@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch_src.common_hparams import Training
 from torch_src.hparams import NONE, TINY_MODEL, under
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.options import AT_MOST_ALL, COUNT, PAIR_LENGTH, RATE_OR_OFF
+from torch_src.runtime.options import AT_MOST_ALL, COUNT, FROM_0, PAIR_LENGTH
 
 # Saved in cross_hparams.json; inference reads them there and refuses other values.
 MODEL_SETTINGS = ("max_seq_len", "remove_spaces", "vocab_path")
@@ -48,7 +48,7 @@ class CrossHparams(Training):
     CHOICES = {"loss": ("pointwise", "listwise")}
     RANGES = {
         "max_seq_len": PAIR_LENGTH, "group_size": (2, 1000), "groups_per_step": COUNT,
-        "head_lr": RATE_OR_OFF, "r_drop_alpha": (0, 1000), "fgm_epsilon": (0, 1000),
+        "head_lr": FROM_0, "r_drop_alpha": FROM_0, "fgm_epsilon": FROM_0,
         "dev_queries": AT_MOST_ALL, "dev_depth": AT_MOST_ALL,
     }  # fmt: skip
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch_src.common_hparams import Training
 from torch_src.hparams import NONE, POOLINGS, TINY_MODEL, under
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.options import LENGTH, TEMPERATURE, WEIGHT
+from torch_src.runtime.options import ABOVE_0, FROM_0, LENGTH
 
 # Saved in dual_hparams.json; inference reads them there and refuses other values.
 MODEL_SETTINGS = (
@@ -56,8 +56,8 @@ class DualHparams(Training):
     CHOICES = {"pooling": POOLINGS, "distill_loss": (NONE, "kl", "margin_mse")}
     RANGES = {
         "q_max_seq_len": LENGTH, "p_max_seq_len": LENGTH, "hard_negatives": (0, 1000),
-        "temperature": TEMPERATURE, "distill_weight": WEIGHT, "distill_temperature": TEMPERATURE,
-        "contrastive_weight": WEIGHT, "dev_random_passages": (0,),
+        "temperature": ABOVE_0, "distill_weight": FROM_0, "distill_temperature": ABOVE_0,
+        "contrastive_weight": FROM_0, "dev_random_passages": FROM_0,
     }  # fmt: skip
 
     @property

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch_src.common_hparams import DevAnswers, PlannedJob, QueryIds
 from torch_src.hparams import under
-from torch_src.runtime.options import AT_MOST_ALL, COUNT, PAIR_LENGTH, WEIGHT
+from torch_src.runtime.options import AT_MOST_ALL, COUNT, FROM_0, PAIR_LENGTH
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class InferenceCrossHparams(QueryIds, DevAnswers, PlannedJob):
         "pretrained_model_path": "model", "vocab_path": "vocabulary",
     }  # fmt: skip
     RANGES = {
-        "topk": AT_MOST_ALL, "batch_size": COUNT, "fuse_retriever_weight": WEIGHT,
+        "topk": AT_MOST_ALL, "batch_size": COUNT, "fuse_retriever_weight": FROM_0,
         "max_seq_len": PAIR_LENGTH, "block_pairs": AT_MOST_ALL,
     }  # fmt: skip
 

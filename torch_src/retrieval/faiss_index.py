@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from torch_src.retrieval.index_options import check_factory, check_search_params, faiss_errors
 from torch_src.retrieval.search import best_first, check_blocks, exact_scores, measured_recall, read_chunks
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.devices import free_memory
@@ -112,7 +113,8 @@ class FaissSearch:
         if not index.is_trained:
             self._train(index)
         for _, chunk in read_chunks(self.store, FILL_ROWS, buffers=3):
-            index.add(torch.from_numpy(chunk).float().numpy())
+            with faiss_errors(factory):
+                index.add(torch.from_numpy(chunk).float().numpy())
         clear_stamp(path)
         with atomic_write(path, "wb") as file:
             try:
@@ -150,7 +152,8 @@ class FaissSearch:
         If the index finds fewer than K, the rest have row -1 and score -inf.
         """
         keep = min(topk, self.store.rows)
-        found = self.index.search(queries, keep)[1].astype(np.int64)
+        with faiss_errors(self.settings.factory):
+            found = self.index.search(queries, keep)[1].astype(np.int64)
         return best_first(found, exact_scores(self.store, queries, found), keep)
 
     def recall(self, queries: np.ndarray, topk: int, device: torch.device, count: int) -> str:
@@ -162,6 +165,7 @@ class FaissSearch:
 
 def new_index(factory: str, hidden: int) -> Any:
     """Return an empty index for inner products; UserError for a factory string that faiss does not accept."""
+    check_factory(factory)
     faiss = load_faiss()
     try:
         return faiss.index_factory(hidden, factory, faiss.METRIC_INNER_PRODUCT)
@@ -171,6 +175,7 @@ def new_index(factory: str, hidden: int) -> Any:
 
 def set_parameters(index: Any, factory: str, parameters: str) -> None:
     """Set search parameters (nprobe=64,k_factor_rf=10); UserError for one that the index does not have."""
+    check_search_params(parameters)
     for parameter in filter(None, parameters.split(",")):
         try:
             load_faiss().ParameterSpace().set_index_parameters(index, parameter)
@@ -196,14 +201,18 @@ def estimate(factory: str, hidden: int, rows: int) -> tuple[int, float]:
     if lists:
         clustering = faiss.extract_index_ivf(index).cp
         clustering.niter, clustering.min_points_per_centroid = 1, 1
+    if lists > rows:
+        raise UserError(f"--index {factory}: {lists:,} lists for {rows:,} passages; use fewer")
     sample = draw.standard_normal((max(MIN_TRAINING, 2 * lists), hidden), dtype=np.float32)
-    if not index.is_trained:
-        index.train(sample)
-    empty = len(faiss.serialize_index(index))
-    started = time.perf_counter()
-    index.add(sample[:PROBED_VECTORS])
-    seconds = (time.perf_counter() - started) / PROBED_VECTORS
-    return empty + rows * (len(faiss.serialize_index(index)) - empty) // PROBED_VECTORS, seconds * rows
+    with faiss_errors(factory):
+        if not index.is_trained:
+            index.train(sample)
+        empty = len(faiss.serialize_index(index))
+        started = time.perf_counter()
+        index.add(sample[:PROBED_VECTORS])
+        seconds = (time.perf_counter() - started) / PROBED_VECTORS
+        filled = len(faiss.serialize_index(index))
+    return empty + rows * (filled - empty) // PROBED_VECTORS, seconds * rows
 
 
 def check_memory(factory: str, needed: int, available: Callable[[], int] | None = None) -> None:

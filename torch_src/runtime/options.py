@@ -17,9 +17,7 @@ COUNT, COUNT_OR_OFF = (1, 10**6), (0, 10**6)  # numbers that memory or time grow
 STEPS, STEPS_OR_OFF = (1, 10**8), (0, 10**8)  # updates, tokens
 PAIR_LENGTH, LENGTH = (8, 10**6), (3, 10**6)  # tokens; the model's own limit is checked when it is loaded
 SHARE = (0, 1)
-RATE, RATE_OR_OFF = (1e-12, 1), (0, 1)  # learning rates
-WEIGHT = (0, 10**6)  # of a loss or a score
-TEMPERATURE = (1e-6, 1000)
+FROM_0 = (0,)  # weights, rates that 0 turns off
 SEEDS = (0, 2**32 - 1)
 WHOLE = re.compile(r"[+-]?[0-9]{1,18}")  # more digits than an int64 has are out of every range
 
@@ -27,7 +25,8 @@ WHOLE = re.compile(r"[+-]?[0-9]{1,18}")  # more digits than an int64 has are out
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
     """UserError unless low <= value <= high and value is finite."""
     if not in_range(value, low, high):
-        raise UserError(f"--{name} {value}: must be {limit_text(low, high)}")
+        limits = (low,) if value < low else (low, high)
+        raise UserError(f"--{name} {value}: must be {limit_text(*limits)}")
 
 
 def in_range(value: float, low: float, high: float = math.inf) -> bool:
