@@ -23,8 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 import numpy as np
 
 from torch_src.data.passage_ids import check_length, read_passage_ids
-from torch_src.retrieval.engines.milvus import Collection, fill, parse_params
-from torch_src.retrieval.engines.milvus_uri import check_milvus_uri, is_milvus_file
+from torch_src.retrieval.engines.milvus import Collection, fill
+from torch_src.retrieval.engines.milvus_options import (
+    check_index,
+    check_milvus_file,
+    check_milvus_uri,
+    is_milvus_file,
+)
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json
@@ -80,7 +85,8 @@ def prepare(collection: Collection, record: dict[str, Any], pid_bytes: int, forc
 def run(args: argparse.Namespace) -> None:
     """Create the collection and its index, and load the missing vectors."""
     check_milvus_uri(args.milvus_uri)
-    parse_params("milvus_params", args.milvus_params)
+    check_index(args.milvus_uri, args.milvus_index, args.milvus_params)
+    check_milvus_file(args.milvus_uri)
     store = open_vectors(args.para_emb)
     pids = read_pids(args, store.rows)
     known = "none" if pids is None else checksum_text(b"\n".join(pids.tolist()).decode())

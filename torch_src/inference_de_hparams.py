@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch_src.common_hparams import PlannedJob, QueryIds, TrainedRetriever
 from torch_src.hparams import POOLINGS, under
-from torch_src.retrieval.engines.milvus_uri import check_milvus_uri
+from torch_src.retrieval import index_options
+from torch_src.retrieval.engines import milvus_options
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.options import AT_MOST_ALL, COUNT, COUNT_OR_OFF, LENGTH
 
@@ -37,6 +38,12 @@ class RetrieverHparams(TrainedRetriever):
     INPUTS = {"pretrained_model_path": "model", "vocab_path": "vocabulary"}
     CHOICES = {"pooling": POOLINGS}
     RANGES = {"q_max_seq_len": LENGTH, "p_max_seq_len": LENGTH, "search_memory_gb": (0.01,)}
+
+    def check(self) -> None:
+        super().check()
+        if self.index:
+            index_options.check_factory(self.index)
+            index_options.check_search_params(self.search_params)
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,8 @@ class InferenceDeHparams(RetrieverHparams, QueryIds, PlannedJob):
         if self.search_params and not self.index and self.engine != "milvus":
             raise UserError("--search_params requires --index or --engine milvus")
         if self.engine == "milvus":
-            check_milvus_uri(self.milvus_uri_path)
+            milvus_options.check_milvus_uri(self.milvus_uri_path)
+            milvus_options.check_search_params(self.milvus_uri_path, self.search_params)
             if self.index or self.plan:
                 option = "--index" if self.index else "--plan"
                 raise UserError(f"{option} cannot be combined with --engine milvus")

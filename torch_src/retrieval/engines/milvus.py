@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from torch_src.retrieval.engines.milvus_uri import is_milvus_file
+from torch_src.retrieval.engines.milvus_options import is_milvus_file, parse_params
 from torch_src.retrieval.search import best_first, check_blocks, exact_scores
 from torch_src.retrieval.vectors import NOT_COMPARED, VectorStore
 from torch_src.runtime.errors import UserError
@@ -40,18 +40,6 @@ CHANNEL = {"grpc.keepalive_time_ms": 300_000}
 def token() -> str:
     """Return the credentials (user:password, or a key) from the environment, their only source."""
     return os.getenv("MILVUS_TOKEN", "")
-
-
-def parse_params(option: str, text: str) -> dict[str, int | float | str]:
-    """Return `M=16,efConstruction=200` as a dictionary; UserError when it is malformed."""
-    params: dict[str, int | float | str] = {}
-    for part in filter(None, text.split(",")):
-        name, equals, value = part.partition("=")
-        if not (name and equals and value):
-            raise UserError(f"--{option} {text}: expected name=value,name=value")
-        number = re.fullmatch(r"-?\d+(\.\d+)?", value)
-        params[name] = (float(value) if "." in value else int(value)) if number else value
-    return params
 
 
 def connect(uri: str) -> tuple[Any, tuple[type[Exception], ...]]:
