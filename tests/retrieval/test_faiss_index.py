@@ -11,6 +11,7 @@ from toy_world import lines, make_world, options
 
 from torch_src.retrieval import faiss_index as module
 from torch_src.retrieval.faiss_index import FaissSearch, IndexSettings, check_memory, estimate, load_faiss
+from torch_src.retrieval.index_options import check_factory, check_search_params
 from torch_src.runtime.errors import UserError
 
 FACTORIES = ["Flat", "HNSW16", "IVF8,Flat", "IVF8,SQ8", "IVF8,PQ8x4fs,Refine(SQfp16)"]
@@ -176,3 +177,36 @@ def test_a_missing_faiss_is_a_user_error(monkeypatch):
 def test_a_complete_faiss_is_returned(monkeypatch, wheel):
     monkeypatch.setattr(module.metadata, "distribution", only(*wheel))
     assert callable(load_faiss().knn)
+
+
+@pytest.mark.parametrize(
+    ("factory", "allowed"),
+    [
+        ("Flat", True), ("HNSW2", True), ("HNSW32_SQ8", True), ("IVF4096,PQ192x4fs,Refine(SQfp16)", True),
+        ("OPQ16_64,IVF4,PQ16", True), ("IVF65536_HNSW32,SQfp16", True), ("PCAR64,HNSW32,Flat", True),
+        ("HNSW1", False), ("HNSW0", False), ("HNSW-1", False), ("HNSW1_SQ8", False), ("HNSW1000000", False),
+        ("IVF0,Flat", False), ("IVF16_HNSW1,Flat", False), ("IVF99999999999999999999,Flat", False),
+        ("PQ0", False), ("PQ16x0", False), ("NSG32", False), ("RQ0x8", False), ("LSQ2x8", False),
+        ("PCA0,Flat", False), ("IVF4,Flat,Refine(HNSW1)", False), ("IVF4,", False), ("nan", False),
+    ],
+)  # fmt: skip
+def test_factories_that_faiss_does_not_survive_are_refused(factory, allowed):
+    if allowed:
+        return check_factory(factory)
+    with pytest.raises(UserError, match="^--index "):
+        check_factory(factory)
+
+
+@pytest.mark.parametrize("name", ["nprobe", "efSearch", "k_factor_rf", "quantizer_efSearch"])
+@pytest.mark.parametrize("value", ["0", "-1", "1e9", "nan", "inf", "", "10000000", "0.5"])
+def test_search_parameters_out_of_range_are_refused(name, value):
+    with pytest.raises(UserError, match=f"^--search_params {name}={value}: expected"):
+        check_search_params(f"nprobe=2,{name}={value}")
+
+
+def test_what_faiss_raises_is_one_line(world, tmp_path):
+    with pytest.raises(UserError, match="^--index PCA64,Flat: not possible"):  # vectors have fewer dimensions
+        open_index(world, tmp_path / "i", factory="PCA64,Flat")
+    with pytest.raises(UserError, match="^--index IVF5000,Flat: 5,000 lists"):
+        open_index(world, tmp_path / "i", factory="IVF5000,Flat")
+    assert not (tmp_path / "i").exists()

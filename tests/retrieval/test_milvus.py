@@ -22,7 +22,8 @@ from torch_src import hparams
 from torch_src.dual_infer import DualInference
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.retrieval.engines import milvus as milvus_engine
-from torch_src.retrieval.engines.milvus import Collection, MilvusSearch, fill, parse_params
+from torch_src.retrieval.engines.milvus import Collection, MilvusSearch, fill
+from torch_src.retrieval.engines.milvus_options import check_index, check_milvus_file, parse_params
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import write_json
@@ -449,10 +450,22 @@ def test_another_index_replaces_the_old_one_without_a_new_load(tmp_path, lite, c
     assert (described["params"]["M"], described["params"]["efConstruction"]) == (16, 100)
     expected = full_sort(vectors, queries, 10)[1]
     assert (search.search(queries, 10)[1] == expected).mean() > 0.9
-    assert load(*given, "--milvus_index", "NOSUCH") == 2
-    assert "create_index failed (" in capsys.readouterr().err
-    with pytest.raises(UserError, match="0 of 400 rows can be searched; load the rest"):
-        open_search(world, lite)  # the old index is gone, and there is no other
+    for wrong in (
+        ["NOSUCH"],
+        ["IVF_PQ"],
+        ["HNSW", "M=1"],
+        ["HNSW", "M=nan"],
+        ["HNSW", "nlist=4"],
+        ["IVF_FLAT", "nlist=0"],
+    ):
+        words = [
+            word for pair in zip(("--milvus_index", "--milvus_params"), wrong, strict=False) for word in pair
+        ]
+        capsys.readouterr()
+        assert load(*given, *words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert wrong[-1] in line
+    assert open_search(world, lite).index == "HNSW M=16,efConstruction=100"  # refused before it was dropped
     assert load(*given) == 0
     assert np.array_equal(open_search(world, lite).search(queries, 10)[1], expected)
 
@@ -589,3 +602,46 @@ def test_milvus_gives_the_same_run(tmp_path, programs):
     assert done.returncode == 0 and "the scores are those of Milvus" in done.output()
     columns = [[line.split("\t")[:3] for line in run] for run in (exact, lines(out / "res.top10"))]
     assert columns[0] == columns[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "allowed"),
+    [
+        ("FLAT", "", True), ("HNSW", "M=2,efConstruction=1", True), ("IVF_SQ8", "nlist=64", True),
+        ("flat", "", False), ("NOSUCH", "", False), ("IVF_PQ", "", False), ("FLAT", "M=4", False),
+        ("HNSW", "M=1", False), ("HNSW", "M=0", False), ("HNSW", "M=-1", False), ("HNSW", "M=1e9", False),
+        ("HNSW", "M=nan", False), ("HNSW", "M=2.5", False), ("HNSW", "efConstruction=0", False),
+        ("IVF_FLAT", "nlist=0", False), ("IVF_FLAT", "nlist=1000000000", False),
+    ],
+)  # fmt: skip
+def test_indexes_of_milvus_lite(kind, params, allowed):
+    if allowed:
+        return check_index("x.db", kind, params)
+    with pytest.raises(UserError, match=r"^--milvus_(index|params) "):
+        check_index("x.db", kind, params)
+
+
+def test_a_server_decides_about_its_indexes_but_not_about_numbers():
+    check_index("http://h:1", "SCANN", "reorder_k=5,nlist=8")
+    for kind, params in (("SCANN", "nlist=0"), ("", ""), ("HNSW;", "")):
+        with pytest.raises(UserError):
+            check_index("http://h:1", kind, params)
+
+
+@pytest.mark.parametrize("params", ["nprobe=0", "ef=0", "ef=-5", "ef=nan", "ef=1e9", "efSearch=8", "nprobe"])
+def test_search_parameters_are_checked_at_the_door(params):
+    with pytest.raises(UserError, match="^--search_params "):
+        infer("--engine", "milvus", "--search_params", params)
+
+
+def test_a_foreign_file_or_folder_is_no_milvus_file(tmp_path):
+    check_milvus_file(str(tmp_path / "new.db"))
+    (tmp_path / "a.db").write_text("mine")
+    (tmp_path / "b.db").mkdir()
+    check_milvus_file(str(tmp_path / "b.db"))
+    (tmp_path / "b.db/mine").write_text("mine")
+    for name in ("a.db", "b.db"):
+        with pytest.raises(UserError, match=f"{name}: exists"):
+            check_milvus_file(str(tmp_path / name))
+    (tmp_path / "c.db/collections").mkdir(parents=True)
+    check_milvus_file(str(tmp_path / "c.db"))

@@ -68,7 +68,11 @@ def describe_rows(path: str, rows: list[int]) -> str:
 
 
 def checkpoint_activations(backbone: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of keeping them; UserError if the model cannot."""
+    if not backbone.supports_gradient_checkpointing:
+        kind = backbone.config.model_type
+        raise UserError(f"--gradient_checkpointing: not possible with a {kind} model; omit it, or lower "
+                        "--grad_cache_chunk or --tokens_per_batch to save memory")  # fmt: skip
     if hasattr(backbone, "activation_checkpointing_enable"):  # its name in newer versions of transformers
         backbone.activation_checkpointing_enable({"use_reentrant": False})
     else:
