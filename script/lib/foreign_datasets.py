@@ -24,7 +24,17 @@ PIDS = (
 )
 TITLES = ("title", "paragraph_title", "标题")
 TEXTS = (
-    *("text", "contents", "content", "passage", "passage_text", "paragraph_text", "document_text", "body"),
+    *(
+        "text",
+        "contents",
+        "content",
+        "passage",
+        "passage_text",
+        "paragraph_text",
+        "document_text",
+        "body",
+        "segment",
+    ),
     *("正文", "内容", "文本"),
 )
 QIDS = ("query_id", "question_id", "qid", "_id", "id", "query-id", "编号", "问题编号")

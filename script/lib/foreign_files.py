@@ -103,7 +103,7 @@ class Source:
     def _json_lines(self, path: Path) -> Iterator[tuple[int, Any]]:
         for line, text in self.lines(path):
             if text.strip():
-                yield line, parse_json(text, path, line)
+                yield line, parse_json(text, path, line, unique_fields)
             else:
                 self.counts.add("blank lines: skipped", path, line)
 
@@ -286,8 +286,17 @@ def _array(path: Path) -> Iterator[tuple[int, Any]]:
                     if raw and len(text) <= LONGEST_LINE:
                         break
                     raise FormatError(path, line + error.lineno - 1, f"not JSON ({error.msg})") from None
-                yield line, parse_json(text[:end], path, line)
+                yield line, parse_json(text[:end], path, line, unique_fields)
                 line, text = line + text.count("\n", 0, end), text[end:]
+
+
+def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; ValueError for a duplicate field, of which json alone keeps the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"duplicate field {next(name for name in names if names.count(name) > 1)!r}")
+    return found
 
 
 def first_of(entry: dict[str, Any], names: tuple[str, ...]) -> Any:
@@ -301,8 +310,13 @@ def first_of(entry: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 def column_values(row: list[str], fields: Fields) -> tuple[str, ...]:
     """Return the value that each column name means; empty for an unknown name."""
-    value_of = {name: value for value, names in fields.names.items() for name in names}
-    return tuple(value_of.get(name.strip().strip('"').lower(), "") for name in row)
+    value_of = {_plain(name): value for value, names in fields.names.items() for name in names}
+    return tuple(value_of.get(_plain(name), "") for name in row)
+
+
+def _plain(name: str) -> str:
+    """Return a column name in lower case, without quotes, with one kind of separator."""
+    return name.strip().strip('"').lower().replace(" ", "_").replace("-", "_")
 
 
 def looks_like_header(row: list[str], fields: Fields) -> bool:

@@ -4,7 +4,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from script.lib.foreign_datasets import QIDS, QUERIES, Conversion, choose_split, data_files, find_file, only
+from script.lib.foreign_datasets import (
+    PIDS,
+    QIDS,
+    QUERIES,
+    Conversion,
+    choose_split,
+    data_files,
+    find_file,
+    only,
+)
 from script.lib.foreign_files import Fields, Source, id_of, text_of
 from script.lib.official_layout import Query
 from torch_src.data.lines import FormatError, finite_number, shown
@@ -15,9 +24,9 @@ QRELS = re.compile(r"qrels[-_.](?P<retrieval>retrieval[-_.])?(?P<after>[\w-]+)|(
 QUERY = Fields({"id": QIDS, "text": QUERIES}, ("id", "text"), {2: ("id", "text")})
 JUDGMENT = Fields(
     {
-        "qid": ("query-id", "query_id", "qid", "question_id", "topic"),
-        "pid": ("corpus-id", "corpus_id", "pid", "docid", "doc_id", "passage_id", "paragraph_id", "docno"),
-        "grade": ("score", "relevance", "rel", "label", "grade", "relevance_score"),
+        "qid": ("query-id", "query_id", "qid", "question_id", "topic", "topic_id"),
+        "pid": ("corpus-id", "corpus_id", *PIDS[2:], "document"),
+        "grade": ("score", "relevance", "rel", "label", "grade", "relevancy", "judgment"),
     },
     ("qid", "pid"),
     {2: ("qid", "pid"), 3: ("qid", "pid", "grade"), 4: ("qid", "", "pid", "grade")},

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from script.lib.foreign_files import Source, is_json
+from script.lib.foreign_files import Source, is_json, unique_fields
 from script.lib.foreign_judgments import read_judgments
 from torch_src.data.formats import read_dev
 from torch_src.data.lines import FormatError, finite_number, parse_json, shown, whole_number
@@ -80,7 +80,7 @@ def _run_lines(path: Path) -> Iterator[tuple[str, Hit]]:
 
 def _json_ranking(path: Path) -> dict[str, list[str]]:
     """Return {qid: pids} of {qid: [pid, ...]}, or of {qid: {pid: score}} as BEIR and ranx write it."""
-    value = parse_json("\n".join(text for _, text in Source().lines(path)), path, 1)
+    value = parse_json("\n".join(text for _, text in Source().lines(path)), path, 1, unique_fields)
     if (
         not isinstance(value, dict)
         or not value

@@ -247,6 +247,12 @@ def test_query_files_with_ids(file, name, pack):
     assert formats.read_query_texts(path) == ["蒸鱼", "炖肉"]
 
 
+def test_the_official_query_file_has_no_ids(file):
+    path = file("蒸鱼\t0\n", "dev.q.format")  # two columns, not qid and query
+    assert not formats.has_query_ids(path)
+    refused(lambda: formats.read_query_texts(path), f"{path}:1", "expected 4")
+
+
 @GZIPPED
 def test_official_files_gzipped(file, pack):
     assert formats.read_query_texts(file(pack("蒸鱼\t-\t-\t0\n".encode()), "dev.q.format")) == ["蒸鱼"]

@@ -11,6 +11,7 @@ from toy_world import lines, write
 from script import convert_dataset
 from torch_src.data.formats import read_dev
 from torch_src.data.results import load_result
+from torch_src.tools.data_check import DataCheck
 
 TEXTS = {"1": "清蒸鱼要先去腥", "2": "红烧肉要炖一小时", "3": "米饭要焖二十分钟"}
 TRAIN, DEV = ("10", "怎么蒸鱼", "1", "2"), ("11", "米饭焖多久", "3", "1")  # qid, query, positive, negative
@@ -105,6 +106,7 @@ def sources(tmp_path, monkeypatch) -> Path:
 
 def check_converted(folder: Path) -> None:
     """Assert that a folder holds the data set; DuReader's rows have no negatives."""
+    assert not DataCheck(str(folder)).run().faults
     collection = {line.split("\t")[2] for line in lines(folder / "passage-collection/part-00")}
     assert collection == {*TEXTS.values()}
     (dev,) = read_dev(folder / "dev/dev.json")

@@ -95,6 +95,8 @@ def table(*rows: str) -> str:
     (table("pid|text", f"1|{FISH}"), {"1": FISH}),  # T2Ranking
     (table("id|text|title", f'1|"{FISH} ""鱼"""|菜'), {"1": f'菜 {FISH} "鱼"'}),  # DPR
     (table("id|title|text", f"1|菜|{FISH}", f"2||{PORK}"), {"1": f"菜 {FISH}", "2": PORK}),
+    (table("Doc ID|Text", f"1|{FISH}"), {"1": FISH}),
+    (table("编号|标题|正文", f"1|菜|{FISH}"), {"1": f"菜 {FISH}"}),
     (table("_id|url|contents", f"1|http://x|{FISH}"), {"1": FISH}),
     (table(f"1|菜|{FISH}"), {"1": f"菜 {FISH}"}),
     (table("docid|title|text", f"1|nan|{FISH}", f"2|null|{PORK}"), {"1": FISH, "2": PORK}),
@@ -153,6 +155,7 @@ def test_columns_option(convert, tmp_path, columns, expected):
     ("c.jsonl", '{"id": null, "text": "a"}\n', "c.jsonl:1: "),
     ("c.jsonl", '{"id": 1.5, "text": "a"}\n', "c.jsonl:1: "),
     ("c.jsonl", '{"text": "a"}\n', "c.jsonl:1: "),
+    ("c.jsonl", '{"id": "1", "text": "a"}\n{"id": "2", "text": "a", "id": "3"}\n', "c.jsonl:2: "),
     ("c.json", '[{"id": 1, "text": "a"},\n{"id": 2, "text": \n', "c.json:"),
     ("c.json", '[{"id": 1, "text": "a"},\n{"id": 2, "text": "b"}\n', "c.json:"),
     ("c.jsonl.gz", gzip.compress(b'{"id": "1", "text": "a"}\n' * 9)[:-9], "c.jsonl.gz: "),
@@ -197,6 +200,7 @@ QRELS = [
     table("q1 0 d0 2", "q1 0 d1 1", "q2 0 d2 0", "q2 0 d1 1"),  # TREC
     table("q1|0|d0|2", "q1|0|d1|1", "q2|0|d2|0", "q2|Q0|d1|1"),
     table("qid|-|pid|rel", "q1|-|d0|2", "q1|-|d1|1", "q2|-|d2|0", "q2|-|d1|1.0"),
+    table("topic|iteration|document|relevancy", "q1|0|d0|2", "q1|0|d1|1", "q2|0|d2|0", "q2|0|d1|1"),
     table("q1  0   d0  2", "q1 0 d1 1", "", "q2 0 d2 -1", "q2 0 d1 1").replace("\n", "\r\n"),
 ]
 
@@ -620,6 +624,17 @@ def test_an_option_that_is_not_read_is_refused(convert, tmp_path, monkeypatch, w
 
 
 # ---- outputs
+
+
+def test_grades_and_titles_return_to_beir(convert, tmp_path):
+    corpus = [{"_id": "d0", "title": "菜", "text": FISH}, {"_id": "d1", "title": "", "text": PORK}]
+    header = ("query-id", "corpus-id", "score")
+    judged = table("|".join(header), "q1|d0|3", "q1|d1|1", "q2|d1|2")
+    folder = three_files(tmp_path / "B", {"qrels/dev.tsv": judged}, corpus=corpus)
+    data = convert("beir", folder).folder
+    assert convert_dataset.main(["to_beir", str(data), "--to", str(tmp_path / "back")]) == 0
+    assert (tmp_path / "back/qrels/dev.tsv").read_text() == judged
+    assert [json.loads(line) for line in lines(tmp_path / "back/corpus.jsonl")] == corpus
 
 
 @pytest.mark.parametrize("kind", ["beir", "to_beir", "to_trec"])

@@ -20,6 +20,7 @@ from torch_src.data.lines import (
     whole_number,
 )
 from torch_src.runtime.errors import UserError
+from torch_src.runtime.log import log
 
 SEPARATORS = {"\t", "\n"}  # not allowed in a query or qid: they end the columns and lines of a run
 QID_FIELDS = ("question_id", "query_id", "qid", "_id", "id")  # of a file of queries with ids
@@ -157,8 +158,11 @@ def read_queries(path: FilePath) -> list[str]:
 
 def has_query_ids(path: FilePath) -> bool:
     """Return whether a query file has ids (JSON lines, or qid TAB query), unlike dev.q.format."""
-    if str(path).removesuffix(".gz").endswith((".json", ".jsonl")):
+    name = str(path).removesuffix(".gz")
+    if name.endswith((".json", ".jsonl")):
         return True
+    if name.endswith(".q.format"):
+        return False
     return next((text.count("\t") == 1 for _, text in read_lines(path)), False)
 
 
@@ -174,8 +178,10 @@ def read_question_ids(path: FilePath) -> dict[str, list[str]]:
     is_json = str(path).removesuffix(".gz").endswith((".json", ".jsonl"))
     for line, text in read_lines(path):
         qid, query = (_json_question if is_json else _tsv_question)(text, path, line)
-        if line == 1 and not is_json and qid.lower() in QID_FIELDS and query.lower() in QUERY_FIELDS:
-            continue
+        if line == 1 and not is_json:
+            if qid.lower() in QID_FIELDS and query.lower() in QUERY_FIELDS:
+                continue
+            log(f"{path}: no header line, columns read as qid, query: {shown(text)}")
         if not qid or SEPARATORS & {*query, *qid}:
             raise FormatError(path, line, "the qid is empty, or a TAB or line end in qid or query")
         if qid in line_of:
