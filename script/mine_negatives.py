@@ -20,6 +20,7 @@ from torch_src import cross_infer, dual_infer, hparams
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import read_scores
 from torch_src.data.passage_ids import check_length, read_passage_ids
+from torch_src.data.results import check_collection
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.runtime.files import read_json, require, write_json
@@ -110,6 +111,8 @@ def mine(hp: MiningHparams) -> None:
     data = mining_inputs.open_training_set(require(hp.train_set_path, "training rows"))
     log(f"{data.rows:,} training rows, {data.queries:,} distinct queries")
     collection = PassageCollection(hp.passage_dir_path, str(folder / "cache"))
+    if hp.retrieval_result:
+        check_collection(hp.retrieval_result, collection.checksum, hp.passage_dir_path)
     queries = folder / "train.q.format"
     mining_inputs.write_train_queries(data, queries)
     found, scores, located = retrieve(hp, queries), None, None

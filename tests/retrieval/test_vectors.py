@@ -364,3 +364,18 @@ def test_a_block_that_is_deleted_while_it_is_read_is_damaged(tmp_path):
     store.block_path(0).unlink()
     with pytest.raises(DamagedBlock, match="missing"):
         store.read_into(2, np.empty((2, 3), np.float16))
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_files_of_another_program_stay(tmp_path, force):
+    (tmp_path / "block-notes.txt").write_text("mine")
+    (tmp_path / "block-00000.txt").write_text("mine")
+    fill(make(tmp_path, force=force))
+    make(tmp_path, stamp={**STAMP, "weights": "xyz"}, force=force)
+    assert (tmp_path / "block-notes.txt").exists() and (tmp_path / "block-00000.txt").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "manifest.json").write_text('{"name": "a web page"}')
+    with pytest.raises(UserError, match="not a manifest of vectors"):
+        make(other, force=force)
+    assert (other / "manifest.json").read_text() == '{"name": "a web page"}'

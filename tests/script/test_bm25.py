@@ -106,3 +106,95 @@ def test_fusing_runs_of_other_queries(tmp_path, capsys):
     assert fuse("a", "c") == 2 and "no query is in all runs" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
     assert fuse("a", "b") == 0 and "1 of 2 queries" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("ＡＢＣ １２", ["abc", "12"]), ("カレー", ["カレ", "レー"]), ("ｶﾞｽ", ["ガス"]),
+    ("서울 물", ["서울", "물"]),
+    ("Привет, МИР", ["привет", "мир"]), ("Café CAFE\u0301", ["café", "café"]), ("कहानी", ["कहानी"]),
+    ("مرحبا", ["مرحبا"]), ("١٢٣", ["١٢٣"]), ("C语言", ["c", "语言"]),
+    ("人々〇", ["人々", "々〇"]), ("½ ①", ["1", "2", "1"]),
+    ("a_b", ["a", "b"]), ("😀", []),
+])  # fmt: skip
+def test_terms_of_every_script(text, expected):
+    assert bm25.terms(text) == expected
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize(("query", "rows"), [
+    ("鱼", {0, 1}), ("清", {0}), ("물", {3}), ("ア", {4}), ("C", {5}), ("c语", {5}), ("ｉＰｈｏｎｅ", {2}),
+    ("iphone", {2}), ("café", {6}), ("ПРИВЕТ", {7}), ("用", {2}), ("醋", set()), ("，", set()),
+])  # fmt: skip
+def test_a_query_of_one_character_or_another_width_matches(tmp_path, query, rows):
+    texts = [
+        "清蒸鱼",
+        "鱼",
+        "用 iPhone 拍照",
+        "물을 마시다",
+        "ｱｲｽ",
+        "C语言入门",
+        "un cafe\u0301",
+        "привет мир",
+    ]
+    found = search(tmp_path, collection(tmp_path, texts), [query])
+    assert {int(row) for _, row, _, _ in found} == rows
+
+
+@pytest.mark.tools
+def test_more_passages_than_there_are_and_the_smallest_memory(tmp_path):
+    data = collection(tmp_path, ["清蒸鱼", "鱼"])
+    assert len(search(tmp_path, data, ["鱼"], topk=10**15)) == 2
+    words = ["--data_dir", str(data), "--index", str(tmp_path / "small")]
+    for wrong in (
+        ["--memory_mb", "14"],
+        ["--memory_mb", "4001"],
+        ["--memory_mb", "100000000"],
+        ["--topk", "0"],
+    ):
+        with pytest.raises(SystemExit) as done:
+            bm25.main(["index", *words, *wrong])
+        assert done.value.code == 2 and not (tmp_path / "small").exists()
+    assert bm25.main(["index", *words, "--memory_mb", "15"]) == 0
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("damage", ["full", "empty", "panic"])
+def test_what_the_engine_raises_is_one_line(tmp_path, monkeypatch, capsys, damage):
+    data = collection(tmp_path, ["清蒸鱼"])
+    words = ["--data_dir", str(data), "--index", str(tmp_path / "i")]
+    if damage == "full":
+
+        def full(*_):
+            raise ValueError("An IO error occurred: 'No space left on device (os error 28)'\nmore")
+
+        monkeypatch.setattr(bm25, "document", full)
+        assert bm25.main(["index", *words]) == 2
+        assert not (tmp_path / "i/tantivy").exists()
+    else:
+        write(data / "dev/dev.q.format", ["鱼\t-\t-\t0"])
+        assert bm25.main(["index", *words]) == 0
+        if damage == "empty":
+            for path in (tmp_path / "i/tantivy").iterdir():
+                path.unlink()
+        else:
+            panic = type("PanicException", (BaseException,), {})
+            monkeypatch.setattr(
+                bm25, "best_rows", lambda *_: (_ for _ in ()).throw(panic("assertion failed"))
+            )
+        assert bm25.main(["search", *words]) == 2
+        assert not (tmp_path / "i/res.top50").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'i'}: " in line
+    monkeypatch.undo()
+    (tmp_path / "i/tokens.txt.stamp.json").write_text(
+        "{}"
+    )  # as after a kill: the folder is still the program's
+    assert bm25.main(["index", *words]) == 0
+
+
+@pytest.mark.parametrize("weights", [["0", "0"], ["1"]])
+def test_weights_that_leave_nothing(tmp_path, weights):
+    write(tmp_path / "a", ["q\t5\t1\t3"])
+    write(tmp_path / "b", ["q\t6\t1\t10"])
+    runs = ["--runs", str(tmp_path / "a"), str(tmp_path / "b"), "--run", str(tmp_path / "c")]
+    assert bm25.main(["fuse", *runs, "--weights", *weights]) == 2 and not (tmp_path / "c").exists()

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from io import BytesIO, FileIO
@@ -26,6 +27,7 @@ from torch_src.runtime.stamps import (
 
 # Manifest fields that are ignored in a search: queries may be encoded on other hardware.
 NOT_COMPARED = ("precision", "device")
+BLOCK_FILE = re.compile(r"block-[0-9]{5,}\.(npy|json)")  # and temporary files of these
 
 
 class DamagedBlock(UserError):
@@ -278,7 +280,10 @@ class _StoreFolder:
 
     def _keep_or_empty(self, force: bool, shared: bool) -> None:
         """Keep the blocks of this run; delete the others, unless they are shared or in use (UserError)."""
-        path, blocks = self.store.manifest_path, sorted(self.folder.glob("block-*"))
+        path = self.store.manifest_path
+        blocks = sorted(found for found in self.folder.glob("block-*") if BLOCK_FILE.match(found.name))
+        if not blocks:
+            self._require_own_manifest()
         changed = self.store.changed_fields()
         if not changed and not force:
             return
@@ -294,6 +299,15 @@ class _StoreFolder:
         for block in blocks:
             block.unlink(missing_ok=True)
         write_json(path, self.store.manifest)
+
+    def _require_own_manifest(self) -> None:
+        """UserError when manifest.json is readable, but not of vectors: another program wrote it."""
+        try:
+            manifest = read_json(self.store.manifest_path)
+        except UserError:
+            return  # missing or damaged
+        if "block_rows" not in manifest:
+            raise UserError(f"{self.store.manifest_path}: not a manifest of vectors; use another folder")
 
     def _all_stamps_agree(self) -> bool:
         """Return whether there are block stamps, all of this manifest."""

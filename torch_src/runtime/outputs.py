@@ -18,6 +18,8 @@ def begins(pattern: bytes) -> Callable[[Path], bool]:
     """Return a test of whether the content of a file begins like this pattern."""
 
     def test(path: Path) -> bool:
+        if not path.is_file():
+            return False
         with open(path, "rb") as file:
             return re.match(pattern, file.read(HEAD)) is not None
 
