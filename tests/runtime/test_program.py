@@ -1,5 +1,6 @@
 """Log lines, atomic files, exit statuses, durations."""
 
+import os
 import re
 import socket
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from script import bm25
+from torch_src import dual_infer
 from torch_src.data.lines import FormatError
 from torch_src.runtime import files, program
 from torch_src.runtime import log as log_module
@@ -266,3 +269,40 @@ def test_the_chosen_gpu_is_the_current_device(monkeypatch, name, local, index):
         monkeypatch.setenv("LOCAL_RANK", local)
     device = choose_device(name)
     assert device.type == "cuda" and (device.index or 0) == index and current == [index]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "gbk"},
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+    ids=str,
+)
+def test_lines_that_the_terminal_cannot_show_are_escaped(environment):
+    code = (
+        "import sys\nfrom torch_src.runtime.program import exit_status\n"
+        "from torch_src.runtime.log import log\n"
+        "def run():\n"
+        " log('\\u67e5 \\xe9 \\U0001f600 \\udcff'); raise FileNotFoundError(2, 'missing', '\\u6587.\\xd7')\n"
+        "sys.exit(exit_status(run))"
+    )
+    settings = ("LC_", "LANG", "PYTHON")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=clean | environment, capture_output=True
+    )
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+    assert done.stdout.count(b"\n") == 1 and done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("main", [bm25.main, dual_infer.main])
+def test_an_option_that_is_not_utf8_is_refused(main, capsys):
+    words = ["search", "--index", "caf\udce9"] if main is bm25.main else ["--output_dir", "caf\udce9"]
+    try:
+        status = main(words)
+    except SystemExit as done:
+        status = done.code
+    assert status == 2 and "not UTF-8" in capsys.readouterr().err

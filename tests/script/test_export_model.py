@@ -253,3 +253,20 @@ def test_a_language_model_as_re_ranker_through_all_programs(tmp_path):
     assert cross_infer.main(again) == 0
     back = np.array([float(line) for line in lines(world / "out/cross_scores.txt")])
     assert np.abs(back - ours).max() < 1e-5
+
+
+def test_a_failed_export_leaves_nothing(exported, monkeypatch, capsys):
+    world, _ = exported
+
+    def fail(*_):
+        raise OSError(28, "No space left on device", "README.md")
+
+    monkeypatch.setattr(export_model, "write_card", fail)
+    before = sorted(path.name for path in world.iterdir())
+    words = ["dual", "--output_dir", str(world / "out"), "--to", str(world / "failed")]
+    assert export_model.main(words) == 2
+    assert sorted(path.name for path in world.iterdir()) == before
+    monkeypatch.undo()
+    (world / "failed").mkdir()  # an empty folder is filled
+    assert export_model.main(words) == 0 and (world / "failed/README.md").exists()
+    assert export_model.main(words) == 2 and "not empty" in capsys.readouterr().err

@@ -16,8 +16,7 @@ def import_library(name: str, requirements: str, package: str = "") -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing == name.partition(".")[0]:
+        if error.name in (name, name.partition(".")[0]):
             raise UserError(f"{package or name} is not installed; run {fix}") from None
         raise UserError(f"{package or name} cannot be imported ({first_line(error)}); run {fix}") from error
     except Exception as error:

@@ -1,0 +1,57 @@
+"""Why an optional library cannot be imported is reported, whatever its import raises."""
+
+import sys
+
+import pytest
+
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.libraries import import_library
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Return a function that writes the module `fake_library` with this text."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(text: str) -> None:
+        (tmp_path / "fake_library.py").write_text(text)
+        sys.modules.pop("fake_library", None)
+
+    yield write
+    sys.modules.pop("fake_library", None)
+
+
+def reason() -> str:
+    with pytest.raises(UserError) as caught:
+        import_library("fake_library", "requirements-x.txt", "fake-library")
+    message = str(caught.value)
+    assert message.startswith("fake-library ") and "\n" not in message
+    return message
+
+
+def test_a_library_is_returned(fake):
+    fake("value = 3")
+    assert import_library("fake_library", "requirements-x.txt").value == 3
+
+
+def test_a_missing_library_names_the_requirements():
+    assert "is not installed" in reason() and "requirements-x.txt" in reason()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("import missing_dependency", "missing_dependency"),
+        ("import fake_library.missing_part", "missing_part"),
+        ("raise ImportError('Using SOCKS proxy, but socksio is not installed.')", "SOCKS proxy"),
+        ("raise ImportError('libGL.so.1: cannot open shared object file')", "libGL.so.1"),
+        ("raise ValueError('Unknown scheme for proxy URL')", "proxy URL"),
+        ("raise RuntimeError('first line\\nsecond line')", "first line"),
+        ("raise AttributeError", "AttributeError"),
+        ("nonsense(", "SyntaxError"),
+    ],
+)
+def test_a_library_that_is_installed_but_fails_says_why(fake, text, named):
+    fake(text)
+    message = reason()
+    assert "not installed; run" not in message and named in message
