@@ -25,6 +25,7 @@ import numpy as np
 
 from metric.evaluation import MEASURES, Reference, compute_metrics, per_query
 from script.lib.trec_files import read_grades, read_ranking
+from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.libraries import import_library
 from torch_src.runtime.log import warn
@@ -123,6 +124,8 @@ def run(args: argparse.Namespace) -> None:
     }
     results = [read_ranking(Path(path)) for path in (args.a, args.b)]
     for path, result in zip((args.a, args.b), results, strict=True):
+        if result.keys().isdisjoint(reference):
+            raise UserError(f"{path}: none of its {len(result):,} queries is in {args.reference}")
         if unknown := len(result.keys() - reference.keys()):
             warn(f"{path}: {unknown:,} queries are not in the reference: not scored")
         if missing := len(reference.keys() - result.keys()):

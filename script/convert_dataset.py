@@ -142,7 +142,11 @@ def records_of(
         train = [(file, split) for file, split in conversion.files if split == TRAIN]
         conversion.files = [*train, (Path(args.dev), "dev")]
     if corpus is None:
+        if args.columns:
+            raise UserError("--columns: there is no corpus file whose columns it could name; omit it")
         log("no corpus file: the collection is the passages of the rows")
+        if any(split == "dev" for _, split in conversion.files):
+            warn("dev figures over so small a collection will be too high; --corpus FILE names the full one")
         return row_passages(conversion), row_queries(conversion)
     return read_passages(corpus, conversion.source, need_ids=False), row_queries(conversion)
 

@@ -82,6 +82,8 @@ class Source:
                 if line == 1:
                     _require_text(raw, path)
                     raw = raw.removeprefix(BOM)
+                if not raw.endswith(b"\n") and not is_json(path):
+                    self.counts.add("tables end without a line break: is the last line complete?", path, line)
                 text = decode(raw, path, line)
                 if text.endswith("\r"):
                     text = text[:-1]

@@ -43,6 +43,7 @@ ROWS = {
     "positives": ("negatives",),  # your own: ids; texts without a corpus
     "positive": ("negative",),  # sentence-transformers: a text
 }
+NO_ID = "without an id: a checksum of their text is the id"
 SCORES = {"pos": "pos_scores", "neg": "neg_scores"}
 ROW_FIELDS = {
     *QIDS,
@@ -143,6 +144,7 @@ def parse_row(entry: dict[str, Any], path: Path, line: int, conversion: Conversi
     lists += [references(entry, negative, path, line, conversion) for negative in used[:1]]
     qid = first_of(entry, QIDS)
     counts = conversion.source.counts
+    counts.add(f"queries {NO_ID}", path, line, qid is None)
     known = text_id("", query) if qid is None else id_of(qid, path, line, counts, "query id")
     split = entry.get("split") or ""
     if not isinstance(split, str):
@@ -156,7 +158,7 @@ def references(
     """Return the passages in one field of a row: a list, or a single one."""
     value = entry[name]
     items = value if isinstance(value, list) else [] if value is None else [value]
-    scores = entry.get(SCORES.get(name, ""))
+    scores = entry.get(SCORES[name]) if name in SCORES else None
     if scores is None:
         scores = [None] * len(items)
     if not isinstance(scores, list) or len(scores) != len(items):
@@ -187,6 +189,7 @@ def reference_of(
         known = "" if pid is None else id_of(pid, path, line, counts, "passage id")
         if not known and not has_text:
             raise FormatError(path, line, f"a passage in {name} has neither an id nor a text")
+        counts.add(f"passages {NO_ID}", path, line, not known)
         return Reference(known, "" if title.strip() in EMPTY_TITLES else title, text, None)
     if is_id:
         return Reference(id_of(item, path, line, counts, "passage id"), "", None, None)

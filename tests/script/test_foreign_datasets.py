@@ -511,6 +511,20 @@ def test_tevatron_with_ids_of_documents(convert, tmp_path):
     assert convert("tevatron", tmp_path / "T").dual == [("蒸鱼", FISH, PORK)]
 
 
+def test_missing_ids_are_counted(convert, tmp_path):
+    row = TEVATRON[0] | {"positive_passages": [{"title": "", "text": FISH, "": 1}], "": [1]}
+    del row["query_id"]
+    found = convert("tevatron", put(tmp_path, [row], "t.jsonl"))
+    assert found.dual == [("蒸鱼", FISH, PORK)] and "11" in found.passages
+    for what in ("queries", "passages"):
+        assert f"1 {what} without an id: a checksum" in convert.printed
+
+
+def test_a_table_whose_last_line_may_be_cut(convert, tmp_path):
+    assert convert("jsonl", put(tmp_path, "1\ta\n2\tb", "c.tsv")).passages == {"1": "a", "2": "b"}
+    assert "1 tables end without a line break" in convert.printed
+
+
 def test_one_passage_id_with_two_texts(convert, tmp_path):
     rows = [tevatron(1, "蒸鱼", [(10, "", FISH)], []), tevatron(2, "炖肉", [("10", "", PORK)], [])]
     assert "t.jsonl:2: " in convert.error("tevatron", put(tmp_path, rows, "t.jsonl"))
@@ -616,6 +630,7 @@ def test_queries_as_tsv_with_qrels(convert, tmp_path, text):
     "jsonl B/corpus.jsonl --qrels B/qrels/dev.tsv", "jsonl B/corpus.jsonl --columns id,body",
     "jsonl B/corpus.jsonl --columns id,text", "jsonl B/x --columns id,title",
     "jsonl B/x --columns id,text,id", "flagembedding B/corpus.jsonl --split train",
+    "flagembedding B/corpus.jsonl --columns id,text",
 ])  # fmt: skip
 def test_an_option_that_is_not_read_is_refused(convert, tmp_path, monkeypatch, words):
     three_files(tmp_path / "B", {"qrels/dev.tsv": "q1\td0\t1\n"})

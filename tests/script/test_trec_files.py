@@ -134,6 +134,15 @@ def test_graded_ndcg_by_hand(tmp_path, capsys):
     assert json.loads(lines(tmp_path / "out")[0])["RR@10"] == [0.5, 1.0]
 
 
+def test_runs_of_other_queries_are_refused(tmp_path, capsys):
+    write(tmp_path / "qrels", ["q1\ta\t3"])
+    write(tmp_path / "A", ["q1 Q0 b 1 2 x"])
+    write(tmp_path / "B", ["q2 Q0 b 1 2 x"])
+    words = [str(tmp_path / "A"), str(tmp_path / "B"), "--reference", str(tmp_path / "qrels")]
+    assert compare_runs.main(words) == 2
+    assert f"ERROR {tmp_path / 'B'}: " in capsys.readouterr().err
+
+
 def run(*words) -> int:
     return convert_dataset.main([str(word) for word in words])
 
