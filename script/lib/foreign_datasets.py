@@ -14,7 +14,8 @@ from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import log
 
 TRAIN = "train"
-DEV_SPLITS = ("dev", "validation", "valid", "val", "test")  # the first that exists is the dev set
+# the first that exists is the dev set; MS MARCO has dev.small
+DEV_SPLITS = ("dev", "dev.small", "validation", "valid", "val", "test")
 SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".txt", ".qrels")
 CORPORA = ("corpus", "collection", "passage_collection", "passages", "psgs_w100")
 

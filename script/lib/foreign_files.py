@@ -288,6 +288,8 @@ def _array(path: Path) -> Iterator[tuple[int, Any]]:
                     if raw and len(text) <= LONGEST_LINE:
                         break
                     raise FormatError(path, line + error.lineno - 1, f"not JSON ({error.msg})") from None
+                except (ValueError, RecursionError) as error:
+                    raise FormatError(path, line, f"JSON that cannot be read ({error})") from None
                 yield line, parse_json(text[:end], path, line, unique_fields)
                 line, text = line + text.count("\n", 0, end), text[end:]
 

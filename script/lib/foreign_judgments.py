@@ -20,7 +20,9 @@ from torch_src.data.lines import FormatError, finite_number, shown
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import warn
 
-QRELS = re.compile(r"qrels[-_.](?P<retrieval>retrieval[-_.])?(?P<after>[\w-]+)|(?P<before>[\w-]+)[-_.]qrels")
+QRELS = re.compile(
+    r"qrels[-_.](?P<retrieval>retrieval[-_.])?(?P<after>[\w.-]+)|(?P<before>[\w.-]+)[-_.]qrels"
+)
 QUERY = Fields({"id": QIDS, "text": QUERIES}, ("id", "text"), {2: ("id", "text")})
 JUDGMENT = Fields(
     {

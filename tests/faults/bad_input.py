@@ -24,6 +24,11 @@ if __name__ == "__main__":  # run by path: the root is not on it
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from metric import convert_recall_res_to_json, convert_rerank_res_to_json, evaluation
+from script.lib.foreign_datasets import Conversion, read_passages
+from script.lib.foreign_files import Counts, Source
+from script.lib.foreign_rows import row_passages
+from script.lib.official_layout import OfficialLayoutWriter
+from script.lib.trec_files import read_grades, read_ranking
 from torch_src.data.collection import PassageCollection
 from torch_src.data.cross_training_set import CrossTrainingSet
 from torch_src.data.dual_training_set import DualTrainingSet
@@ -78,6 +83,12 @@ def training(kind: Callable) -> Callable:
     return read
 
 
+def rows(path: Path):
+    """Return the passages of a file of rows."""
+    layout = OfficialLayoutWriter(path.parent, 0, Counts())
+    return list(row_passages(Conversion(Source(), layout, files=[(path, "train")], has_corpus=False)))
+
+
 def checked(path: Path):
     """Return the faults that the data check finds in this training file."""
     return DataCheck(str(path.parent.parent)).run().faults
@@ -97,6 +108,7 @@ READERS: dict[str, tuple[str, bytes, Callable, dict[str, bytes]]] = {
         "test1.json", text(json.dumps({"question_id": "q1", "question": QUERY}, ensure_ascii=False)),
         read_question_ids, {},
     ),
+    "queries with ids": ("queries.tsv", text(f"q1\t{QUERY}", f"q2\t{OTHER}"), read_question_ids, {}),
     "query ids": ("q2qid.dev.json", json.dumps({QUERY: "q1", OTHER: "q2"}).encode(), read_q2qid, {}),
     "reference": ("dev.json", text(json.dumps(DEV, ensure_ascii=False)), read_dev, {}),
     "passages": ("part-00", text(f"-\t\t{TEXT}\t0", "-\t\t\t0"), collection, {}),
@@ -141,6 +153,25 @@ READERS: dict[str, tuple[str, bytes, Callable, dict[str, bytes]]] = {
         ),
         {"ids": b"q1\tp1\nq1\tp2\n"},
     ),
+    "foreign passages": (
+        "corpus.tsv", text("id\ttext\ttitle", f'1\t"{TEXT} ""鱼"""\t菜', f"2\t{TEXT}\t"),
+        lambda path: list(read_passages(path, Source())), {},
+    ),
+    "foreign CSV": (
+        "corpus.csv", text("id,text", f'1,"{TEXT}\n"', f"2,{TEXT}"),
+        lambda path: list(read_passages(path, Source())), {},
+    ),
+    "foreign rows": (
+        "rows.jsonl", text(json.dumps({"query": QUERY, "pos": [TEXT], "neg": ["坏"], "pos_scores": [1.5]})),
+        rows, {},
+    ),
+    "foreign array": (
+        "dpr.json", text(json.dumps([{"question": QUERY, "positive_ctxs": [{"psg_id": 1, "text": TEXT}]}])),
+        rows, {},
+    ),
+    "qrels": ("qrels.tsv", text("query-id\tcorpus-id\tscore", "q1\tp1\t2", "q1\tp2\t0"), read_grades, {}),
+    "TREC run": ("run.txt", text("q1 Q0 p1 1 0.5 x", "q1 Q0 p2 2 0.25 x"), read_ranking, {}),
+    "scores by pid": ("run.json", b'{"q1": {"p1": 0.5, "p2": 1}}', read_ranking, {}),
     "data check": (
         "train/cross.train.tsv", text(f"{QUERY}\t\t{TEXT}\t1", f"{QUERY}\t\t坏\t0"), checked, {},
     ),

@@ -385,12 +385,15 @@ def test_t2ranking_counts_grades_2_and_3(convert, tmp_path):
     assert "files not read: qrels.dev.tsv" in convert.printed
 
 
-def test_msmarco_without_headers(convert, tmp_path):
+@pytest.mark.parametrize("split", ["dev", "dev.small"])
+def test_msmarco_without_headers(convert, tmp_path, split):
     put(tmp_path, table(f"0|{FISH}", f"1|{PORK}"), "M/collection.tsv")
-    put(tmp_path, table("9|fish", "10|pork"), "M/queries.dev.tsv")
-    put(tmp_path, table("9|0|0|1", "10|0|1|1"), "M/qrels.dev.tsv")
+    put(tmp_path, table("9|fish", "10|pork"), f"M/queries.{split}.tsv")
+    put(tmp_path, table("9|0|0|1", "10|0|1|1"), f"M/qrels.{split}.tsv")
+    put(tmp_path, table("9|fish"), "M/queries.eval.tsv")
     found = convert("msmarco", tmp_path / "M")
     assert found.dev == {"9": ("fish", {"0": 1}), "10": ("pork", {"1": 1})}
+    assert "files not read: queries.eval.tsv" in convert.printed
 
 
 # ---- rows: a query and its passages
