@@ -80,6 +80,7 @@ OPTIONS = {
     "quotes": CONVERTED,
     "reference": ("to_trec",),
 }
+DPR_COLUMNS = ("id", "text", "title")  # in CSV quotes
 T2RANKING_GRADE = 2  # from 0 to 3; the authors count 2 and 3 as relevant
 
 
@@ -97,7 +98,8 @@ def to_official(args: argparse.Namespace) -> None:
     path, columns = Path(args.source), columns_of(args)
     if args.split == TRAIN:
         raise UserError(f"--split {TRAIN}: the dev set cannot be the training queries; name another split")
-    source = Source(columns, args.quotes, Counts())
+    is_dpr = args.kind == "dpr"
+    source = Source(columns, DPR_COLUMNS if is_dpr else (), args.quotes or ("csv" if is_dpr else ""))
     min_grade = args.min_grade or (T2RANKING_GRADE if args.kind == "t2ranking" else 1)
     with new_folder(args) as folder:
         layout = OfficialLayoutWriter(folder, args.seed, source.counts, min_grade)

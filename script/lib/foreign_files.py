@@ -69,7 +69,8 @@ class Fields:
 class Source:
     """How files are read: the options of a conversion, and its counts."""
 
-    columns: tuple[str, ...] = ()  # of a passage table without header; empty: the usual order
+    columns: tuple[str, ...] = ()  # of a passage table without header; empty: the usual ones
+    usual: tuple[str, ...] = ()  # three columns, if the usual ones are not id, title, text
     quotes: str = ""  # csv, none, or empty: decided by the file
     counts: Counts = field(default_factory=Counts)
     opened: set[Path] = field(default_factory=set)
@@ -142,7 +143,9 @@ class Source:
         guessed = False
         for number, (line, row) in enumerate(self.rows(path, fields)):
             if not number and looks_like_header(row, fields):
-                order = columns or header_order(row, fields, path, line)
+                order = header_order(row, fields, path, line)
+                if columns and columns != order:
+                    raise FormatError(path, line, f"header {shown(' | '.join(row))} contradicts --columns")
                 continue
             if not order:
                 order = self._usual_order(row, fields, path, line)
@@ -161,7 +164,7 @@ class Source:
             raise UserError(f"{path}: {what} (expected id, title, text without a header); {fix}")
 
     def _usual_order(self, row: list[str], fields: Fields, path: Path, line: int) -> tuple[str, ...]:
-        order = fields.orders.get(len(row))
+        order = self.usual if len(self.usual) == len(row) else fields.orders.get(len(row))
         if order is None:
             known = " or ".join(", ".join(name or "-" for name in names) for names in fields.orders.values())
             raise FormatError(path, line, f"{len(row)} columns without a known header (expected {known})")

@@ -131,6 +131,9 @@ def test_quotes_option(convert, tmp_path, options, expected):
 def test_columns_option(convert, tmp_path, columns, expected):
     path = put(tmp_path, table("1|长长的正文|鱼"), "c.tsv")
     assert convert("jsonl", path, "--columns", columns).passages == {"1": expected}
+    put(path, table("id|text|url", "1|长的正文|鱼"))
+    shutil.rmtree(tmp_path / "D")
+    assert "c.tsv:1: " in convert.error("jsonl", path, "--columns", columns)  # contradicts the header
 
 
 @pytest.mark.parametrize("name, content, place", [
@@ -548,9 +551,13 @@ def test_dpr(convert, tmp_path):
     assert found.dual == [("蒸鱼", f"菜 {FISH}", PORK)]
     assert "1 rows with negative_ctxs beside" in convert.printed
     corpus = table("id|text|title", f'1|"{FISH}"|菜', f'2|"{PORK}"|', f'3|"{RICE} ""饭"""|饭')
+    put(tmp_path, corpus.split("\n", 1)[1], "N/psgs_w100.tsv")
+    shutil.rmtree(found.folder)
+    headless = convert("dpr", tmp_path / "N")
     put(tmp_path, corpus, "N/psgs_w100.tsv")
     shutil.rmtree(found.folder)
     found = convert("dpr", tmp_path / "N")
+    assert found == headless
     assert found.passages == {"1": f"菜 {FISH}", "2": PORK, "3": f'饭 {RICE} "饭"'}
     assert found.dual == [("蒸鱼", f"菜 {FISH}", PORK)] and "another text" not in convert.printed
 
