@@ -49,14 +49,21 @@ from torch_src.models.tokenization import TextRules, exclude_prompt, load_tokeni
 from torch_src.models.trained_settings import MODEL_FIELDS, model_fields_intact
 from torch_src.models.truncation import Truncation, sampled, truncation_of_texts
 from torch_src.retrieval.encoding import Encoder
-from torch_src.retrieval.engines.openvino import TOKENS, OpenVinoTower, check_openvino
+from torch_src.retrieval.engines.openvino import (
+    MIN_COSINE,
+    TOKENS,
+    OpenVinoTower,
+    check_openvino,
+    smallest_cosine,
+)
 from torch_src.retrieval.reranking import PairScorer
 from torch_src.runtime.devices import choose_device, choose_precision, set_threads, token_budget
-from torch_src.runtime.errors import UserError
+from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import read_json, require
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.stamps import JsonDict, changed_files, checksum_files, checksum_text
 
+CHECKED_TEXTS = 8  # that OpenVINO and torch must encode alike
 LOG_SECONDS = 10.0  # between progress lines
 LENGTHS = {"query": "q_max_seq_len", "passage": "p_max_seq_len"}
 
@@ -317,15 +324,30 @@ class Retriever:
         settings, hp = self.source.settings, self.hp
         tower: Any = model.tower(side).eval()
         tower.to(self.device)
-        budget = token_budget(0, self.device)
-        if side == "passage" and hp.encoder_engine == OPENVINO:
-            tower, budget = OpenVinoTower(tower, self.precision), TOKENS
         pooling, limits = (
             (settings["pooling"], settings["normalize"]),
-            (hp.batch_size, budget, hp.vector_dims),
+            (hp.batch_size, token_budget(0, self.device), hp.vector_dims),
         )
         how = (self.source.tokenizer, self.rules[side], *pooling, self.device, self.precision)
-        return Encoder(tower, *how, *limits)
+        encoder = Encoder(tower, *how, *limits)
+        return self._compiled(encoder) if side == "passage" and hp.encoder_engine == OPENVINO else encoder
+
+    def _compiled(self, plain: Encoder) -> Encoder:
+        """Return the encoder with its tower compiled by OpenVINO, or `plain` where their vectors differ."""
+        rows = np.linspace(0, len(self.collection) - 1, CHECKED_TEXTS).astype(int)
+        table = plain.tokenize([self.collection[row] for row in rows.tolist()])
+        try:
+            tower: Any = OpenVinoTower(plain.tower, self.precision)
+            compiled = replace(plain, tower=tower, tokens_per_batch=TOKENS)
+            cosine = smallest_cosine(compiled.encode_tokens(table), plain.encode_tokens(table))
+            reason = "" if cosine >= MIN_COSINE else f"cosine {cosine:.4f} with the vectors of torch"
+        except Exception as error:  # the conversion raises classes of its own
+            reason = first_line(error)[:150] or type(error).__name__
+        if not reason:
+            return compiled
+        warn(f"--encoder_engine openvino: not usable for this model ({reason}); torch is used")
+        plain.tower.to(self.device)
+        return plain
 
     def truncation(self, queries: list[str]) -> list[Truncation]:
         """Return how many of the queries, if any, and of the passages are truncated."""

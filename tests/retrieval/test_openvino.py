@@ -8,7 +8,7 @@ import torch
 from toy_world import make_world, options
 from transformers import AutoConfig
 
-from torch_src import dual_infer
+from torch_src import dual_infer, inference
 from torch_src.models.dual_encoder import embed, load_backbone
 from torch_src.retrieval.engines.openvino import OpenVinoTower, check_openvino
 from torch_src.runtime.errors import UserError
@@ -56,6 +56,45 @@ def test_the_program_with_openvino(world, tmp_path, capsys):
     assert "up to date" in capsys.readouterr().out
     assert infer(world, tmp_path / "one") == 0
     assert "encoder_engine: openvino -> missing" in capsys.readouterr().out
+
+
+class Noisy(torch.nn.Module):
+    """Stands for a compiled tower: the states of torch, with noise or not finite."""
+
+    def __init__(self, tower, precision, noise):
+        super().__init__()
+        self.tower, self.config, self.noise = tower, tower.config, noise
+
+    def forward(self, **given):
+        states = self.tower(**given)[0]
+        return (states + self.noise * torch.randn(states.shape, generator=torch.Generator().manual_seed(0)),)
+
+
+@pytest.mark.parametrize(("noise", "used"), [
+    pytest.param(0.001, True, marks=pytest.mark.slow), (1.0, False),
+    pytest.param(float("nan"), False, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_model_that_it_computes_otherwise_is_encoded_by_torch(
+    world, tmp_path, capsys, monkeypatch, noise, used
+):
+    assert infer(world, tmp_path / "torch") == 0
+    monkeypatch.setattr(inference, "check_openvino", lambda *_: None)
+    monkeypatch.setattr(inference, "OpenVinoTower", lambda *given: Noisy(*given, noise))
+    capsys.readouterr()
+    assert infer(world, tmp_path / "one", "--encoder_engine", "openvino") == 0
+    assert ("WARNING --encoder_engine openvino" in capsys.readouterr().err) is not used
+    blocks = [tmp_path / name / "para_emb/block-00000.npy" for name in ("torch", "one")]
+    assert (blocks[0].read_bytes() == blocks[1].read_bytes()) is not used
+
+
+def test_a_model_that_it_cannot_convert_is_encoded_by_torch(world, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("no such operation")
+
+    monkeypatch.setattr(inference, "check_openvino", lambda *_: None)
+    monkeypatch.setattr(inference, "OpenVinoTower", fail)
+    assert infer(world, tmp_path, "--encoder_engine", "openvino") == 0
+    assert "no such operation" in capsys.readouterr().err
 
 
 @pytest.mark.tools

@@ -7,13 +7,16 @@ Optional: `python -m pip install -r requirements-openvino.txt`. Each run convert
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from torch_src.models.dual_encoder import LAYERS
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.libraries import import_library
 
+MIN_COSINE = 0.998  # of a text's vectors by OpenVINO and by torch: bf16 rounds to 8 bits
 TOKENS = 2048  # padded tokens per forward pass: the fastest of 1,024 to 8,192
 PRECISIONS = {"bf16": "bf16", "fp32": "f32"}  # --precision -> OpenVINO's hint
 
@@ -30,6 +33,12 @@ def check_openvino(device: torch.device, precision: str, pooling: str) -> None:
         raise UserError(f"--encoder_engine openvino: needs a CPU and {' or '.join(PRECISIONS)}; use torch")
     if pooling == "pooler":
         raise UserError("--encoder_engine openvino: does not support a pooling layer; use torch")
+
+
+def smallest_cosine(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the smallest cosine between the vectors (N, H) of the same row; nan when one is not finite."""
+    one, other = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (one, other))
+    return float((one * other).sum(axis=1).min())
 
 
 class LastLayer(nn.Module):
@@ -68,6 +77,8 @@ class OpenVinoTower:
         """Convert and compile for `precision`, bf16 or fp32, with as many threads as torch."""
         openvino = require_openvino()
         self.config = tower.config
+        if layers := getattr(tower, LAYERS, None):
+            setattr(self, LAYERS, layers)
         example = (torch.ones((2, 8), dtype=torch.int64), torch.ones((2, 8), dtype=torch.int64))
         converted = convert(LastLayer(tower.cpu().eval()), example)
         settings = {
