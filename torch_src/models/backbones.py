@@ -81,6 +81,8 @@ def load_config(path: str, dropout: float | None = None, kind: str = "dual") -> 
     folder = read_model_folder(path) if kind == "dual" else read_reranker_folder(path)
     config = read_config(folder.tower("passage"), path)
     if kind == "cross":
+        if config.model_type in ENCODERS:
+            raise UserError(f"{path}: a {config.model_type} model is not supported as a re-ranker")
         _complete_reranker(config, folder)
     if folder.separate and architecture(config) != architecture(read_config(folder.tower("query"), path)):
         raise UserError(f"{path}: two towers of different configurations are not supported")
