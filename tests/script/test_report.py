@@ -318,7 +318,7 @@ def test_lengths_and_the_truncated_share(world, tokenizer, monkeypatch):
     lengths, why = report_curves.measure_lengths(world.output, list(QUERIES), found.collection, 1000, 1)
     # a token a character: 6, 7 and 2 with [CLS] and [SEP] are 8, 9 and 4; the Latin one is longer than 8
     assert why == "" and lengths["queries"].truncated == 0.5 and lengths["queries"].of == 4
-    assert lengths["passages"].tokens.tolist()[0] == 7 + 2 + 2 and lengths["passages"].tokens[4] == 6
+    assert lengths["passages"].tokens.tolist()[0] == 7 + 2 and lengths["passages"].tokens[4] == 4  # no prefix
     few, _ = report_curves.measure_lengths(world.output, list(QUERIES), found.collection, 3, 1)
     assert len(few["passages"].tokens) == 3 and few["passages"].of == 7
     monkeypatch.setattr(report_page, "LENGTH_SAMPLE", 3)
