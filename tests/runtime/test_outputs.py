@@ -44,6 +44,12 @@ def test_a_path_in_an_input_folder_is_refused(folder, name):
     assert "input" in refused(name, "passages")
 
 
+def test_the_current_directory_may_be_an_input_folder(folder):
+    check_outputs([Output("output/new", RUN)], ["."])
+    for name in ("part-07", "./new"):
+        assert "input folder" in refused(name, ".")
+
+
 def test_two_outputs_of_one_path_are_refused(folder):
     pair = [Output("new", RUN), Output(folder / "new", RUN)]
     with pytest.raises(UserError, match="two outputs"):

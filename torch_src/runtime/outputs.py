@@ -74,7 +74,10 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[FilePath] = ()) ->
 
 
 def check_apart(output: FilePath, inputs: Iterable[FilePath]) -> None:
-    """UserError when an output file or folder is one of the inputs or inside an input folder."""
+    """UserError when an output file or folder is one of the inputs or inside an input folder.
+
+    The folder `output` of the current directory is fine even if that directory is the input folder.
+    """
     real = Path(os.path.realpath(output))
     for source in inputs:
         if not str(source):
@@ -82,7 +85,9 @@ def check_apart(output: FilePath, inputs: Iterable[FilePath]) -> None:
         target = Path(os.path.realpath(source))
         if real == target or _same_file(real, target):
             raise UserError(f"{output}: the output is one of the inputs ({source}); name another output")
-        if target in real.parents and target.is_dir():
+        here = Path.cwd()
+        around = target == here or target in here.parents
+        if target.is_dir() and (real.parent == target if around else target in real.parents):
             raise UserError(f"{output}: the output is inside the input folder {source}; name another output")
 
 
