@@ -45,12 +45,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from script.lib.foreign_datasets import TRAIN, Conversion, data_files, find_corpus, read_passages
 from script.lib.foreign_files import Counts, Source, is_json
 from script.lib.foreign_judgments import folder_queries, judged_queries
-from script.lib.foreign_rows import row_files, row_passages, row_queries
+from script.lib.foreign_rows import ROWS, row_files, row_passages, row_queries
 from script.lib.official_layout import TITLES, OfficialLayoutWriter, Passage, Query
 from script.lib.trec_files import read_grades, read_ranking
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import parse_cross_row, read_dev
-from torch_src.data.lines import read_lines, split_columns
+from torch_src.data.lines import FormatError, read_lines, split_columns
 from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.data.results import check_result_path, stamp_result, write_result
 from torch_src.data.row_file import text_hash
@@ -105,8 +105,8 @@ def to_official(args: argparse.Namespace) -> None:
         layout = OfficialLayoutWriter(folder, args.seed, source.counts, min_grade)
         conversion = Conversion(source, layout, args.split, args.skip_dangling, min_grade)
         passages, queries = records_of(args, path, conversion)
-        layout.write_collection(passages)
-        dev = layout.write_queries(queries)
+        layout.write_collection(passages, path)
+        dev = layout.write_queries(queries, args.queries or path)
         if args.split and not dev:
             raise UserError(f"--split {args.split}: no query of this split has a positive passage")
         source.counts.log()
@@ -131,6 +131,7 @@ def records_of(
 ) -> tuple[Iterator[Passage], Iterable[Query]]:
     """Return the passages and the queries of a data set; nothing is read yet."""
     if args.kind == "jsonl":
+        check_no_rows(path, conversion.source)
         return read_passages(path, conversion.source), own_queries(args, conversion)
     corpus = Path(args.corpus) if args.corpus else None
     if corpus is None and not path.is_file():
@@ -151,6 +152,15 @@ def records_of(
             warn("dev figures over so small a collection will be too high; --corpus FILE names the full one")
         return row_passages(conversion), row_queries(conversion)
     return read_passages(corpus, conversion.source, need_ids=False), row_queries(conversion)
+
+
+def check_no_rows(path: Path, source: Source) -> None:
+    """UserError when a file of passages begins with a query and its passages."""
+    for line, entry in source.entries(path) if is_json(path) else ():
+        if name := next((name for name in ROWS if isinstance(entry.get(name), list)), None):
+            kinds = ", ".join(IN_ROWS)
+            raise FormatError(path, line, f"a query with {name} (expected a passage); use one of {kinds}")
+        return
 
 
 def own_queries(args: argparse.Namespace, conversion: Conversion) -> Iterable[Query]:

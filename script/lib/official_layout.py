@@ -98,7 +98,7 @@ class OfficialLayoutWriter:
 
     # ---- passages
 
-    def write_collection(self, passages: Iterable[Passage]) -> None:
+    def write_collection(self, passages: Iterable[Passage], source: Path | str = "the corpus") -> None:
         """Write part-00, passage2id.map.json and, when there are titles, titles.tsv."""
         folder, titled = self.folder / "passage-collection", 0
         with ExitStack() as stack:
@@ -117,7 +117,7 @@ class OfficialLayoutWriter:
         if not titled:
             (folder / TITLES).unlink()
         if not self.rows:
-            raise UserError("no passages found")
+            raise UserError(f"{source}: contains no passages")
         log(f"{len(self.rows):,} passages")
 
     def _add_passage(self, passage: Passage, row: int) -> str:
@@ -154,7 +154,7 @@ class OfficialLayoutWriter:
 
     # ---- queries
 
-    def write_queries(self, queries: Iterable[Query]) -> int:
+    def write_queries(self, queries: Iterable[Query], source: Path | str = "the queries") -> int:
         """Write train/ and dev/, with the texts of the collection written before; return the dev queries."""
         collection = PassageCollection(self.folder / "passage-collection")
         found: dict[str, dict[str, Query]] = {"train": {}, "dev": {}}  # split -> text -> query
@@ -169,7 +169,7 @@ class OfficialLayoutWriter:
                 self._merge(query, known, merged)
         dev, train = self._with_positives(found["dev"]), self._with_positives(found["train"])
         if read and not dev and not train:
-            raise UserError("no query with a positive passage found")
+            raise UserError(f"{source}: no query has a positive passage (grade {self.min_grade} or above)")
         if train:
             self._write_train(train, collection)
         if dev:

@@ -593,6 +593,13 @@ def test_nothing_to_train_on_and_nothing_to_score(convert, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "row", [FLAG[0], TEVATRON[0], DPR[0], {"id": 1, "text": "蒸鱼", "positives": ["d0"]}]
+)
+def test_rows_are_not_taken_for_passages(convert, tmp_path, row):
+    assert "t.jsonl:1: a query with" in convert.error("jsonl", put(tmp_path, [row], "t.jsonl"))
+
+
 def test_which_file_of_a_folder_of_rows(convert, tmp_path):
     put(tmp_path, FLAG, "F/toy_minedHN.jsonl")
     assert "no file train or dev" in convert.error("flagembedding", tmp_path / "F")
