@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ class Source:
         if first is None:
             raise UserError(f"{path}: is empty")
         quoted = self.quotes == "csv" or (not self.quotes and (comma or _uses_quotes(first[1])))
-        chained = _chain(first, lines)
+        chained = chain([first], lines)
         if quoted or comma:
             yield from self._csv_rows(path, chained, "," if comma else "\t", quoted)
             return
@@ -371,8 +372,3 @@ def _uses_quotes(first: str) -> bool:
     """Return whether the first line shows CSV quotes: quoted names, or the header of DPR, which uses them."""
     names = first.split("\t")
     return names == ["id", "text", "title"] or (len(names) > 1 and all(map(QUOTED.fullmatch, names)))
-
-
-def _chain(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    yield first
-    yield from rest
