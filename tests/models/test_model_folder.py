@@ -370,3 +370,36 @@ def test_a_hub_model_that_is_not_cached_is_refused():
     with pytest.raises(UserError, match="owner/name: .*hub cannot be reached"):
         load_config("owner/name")
     assert model_checksum("owner/name") == "owner/name"
+
+
+@pytest.mark.parametrize(("place", "change"), [
+    ("2_Dense", {"in_features": 30}), ("2_Dense", {"out_features": "x"}), ("2_Dense", {"in_features": None}),
+    ("", {"max_seq_length": "long"}), ("", {"max_seq_length": -4}), ("", {"max_seq_length": 4}),
+])  # fmt: skip
+def test_numbers_that_do_not_fit_are_refused(folder, place, change):
+    write_modules(folder, after=("Dense",), lengths={"max_seq_length": 40}, prompts={"query": "水油水油"})
+    write_dense(folder / "2_Dense", 32, 16)
+    assert folder_settings(str(folder))["q_max_seq_len"] == 36
+    path = folder / (place or ".") / ("config.json" if place else "sentence_bert_config.json")
+    write_json(path, {**json.loads(path.read_text()), **change})
+    with pytest.raises(UserError):
+        folder_settings(str(folder))
+
+
+@pytest.mark.parametrize("router", [
+    {}, {"structure": {"query": ["a"]}, "types": {}},
+    {"structure": {"query": ["a"], "document": ["a"]}, "types": {"a": f"{PACKAGE}.CNN"}},
+    {"structure": {}, "types": {}, "parameters": {"route_mappings": {"x": "y"}}},
+])  # fmt: skip
+def test_routers_that_are_not_known_are_refused(folder, router):
+    write_json(folder / "modules.json", [{"type": f"{PACKAGE}.Router", "path": ""}])
+    write_json(folder / "router_config.json", router)
+    with pytest.raises(UserError, match="router_config.json|modules.json"):
+        folder_settings(str(folder))
+
+
+@pytest.mark.parametrize("path", ["../other", "/etc"])
+def test_a_module_outside_of_the_folder_is_refused(folder, path):
+    write_json(folder / "modules.json", [{"type": f"{PACKAGE}.Transformer", "path": path}])
+    with pytest.raises(UserError, match="leaves the model's folder"):
+        own_settings(str(folder))

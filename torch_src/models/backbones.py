@@ -86,6 +86,11 @@ def load_config(path: str, dropout: float | None = None, kind: str = "dual") -> 
         _complete_reranker(config, folder)
     if folder.separate and architecture(config) != architecture(read_config(folder.tower("query"), path)):
         raise UserError(f"{path}: two towers of different configurations are not supported")
+    width = getattr(config, "hidden_size", None)
+    for layer in folder.layers:
+        if layer.get("inputs", layer.get("size", width)) != width:
+            raise UserError(f"{path}: a {layer['type']} layer does not fit vectors of {width} dimensions")
+        width = layer.get("outputs", width)
     if folder.layers or not folder.include_prompt:
         config.sentence_settings = {"layers": list(folder.layers), "include_prompt": folder.include_prompt}
     for name in DROPOUT_FIELDS if dropout is not None else ():
@@ -178,12 +183,16 @@ def folder_settings(path: str, longest: dict[str, int] | None = None) -> dict[st
     limits = [limit for limit in (config and positions(config),) if limit]
     for name in ("q_max_seq_len", "p_max_seq_len"):
         if length := getattr(folder, name) or folder.max_seq_len:
-            knobs[name] = min([length, *limits]) - _prefix_tokens(path, getattr(folder, PREFIXES[name]))
+            prompt = _prefix_tokens(path, getattr(folder, PREFIXES[name]))
+            knobs[name] = min([length, *limits]) - prompt
+            if knobs[name] < MIN_LENGTH:
+                raise UserError(f"{path}: its prompt of {prompt} tokens leaves none of {length} to a text")
             if longest and not getattr(folder, name):
                 knobs[name] = min(knobs[name], longest[name])
     return knobs
 
 
+MIN_LENGTH = 3  # [CLS], a token, [SEP]
 PREFIXES = {"q_max_seq_len": "query_prefix", "p_max_seq_len": "passage_prefix"}
 
 

@@ -1,4 +1,7 @@
-"""The cross-encoder: any AutoModelForSequenceClassification with one logit, its head computed in float32."""
+"""The cross-encoder: a sequence classifier with one logit, its head computed in float32.
+
+Classifiers with two labels and causal language models that answer yes or no are converted to one logit.
+"""
 
 import inspect
 import re

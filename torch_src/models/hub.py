@@ -1,10 +1,12 @@
 """Models by hub name: the snapshot that a name stands for, as a local folder."""
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch_src.runtime.errors import UserError, first_line
+from torch_src.runtime.log import warn
 
 DOWNLOADS = "torch_pretrained_models"  # where script/download.sh puts models
 # files that a model may lack: whether it does is not known unless the hub was asked
@@ -80,20 +82,30 @@ def _remember_absence(path: str, name: str) -> None:
             pass
 
 
-def known_file(path: str, name: str) -> Path | None:
+def known_file(path: str, name: str, required: bool = True) -> Path | None:
     """Return a file of a model's folder, None when the model has no such file.
 
-    UserError when that is not known: the name of a hub model whose cached snapshot may be incomplete.
+    UserError when that is not known: the name of a hub model whose cached snapshot may be incomplete. Without
+    `required` a warning.
     """
     file = Path(local_folder(path)) / name
     if file.exists():
         return file
     if is_hub_name(path) and _absence_unknown(path, name):
-        raise UserError(
+        message = (
             f"{path}: {name} is not in the cache and the hub cannot be reached, so it is not known how the "
             f"model is to be used; connect once, or pass the folder of a complete download ({file.parent})"
         )
+        if required:
+            raise UserError(message)
+        warn_once(message)
     return None
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Warn; nothing when it was done before."""
+    warn(message)
 
 
 def _absence_unknown(path: str, name: str) -> bool:

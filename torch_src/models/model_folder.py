@@ -160,7 +160,7 @@ def read_reranker_folder(path: str) -> ModelFolder:
     Of a retriever's folder, from which a re-ranker is trained, only the transformer is used.
     """
     root = Path(local_folder(path))
-    listed = known_file(path, MODULES)
+    listed = known_file(path, MODULES, required=False)
     if listed is None:
         return ModelFolder(path, towers=(str(root), str(root)))
     modules = _modules(listed, "passage")
@@ -200,7 +200,8 @@ def _answers(path: Path) -> tuple[int, int | None]:
     if ids.get("module_input_name", "causal_logits") != "causal_logits":
         raise UserError(f"{path}: module_input_name {ids['module_input_name']} is not supported")
     false = ids.get("false_token_id")
-    return int(_stated(ids, "true_token_id", path)), None if false is None else int(false)
+    true = _number(ids, "true_token_id", path)
+    return true, None if false is None else _number(ids, "false_token_id", path)
 
 
 def _modules(listed: Path, side: str) -> Modules:
@@ -232,7 +233,8 @@ def _module(kind: str, place: Path, side: str, listed: Path) -> Modules:
     if route is None:
         raise UserError(f"{path}: the {name} has no route {ROUTES[side][0]} ({', '.join(routes) or 'none'})")
     steps = [
-        _module(str(config["types"][step]), _inside(place, step, path), side, path) for step in routes[route]
+        _module(str((config.get("types") or {}).get(step, "")), _inside(place, step, path), side, path)
+        for step in routes[route]
     ]
     return [step for found in steps for step in found]
 
@@ -283,15 +285,15 @@ def _layer(kind: str, place: Path) -> dict[str, Any]:
     if kind == "Dropout":
         return {"type": kind, "p": float(config.get("dropout", 0.2))}
     if kind == "LayerNorm":
-        return {"type": kind, "size": int(_stated(config, "dimension", path))}
+        return {"type": kind, "size": _number(config, "dimension", path)}
     if kind == "Normalize":
         return {"type": kind}
     if config.get("use_residual"):
         raise UserError(f"{path}: use_residual of a Dense layer is not supported")
     return {
         "type": kind,
-        "inputs": int(_stated(config, "in_features", path)),
-        "outputs": int(_stated(config, "out_features", path)),
+        "inputs": _number(config, "in_features", path),
+        "outputs": _number(config, "out_features", path),
         "bias": bool(config.get("bias", True)),
         "activation": _activation(
             config.get("activation_function", "torch.nn.modules.activation.Tanh"), path
@@ -299,10 +301,11 @@ def _layer(kind: str, place: Path) -> dict[str, Any]:
     }
 
 
-def _stated(config: dict[str, Any], name: str, path: Path) -> Any:
-    if name not in config:
-        raise UserError(f"{path}: {name} is missing")
-    return config[name]
+def _number(config: dict[str, Any], name: str, path: Path) -> int:
+    value = config.get(name)
+    if not isinstance(value, int) or value < 0:
+        raise UserError(f"{path}: {name} {value!r} (expected a number)")
+    return value
 
 
 def _activation(name: Any, path: Path) -> str:
@@ -345,17 +348,18 @@ def _transformer_settings(tower: Path, task: str) -> dict[str, Any]:
 
 def _side_length(stated: dict[str, Any], name: str, tower: Path, separate: bool) -> int | None:
     """Return the length of one side's texts, where the folder states it for this side."""
-    length = stated.get(name)
-    return int(length) if length else _length(stated, "max_seq_length", tower) if separate else None
+    if stated.get(name):
+        return _number(stated, name, tower)
+    return _length(stated, "max_seq_length", tower) if separate else None
 
 
 def _length(stated: dict[str, Any], name: str, tower: Path) -> int | None:
     """Return the length in tokens that the folder states, else the tokenizer's; None without either."""
     if stated.get(name):
-        return int(stated[name])
+        return _number(stated, name, tower)
     path = tower / "tokenizer_config.json"
     length = read_json(path).get("model_max_length") if path.exists() else None
-    return int(length) if length and length < NO_LIMIT else None
+    return int(length) if isinstance(length, int | float) and 0 < length < NO_LIMIT else None
 
 
 def _normalize(general: dict[str, Any], has_module: bool, path: Path) -> bool:

@@ -27,6 +27,7 @@ from torch_src.inference import (
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.models.backbones import check_fits
+from torch_src.models.cross_encoder import describe_reranker
 from torch_src.retrieval.faiss_index import INDEX, FaissSearch, IndexSettings
 from torch_src.retrieval.reranking import PairScorer, rank_pairs
 from torch_src.retrieval.score_bounds import Float32
@@ -36,6 +37,7 @@ from torch_src.retrieval.vectors import NOT_COMPARED, VectorStore
 from torch_src.runtime.devices import choose_device, search_devices
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json, require
+from torch_src.runtime.log import log
 from torch_src.runtime.stamps import changes, read_stamp
 from torch_src.tools.demo_hparams import DemoHparams
 
@@ -235,6 +237,7 @@ def open_scorer(hp: DemoHparams, retriever: Retriever) -> PairScorer:
     """Return the re-ranker on the retriever's device; UserError when its weights are missing."""
     settings = InferenceCrossHparams(cross_params=hp.cross_params_path, seed=hp.seed, debug=hp.debug)
     source = find_cross_model(settings)
+    log(describe_reranker(source.settings, source.config))
     check_fits(source.config, source.tokenizer, {"max_seq_len": pair_rules(source)}, source.path)
     model = load_cross_model(source).to(retriever.device)
     return pair_scorer(source, model, settings.batch_size, retriever.device, retriever.precision)
