@@ -27,9 +27,10 @@ flagembedding, tevatron, dpr, hub, dureader: rows of a query and its passages, i
 
 Files may be gzipped. Headers are recognized; --columns names the columns of a corpus without one. The dev set
 is the split dev, validation or test, the first that exists, or the one that --split names. An id that is not
-in the corpus is an error, or with --skip_dangling its judgment is dropped. A title is written before its
-text, and also to titles.tsv, so that to_beir can restore it. TABs and line breaks in a text become spaces. A
-training query without negatives gets random passages (--seed); mine better ones with
+in the corpus is an error, or with --skip_dangling its judgment is dropped. A passage id that occurs twice is
+an error, or with --skip_duplicates the second one is dropped if its text is the same. A title is written
+before its text, and also to titles.tsv, so that to_beir can restore it. TABs and line breaks in a text become
+spaces. A training query without negatives gets random passages (--seed); mine better ones with
 script/mine_negatives.py.
 """
 
@@ -75,6 +76,7 @@ OPTIONS = {
     "dev": IN_ROWS,
     "split": CONVERTED,
     "skip_dangling": CONVERTED,
+    "skip_duplicates": CONVERTED,
     "min_grade": ("jsonl", *JUDGED),
     "columns": CONVERTED,
     "quotes": CONVERTED,
@@ -102,7 +104,7 @@ def to_official(args: argparse.Namespace) -> None:
     source = Source(columns, DPR_COLUMNS if is_dpr else (), args.quotes or ("csv" if is_dpr else ""))
     min_grade = args.min_grade or (T2RANKING_GRADE if args.kind == "t2ranking" else 1)
     with new_folder(args) as folder:
-        layout = OfficialLayoutWriter(folder, args.seed, source.counts, min_grade)
+        layout = OfficialLayoutWriter(folder, args.seed, source.counts, min_grade, args.skip_duplicates)
         conversion = Conversion(source, layout, args.split, args.skip_dangling, min_grade)
         passages, queries = records_of(args, path, conversion)
         layout.write_collection(passages, path)
@@ -354,6 +356,7 @@ def main(argv: list[str]) -> int:
         "--split", default="", help="split that becomes the dev set; of a file of rows: theirs"
     )
     parser.add_argument("--skip_dangling", action="store_true", help="drop judgments of unknown ids")
+    parser.add_argument("--skip_duplicates", action="store_true", help="drop repeated passages: id and text")
     parser.add_argument("--min_grade", type=positive_int, help="of a positive; default 1, for t2ranking 2")
     parser.add_argument("--columns", default="", help="of a corpus without header, such as id,text,title")
     parser.add_argument(

@@ -87,8 +87,11 @@ def one_line(text: str) -> str:
 class OfficialLayoutWriter:
     """Writes the official layout to `folder`. Write the collection first: it assigns a row to each id."""
 
-    def __init__(self, folder: Path, seed: int, counts: Counts, min_grade: int = 1):
+    def __init__(
+        self, folder: Path, seed: int, counts: Counts, min_grade: int = 1, skip_duplicates: bool = False
+    ):
         self.folder, self.seed, self.counts, self.min_grade = folder, seed, counts, min_grade
+        self.skip_duplicates = skip_duplicates
         self.rows: dict[str, int] = {}
         self.hashes = array("Q")  # of the text of each row
         self.row_by_text: dict[int, int] = {}  # filled when it is needed
@@ -105,8 +108,11 @@ class OfficialLayoutWriter:
             names = ("part-00", "passage2id.map.json", TITLES)
             part, ids, titles = (stack.enter_context(atomic_write(folder / name)) for name in names)
             ids.write("{")
-            for row, passage in enumerate(passages):
+            for passage in passages:
+                row = len(self.rows)
                 text = self._add_passage(passage, row)
+                if text is None:
+                    continue
                 part.write(format_passage(text))
                 comma = "," if row else ""
                 ids.write(f"{comma}\n{json.dumps(str(row))}: {json.dumps(passage.pid, ensure_ascii=False)}")
@@ -120,16 +126,22 @@ class OfficialLayoutWriter:
             raise UserError(f"{source}: contains no passages")
         log(f"{len(self.rows):,} passages")
 
-    def _add_passage(self, passage: Passage, row: int) -> str:
-        """Check a passage and return its text as one line."""
+    def _add_passage(self, passage: Passage, row: int) -> str | None:
+        """Check a passage and return its text as one line; None for a duplicate that is skipped."""
         pid, title, text, path, line = passage
         if len(pid) > LONGEST_PID:
             raise FormatError(path, line, f"passage id {shown(pid)}: over {LONGEST_PID} characters")
         clean = joined(title, text)
         hashed = text_hash(clean)
         if pid in self.rows:
-            same = "the same text" if self.hashes[self.rows[pid]] == hashed else "another text"
-            raise FormatError(path, line, f"passage id {pid}: duplicate, with {same} (ids must be unique)")
+            same = self.hashes[self.rows[pid]] == hashed
+            if same and self.skip_duplicates:
+                self.counts.add("passages have the id and text of an earlier one: dropped", path, line)
+                return None
+            what = (
+                "the same text; --skip_duplicates drops it" if same else "another text (ids must be unique)"
+            )
+            raise FormatError(path, line, f"passage id {pid}: duplicate, with {what}")
         self.rows[pid] = row
         self.hashes.append(hashed)
         changed = clean != (f"{title} {text}" if title else text)

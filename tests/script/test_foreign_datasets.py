@@ -167,6 +167,16 @@ def test_malformed_passages_are_named(convert, tmp_path, name, content, place):
     assert f"{tmp_path / place}"[:-1] in convert.error("jsonl", put(tmp_path, content, name))
 
 
+def test_skip_duplicates(convert, tmp_path):
+    path = put(tmp_path, table("1|a", "1|a", "2|b", "1|a"), "c.tsv")
+    assert "--skip_duplicates" in convert.error("jsonl", path)
+    assert convert("jsonl", path, "--skip_duplicates").passages == {"1": "a", "2": "b"}
+    assert "2 passages have the id and text of an earlier one" in convert.printed
+    shutil.rmtree(tmp_path / "D")
+    put(path, table("1|a", "1|b"))
+    assert "c.tsv:2: " in convert.error("jsonl", path, "--skip_duplicates")
+
+
 def test_json_ids_titles_and_arrays(convert, tmp_path):
     entries = [
         {"_id": 1, "title": None, "text": "a"}, {"_id": 2.0, "title": float("nan"), "text": "b"},
