@@ -4,8 +4,10 @@ Each program has one dataclass in its own *_hparams module; knobs that several p
 from common_hparams. The comment after a knob is its --help text, the comment above a block its group.
 """
 
+import contextlib
 import dataclasses
 import inspect
+import io
 import re
 import shutil
 import sys
@@ -20,7 +22,7 @@ import tyro
 
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import write_json
-from torch_src.runtime.log import log
+from torch_src.runtime.log import error, log
 from torch_src.runtime.options import check_range, check_utf8, limit_text
 
 NONE = "none"  # value that turns a path or model option off
@@ -122,7 +124,21 @@ def parse_options(settings: type[Hparams], argv: list[str]) -> dict[str, Any]:
     knobs = {name: typing.Annotated[kind, plain] for name, kind in kinds.items()}
     options = typing.cast(Any, typing.TypedDict)("options", knobs, total=False)
     words = as_flags(argv, flags)
-    return dict(tyro.cli(options, args=words, use_underscores=True, prog=Path(sys.argv[0]).name))
+    with contextlib.redirect_stderr(io.StringIO()) as box:  # tyro frames its errors
+        try:
+            return dict(tyro.cli(options, args=words, use_underscores=True, prog=Path(sys.argv[0]).name))
+        except SystemExit:
+            message = tyro_message(box.getvalue())
+    error(f"{message}; --help lists the options")
+    sys.exit(2)
+
+
+def tyro_message(box: str) -> str:
+    """Return a framed error of tyro as one line, without its title and its hints to --help."""
+    plain = box.translate({ord(sign): " " for sign in "│╭╮╰╯"}).replace("─", "-").partition("\n")[2]
+    sections = [" ".join(section.split()) for section in re.split(r"(?m)^ *-{5,} *$", plain)]
+    hints = ("Argument helptext", "For full helptext")
+    return "; ".join(part for part in sections if part and not part.startswith(hints)) or "invalid option"
 
 
 def as_flags(argv: list[str], flags: set[str]) -> list[str]:

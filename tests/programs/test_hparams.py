@@ -78,7 +78,8 @@ def test_malformed_option_exits_with_2_and_is_named(argv, named, capsys):
         hparams.parse(DualHparams, argv)
     assert caught.value.code == 2
     output = capsys.readouterr()
-    assert named in output.out + output.err
+    (line,) = output.err.splitlines()
+    assert named in line and " ERROR " in line and not output.out
 
 
 def test_values_have_the_type_of_their_field():
