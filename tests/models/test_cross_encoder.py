@@ -557,6 +557,15 @@ def test_the_encoder_starts_from_the_retrievers_passage_tower(tiny_config, tmp_p
     assert torch.equal(cross.model.bert.pooler.dense.weight, pooler)
 
 
+def test_the_encoder_starts_from_a_shared_encoder(tiny_config, tmp_path):
+    dual = DualEncoder(BertModel(tiny_config, add_pooling_layer=False), True, "cls", False)
+    torch.save(dual.stored_state(), tmp_path / "dual_params.bin")
+    cross = build_cross_encoder(tiny_config)
+    start_from_retriever(cross, str(tmp_path / "dual_params.bin"))
+    for name, value in dual.passage_encoder.state_dict().items():
+        assert torch.equal(cross.model.bert.state_dict()[name], value), name
+
+
 def test_weights_that_are_no_retriever_are_refused(tiny_config, tmp_path):
     cross = build_cross_encoder(tiny_config)
     torch.save(cross.model.state_dict(), tmp_path / "cross_params.bin")

@@ -244,6 +244,16 @@ def test_other_kinds_of_models_are_refused_by_name(tmp_path, config, named):
         load(tmp_path, "mean")
 
 
+def test_a_model_whose_vectors_depend_on_padding_is_named(tmp_path, capsys):
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
+    transformers.FNetModel(transformers.FNetConfig(**sizes)).save_pretrained(tmp_path / "fnet")
+    load(tmp_path / "fnet", "mean")
+    assert "padding changes the vectors" in capsys.readouterr().err
+    transformers.BertModel(small("BertConfig")).save_pretrained(tmp_path / "bert")
+    load(tmp_path / "bert", "mean")
+    assert "padding" not in capsys.readouterr().err
+
+
 def test_an_adapter_is_refused_with_its_base_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
     with pytest.raises(UserError, match="an adapter .* of owner/base"):

@@ -199,6 +199,8 @@ def test_layers_after_the_pooling_run_in_order(folder, bias, safe):
     write_json(folder / "5_LayerNorm/config.json", {"dimension": 20})
     norm = {"norm.weight": torch.rand(20), "norm.bias": torch.rand(20)}
     torch.save(norm, folder / "5_LayerNorm/pytorch_model.bin")
+    assert not (folder / "2_Normalize").exists()  # repositories hold no empty folders
+    assert model_checksum(str(folder))
     assert own_settings(str(folder)) == {"pooling": "mean", "normalize": True}
     config = load_config(str(folder))
     assert vector_width(config) == 20

@@ -16,6 +16,7 @@ from torch_src.models.backbones import ENCODERS, WEIGHT_ERRORS, load_pretrained
 from torch_src.models.model_folder import is_decoder, read_model_folder
 from torch_src.runtime.devices import at_least_float32
 from torch_src.runtime.errors import UserError, first_line
+from torch_src.runtime.log import warn
 from torch_src.runtime.tensor_files import load_tensors
 
 
@@ -72,6 +73,7 @@ class DualEncoder(nn.Module):
         return super().load_state_dict(state, *given, **options)
 
 
+PADDING_TOLERANCE = 1e-3  # relative change of a text's states by a token of padding
 QUERY, PASSAGE = "query_encoder.", "passage_encoder."
 
 
@@ -288,20 +290,28 @@ def _check_states(model: PreTrainedModel, config: PretrainedConfig, pooling: str
     """
     was_training = model.training
     ids = torch.tensor([[3, 4, 5], [3, 4, 6]]) % config.vocab_size
+    padded = nn.functional.pad(ids, (0, 1), value=config.pad_token_id or 0)
     try:
-        states = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+        model.eval()
+        states = model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+        mask = nn.functional.pad(torch.ones_like(ids), (0, 1))
+        again = model(input_ids=padded, attention_mask=mask)[0]
         shape = tuple(states.shape)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
-        raise UserError(
-            f"{path}: a {config.model_type} model is not supported ({first_line(error)})"
-        ) from error
+        reason = first_line(error)
+        raise UserError(f"{path}: a {config.model_type} model is not supported ({reason})") from error
     finally:
         model.train(was_training)
     if shape != (2, 3, config.hidden_size):
         raise UserError(
             f"{path}: a {config.model_type} model is not supported (it returns no state of each token)"
         )
-    if pooling == "cls" and is_decoder(config) and torch.equal(states[0, 0], states[1, 0]):
+    if (states - again[:, :3]).norm() > PADDING_TOLERANCE * states.norm():
+        warn(
+            f"{path}: padding changes the vectors of a {config.model_type} model: they depend on the other "
+            "texts of a batch"
+        )
+    if pooling == "cls" and is_decoder(config) and states[0, 0].equal(states[1, 0]):
         raise UserError(
             f"--pooling cls: {path} is a decoder: its first token sees no other; use lasttoken or mean"
         )
@@ -310,6 +320,7 @@ def _check_states(model: PreTrainedModel, config: PretrainedConfig, pooling: str
 def _pooler_option(config: PretrainedConfig, pooling: str) -> dict[str, bool]:
     # Only BERT-like classes have the option; the others have no pooling layer.
     kind: Any = MODEL_MAPPING.get(type(config), None)
+    kind = kind[0] if isinstance(kind, tuple) else kind
     if kind is None or "add_pooling_layer" not in inspect.signature(kind).parameters:
         if pooling == "pooler":
             raise UserError(

@@ -85,7 +85,7 @@ class ModelFolder:
         places = [Path(local_folder(self.path)), *map(Path, self.towers)]
         places += [Path(folder) for folders in self.layer_folders for folder in folders]
         found: list[Path] = []
-        for place in dict.fromkeys(places):
+        for place in filter(Path.is_dir, dict.fromkeys(places)):  # a Normalize may have no folder
             weights = (p for p in place.iterdir() if p.suffix in (".safetensors", ".bin"))
             found += [p for p in (place / "config.json", *sorted(weights)) if p.exists()]
         return found
