@@ -26,5 +26,5 @@ if [ $# -eq 0 ]; then
     $python -m mypy
 fi
 [ -n "$markers" ] || set -- -m "$core" "$@"
-# Two tests at a time with one thread each: small matrix products do not gain from more.
-OMP_NUM_THREADS=1 exec $python -m pytest -n 2 "$@"
+# A test per core at a time, with one thread each: small matrix products do not gain from more. Four workers take 4 GB.
+OMP_NUM_THREADS=1 exec $python -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"
