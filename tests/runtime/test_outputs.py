@@ -50,6 +50,10 @@ def test_the_current_directory_may_be_an_input_folder(folder):
         assert "input folder" in refused(name, ".")
 
 
+def test_an_output_is_not_named_as_if_it_were_compressed(folder):
+    assert "not compressed" in refused("run.gz")
+
+
 def test_two_outputs_of_one_path_are_refused(folder):
     pair = [Output("new", RUN), Output(folder / "new", RUN)]
     with pytest.raises(UserError, match="two outputs"):

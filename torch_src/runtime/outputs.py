@@ -70,6 +70,8 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[FilePath] = ()) ->
             raise UserError(f"{path}: is named for two outputs; name another file for one of them")
         seen.add(real)
         require_replaceable(path)
+        if path.suffix == ".gz":
+            raise UserError(f"{path}: outputs are not compressed; name it {path.with_suffix('').name}")
         _check_own(path, output)
 
 
