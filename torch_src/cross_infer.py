@@ -13,7 +13,7 @@ from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import RunRow, format_run_row, read_dev
 from torch_src.data.negative_scores import read_negative_scores
 from torch_src.data.passage_ids import check_length, read_passage_ids, rows_of
-from torch_src.data.results import RESULT_STAGES, check_collection, write_result
+from torch_src.data.results import RESULT_STAGES, write_result
 from torch_src.inference import (
     LOG_SECONDS,
     choose_hardware,
@@ -117,7 +117,6 @@ class CrossInference:
             self.id_map = official_ids_path(path)
         else:
             self.collection = PassageCollection(hp.passage_dir_path, cache)
-            check_collection(path, self.collection.checksum, hp.passage_dir_path)
         self.candidates = open_candidates(path, self.collection, cache)
         self.pairs = len(self.candidates)
         self._check_queries(path)

@@ -174,6 +174,8 @@ def test_runs_and_maps_of_other_collections_are_refused(trained_copy, monkeypatc
         "bm25 fuse --runs output/res.top10 second/res.top10 --run fused",
         f"{RERANK} --output_dir third --retrieval_result output/res.top10",
         f"{MINE} --retrieval_result output/res.top10",
+        "cross_train --data_dir data --pretrained_model_path model --output_dir fourth --dev_candidates "
+        "output/res.top10 --max_steps 1",
     ]
     for words in refused:
         assert main(words) == 2, words

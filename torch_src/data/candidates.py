@@ -10,6 +10,7 @@ import numpy as np
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import candidates_by_query, run_by_query
 from torch_src.data.lines import FilePath, FormatError
+from torch_src.data.results import check_collection
 from torch_src.runtime.errors import UserError
 
 OFFICIAL, OFFICIAL_IDS = ".res.tsv", ".res.id_map.tsv"
@@ -76,12 +77,13 @@ def open_candidates(
     """Return the candidates of a run (over `collection`) or of an official file, which has its own texts.
 
     FormatError for a malformed line, a row outside the collection, scattered lines of a query, a duplicate
-    passage of a query, or an id map of another length.
+    passage of a query, or an id map of another length. UserError for a run of another collection.
     """
     if str(path).endswith(OFFICIAL):
         return _open_official(str(path), cache_dir)
     if collection is None:
         raise UserError(f"{path}: a run has row numbers only; pass the collection with --passage_dir")
+    check_collection(path, collection.checksum, collection.files[0].parent)
     pairs = _Pairs()
     for query, ranking in run_by_query(path):
         for row in ranking:
