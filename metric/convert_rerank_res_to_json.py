@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 
 from torch_src.data.formats import read_id_map, read_scores
 from torch_src.data.lines import FormatError, read_together, shown, warn_if_cut
-from torch_src.data.results import check_result_path, stamp_result, write_result
+from torch_src.data.results import check_result_path, check_same_candidates, stamp_result, write_result
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import warn
 from torch_src.runtime.options import OptionParser
@@ -50,6 +50,7 @@ def convert(score_file: str, id_map: str, output: str | None = None) -> None:
     """Check both files and write the JSON. On any error nothing is written."""
     default = os.path.join(os.path.dirname(score_file), "cross_res.json")
     output = check_result_path(output, default, (score_file, id_map))
+    check_same_candidates(score_file, id_map)
     scores_of = read_scored(score_file, id_map)
     for path in (score_file, id_map):
         warn_if_cut(path)

@@ -17,6 +17,7 @@ import numpy as np
 
 from metric.evaluation import compute_metrics, load_reference
 from torch_src.data.formats import read_id_map, read_run, read_scores
+from torch_src.data.results import check_same_candidates
 from torch_src.retrieval.reranking import fused_scores
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.options import OptionParser
@@ -31,6 +32,7 @@ def read_pairs(run: str, scores: str, id_map: str) -> tuple[list[str], np.ndarra
     stamp = read_stamp(scores) or {}
     if stamp.get("candidates") not in (None, checksum_files([run])):
         raise UserError(f"{scores}: not the scores of {run}; run do_cross_infer.py again")
+    check_same_candidates(scores, id_map)
     retriever = np.array([row.score for row in read_run(run)])
     logits = np.array(list(read_scores(scores)))
     ids = list(read_id_map(id_map))

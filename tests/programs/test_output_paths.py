@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from toy_world import lines, options, write
 
-from torch_src.runtime.stamps import checksum_files
+from torch_src.runtime.stamps import checksum_files, write_stamp
 
 MODULES = {
     "dual_train": "torch_src.dual_train", "dual_infer": "torch_src.dual_infer",
@@ -154,6 +154,20 @@ def test_own_files_are_replaced(world, monkeypatch, capsys, tmp_path):
     assert main(f"recall {MAPS} o/res.top10 10") == 0
     (tmp_path / "named.json.stamp.json").unlink()
     assert main(f"recall {MAPS} o/res.top10 10 named.json") == 2
+
+
+@pytest.mark.parametrize("field", ["candidates", "passages", "qids"])
+def test_scores_with_the_id_map_of_another_run_are_refused(tmp_path, monkeypatch, capsys, field):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "scores", ["1", "2"])
+    write(tmp_path / "ids", ["q\ta", "q\tb"])
+    for name in ("scores", "ids"):
+        write_stamp(name, {"stage": "cross_infer", "candidates": "a", "passages": "b", "qids": "c"})
+    assert main("rerank scores ids") == 0
+    write_stamp(
+        "ids", {"stage": "cross_infer", "candidates": "a", "passages": "b", "qids": "c"} | {field: "x"}
+    )
+    assert main("rerank scores ids") == 2 and f"({field}: " in capsys.readouterr().err
 
 
 def test_runs_and_maps_of_other_collections_are_refused(trained_copy, monkeypatch, capsys, tmp_path):

@@ -116,3 +116,14 @@ def common_collection(runs: Sequence[FilePath]) -> str | None:
                 f"({known[0][1]}); combine runs of one collection"
             )
     return known[0][1] if known else None
+
+
+def check_same_candidates(scores: FilePath, id_map: FilePath) -> None:
+    """UserError when the stamps of scores and of their id map name other candidates or passages."""
+    first, second = (read_stamp(path) or {} for path in (scores, id_map))
+    for field in ("candidates", "passages", "qids"):
+        if field in first and field in second and first[field] != second[field]:
+            raise UserError(
+                f"{id_map}: not the id map of {scores} ({field}: {first[field]} -> {second[field]}); "
+                "use the two files of one run of do_cross_infer.py"
+            )
