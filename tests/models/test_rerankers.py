@@ -219,3 +219,20 @@ def test_modules_of_other_models(folder, kind):
 def test_rules_of_a_model_without_template(folder):
     save(BertForSequenceClassification(BertConfig(**SIZES, num_labels=1)), folder)
     assert pair_rules(source(folder)) == TextRules(384)
+
+
+def test_one_segment_type_and_padding(folder, capsys):
+    """A model with one type of segments takes no other; XLNet reads the last position, padding or not."""
+    config = transformers.RobertaConfig(**SIZES, type_vocab_size=1, pad_token_id=0, num_labels=1)
+    model = save(transformers.RobertaForSequenceClassification(config), folder)
+    tokenizer = load_tokenizer(str(folder), kind="cross")
+    batch = tokenizer(QUERIES, PASSAGES, padding=True, return_tensors="pt", return_token_type_ids=False)
+    with torch.inference_mode():
+        expected = model(**batch).logits[:, 0]
+    assert torch.allclose(scores(folder), expected, atol=1e-5)
+    assert "padding" not in capsys.readouterr().err
+    sizes = {"vocab_size": len(WORDS), "d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    xlnet = transformers.XLNetConfig(**sizes, initializer_range=0.5, num_labels=1)
+    save(transformers.XLNetForSequenceClassification(xlnet), folder)
+    scores(folder)
+    assert "padding changes the scores" in capsys.readouterr().err

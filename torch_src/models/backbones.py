@@ -280,6 +280,12 @@ def architecture(config: PretrainedConfig) -> str:
     return checksum_text(json.dumps(fields, sort_keys=True, default=str))
 
 
+def probe_ids(config: PretrainedConfig) -> torch.Tensor:
+    """Return token ids (1, 4) int64 for a trial, none of them padding."""
+    size, padding = config.vocab_size, config.pad_token_id
+    return torch.tensor([[token for token in range(3, 8) if token != padding][:4]]) % size
+
+
 def positions(config: PretrainedConfig) -> int | None:
     """Return the number of tokens that the model has positions for; None without a limit."""
     count = getattr(config, "max_position_embeddings", None)

@@ -18,13 +18,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from torch_src.models.backbones import load_config, load_pretrained, read_config, read_weights
+from torch_src.models.backbones import (
+    load_config,
+    load_pretrained,
+    probe_ids,
+    read_config,
+    read_weights,
+)
 from torch_src.models.model_folder import ModelFolder, read_reranker_folder
 from torch_src.models.pair_template import is_causal, template_of
 from torch_src.models.tokenization import load_tokenizer
 from torch_src.runtime.devices import at_least_float32
 from torch_src.runtime.errors import UserError, first_line
-from torch_src.runtime.log import log
+from torch_src.runtime.log import log, warn
 
 # names of the labels of a classifier with two, where they are not LABEL_0 (irrelevant) and LABEL_1
 RELEVANT, IRRELEVANT = {"relevant", "positive", "yes", "true"}, {"irrelevant", "negative", "no", "false"}
@@ -59,7 +65,11 @@ class CrossEncoder(nn.Module):
         super().__init__()
         self.model = model
         self.random_parameters = [f"model.{name}" for name in random_parameters or ()]
-        self.takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+        parameters, kinds = (
+            inspect.signature(model.forward).parameters,
+            getattr(model.config, "type_vocab_size", 2),
+        )
+        self.takes_types = "token_type_ids" in parameters and kinds != 1  # the only one is the default
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear and not ENCODER_LAYER.search(f"{name}."):
                 parent, _, child = name.rpartition(".")
@@ -102,6 +112,7 @@ def load_cross_encoder(path: str, config: PretrainedConfig, seed: int, trained: 
         model, missing = load_pretrained(*kind, config, seed)
         config.num_labels = 1
         if not missing:
+            _check_padding(model, path)
             return CrossEncoder(_log_odds(model, own, path))
     config.num_labels = 1
     model, missing = load_pretrained(*kind, config, seed)
@@ -115,7 +126,22 @@ def load_cross_encoder(path: str, config: PretrainedConfig, seed: int, trained: 
         )
     if missing:
         log(f"{path}: no head with one logit; {', '.join(missing)} initialized randomly with seed {seed}")
+    _check_padding(model, path)
     return CrossEncoder(model, missing)
+
+
+@torch.no_grad()
+def _check_padding(model: PreTrainedModel, path: str) -> None:
+    """Warn where the logit of a text depends on the padding after it."""
+    was_training, config = model.training, model.config
+    ids = probe_ids(config)
+    padded = nn.functional.pad(ids, (0, 1), value=config.pad_token_id or 0)
+    model.eval()
+    one = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    other = model(input_ids=padded, attention_mask=nn.functional.pad(torch.ones_like(ids), (0, 1))).logits
+    model.train(was_training)
+    if (one - other).abs().max() > 1e-3 * (1 + one.abs().max()):
+        warn(f"{path}: padding changes the scores of a {config.model_type} model; use another model")
 
 
 @torch.no_grad()
@@ -163,17 +189,18 @@ def _from_causal(folder: ModelFolder, config: PretrainedConfig, seed: int) -> Pr
         raise UserError(f"{path}: the answers {yes} and {no} are not in the model's vocabulary")
     config.num_labels = 1
     unsupported = f"{path}: a causal {config.model_type} model is not supported as a re-ranker"
+    ids = probe_ids(config)
+    mask = torch.ones_like(ids)
+    answers = causal.eval()(input_ids=ids, attention_mask=mask).logits[0, -1]
+    expected = answers[yes] - (0 if no is None else answers[no])
     try:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         setattr(model, model.base_model_prefix, causal.base_model)
         model.score = _difference(head, yes, no)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{unsupported} ({first_line(error)})") from error
-    ids = torch.tensor([[3, 4, 5]])
-    answers = causal.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
-    expected = answers[yes] - (0 if no is None else answers[no])
-    found = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0]
+        found = model.eval()(input_ids=ids, attention_mask=mask).logits[0, 0]
+    except (ValueError, AttributeError, TypeError, LookupError, RuntimeError) as error:
+        raise UserError(f"{unsupported} ({first_line(error)[:150]})") from error
     if (found - expected).abs() > 1e-3 * (1 + expected.abs()):
         raise UserError(f"{unsupported}: its logits are not a linear function of the last state")
     config.architectures = [type(model).__name__]

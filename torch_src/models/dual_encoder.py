@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 
-from torch_src.models.backbones import ENCODERS, WEIGHT_ERRORS, load_pretrained
+from torch_src.models.backbones import ENCODERS, WEIGHT_ERRORS, load_pretrained, probe_ids
 from torch_src.models.model_folder import is_decoder, read_model_folder
 from torch_src.runtime.devices import at_least_float32
 from torch_src.runtime.errors import UserError, first_line
@@ -289,7 +289,8 @@ def _check_states(model: PreTrainedModel, config: PretrainedConfig, pooling: str
     The second of two texts has another last token: the first state of a decoder does not change.
     """
     was_training = model.training
-    ids = torch.tensor([[3, 4, 5], [3, 4, 6]]) % config.vocab_size
+    first, second, third, other = probe_ids(config)[0].tolist()
+    ids = torch.tensor([[first, second, third], [first, second, other]])
     padded = nn.functional.pad(ids, (0, 1), value=config.pad_token_id or 0)
     try:
         model.eval()
