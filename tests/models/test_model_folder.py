@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -405,3 +406,35 @@ def test_a_module_outside_of_the_folder_is_refused(folder, path):
     write_json(folder / "modules.json", [{"type": f"{PACKAGE}.Transformer", "path": path}])
     with pytest.raises(UserError, match="leaves the model's folder"):
         own_settings(str(folder))
+
+
+def test_a_hub_model_is_downloaded_once_and_a_failed_request_uses_the_cache(cached, monkeypatch):
+    import huggingface_hub as library
+    from huggingface_hub import constants
+
+    snapshot, asked, down = cached("1" * 40), [], []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    files = [SimpleNamespace(rfilename=name) for name in ("config.json", "model.safetensors", "x/y.onnx")]
+
+    def answer(_, name):
+        asked.append(name)
+        if down:
+            raise ConnectionError("no route")
+        return SimpleNamespace(siblings=files)
+
+    def download(name, allow_patterns=None, local_files_only=False):
+        assert local_files_only or allow_patterns == ["model.safetensors", "config.json"]
+        if name == "owner/absent":
+            raise FileNotFoundError
+        return str(snapshot)
+
+    monkeypatch.setattr(library.HfApi, "model_info", answer)
+    monkeypatch.setattr(library, "snapshot_download", download)
+    hub._download.cache_clear()
+    assert {hub.local_folder("owner/name") for _ in range(3)} == {str(snapshot)} and asked == ["owner/name"]
+    hub._download.cache_clear()
+    down.append(True)
+    assert hub.local_folder("owner/name") == str(snapshot)
+    with pytest.raises(UserError, match="owner/absent: .*no route"):
+        hub.local_folder("owner/absent")
+    hub._download.cache_clear()

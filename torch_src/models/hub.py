@@ -29,6 +29,13 @@ def local_folder(path: str) -> str:
     """
     if not is_hub_name(path):
         return path
+    from huggingface_hub import constants
+
+    return _cached(path, "HF_HUB_OFFLINE") if constants.HF_HUB_OFFLINE else _download(path)
+
+
+@cache  # one snapshot for all files of a run
+def _download(path: str) -> str:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
@@ -39,16 +46,20 @@ def local_folder(path: str) -> str:
             _remember_absence(path, name)
         return folder
     except (HFValidationError, RepositoryNotFoundError) as error:
-        raise UserError(
-            f"{path}: no such folder, and no such model on the hub ({first_line(error)})"
-        ) from None
+        reason = first_line(error)[:150]
+        raise UserError(f"{path}: no such folder, and no such model on the hub ({reason})") from None
     except Exception as error:  # the errors of a failed request are those of several libraries
-        reason = f"{type(error).__name__}: {first_line(error)[:150]}"
+        return _cached(path, f"{type(error).__name__}: {first_line(error)[:150]}")
+
+
+def _cached(path: str, reason: str) -> str:
+    """Return the cached snapshot of a hub name; `reason`: why the hub was not asked, or did not answer."""
+    from huggingface_hub import snapshot_download
+
     try:
-        folder = snapshot_download(path, local_files_only=True)
-    except Exception:
+        return snapshot_download(path, local_files_only=True)
+    except Exception:  # as above
         raise UserError(f"{path}: not in the cache, and the hub cannot be reached ({reason})") from None
-    return folder
 
 
 def needed_files(names: list[str]) -> list[str]:
