@@ -83,7 +83,7 @@ def test_prompts_belong_to_queries_and_passages(tmp_path, folder, capsys):
 
 
 @pytest.mark.parametrize(("lengths", "inference", "training"), [
-    ({"max_seq_length": 48}, (48, 48), (32, 48)), ({"max_seq_length": 20}, (20, 20), (20, 20)),
+    ({"max_seq_length": 20}, (20, 20), (20, 20)),
     ({"max_seq_length": 60, "query_length": 50, "document_length": 60}, (50, 60), (50, 60)),
     ({"max_seq_length": 9000}, (64, 64), (32, 64)), (None, (40, 40), (32, 40)),
 ])  # fmt: skip
@@ -190,8 +190,7 @@ def test_the_transformer_may_lie_in_a_folder(folder, tmp_path):
     assert model_checksum(str(old)) != before
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize(("bias", "safe"), [(True, False), (False, True)])
 def test_layers_after_the_pooling_run_in_order(folder, bias, safe):
     """Normalization, a dense layer and a layer normalization, by hand."""
     kinds = ("Normalize", "Dense", "Dropout", "LayerNorm", "Normalize")
