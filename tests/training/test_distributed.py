@@ -27,21 +27,6 @@ def world(tmp_path_factory):
     return world
 
 
-def steps(world, processes: int, name: str, **knobs) -> dict:
-    """Return {losses (10, 2), gradients (10, n), metrics} of a run by this number of processes."""
-    if knobs["kind"] == "cross":
-        knobs = {**knobs, "dev_candidates": str(world / "run"), "dev_depth": 11}
-    kind, knobs = knobs["kind"], {**knobs, "eval_every": 5}
-    del knobs["kind"]
-    folder = world / f"{name}-{processes}"
-    folder.mkdir()
-    launcher = [*LAUNCH, f"--nproc_per_node={processes}"] if processes > 1 else []
-    program = [str(ROOT / "tests/distributed_run.py"), kind, str(world), str(folder), json.dumps(knobs)]
-    done = subprocess.run([sys.executable, *launcher, *program], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return torch.load(folder / "steps.pt", weights_only=True)
-
-
 WORLDS = {
     "dual": dict(kind="dual", batch_size=7, normalize=True, temperature=0.05, pooling="mean"),
     "dual-untied-cached": dict(kind="dual", batch_size=8, grad_cache_chunk=2, accumulation_steps=2),
@@ -52,10 +37,29 @@ WORLDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def steps(world) -> dict[int, dict]:
+    """{processes: {name: {losses (10, 2), gradients (10, n), metrics}}} of all WORLDS; each start is slow."""
+    dev = {"dev_candidates": str(world / "run"), "dev_depth": 11}
+    jobs = {
+        name: {**knobs, "eval_every": 5, **(dev if knobs["kind"] == "cross" else {})}
+        for name, knobs in WORLDS.items()
+    }
+    found = {}
+    for processes in (1, 2):
+        launcher = [*LAUNCH, f"--nproc_per_node={processes}"] if processes > 1 else []
+        folder = world / f"steps{processes}"
+        program = [str(ROOT / "tests/distributed_run.py"), str(world), str(folder), json.dumps(jobs)]
+        done = subprocess.run([sys.executable, *launcher, *program], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[processes] = {name: torch.load(folder / name / "steps.pt", weights_only=True) for name in jobs}
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(WORLDS))
-def test_two_processes_take_the_steps_of_one(world, name):
-    one, two = (steps(world, processes=count, name=name, **WORLDS[name]) for count in (1, 2))
+def test_two_processes_take_the_steps_of_one(steps, name):
+    one, two = steps[1][name], steps[2][name]
     assert torch.allclose(one["losses"], two["losses"], rtol=1e-9, atol=0)
     for mine, theirs in zip(one["gradients"], two["gradients"], strict=True):
         assert (mine - theirs).norm() / mine.norm() < 1e-9
