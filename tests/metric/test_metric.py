@@ -85,6 +85,7 @@ def warnings(capsys):
 # ---- the programs as a user runs them
 
 
+@pytest.mark.slow
 def test_programs_run_by_path_from_any_directory(folder):
     def run(name, *arguments):
         done = subprocess.run(
@@ -271,6 +272,7 @@ def random_map(rng):
     return blank() + "{" + (",".join(pairs) or blank()) + "}" + blank()
 
 
+@pytest.mark.slow
 def test_streamed_map_equals_json_loads_for_any_chunk_size(folder, monkeypatch):
     rng = random.Random(5)
     for trial in range(300):

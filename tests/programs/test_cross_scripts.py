@@ -183,6 +183,7 @@ def test_the_recall_converter_gives_the_same_list(world):
     assert load(output / "cross_res.json") == before and not (output / "dual_res.json").exists()
 
 
+@pytest.mark.slow
 def test_the_official_candidates_give_the_same_ranking(world):
     files = ["--retrieval_result", str(world / "data" / OFFICIAL)]
     files += ["--cross_params", str(world / "output/cross_params.bin")]
@@ -263,6 +264,7 @@ def test_missing_or_damaged_settings_are_rewritten(world, capsys):
         assert infer(world) == 0
 
 
+@pytest.mark.slow
 def test_topk_shortens_the_result_but_not_the_scores(world):
     assert infer(world, "--topk", "7") == 0
     few, many = ranking(world / "output/res.rerank7"), ranking(world / "output/res.rerank50")
@@ -270,6 +272,7 @@ def test_topk_shortens_the_result_but_not_the_scores(world):
     assert len(lines(world / "output/cross_scores.txt")) == QUERIES * DEPTH
 
 
+@pytest.mark.slow
 def test_fusion_with_a_large_weight_has_the_retrievers_order(world):
     path = world / "output/res.top50"
     write(path, [f"{line.rsplit(chr(9), 1)[0]}\t{-int(line.split(chr(9))[2])}" for line in lines(path)])
@@ -280,6 +283,7 @@ def test_fusion_with_a_large_weight_has_the_retrievers_order(world):
     }
 
 
+@pytest.mark.slow
 def test_a_query_without_candidates_is_kept_with_an_empty_list(world, capsys):
     path = world / "output/res.top50"
     lost = lines(path)[0].split("\t")[0]
@@ -295,6 +299,7 @@ def test_a_query_without_candidates_is_kept_with_an_empty_list(world, capsys):
     assert all(sorted(found[other]) == sorted(before[other]) for other in found if other != qid)
 
 
+@pytest.mark.slow
 def test_competition_queries_through_both_stages(world):
     """test1.json: two qids have the same question, and both get its list."""
     queries = [line.split("\t")[0] for line in lines(world / "data/dev/dev.q.format")]
@@ -312,6 +317,7 @@ def test_competition_queries_through_both_stages(world):
     assert all(len(set(pids)) == DEPTH for pids in found.values())
 
 
+@pytest.mark.slow
 def test_few_negatives_are_logged_once(world, capsys):
     """Of 24 queries with a positive each, four keep two negatives, the others one more than they need."""
     path, rows, kept = world / "data/train/cross.train.tsv", {}, []
@@ -328,12 +334,14 @@ def test_few_negatives_are_logged_once(world, capsys):
     assert "12/12" in log  # 24 groups, 4 a step, 2 epochs
 
 
+@pytest.mark.slow
 def test_enough_negatives_are_not_logged(world, capsys):
     more = ["--loss", "listwise", "--group_size", "3", "--groups_per_step", "4", "--max_steps", "1"]
     assert train(world, *more, "--eval_every", "-1", output="list") == 0
     assert "fewer than" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_fgm_changes_the_weights_and_zero_does_not(world):
     for name, epsilon in (("off", "0"), ("on", "0.5"), ("none", None)):
         more = ["--fgm_epsilon", epsilon] if epsilon else []
@@ -342,6 +350,7 @@ def test_fgm_changes_the_weights_and_zero_does_not(world):
     assert weights["off"] == weights["none"] != weights["on"]
 
 
+@pytest.mark.slow
 def test_a_changed_epsilon_is_detected(world, capsys):
     assert train(world, "--fgm_epsilon", "0.01", "--max_steps", "1", "--eval_every", "-1") == 0
     assert "fgm_epsilon: 0.0 -> 0.01" in capsys.readouterr().out
@@ -357,6 +366,7 @@ def test_the_same_command_again_is_up_to_date(world, capsys):
     assert content(world / "output") == before
 
 
+@pytest.mark.slow
 def test_cross_res_is_of_the_latest_topk(world):
     """cross_res.json has the latest of two results, even if that one is up to date."""
     before = load(world / "output/cross_res.json")
@@ -366,6 +376,7 @@ def test_cross_res_is_of_the_latest_topk(world):
     assert load(world / "output/cross_res.json") == before
 
 
+@pytest.mark.slow
 def test_a_missing_result_is_rewritten(world):
     before = content(world / "output")
     (world / "output/cross_res.json").unlink()
@@ -412,6 +423,7 @@ def test_blocks_do_not_change_the_scores(world):
         assert max(abs(scores[row] - again[row]) for row in scores) < 1e-5
 
 
+@pytest.mark.slow
 def test_replaced_weights_are_detected(world, capsys):
     old = (world / "output/cross_scores.txt").read_bytes()
     assert train(world, "--seed", "7", "--max_steps", "2", "--eval_every", "-1") == 0
@@ -422,6 +434,7 @@ def test_replaced_weights_are_detected(world, capsys):
     assert (world / "output/cross_scores.txt").read_bytes() != old
 
 
+@pytest.mark.slow
 def test_replaced_candidates_are_detected(world, capsys):
     path = world / "output/res.top50"
     write(path, [line for line in lines(path) if int(line.split("\t")[2]) <= 20])
@@ -430,6 +443,7 @@ def test_replaced_candidates_are_detected(world, capsys):
     assert len(lines(world / "output/res.rerank50")) == QUERIES * 20
 
 
+@pytest.mark.slow
 def test_a_replaced_official_id_map_is_detected(world, capsys):
     """Two passages swap their pids but keep their texts: the result must change."""
     files = ["--retrieval_result", str(world / "data" / OFFICIAL)]
@@ -452,6 +466,7 @@ def untouched(capsys, world: Path, run, *words: str) -> None:
     assert content(world / "output") == before
 
 
+@pytest.mark.slow
 def test_weights_of_another_backbone(world, capsys):
     make_model(world / "wide", hidden=48)
     wide = build_cross_encoder(load_config(str(world / "wide")))
@@ -465,6 +480,7 @@ def test_weights_of_another_backbone_by_option(world, capsys):
     untouched(capsys, world, lambda: infer(world, *wide), "not the configuration that")
 
 
+@pytest.mark.slow
 def test_truncated_weights(world, capsys):
     path = world / "output/cross_params.bin"
     path.write_bytes(path.read_bytes()[:1000])
@@ -526,6 +542,7 @@ def test_a_candidate_of_an_unknown_query(world, capsys):
     untouched(capsys, world, lambda: infer(world), "1 of its queries are not in", "不在其中的问题")
 
 
+@pytest.mark.slow
 def test_an_official_id_map_of_another_length(world, capsys):
     path = world / "data" / OFFICIAL.replace(".tsv", ".id_map.tsv")
     write(path, lines(path)[:-1])
@@ -555,6 +572,7 @@ def test_a_bad_pid_map_is_found_before_the_pairs_are_scored(world, capsys):
     assert not list((world / "new").glob("cross_scores*"))
 
 
+@pytest.mark.slow
 def test_training_with_dev_candidates_and_a_bad_pid_map(world, capsys):
     path = short_map(world)
     capsys.readouterr()
@@ -562,6 +580,7 @@ def test_training_with_dev_candidates_and_a_bad_pid_map(world, capsys):
     refused(capsys, status, f"{path}: 59 ids, but the collection has 60 passages")
 
 
+@pytest.mark.slow
 def test_an_unknown_option(world):
     with pytest.raises(SystemExit) as stopped:
         infer(world, "--top_k", "3")
@@ -666,6 +685,7 @@ def test_fuse_curve_refuses_files_that_are_not_aligned(curve_files, tmp_path, ca
     refused(capsys, fuse_curve.main(curve_files), f"{tmp_path / 'scores'}:3: ")
 
 
+@pytest.mark.slow
 def test_truncated_pairs_are_reported(trained_copy, capsys):
     world = trained_copy
     assert (

@@ -66,6 +66,7 @@ def test_scripts_run_as_in_the_readme(tmp_path):
     assert json.loads(printed).keys() == {"MRR@10", "QueriesRanked", "recall@1", "recall@50"}
 
 
+@pytest.mark.slow
 def test_truncated_texts_are_reported_by_training_and_inference(world, capsys):
     shorter = ["--q_max_seq_len", "3", "--p_max_seq_len", "40", "--max_steps", "1", "--eval_every", "-1"]
     assert train(world, *shorter) == 0 and infer(world, "--force") == 0
@@ -117,6 +118,7 @@ def test_same_seed_gives_the_same_bytes(trained, tmp_path):
     assert again.read_bytes() == first.read_bytes()
 
 
+@pytest.mark.slow
 def test_vectors_do_not_depend_on_blocks(world):
     whole = np.load(world / "output/para_emb/block-00000.npy")
     assert infer(world, "--block_rows", "59") == 0
@@ -134,6 +136,7 @@ def test_retrained_weights_are_detected(world, capsys):
     assert (world / "output/para_emb/block-00000.npy").read_bytes() != old
 
 
+@pytest.mark.slow
 def test_a_changed_collection_is_detected(world, capsys):
     part = world / "data/passage-collection/part-00"
     write(part, [lines(part)[0].replace("\t0", "改\t0"), *lines(part)[1:]])
@@ -141,6 +144,7 @@ def test_a_changed_collection_is_detected(world, capsys):
     assert "(collection: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_zero_shot_needs_no_training(world):
     out = world / "zero"
     command = [*options(world, out), "--dual_params", "none", "--pretrained_model_path", str(world / "model")]
@@ -207,6 +211,7 @@ def test_pid_map_shorter_than_the_collection(world, capsys):
     refused(capsys, world, infer(world, "--force"), f"{path}: 59 ids, but the collection has 60 passages")
 
 
+@pytest.mark.slow
 def test_missing_and_half_downloaded_model_folder(world, capsys):
     nowhere = ["--pretrained_model_path", str(world / "nowhere")]
     refused(capsys, world, train(world, *nowhere), "nowhere: no such folder (pretrained_model_path)")
@@ -219,6 +224,7 @@ def test_missing_and_half_downloaded_model_folder(world, capsys):
     refused(capsys, world, train(world), "contains no config.json")
 
 
+@pytest.mark.slow
 def test_weights_of_another_hidden_size(world, capsys):
     make_model(world / "wide", hidden=48)
     wide = ["--pretrained_model_path", str(world / "wide")]
@@ -234,6 +240,7 @@ def test_option_that_contradicts_the_weights(world, capsys):
     refused(capsys, world, infer(world, "--p_max_seq_len", "32"), "was trained with 64")
 
 
+@pytest.mark.slow
 def test_long_passage_is_cut_and_counted(world, capsys):
     part = world / "data/passage-collection/part-00"
     write(part, [f"-\t\t{'长' * 60975}\t0", *lines(part)[1:]])

@@ -58,6 +58,7 @@ def test_one_changed_setting_is_detected(world, capsys, knob, value, passages):
     assert ("vectors up to date" in printed) != passages
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_detected(world, capsys):
     vocab = world / "vocab.txt"
     words = (world / "model/vocab.txt").read_text(encoding="utf-8").split("\n")
@@ -67,6 +68,7 @@ def test_another_tokenizer_is_detected(world, capsys):
     assert "tokenizer: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", ["query_encoder", "passage_encoder"])
 def test_one_changed_tower_is_detected(trained_copy, capsys, tower):
     world = trained_copy
@@ -82,6 +84,7 @@ def test_one_changed_tower_is_detected(trained_copy, capsys, tower):
     assert (world / "output/res.top10").read_bytes() != run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["dual_hparams.json", "dual_model/config.json", "dual_model/tokenizer_config.json"]
 )
@@ -96,6 +99,7 @@ def test_model_settings_cannot_be_edited(trained_copy, capsys, name):
     assert name in error and ("checksum" in error or "not what" in error)
 
 
+@pytest.mark.slow
 def test_an_edited_result_is_rebuilt(world, capsys):
     path = world / "output/res.top10"
     whole = path.read_bytes()
@@ -105,6 +109,7 @@ def test_an_edited_result_is_rebuilt(world, capsys):
     assert path.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_the_stamp_of_the_run_is_written_last(world, monkeypatch):
     """A run with a stamp is complete, even if the program is killed right after writing the stamp."""
     settings = world / "output/dual_infer_hparams.json"
@@ -115,6 +120,7 @@ def test_the_stamp_of_the_run_is_written_last(world, monkeypatch):
     assert written[-1] == ("res.top10", True)
 
 
+@pytest.mark.slow
 def test_another_number_of_heads_is_detected(trained_copy, capsys):
     """No weight's shape shows the number of heads: the weights load, and the vectors differ."""
     world = trained_copy
@@ -133,6 +139,7 @@ def test_another_number_of_heads_is_detected(trained_copy, capsys):
     assert "res.top10: out of date" in printed and printed.count("architecture: ") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_weights", [True, False])
 def test_weights_replaced_during_loading_are_detected(trained_copy, capsys, monkeypatch, own_weights):
     world = trained_copy

@@ -86,6 +86,7 @@ def test_arithmetic():
     assert smaller_chunk(64, 2.0, 8.0, 5.0) == 16 and smaller_chunk(64, 2.0, 8.0, 1.0) == 1
 
 
+@pytest.mark.slow
 def test_a_plan_of_training_tries_smaller_chunks_when_out_of_memory(world, tmp_path, capsys, monkeypatch):
     probe, tried = training_stage.Trainer.probe, []
 

@@ -248,6 +248,7 @@ def test_the_published_counts_agree_with_each_other(download):
     assert download.ROWS["train/cross.train.tsv"] * 4 == download.ROWS["train/dual.train.tsv"] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_filter", [True, False])
 @pytest.mark.parametrize(
     "bad, complaint",
@@ -408,6 +409,7 @@ def test_an_incomplete_model_has_no_final_name(download, hub, tmp_path, capsys, 
     assert not (tmp_path / "torch_pretrained_models" / "model").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["HF_HUB_OFFLINE", "HF_ENDPOINT"])
 def test_model_errors_are_one_line(server, tmp_path, setting):
     pytest.importorskip("huggingface_hub")

@@ -148,6 +148,7 @@ def test_lengths_by_hand():
     assert lengths.share_above(8) == 0.2 and lengths.share_above(65536) == 0
 
 
+@pytest.mark.slow
 def test_the_program(data, tmp_path):
     command = [sys.executable, str(ROOT / "script/check_data.py"), str(data)]
     done = subprocess.run(command, capture_output=True, text=True)

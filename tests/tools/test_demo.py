@@ -107,6 +107,7 @@ def refused(world: Path, *words: str, **more) -> None:
 # ---- the engine
 
 
+@pytest.mark.slow
 def test_both_rankings_are_those_of_the_programs(trained, service):
     before = untouched(trained / "output")
     for query in queries(trained):
@@ -131,6 +132,7 @@ def test_a_hit_carries_its_text_and_pid(trained, service):
     assert {hit.pid for hit in without.answer("鱼").recall} == {""}
 
 
+@pytest.mark.slow
 def test_without_a_reranker_only_recall_is_shown(world):
     (world / "output/cross_params.bin").unlink()
     service = SearchService(settings(world))
@@ -139,6 +141,7 @@ def test_without_a_reranker_only_recall_is_shown(world):
     refused(world, "cross_params.bin: no such file", cross_params=str(world / "output/cross_params.bin"))
 
 
+@pytest.mark.slow
 def test_vectors_in_memory_and_on_disk_give_the_same(trained, service):
     on_disk = SearchService(settings(trained, search_memory_gb=0.0))
     assert "read from disk" in on_disk.how and "kept in memory" in service.how
@@ -185,6 +188,7 @@ def test_vectors_rebuilt_during_a_search(world, monkeypatch):
         service.answer("鱼")
 
 
+@pytest.mark.slow
 def test_a_zero_shot_run(world):
     model = ["--dual_params", "none", "--pretrained_model_path", str(world / "model")]
     way = ["--pooling", "mean", "--normalize", "--query_prefix", "问：", "--vector_dims", "16"]
@@ -221,6 +225,7 @@ def test_concurrent_questions(service, trained):
     assert [a.reranked for a in together] == [a.reranked for a in alone]
 
 
+@pytest.mark.slow
 def test_odd_questions(service):
     for empty in ("", " \t\n　"):
         with pytest.raises(UserError, match="the question is empty"):
@@ -246,6 +251,7 @@ def test_missing_vectors_name_the_command(world):
     refused(world, "para_emb/manifest.json: ", "run python do_dual_infer.py --", *options)
 
 
+@pytest.mark.slow
 def test_unfinished_and_damaged_vectors(world):
     block = world / "output/para_emb/block-00000.npy"
     whole = block.read_bytes()
@@ -257,6 +263,7 @@ def test_unfinished_and_damaged_vectors(world):
     refused(world, "vectors of other weights, settings or passages", "rows: missing -> 60")
 
 
+@pytest.mark.slow
 def test_vectors_of_other_weights_or_passages(world):
     assert dual_train.main([*train_options(world, world / "other"), "--seed", "7"]) == 0
     other = str(world / "other/dual_params.bin")
@@ -308,6 +315,7 @@ def test_marked(text, question, expected):
     assert demo.marked(text, set(demo.terms(question))) == expected
 
 
+@pytest.mark.slow
 def test_passages_are_escaped_and_cut(service):
     page = demo.answer_html(service.answer("鱼 <b>", topk=60))
     assert "&lt;script&gt;window.hacked" in page and "</mark> &amp; " in page
@@ -316,6 +324,7 @@ def test_passages_are_escaped_and_cut(service):
     assert "(3,000 more characters)" in long and "&quot;&lt;pid&gt;" in long and "<pid>" not in long
 
 
+@pytest.mark.slow
 def test_recall_is_shown_before_the_reranker_is_done(service):
     first, last = demo.respond(service, "鱼")
     assert first.count("<li>") == 50 and "scoring" in first
@@ -323,6 +332,7 @@ def test_recall_is_shown_before_the_reranker_is_done(service):
     assert list(demo.respond(service, " ")) == ['<div class="search-error">the question is empty</div>']
 
 
+@pytest.mark.slow
 def test_a_reranker_with_constant_scores_is_reported(trained, monkeypatch):
     service = SearchService(settings(trained))
     monkeypatch.setattr(service.scorer, "score_all", lambda candidates: np.ones(len(candidates), np.float32))

@@ -344,6 +344,7 @@ def test_without_a_dev_set_the_last_weights_are_kept(tmp_path):
     assert toy.saved[-1] == (12, toy.weights())
 
 
+@pytest.mark.slow
 def test_tokenizing_ahead_is_not_disturbed_by_an_evaluation(tmp_path, monkeypatch):
     # The thread that prepares the next batch waits between setting its length limit and tokenizing, until the
     # evaluation has tokenized to another limit, or for 0.3 s when the two never meet.
