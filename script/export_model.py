@@ -38,7 +38,7 @@ from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.models.dual_encoder import LAYERS, pools_prompt, sentence_layers
 from torch_src.models.pair_template import PairTemplate, chat_template, template_of
-from torch_src.models.tokenization import TextRules, save_tokenizer
+from torch_src.models.tokenization import retriever_rules, save_tokenizer
 from torch_src.models.truncation import Truncation
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_folder, atomic_write, read_json
@@ -80,10 +80,7 @@ def export_dual(args: argparse.Namespace, to: Path) -> dict[str, Any]:
         return [transformer, pooling, *layers[side], *([Normalize()] if fixed["normalize"] else [])]
 
     # sentence-transformers counts the tokens of a prompt as well
-    query, passage = (
-        TextRules(fixed[f"{side[0]}_max_seq_len"], fixed[f"{side}_prefix"]).max_tokens(found.tokenizer)
-        for side in ("query", "passage")
-    )
+    query, passage = (rules.max_tokens(found.tokenizer) for rules in retriever_rules(fixed).values())
     report_truncation(hp.dual_params_path, "dual")
     if fixed["share_encoder"]:
         all_modules = modules("passage", max_seq_length=passage, query_length=query, document_length=passage)

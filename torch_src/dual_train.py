@@ -23,7 +23,7 @@ from torch_src.models.dual_encoder import (
 )
 from torch_src.models.losses import contrastive_loss, contrastive_scores, distillation_loss
 from torch_src.models.model_folder import log_overrides
-from torch_src.models.tokenization import TextRules, exclude_prompt, pad, tokenize
+from torch_src.models.tokenization import LENGTHS, exclude_prompt, pad, retriever_rules, tokenize
 from torch_src.models.truncation import sampled, truncation_of_texts
 from torch_src.retrieval.encoding import Encoder
 from torch_src.runtime.devices import autocast, tensors_to, token_budget
@@ -60,7 +60,7 @@ class DualTask(TrainingTask):
         self.texts_per_batch = hp.batch_size * (2 + hp.hard_negatives)
         if hp.normalize and hp.temperature >= 1:
             warn("--normalize with a --temperature of 1 or more: scores in [-1, 1] are too flat to learn")
-        self.rules = {side: setup.rules[f"{side[0]}_max_seq_len"] for side in ("query", "passage")}
+        self.rules = {side: setup.rules[knob] for side, knob in LENGTHS.items()}
         if not pools_prompt(setup.config):
             self.rules = {side: exclude_prompt(rules, setup.tokenizer) for side, rules in self.rules.items()}
         log(describe_retriever(asdict(hp), setup.config))
@@ -219,10 +219,7 @@ class DualTask(TrainingTask):
 
 def training_stage(hp: DualHparams) -> TrainingStage:
     """Return the training with these settings; loads neither data nor model."""
-    rules = {
-        "q_max_seq_len": TextRules(hp.q_max_seq_len, hp.query_prefix, hp.remove_spaces),
-        "p_max_seq_len": TextRules(hp.p_max_seq_len, hp.passage_prefix, hp.remove_spaces),
-    }
+    rules = {LENGTHS[side]: rule for side, rule in retriever_rules(asdict(hp)).items()}
     setup = Setup("dual", hp, MODEL_SETTINGS, "batch_size", rules)
     return TrainingStage(setup, DualTask(hp, setup))
 
@@ -230,9 +227,9 @@ def training_stage(hp: DualHparams) -> TrainingStage:
 def settings(argv: list[str]) -> DualHparams:
     """Return the settings: those of the command line, else of the model folder, else the defaults."""
     hp = hparams.parse(DualHparams, argv)
-    path, lengths = hp.pretrained_model_path, ("q_max_seq_len", "p_max_seq_len")
+    path, defaults = hp.pretrained_model_path, DualHparams.defaults(hp.debug)
     # the folder's longest text may be too long to train with: the recipe's length, unless it is for this side
-    own = folder_settings(path, {name: getattr(DualHparams.defaults(hp.debug), name) for name in lengths})
+    own = folder_settings(path, {name: getattr(defaults, name) for name in LENGTHS.values()})
     final = hparams.parse(DualHparams, argv, own)
     log_overrides(path, own, asdict(final))
     return final

@@ -1,6 +1,6 @@
 """Shared by do_dual_infer.py, do_cross_infer.py and the tools: queries, models, the retriever."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,14 @@ from torch_src.models.dual_encoder import (
 )
 from torch_src.models.model_folder import log_overrides
 from torch_src.models.pair_template import template_of
-from torch_src.models.tokenization import TextRules, exclude_prompt, load_tokenizer, tokenizer_checksum
+from torch_src.models.tokenization import (
+    LENGTHS,
+    TextRules,
+    exclude_prompt,
+    load_tokenizer,
+    retriever_rules,
+    tokenizer_checksum,
+)
 from torch_src.models.trained_settings import MODEL_FIELDS, model_fields_intact
 from torch_src.models.truncation import Truncation, sampled, truncation_of_texts
 from torch_src.retrieval.encoding import Encoder
@@ -61,11 +68,11 @@ from torch_src.runtime.devices import choose_device, choose_precision, set_threa
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import read_json, require
 from torch_src.runtime.log import log, warn
+from torch_src.runtime.planning import evenly_spaced
 from torch_src.runtime.stamps import JsonDict, changed_files, checksum_files, checksum_text
 
 CHECKED_TEXTS = 8  # that OpenVINO and torch must encode alike
 LOG_SECONDS = 10.0  # between progress lines
-LENGTHS = {"query": "q_max_seq_len", "passage": "p_max_seq_len"}
 
 InferenceHparams = InferenceDeHparams | InferenceCrossHparams
 
@@ -130,24 +137,18 @@ def find_dual_model(hp: InferenceDeHparams) -> ModelSource:
     """Return the trained retriever, or with `--dual_params none` a pretrained model."""
     if hp.dual_params != NONE and not _planned_before_training(hp.plan, hp.dual_params_path):
         return find_trained_model(hp, "dual", hp.dual_params_path, DUAL_MODEL_SETTINGS)
-    training = DualHparams.defaults(hp.debug)
-    path = hp.pretrained_model_path or training.pretrained_model_path
-    own = folder_settings(path)
-    source = _find_pretrained_model(hp, "dual", replace(training, **own), DUAL_MODEL_SETTINGS)
-    log_overrides(path, own, source.settings)
-    return source
+    return _find_pretrained_model(
+        hp, "dual", DualHparams.defaults(hp.debug), folder_settings, DUAL_MODEL_SETTINGS
+    )
 
 
 def find_cross_model(hp: InferenceCrossHparams) -> ModelSource:
     """Return the trained re-ranker, or with `--cross_params none` a pretrained model."""
     if hp.cross_params != NONE and not _planned_before_training(hp.plan, hp.cross_params_path):
         return find_trained_model(hp, "cross", hp.cross_params_path, CROSS_MODEL_SETTINGS)
-    training = CrossHparams.defaults(hp.debug)
-    path = hp.pretrained_model_path or training.pretrained_model_path
-    own = reranker_settings(path)
-    source = _find_pretrained_model(hp, "cross", replace(training, **own), CROSS_MODEL_SETTINGS)
-    log_overrides(path, own, source.settings)
-    return source
+    return _find_pretrained_model(
+        hp, "cross", CrossHparams.defaults(hp.debug), reranker_settings, CROSS_MODEL_SETTINGS
+    )
 
 
 def _planned_before_training(plan: bool, params_path: str) -> bool:
@@ -206,10 +207,19 @@ def _load_trained_model_files(
 
 
 def _find_pretrained_model(
-    hp: InferenceHparams, name: str, training: DualHparams | CrossHparams, model_settings: tuple[str, ...]
+    hp: InferenceHparams,
+    name: str,
+    defaults: DualHparams | CrossHparams,
+    stated_by: Callable[[str], dict[str, Any]],
+    model_settings: tuple[str, ...],
 ) -> ModelSource:
-    """Return a pretrained model, `name` dual or cross; unset settings are those of `training`."""
-    path = hp.pretrained_model_path or training.pretrained_model_path
+    """Return a pretrained model, `name` dual or cross.
+
+    Unset settings are those that its folder states (`stated_by`), else the defaults of training.
+    """
+    path = hp.pretrained_model_path or defaults.pretrained_model_path
+    own = stated_by(path)
+    training = replace(defaults, **own)
     settings = {
         knob: getattr(training, knob) if getattr(hp, knob) is None else getattr(hp, knob)
         for knob in model_settings
@@ -217,6 +227,7 @@ def _find_pretrained_model(
     config = load_config(path, kind=name)  # first, for its error about a missing folder
     tokenizer = load_tokenizer(path, settings["vocab_path"], name)
     checksum = weights_checksum(path, None, hp.seed)
+    log_overrides(path, own, settings)
     return ModelSource(settings, path, None, tokenizer, config, architecture(config), checksum, hp.seed)
 
 
@@ -277,10 +288,7 @@ class Retriever:
         self.device, self.precision = choose_hardware(hp)
         self.source = source = find_dual_model(hp)
         settings = source.settings
-        self.rules = {
-            side: TextRules(settings[knob], settings[f"{side}_prefix"], settings["remove_spaces"])
-            for side, knob in LENGTHS.items()
-        }
+        self.rules = retriever_rules(settings)
         by_knob = {LENGTHS[side]: rules for side, rules in self.rules.items()}
         check_fits(source.config, source.tokenizer, by_knob, source.path)
         if not pools_prompt(source.config):
@@ -334,8 +342,8 @@ class Retriever:
 
     def _compiled(self, plain: Encoder) -> Encoder:
         """Return the encoder with its tower compiled by OpenVINO, or `plain` where their vectors differ."""
-        rows = np.linspace(0, len(self.collection) - 1, CHECKED_TEXTS).astype(int)
-        table = plain.tokenize([self.collection[row] for row in rows.tolist()])
+        rows = evenly_spaced(len(self.collection), CHECKED_TEXTS)
+        table = plain.tokenize([self.collection[row] for row in rows])
         try:
             tower: Any = OpenVinoTower(plain.tower, self.precision)
             compiled = replace(plain, tower=tower, tokens_per_batch=TOKENS)

@@ -122,8 +122,7 @@ class Source:
     def _json_records(self, path: Path, fields: Fields) -> Iterator[tuple[int, dict]]:
         known, unread = {name for names in fields.names.values() for name in names}, set[str]()
         for line, entry in self.entries(path):
-            if not unread.issuperset(new := entry.keys() - known):
-                unread |= new
+            unread |= entry.keys() - known
             record = {
                 value: first_of(entry, names)
                 for value, names in fields.names.items()

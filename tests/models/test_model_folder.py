@@ -14,7 +14,7 @@ from torch_src.models import hub
 from torch_src.models.backbones import folder_settings, load_config, model_checksum
 from torch_src.models.dual_encoder import embed, load_backbone, load_query_backbone, vector_width
 from torch_src.models.hub import is_hub_name
-from torch_src.models.model_folder import is_decoder, own_settings, read_model_folder
+from torch_src.models.model_folder import is_decoder, read_model_folder
 from torch_src.models.tokenization import (
     TextRules,
     count_prompt_tokens,
@@ -55,9 +55,9 @@ def test_poolings_of_foreign_folders(tmp_path, config, expected):
     write_modules(tmp_path, config)
     if expected is None:
         with pytest.raises(UserError, match="1_Pooling/config.json: pooling .* is not supported"):
-            own_settings(str(tmp_path))
+            read_model_folder(str(tmp_path)).knobs()
     else:
-        assert own_settings(str(tmp_path)) == {"pooling": expected, "normalize": True}
+        assert read_model_folder(str(tmp_path)).knobs() == {"pooling": expected, "normalize": True}
 
 
 @pytest.mark.parametrize(("similarity", "after", "expected"), [
@@ -69,9 +69,9 @@ def test_similarity_decides_whether_vectors_are_normalized(tmp_path, similarity,
     write_modules(tmp_path, after=after, similarity_fn_name=similarity)
     if expected is None:
         with pytest.raises(UserError, match=f"similarity_fn_name {similarity} is not supported"):
-            own_settings(str(tmp_path))
+            read_model_folder(str(tmp_path)).knobs()
     else:
-        assert own_settings(str(tmp_path))["normalize"] is expected
+        assert read_model_folder(str(tmp_path)).knobs()["normalize"] is expected
 
 
 def test_prompts_belong_to_queries_and_passages(tmp_path, folder, capsys):
@@ -103,7 +103,7 @@ def test_lengths_of_the_folder(folder, lengths, inference, training):
 def test_a_folder_without_modules_sets_nothing_but_the_pooling_of_a_decoder(folder, tmp_path):
     from transformers import BertConfig, Qwen3Config
 
-    assert own_settings(str(folder)) == folder_settings(str(folder)) == {}
+    assert read_model_folder(str(folder)).knobs() == folder_settings(str(folder)) == {}
     config = Qwen3Config(vocab_size=9, hidden_size=8, num_attention_heads=1)
     config.save_pretrained(tmp_path / "decoder")
     assert folder_settings(str(tmp_path / "decoder")) == {"pooling": "lasttoken"}
@@ -131,7 +131,7 @@ def test_modules_in_another_order_are_refused(folder, order):
     modules = [{"type": f"{PACKAGE}.{kind}", "path": f"{at}_{kind}"} for at, kind in enumerate(order)]
     write_json(folder / "modules.json", modules)
     with pytest.raises(UserError, match=f"modules.json: the order {', '.join(order)}"):
-        own_settings(str(folder))
+        read_model_folder(str(folder)).knobs()
 
 
 def test_a_module_with_its_own_code_is_refused(folder):
@@ -140,7 +140,7 @@ def test_a_module_with_its_own_code_is_refused(folder):
     modules[0]["type"] = "custom_st.Transformer"
     write_json(folder / "modules.json", modules)
     with pytest.raises(UserError, match="custom_st.Transformer needs its own code"):
-        own_settings(str(folder))
+        read_model_folder(str(folder)).knobs()
 
 
 @pytest.mark.parametrize(("name", "value"), [
@@ -168,14 +168,14 @@ def test_a_model_with_its_own_code_is_refused(folder, name, value):
 def test_settings_of_the_transformer_that_are_not_supported(folder, name, value):
     write_modules(folder, lengths={name: value})
     with pytest.raises(UserError, match=f"sentence_bert_config.json: {name}"):
-        own_settings(str(folder))
+        read_model_folder(str(folder)).knobs()
 
 
 def test_a_pooling_that_is_named_but_missing_is_refused(folder):
     write_modules(folder)
     shutil.rmtree(folder / "1_Pooling")
     with pytest.raises(UserError, match="1_Pooling/config.json: no such file, but modules.json names"):
-        own_settings(str(folder))
+        read_model_folder(str(folder)).knobs()
 
 
 def test_the_transformer_may_lie_in_a_folder(folder, tmp_path):
@@ -201,7 +201,7 @@ def test_layers_after_the_pooling_run_in_order(folder, bias, safe):
     torch.save(norm, folder / "5_LayerNorm/pytorch_model.bin")
     assert not (folder / "2_Normalize").exists()  # repositories hold no empty folders
     assert model_checksum(str(folder))
-    assert own_settings(str(folder)) == {"pooling": "mean", "normalize": True}
+    assert read_model_folder(str(folder)).knobs() == {"pooling": "mean", "normalize": True}
     config = load_config(str(folder))
     assert vector_width(config) == 20
     (folder / "modules.json").rename(folder / "hidden.json")
@@ -226,7 +226,7 @@ def test_a_dense_layer_of_another_kind_is_refused(folder, name, value):
     config = json.loads((folder / "2_Dense/config.json").read_text())
     write_json(folder / "2_Dense/config.json", {**config, name: value})
     with pytest.raises(UserError, match=f"2_Dense/config.json: {name}"):
-        own_settings(str(folder))
+        read_model_folder(str(folder)).knobs()
 
 
 def test_a_dense_layer_without_weights_is_refused(folder):
@@ -324,7 +324,7 @@ def test_hub_names_and_local_paths(tmp_path, monkeypatch):
 def test_a_missing_local_path_needs_no_network(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    assert own_settings(path) == {}
+    assert read_model_folder(path).knobs() == {}
     with pytest.raises(UserError, match="no such folder"):
         load_config(path)
 
@@ -404,7 +404,7 @@ def test_routers_that_are_not_known_are_refused(folder, router):
 def test_a_module_outside_of_the_folder_is_refused(folder, path):
     write_json(folder / "modules.json", [{"type": f"{PACKAGE}.Transformer", "path": path}])
     with pytest.raises(UserError, match="leaves the model's folder"):
-        own_settings(str(folder))
+        read_model_folder(str(folder)).knobs()
 
 
 def test_a_hub_model_is_downloaded_once_and_a_failed_request_uses_the_cache(cached, monkeypatch):

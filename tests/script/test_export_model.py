@@ -20,7 +20,7 @@ from transformers import (
 
 from script import export_model
 from torch_src import cross_infer, cross_train, dual_infer, dual_train
-from torch_src.models.model_folder import own_settings
+from torch_src.models.model_folder import read_model_folder
 from torch_src.models.tokenization import load_tokenizer
 
 pytestmark = pytest.mark.tools
@@ -98,7 +98,7 @@ def test_the_model_card_has_usage_and_settings(exported):
 def test_an_exported_folder_works_as_pretrained_model(exported):
     """It includes towers, pooling, prefixes and lengths: the same vectors without options."""
     world, way = exported
-    own = own_settings(str(world / "st"))
+    own = read_model_folder(str(world / "st")).knobs()
     if way == "tied":
         assert own == {"pooling": "mean", "normalize": True, "query_prefix": "问：", "passage_prefix": "文："}
     words = [*options(world, world / "back"), "--pretrained_model_path", str(world / "st")]

@@ -1,4 +1,4 @@
-"""Mining: dropped, chosen and written passages in hand-worked cases."""
+"""Mining of negatives in hand-worked cases: which passages it drops, chooses and writes."""
 
 import json
 

@@ -17,12 +17,11 @@ from torch_src.models.hub import is_hub_name, local_folder
 from torch_src.models.model_folder import (
     ModelFolder,
     is_decoder,
-    own_settings,
     read_model_folder,
     read_reranker_folder,
 )
 from torch_src.models.pair_template import add_template, template_of
-from torch_src.models.tokenization import TextRules, load_tokenizer, token_counts
+from torch_src.models.tokenization import LENGTHS, TextRules, load_tokenizer, token_counts
 from torch_src.runtime import tensor_files
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import read_json
@@ -49,6 +48,7 @@ DROPOUT_FIELDS = (
     "embedding_dropout",
     "mlp_dropout",
 )
+MIN_LENGTH = 3  # [CLS], a token, [SEP]
 # models whose positions start after the padding token's id
 POSITIONS_AFTER_PADDING = {
     "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet", "longformer",
@@ -171,29 +171,26 @@ def folder_settings(path: str, longest: dict[str, int] | None = None) -> dict[st
     """
     if not os.path.isdir(path) and not is_hub_name(path):
         return {}  # load_config reports it
-    folder, knobs = read_model_folder(path), own_settings(path)
+    folder = read_model_folder(path)
     config = load_config(path) if (Path(folder.tower("passage")) / "config.json").exists() else None
     if folder.unused_prompts:
         names = ", ".join(folder.unused_prompts)
         warn(f"{path}: its prompts {names} are not used; pass --query_prefix and --passage_prefix")
     if not folder.has_modules:
         return {"pooling": "lasttoken"} if config and is_decoder(config) else {}
+    knobs = folder.knobs()
     if folder.separate:
         knobs["share_encoder"] = False
     limits = [limit for limit in (config and positions(config),) if limit]
-    for name in ("q_max_seq_len", "p_max_seq_len"):
+    for side, name in LENGTHS.items():
         if length := getattr(folder, name) or folder.max_seq_len:
-            prompt = _prefix_tokens(path, getattr(folder, PREFIXES[name]))
+            prompt = _prefix_tokens(path, getattr(folder, f"{side}_prefix"))
             knobs[name] = min([length, *limits]) - prompt
             if knobs[name] < MIN_LENGTH:
                 raise UserError(f"{path}: its prompt of {prompt} tokens leaves none of {length} to a text")
             if longest and not getattr(folder, name):
                 knobs[name] = min(knobs[name], longest[name])
     return knobs
-
-
-MIN_LENGTH = 3  # [CLS], a token, [SEP]
-PREFIXES = {"q_max_seq_len": "query_prefix", "p_max_seq_len": "passage_prefix"}
 
 
 def _prefix_tokens(path: str, prefix: str | None) -> int:

@@ -14,10 +14,16 @@ from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedM
 
 from torch_src.models.backbones import ENCODERS, WEIGHT_ERRORS, load_pretrained, probe_ids
 from torch_src.models.model_folder import is_decoder, read_model_folder
+from torch_src.models.tokenization import LENGTHS
 from torch_src.runtime.devices import at_least_float32
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.log import warn
 from torch_src.runtime.tensor_files import load_tensors
+
+PADDING_TOLERANCE = 1e-3  # relative change of a text's states by a token of padding
+QUERY, PASSAGE = "query_encoder.", "passage_encoder."  # prefixes of the towers' weights
+LAYERS = "sentence_layers"  # attribute of a tower: the layers after its pooling
+LAYER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 class DualEncoder(nn.Module):
@@ -73,10 +79,6 @@ class DualEncoder(nn.Module):
         return super().load_state_dict(state, *given, **options)
 
 
-PADDING_TOLERANCE = 1e-3  # relative change of a text's states by a token of padding
-QUERY, PASSAGE = "query_encoder.", "passage_encoder."
-
-
 def _same_tensor(one: Any, other: Any) -> bool:
     return one is other or isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
 
@@ -117,7 +119,7 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: str, skipped: int = 0)
     """Return (B, H) float32 of the last layer (B, L, H): one token's state, or the states' mean or maximum.
 
     weightedmean weights a token by its position, from 1 (Muennighoff 2022, arXiv 2202.08904). The first
-    `skipped` tokens are left out. Padding is on the right.
+    `skipped` tokens are omitted. Padding is on the right.
     """
     if pooling == "cls" and not skipped:
         return at_least_float32(hidden[:, 0])
@@ -174,7 +176,6 @@ class Normalize(nn.Module):
         return nn.functional.normalize(vectors, dim=-1)
 
 
-LAYERS = "sentence_layers"  # attribute of a tower: the layers after its pooling
 LAYER_CLASSES = {"Dense": Dense, "LayerNorm": Norm, "Normalize": Normalize, "Dropout": nn.Dropout}
 
 
@@ -199,8 +200,8 @@ def describe_retriever(settings: Mapping[str, Any], config: PretrainedConfig) ->
         for layer in sentence_layers(config)
     ]
     sides = [
-        f"{side} at most {settings[f'{side[0]}_max_seq_len']} tokens, prefix {settings[f'{side}_prefix']!r}"
-        for side in ("query", "passage")
+        f"{side} at most {settings[knob]} tokens, prefix {settings[f'{side}_prefix']!r}"
+        for side, knob in LENGTHS.items()
     ]
     skipped = [] if pools_prompt(config) else ["prefixes are not pooled"]
     return "; ".join([f"pooling {settings['pooling']}", *layers, similarity, *sides, *skipped])
@@ -233,9 +234,6 @@ def _load_layers(model: PreTrainedModel, folders: tuple[str, ...]) -> None:
             except (*WEIGHT_ERRORS, AttributeError) as error:
                 raise UserError(f"{path}: the weights cannot be read ({first_line(error)})") from error
             layer.float()
-
-
-LAYER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def build_backbone(config: PretrainedConfig, pooling: str) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from torch_src.models.hub import is_hub_name, known_file, local_folder
+from torch_src.models.hub import known_file, local_folder
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json, read_json_list
 from torch_src.runtime.log import log
@@ -80,6 +80,11 @@ class ModelFolder:
         """Return the folder of the transformer of `side`, query or passage."""
         return self.towers[side == "passage"]
 
+    def knobs(self) -> dict[str, Any]:
+        """Return the knobs of a retriever that it states, lengths excepted."""
+        names = ("pooling", "normalize", "query_prefix", "passage_prefix")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
     def files(self) -> list[Path]:
         """Return configuration and weights, in a fixed order."""
         places = [Path(local_folder(self.path)), *map(Path, self.towers)]
@@ -89,18 +94,6 @@ class ModelFolder:
             weights = (p for p in place.iterdir() if p.suffix in (".safetensors", ".bin"))
             found += [p for p in (place / "config.json", *sorted(weights)) if p.exists()]
         return found
-
-
-def own_settings(path: str) -> dict[str, Any]:
-    """Return pooling, normalize and prefixes of a retriever's folder or hub name; empty without modules.json.
-
-    UserError for a part that is not supported.
-    """
-    if not is_hub_name(path) and not os.path.isdir(path):
-        return {}
-    folder = read_model_folder(path)
-    names = ("pooling", "normalize", "query_prefix", "passage_prefix")
-    return {name: getattr(folder, name) for name in names if getattr(folder, name) is not None}
 
 
 def log_overrides(path: str, own: Mapping[str, Any], used: Mapping[str, Any]) -> None:

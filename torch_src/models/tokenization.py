@@ -3,7 +3,7 @@
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch_src.runtime.log import warn
 from torch_src.runtime.stamps import checksum_text
 
 TokenIds = Sequence[int] | np.ndarray
+LENGTHS = {"query": "q_max_seq_len", "passage": "p_max_seq_len"}  # side -> knob
 
 # long texts are cut to this many characters per token before tokenization, to save time
 CHARACTERS_PER_TOKEN = 16
@@ -61,6 +62,14 @@ class TextRules:
             around += [self.pair.before, self.pair.between, self.pair.after]
         around = [text for text in around if text]
         return self.max_seq_len + sum(token_counts(tokenizer, around, add_special_tokens=False))
+
+
+def retriever_rules(settings: Mapping[str, Any]) -> dict[str, TextRules]:
+    """Return the rules of both sides, query and passage, from the settings of a retriever."""
+    return {
+        side: TextRules(settings[knob], settings[f"{side}_prefix"], settings["remove_spaces"])
+        for side, knob in LENGTHS.items()
+    }
 
 
 def load_tokenizer(

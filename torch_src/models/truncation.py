@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from torch_src.models.tokenization import TextRules, cut_early, passage_reserve, token_counts
+from torch_src.models.tokenization import LENGTHS, TextRules, cut_early, passage_reserve, token_counts
 from torch_src.runtime.log import log, warn
+from torch_src.runtime.planning import evenly_spaced
 
 SAMPLE = 2048  # texts that are measured: the standard error of a share of 1% is 0.2%
 LONGEST = 100_000  # characters of a text that are measured
@@ -41,7 +42,7 @@ class Truncation:
 
 def sampled(count: int) -> list[int]:
     """Return at most SAMPLE evenly spaced rows of `count`."""
-    return np.linspace(0, count - 1, min(SAMPLE, count)).astype(np.int64).tolist()
+    return evenly_spaced(count, SAMPLE)
 
 
 def truncation_of_texts(
@@ -52,7 +53,7 @@ def truncation_of_texts(
     for side, kind, texts in (("query", "queries", queries), ("passage", "passages", passages)):
         if texts:
             counts = token_counts(tokenizer, _shortened(texts, rules[side]))
-            found.append(_truncation(kind, f"{side[0]}_max_seq_len", rules[side], counts))
+            found.append(_truncation(kind, LENGTHS[side], rules[side], counts))
     return found
 
 

@@ -132,9 +132,8 @@ class Collection:
             return
         if current:
             log(f"{self}: rebuilding the index ({current} -> {wanted})")
-            self.call(
-                "alter_collection_properties", {INDEX: ""}
-            )  # first: an index under construction has no name
+            # first: an index under construction has no name
+            self.call("alter_collection_properties", {INDEX: ""})
         self.call("release_collection")
         if self.call("list_indexes"):
             self.call("drop_index", INDEX_NAME)
