@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,7 @@ from torch_src.models.cross_encoder import (
 )
 from torch_src.models.losses import listwise_loss, pointwise_loss, r_drop_loss
 from torch_src.models.model_folder import log_overrides
-from torch_src.models.pair_template import template_of
-from torch_src.models.tokenization import Pairs, TextRules, tokenize_pairs
+from torch_src.models.tokenization import Pairs, reranker_rules, tokenize_pairs
 from torch_src.models.truncation import sampled, truncation_of_pairs
 from torch_src.retrieval import score_checks
 from torch_src.retrieval.reranking import PairScorer, pair_tensors
@@ -63,7 +62,7 @@ class CrossTask(TrainingTask):
         self.hp, self.setup, self.files = hp, setup, setup.files
         self.device, self.processes, self.chunking = setup.device, setup.processes, setup.chunking
         setup.config.num_labels = 1
-        self.rules = replace(setup.rules["max_seq_len"], pair=template_of(setup.config))
+        self.rules = setup.rules["max_seq_len"]
         log(describe_reranker(asdict(hp), setup.config))
         self.listwise = hp.loss == "listwise"
         self.accuracy_name = "group" if self.listwise else "pair"
@@ -292,8 +291,9 @@ def replaced(parameter: torch.nn.Parameter, values: Tensor | None) -> Iterator[N
 def training_stage(hp: CrossHparams) -> TrainingStage:
     """Return the training with these settings; loads neither data nor model."""
     batch = "groups_per_step" if hp.loss == "listwise" else "batch_size"
-    rules = {"max_seq_len": TextRules(hp.max_seq_len, "", hp.remove_spaces)}
-    setup = Setup("cross", hp, MODEL_SETTINGS, batch, rules)
+    setup = Setup(
+        "cross", hp, MODEL_SETTINGS, batch, lambda config: {"max_seq_len": reranker_rules(asdict(hp), config)}
+    )
     return TrainingStage(setup, CrossTask(hp, setup))
 
 

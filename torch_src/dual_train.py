@@ -220,7 +220,7 @@ class DualTask(TrainingTask):
 def training_stage(hp: DualHparams) -> TrainingStage:
     """Return the training with these settings; loads neither data nor model."""
     rules = {LENGTHS[side]: rule for side, rule in retriever_rules(asdict(hp)).items()}
-    setup = Setup("dual", hp, MODEL_SETTINGS, "batch_size", rules)
+    setup = Setup("dual", hp, MODEL_SETTINGS, "batch_size", lambda _: rules)
     return TrainingStage(setup, DualTask(hp, setup))
 
 

@@ -44,12 +44,12 @@ from torch_src.models.dual_encoder import (
     vector_width,
 )
 from torch_src.models.model_folder import log_overrides
-from torch_src.models.pair_template import template_of
 from torch_src.models.tokenization import (
     LENGTHS,
     TextRules,
     exclude_prompt,
     load_tokenizer,
+    reranker_rules,
     retriever_rules,
     tokenizer_checksum,
 )
@@ -259,8 +259,7 @@ def load_cross_model(source: ModelSource, trained: bool = True) -> CrossEncoder:
 
 def pair_rules(source: ModelSource) -> TextRules:
     """Return how pairs become token ids."""
-    settings, template = source.settings, template_of(source.config)
-    return TextRules(settings["max_seq_len"], "", settings["remove_spaces"], pair=template)
+    return reranker_rules(source.settings, source.config)
 
 
 def pair_scorer(

@@ -186,6 +186,21 @@ def test_the_default_prompt_is_put_before_the_query(folder, capsys):
     assert cross_train.settings(["--pretrained_model_path", str(folder)]).max_seq_len == 384
 
 
+def test_training_counts_the_positions_of_the_prompt(folder, tmp_path):
+    save(BertForSequenceClassification(BertConfig(**SIZES, num_labels=1)), folder)
+    general = {"prompts": {"q": "查询："}, "default_prompt_name": "q"}
+    reranker_modules(folder, general=general, max_seq_length=20)
+    positions = load_config(str(folder), kind="cross").max_position_embeddings
+
+    def stage(length):
+        words = ["--pretrained_model_path", str(folder), "--output_dir", str(tmp_path / "out")]
+        return cross_train.training_stage(cross_train.settings([*words, "--max_seq_len", str(length)]))
+
+    assert stage(positions - 3).setup.rules["max_seq_len"].pair.before == "查询："
+    with pytest.raises(UserError, match=f"--max_seq_len {positions - 2}.* {positions - 3} or less"):
+        stage(positions - 2)
+
+
 def test_the_passage_is_cut_between_the_parts_of_a_template(folder):
     save(BertForSequenceClassification(BertConfig(**SIZES, num_labels=1)), folder)
     tokenizer = load_tokenizer(str(folder), kind="cross")

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import normalizers
-from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from torch_src.data.lines import read_lines
 from torch_src.models.hub import is_hub_name
 from torch_src.models.model_folder import read_model_folder, read_reranker_folder
-from torch_src.models.pair_template import PairTemplate
+from torch_src.models.pair_template import PairTemplate, template_of
 from torch_src.runtime.errors import UserError, is_out_of_memory
 from torch_src.runtime.files import read_json
 from torch_src.runtime.log import warn
@@ -70,6 +70,11 @@ def retriever_rules(settings: Mapping[str, Any]) -> dict[str, TextRules]:
         side: TextRules(settings[knob], settings[f"{side}_prefix"], settings["remove_spaces"])
         for side, knob in LENGTHS.items()
     }
+
+
+def reranker_rules(settings: Mapping[str, Any], config: PretrainedConfig) -> TextRules:
+    """Return the rules of pairs from the settings of a re-ranker and its configuration."""
+    return TextRules(settings["max_seq_len"], "", settings["remove_spaces"], pair=template_of(config))
 
 
 def load_tokenizer(

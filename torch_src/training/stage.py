@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +151,7 @@ class Setup:
     """Device, processes, configuration and tokenizer: what a program chooses before it loads data and model.
 
     `hp`: settings of the program; `batch`: name of the batch size that is split between the processes;
-    `rules`: how texts become token ids, by the knob that limits their length.
+    `make_rules`: from the configuration, how texts become token ids, by the knob that limits their length.
     """
 
     def __init__(
@@ -160,9 +160,9 @@ class Setup:
         hp: Any,
         fixed_by_weights: Sequence[str],
         batch: str,
-        rules: dict[str, TextRules],
+        make_rules: Callable[[PretrainedConfig], dict[str, TextRules]],
     ):
-        self.name, self.hp, self.rules = name, hp, rules
+        self.name, self.hp = name, hp
         self.device = choose_device(hp.device)
         if hp.deterministic:
             make_deterministic(self.device)
@@ -178,7 +178,8 @@ class Setup:
             log(f"process {rank + 1} of {world}; they share each batch")
         self.config = load_config(hp.pretrained_model_path, hp.dropout, name)
         self.tokenizer = load_tokenizer(hp.pretrained_model_path, hp.vocab_path, name)
-        check_fits(self.config, self.tokenizer, rules, hp.pretrained_model_path)
+        self.rules = make_rules(self.config)
+        check_fits(self.config, self.tokenizer, self.rules, hp.pretrained_model_path)
         tokens = token_budget(hp.tokens_per_batch, self.device, training=True)
         self.chunking = Chunking(hp.grad_cache_chunk, tokens, hp.seed, rank)
         self.files = ModelFiles(name, hp, fixed_by_weights, self.config, self.tokenizer)
