@@ -92,6 +92,25 @@ def programs():
         yield server
 
 
+@pytest.fixture
+def quick_calls(programs, monkeypatch, tmp_path):
+    """Make run_all.py and run_rounds.py start their programs from the server; return what they printed."""
+    from script import run_all, run_rounds
+    from torch_src.runtime.errors import UserError
+
+    printed: list[str] = []
+
+    def call(command: list[str]) -> None:
+        done = programs.run(command[0], command[1:], tmp_path / "program.log")
+        printed.append(done.output())
+        if done.returncode:
+            raise UserError(f"{command[0]}: {done.output()}")
+
+    monkeypatch.setattr(run_all, "call", call)
+    monkeypatch.setattr(run_rounds, "call", call)
+    return printed
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """A world with a trained dual encoder and its run res.top10; tests change only copies of it."""

@@ -10,6 +10,8 @@ import time
 import pytest
 from toy_world import ROOT, make_world, options
 
+from script import run_all
+
 MEASURES = r"0\.\d{4} +0\.\d{4} +0\.\d{4}"
 
 
@@ -18,47 +20,43 @@ def world(tmp_path):
     return make_world(tmp_path)
 
 
-def command(world, *more: str) -> list[str]:
-    """Return a command whose stages take a second or two each."""
+def words(world, *more: str) -> list[str]:
+    """Return options with which a stage takes a second or two."""
     model = str(world / "model")
     short = "--epoch 1 --dual_train.batch_size 8 --cross_train.batch_size 16 --dual_infer.topk 20".split()
     models = ["--dual_train.pretrained_model_path", model, "--cross_train.pretrained_model_path", model]
     lengths = ["--p_max_seq_len", "64", "--max_seq_len", "96"]
-    words = [*options(world, world / "out"), *short, *models, *lengths, *more]
-    return [sys.executable, str(ROOT / "script/run_all.py"), *words]
-
-
-def run(world, *more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(world, *more), cwd=ROOT, capture_output=True, text=True)
+    return [*options(world, world / "out"), *short, *models, *lengths, *more]
 
 
 @pytest.mark.slow
-def test_the_whole_chain_twice(world):
-    done = run(world)
-    assert done.returncode == 0, done.stdout + done.stderr
-    table = done.stdout.rsplit("stage ", 1)[1]
+def test_the_whole_chain_twice(world, quick_calls, capsys):
+    assert run_all.main(words(world)) == 0
+    table = capsys.readouterr().out.rsplit("stage ", 1)[1]
     assert re.search(rf"^convert +\S+ +{MEASURES}$", table, re.MULTILINE)
     assert re.search(rf"^cross_infer +\S+ +{MEASURES}$", table, re.MULTILINE)
     names = "dual_params.bin res.top20 dual_res.json cross_params.bin res.rerank50 run_all.json".split()
     for name in names:
         assert (world / "out" / name).exists(), name
-    again = run(world)
-    assert again.returncode == 0
-    assert again.stdout.count(": up to date") >= 4 and "epoch 1/1" not in again.stdout
+    quick_calls.clear()
+    assert run_all.main(words(world)) == 0
+    again = "".join(quick_calls)
+    assert again.count(": up to date") >= 4 and "epoch 1/1" not in again
 
 
-@pytest.mark.slow
-def test_a_missing_training_file_is_an_error_before_the_first_stage(world):
+def test_a_missing_training_file_is_an_error_before_the_first_stage(world, capsys):
     (world / "data/train/cross.train.tsv").unlink()
-    done = run(world)
-    assert done.returncode == 2 and "cross.train.tsv" in done.stderr and "== dual_train" not in done.stdout
+    assert run_all.main(words(world)) == 2
+    printed = capsys.readouterr()
+    assert "cross.train.tsv" in printed.err and "== dual_train" not in printed.out
 
 
 @pytest.mark.slow
 def test_a_signal_stops_the_program_after_it_saves(world):
-    words = ["--dual_train.epoch", "400", "--dual_train.log_every", "1", "--dual_train.eval_every", "-1"]
+    long = ["--dual_train.epoch", "400", "--dual_train.log_every", "1", "--dual_train.eval_every", "-1"]
+    command = [sys.executable, str(ROOT / "script/run_all.py"), *words(world, *long)]
     with open(world / "log", "w") as log:
-        process = subprocess.Popen(command(world, *words), cwd=ROOT, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         while process.poll() is None and " step 3/" not in (world / "log").read_text():
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGTERM)
