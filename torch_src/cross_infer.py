@@ -31,7 +31,7 @@ from torch_src.models.truncation import sampled, truncation_of_pairs
 from torch_src.retrieval import score_checks
 from torch_src.retrieval.reranking import PairScorer, fuse, rank_pairs
 from torch_src.retrieval.vectors import DamagedBlock, ScoreStore, VectorStore
-from torch_src.runtime.devices import peak_memory_gb
+from torch_src.runtime.devices import peak_memory_gb, worker_count
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write, require
 from torch_src.runtime.locks import folder_lock
@@ -227,13 +227,17 @@ def _score_blocks(job: CrossInference, store: VectorStore, model: CrossEncoder) 
     scorer, missing = job.scorer(model), store.missing_blocks()
     total = sum(last - first for first, last in map(store.block_range, missing))
     progress = Progress(total, LOG_SECONDS, "scored", "pairs")
-    for block in missing:
-        first, last = store.block_range(block)
-        logits = np.empty((last - first, 1), dtype=np.float32)
-        for start, values, pairs in scorer.score_candidates(job.candidates, first, last):
-            logits[start - first : start - first + len(values), 0] = values
-            progress.add(len(values), sum(pairs.lengths), pairs.cut)
-        store.write_block(block, logits)
+    spans = list(map(store.block_range, missing))
+    workers = worker_count(-1, job.device, total)
+    scored = scorer.score_candidates(job.candidates, spans, workers, progress.add)
+    for block, (_, last) in zip(missing, spans, strict=True):
+        parts: list[np.ndarray] = []
+        for span, values, pairs in scored:
+            parts.append(values[:, None])
+            progress.cut += pairs.cut
+            if span[1] == last:
+                break
+        store.write_block(block, np.concatenate(parts))
     progress.close()
 
 

@@ -23,7 +23,7 @@ from torch_src.models.cross_encoder import (
 )
 from torch_src.models.losses import listwise_loss, pointwise_loss, r_drop_loss
 from torch_src.models.model_folder import log_overrides
-from torch_src.models.tokenization import Pairs, reranker_rules, tokenize_pairs
+from torch_src.models.tokenization import TokenTable, reranker_rules, tokenize_pairs
 from torch_src.models.truncation import sampled, truncation_of_pairs
 from torch_src.retrieval import score_checks
 from torch_src.retrieval.reranking import PairScorer, pair_tensors
@@ -48,7 +48,7 @@ class CrossInputs:
 
     source: CrossBatch
     place: tuple[int, int]  # (epoch, step)
-    pairs: Pairs
+    pairs: TokenTable
     labels: np.ndarray
 
 
@@ -128,7 +128,7 @@ class CrossTask(TrainingTask):
         pairs = self._tokenize(source.queries[shard], source.passages[shard])
         return CrossInputs(source, (epoch, step), pairs, source.labels[shard])
 
-    def _tokenize(self, queries: list[str], passages: list[str]) -> Pairs:
+    def _tokenize(self, queries: list[str], passages: list[str]) -> TokenTable:
         return tokenize_pairs(self.setup.tokenizer, queries, passages, self.rules)
 
     def forward(self, batch: CrossInputs) -> Output:
@@ -161,7 +161,7 @@ class CrossTask(TrainingTask):
             ):
                 return self.model(*tensors)
 
-        return self.chunking.run(forward, batch.pairs.lengths, (*batch.place, number))
+        return self.chunking.run(forward, batch.pairs.lengths.tolist(), (*batch.place, number))
 
     def _perturbed_embeddings(self, batch: CrossInputs) -> Tensor:
         """Return word embeddings moved by epsilon g / |g|, g their gradient of all processes' loss (FGM).

@@ -65,7 +65,7 @@ class InferenceDeHparams(RetrieverHparams, QueryIds, PlannedJob):
     # advanced
     block_rows: int = 65536  # passages per vector file, the unit of writing and resuming
     encoder_engine: str = "torch"  # for passages; openvino: faster on a CPU with bf16
-    workers: int = -1  # processes that tokenize ahead; 0: a thread; -1: 0 on a CPU, up to 4 on CUDA
+    workers: int = -1  # processes that tokenize ahead; 0: a thread; -1: 0 on a CPU, up to 16 on CUDA
 
     DEBUG = {"precision": "fp32"}
     CHOICES = {"engine": ("exact", "milvus"), "encoder_engine": ("torch", OPENVINO)}

@@ -219,7 +219,7 @@ def _encode_collection(bench: Bench, encoder: Encoder, texts: list[str], flops: 
     folder.mkdir()
     with open(folder / "part-00", "w", encoding="utf-8", newline="") as file:
         file.writelines(map(format_passage, texts))
-    workers = worker_count(-1, bench.device)
+    workers = worker_count(-1, bench.device, len(texts))
 
     def whole() -> None:
         collection = PassageCollection(folder)

@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from token_lists import pair_lists
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, DistilBertConfig
 
 from torch_src.cross_train import perturb, replaced
@@ -205,7 +206,7 @@ def own(tokenizer, query: str, passage: str, limit: int) -> tuple[list[int], lis
 
 
 def pair(tokenizer, query: str, passage: str, limit: int):
-    return tokenize_pairs(tokenizer, [query], [passage], TextRules(limit))
+    return pair_lists(tokenizer, [query], [passage], TextRules(limit))
 
 
 def parts(tokenizer, pairs, at: int = 0) -> tuple[list[int], list[int]]:
@@ -225,7 +226,7 @@ def test_pairs_equal_the_tokenizers_own_truncation(tokenizer):
         (characters(tokenizer, q, at), characters(tokenizer, p, 100 + at))
         for at, (q, p) in enumerate(lengths)
     ]
-    pairs = tokenize_pairs(tokenizer, *map(list, zip(*texts, strict=True)), TextRules(56))
+    pairs = pair_lists(tokenizer, *map(list, zip(*texts, strict=True)), TextRules(56))
     for at, (query, passage) in enumerate(texts):
         assert (pairs.ids[at], pairs.types[at]) == own(tokenizer, query, passage, 56)
     whole = [len(plain(tokenizer, q)) + len(plain(tokenizer, p)) + 3 for q, p in texts]
@@ -235,7 +236,7 @@ def test_pairs_equal_the_tokenizers_own_truncation(tokenizer):
 
 def test_more_pairs_than_fit_in_one_call(tokenizer):
     passages = [characters(tokenizer, at % 40, at) for at in range(1100)]
-    pairs = tokenize_pairs(tokenizer, ["问"] * 1100, passages, TextRules(24))
+    pairs = pair_lists(tokenizer, ["问"] * 1100, passages, TextRules(24))
     for at in range(0, 1100, 20):
         alone = pair(tokenizer, "问", passages[at], 24)
         assert pairs.ids[at] == alone.ids[0] and pairs.types[at] == alone.types[0]
@@ -262,7 +263,7 @@ def test_a_query_longer_than_the_limit_is_cut_for_the_passage(tokenizer, limit):
 
 def test_only_the_long_query_of_a_batch_is_cut(tokenizer):
     queries = [characters(tokenizer, 300, 5), characters(tokenizer, 20, 6), characters(tokenizer, 300, 5)]
-    pairs = tokenize_pairs(tokenizer, queries, ["文"] * 3, TextRules(64))
+    pairs = pair_lists(tokenizer, queries, ["文"] * 3, TextRules(64))
     assert pairs.ids[0] == pairs.ids[2] and len(pairs.ids[0]) < 64
     assert parts(tokenizer, pairs, 1)[0] == plain(tokenizer, queries[1])
 
@@ -282,9 +283,9 @@ def test_few_tokens_from_many_characters(tokenizer, passage):
 
 
 def test_spaces_are_removed_on_both_sides(tokenizer):
-    pairs = tokenize_pairs(tokenizer, ["1 1"], ["2 2 2"], TextRules(32, "", True))
-    assert pairs.ids == tokenize_pairs(tokenizer, ["11"], ["222"], TextRules(32)).ids
-    assert pairs.ids != tokenize_pairs(tokenizer, ["1 1"], ["2 2 2"], TextRules(32)).ids
+    pairs = pair_lists(tokenizer, ["1 1"], ["2 2 2"], TextRules(32, "", True))
+    assert pairs.ids == pair_lists(tokenizer, ["11"], ["222"], TextRules(32)).ids
+    assert pairs.ids != pair_lists(tokenizer, ["1 1"], ["2 2 2"], TextRules(32)).ids
 
 
 def test_a_query_whose_characters_give_many_tokens_each():
@@ -463,10 +464,36 @@ def test_chunks_are_joined_in_order(model, tokenizer, monkeypatch):
     candidates = listed(tokenizer, 5, 7)
     usual = scorer(model, tokenizer).score_all(candidates)
     monkeypatch.setattr("torch_src.retrieval.reranking.TOKENIZE_AHEAD", 4)
-    pieces = list(scorer(model, tokenizer).score_candidates(candidates, 3, 30))
-    assert [start for start, _, _ in pieces] == [3, 7, 11, 15, 19, 23, 27]
+    monkeypatch.setattr("torch_src.retrieval.tokenizing.TOKENIZE_AHEAD", 4)
+    pieces = list(scorer(model, tokenizer).score_candidates(candidates, [(3, 20), (20, 30)]))
+    spans = [(3, 7), (7, 11), (11, 15), (15, 19), (19, 20), (20, 24), (24, 28), (28, 30)]
+    assert [span for span, _, _ in pieces] == spans
     assert np.abs(np.concatenate([logits for _, logits, _ in pieces]) - usual[3:30]).max() < 1e-4
     assert np.abs(scorer(model, tokenizer).score_all(candidates) - usual).max() < 1e-4
+
+
+def test_worker_processes_give_the_same_scores(model, tokenizer, monkeypatch):
+    candidates, spans = listed(tokenizer, 5, 7), [(0, 20), (20, 35)]
+    monkeypatch.setattr("torch_src.retrieval.tokenizing.TOKENIZE_AHEAD", 10)
+    usual, others = (
+        list(scorer(model, tokenizer).score_candidates(candidates, spans, workers)) for workers in (0, 2)
+    )
+    assert [span for span, _, _ in usual] == [span for span, _, _ in others] == spans
+    for (_, one, pairs), (_, other, again) in zip(usual, others, strict=True):
+        assert one.tobytes() == other.tobytes() and pairs.cut == again.cut
+        assert np.array_equal(pairs.ids, again.ids) and np.array_equal(pairs.types, again.types)
+
+
+def test_logits_are_copied_once(model, tokenizer, monkeypatch):
+    copies, batches = [], []
+    for name in ("cpu", "item", "tolist", "numpy"):
+        real = getattr(torch.Tensor, name)
+        spy = lambda tensor, real=real, name=name: copies.append(name) or real(tensor)  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    one = scorer(model, tokenizer, batch_size=4)
+    queries, passages = listed(tokenizer, 2, 10).texts_of(list(range(20)))
+    one.score(one.tokenize(queries, passages), lambda *batch: batches.append(batch))
+    assert copies == ["cpu", "numpy"] and [pairs for pairs, _ in batches] == [4] * 5
 
 
 def test_scoring_restores_the_mode_of_the_model_and_has_no_dropout(model, tokenizer):
@@ -490,8 +517,10 @@ def test_scores_under_bf16_have_no_ties(model, tokenizer):
 
 
 def test_pair_tensors_are_padded_alike(tokenizer):
-    pairs = tokenize_pairs(tokenizer, ["1", "1 1"], ["2", "2 2 2"], TextRules(32))
-    ids, mask, types = pair_tensors(pairs, [1, 0], tokenizer.pad_token_id, CPU)
+    texts = (["1", "1 1"], ["2", "2 2 2"], TextRules(32))
+    pairs = pair_lists(tokenizer, *texts)
+    table = tokenize_pairs(tokenizer, *texts)
+    ids, mask, types = pair_tensors(table, [1, 0], tokenizer.pad_token_id, CPU)
     assert mask.tolist() == [[1] * 8, [1] * 5 + [0] * 3]
     assert ids[1].tolist() == pairs.ids[0] + [tokenizer.pad_token_id] * 3
     assert types.tolist() == [[0] * 4 + [1] * 4, [0] * 3 + [1] * 2 + [0] * 3]

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from token_lists import pair_lists
 from toy_folders import PACKAGE, write_json
 from transformers import BertConfig, BertForSequenceClassification, Qwen3Config, Qwen3ForCausalLM
 
@@ -13,7 +14,7 @@ from torch_src.inference import find_cross_model, load_cross_model, pair_rules, 
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.models.backbones import load_config
 from torch_src.models.pair_template import INSTRUCTION, PairTemplate, chat_template
-from torch_src.models.tokenization import TextRules, load_tokenizer, tokenize_pairs
+from torch_src.models.tokenization import TextRules, load_tokenizer
 from torch_src.runtime.errors import UserError
 
 WORDS = (
@@ -206,7 +207,7 @@ def test_the_passage_is_cut_between_the_parts_of_a_template(folder):
     tokenizer = load_tokenizer(str(folder), kind="cross")
     rules = TextRules(8, pair=PairTemplate("a b ", " : ", " . c", special_tokens=False))
     assert rules.max_tokens(tokenizer) == 8 + 5
-    pairs = tokenize_pairs(tokenizer, ["水油", "水"], ["鱼" * 30, "鱼"], rules)
+    pairs = pair_lists(tokenizer, ["水油", "水"], ["鱼" * 30, "鱼"], rules)
     words = [tokenizer.convert_ids_to_tokens(ids) for ids in pairs.ids]
     assert words[0] == [*"ab水油:", *"鱼" * 6, ".", "c"] and words[1] == [*"ab水:鱼.c"]
     assert pairs.cut == 1 and [len(types) for types in pairs.types] == [len(ids) for ids in pairs.ids]

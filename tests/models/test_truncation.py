@@ -1,8 +1,9 @@
 """Shares of truncated texts and the lengths that would fit, against hand-counted texts."""
 
 import pytest
+from token_lists import pair_lists
 
-from torch_src.models.tokenization import TextRules, tokenize, tokenize_pairs
+from torch_src.models.tokenization import TextRules, tokenize
 from torch_src.models.truncation import (
     SAMPLE,
     Truncation,
@@ -36,7 +37,7 @@ def test_pairs_and_their_queries(tokenizer):
         Truncation("pairs", "max_seq_len", 60, 0.5, 63, 63),
     ]
     for limit, cut in ((63, 1), (66, 0)):
-        pairs = tokenize_pairs(tokenizer, queries, passages, TextRules(limit))
+        pairs = pair_lists(tokenizer, queries, passages, TextRules(limit))
         assert pairs.cut == 0 and max(pairs.lengths) == 63
         shortened = sum(types.count(0) < 50 + 2 for types in pairs.types[1:])
         assert shortened == cut

@@ -399,7 +399,7 @@ def test_a_killed_scoring_resumes_after_its_finished_blocks(world, monkeypatch):
     monkeypatch.setattr(
         cross_infer.PairScorer,
         "score",
-        lambda self, pairs: scored.append(len(pairs.ids)) or usual(self, pairs),
+        lambda self, pairs, *done: scored.append(len(pairs)) or usual(self, pairs, *done),
     )
     assert infer(world, *files, output="new") == 0
     assert sum(scored) == 70  # only the missing block

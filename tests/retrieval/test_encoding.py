@@ -10,7 +10,7 @@ import torch
 from torch_src.data.collection import PassageCollection
 from torch_src.models import tokenization
 from torch_src.models.tokenization import TextRules
-from torch_src.retrieval import encoding
+from torch_src.retrieval import encoding, tokenizing
 from torch_src.retrieval.encoding import Encoder, encode_collection, to_float16
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.errors import UserError
@@ -101,7 +101,7 @@ def test_batches_respect_both_limits(make_encoder, monkeypatch):
 
 @pytest.mark.parametrize("ahead", [4096, 4, 10, 1])
 def test_collection_in_blocks_equals_all_at_once(make_encoder, make_collection, tmp_path, monkeypatch, ahead):
-    monkeypatch.setattr(encoding, "TOKENIZE_AHEAD", ahead)
+    monkeypatch.setattr(tokenizing, "TOKENIZE_AHEAD", ahead)
     texts = make_texts(31)
     store = make_store(tmp_path / "emb", 31)
     encode_collection(make_encoder(), make_collection(texts), store, 1e9)
@@ -167,7 +167,7 @@ def test_a_malformed_passage_is_named_from_the_thread_that_tokenizes(make_encode
 
 
 def test_progress_counts_texts_tokens_and_cuts(make_encoder, make_collection, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(encoding, "TOKENIZE_AHEAD", 4)
+    monkeypatch.setattr(tokenizing, "TOKENIZE_AHEAD", 4)
     texts, counts = make_texts(31), []
     real = Progress.add
 
@@ -248,7 +248,7 @@ def test_vectors_that_are_not_finite_are_refused(make_encoder, tiny_bert):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_give_the_same_tokens(make_encoder, make_collection, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(encoding, "TOKENIZE_AHEAD", 4)
+    monkeypatch.setattr(tokenizing, "TOKENIZE_AHEAD", 4)
     collection = make_collection(make_texts(37))
     for folder, count in (("a", 0), ("b", workers)):
         encode_collection(make_encoder(), collection, make_store(tmp_path / folder, 37), 1e9, count)

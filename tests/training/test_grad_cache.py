@@ -152,7 +152,7 @@ def test_cross_gradients_are_those_of_one_graph(world, loss, epsilon):
         batch, table = task.batch(0, 0), task.model.word_embeddings
 
         def plain(task=task, batch=batch):
-            rows = range(len(batch.pairs.ids))
+            rows = range(len(batch.pairs))
             logits = task.model(
                 *pair_tensors(batch.pairs, rows, task.setup.tokenizer.pad_token_id, task.device)
             )

@@ -3,21 +3,25 @@
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import normalizers
+from tokenizers import Encoding, normalizers
+from torch import Tensor, nn
 from transformers import AutoTokenizer, BertTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
 from torch_src.data.lines import read_lines
 from torch_src.models.hub import is_hub_name
 from torch_src.models.model_folder import read_model_folder, read_reranker_folder
 from torch_src.models.pair_template import PairTemplate, template_of
+from torch_src.runtime.devices import autocast, tensors_to
 from torch_src.runtime.errors import UserError, is_out_of_memory
 from torch_src.runtime.files import read_json
 from torch_src.runtime.log import warn
@@ -264,36 +268,38 @@ def _tokenize_texts(
     """Return (token ids of each text, whether it was truncated)."""
     ids: list[list[int]] = []
     cut: list[bool] = []
-    for start in range(0, len(texts), TEXTS_PER_CALL):
-        with LOCK:
-            batch = tokenizer(
-                texts[start : start + TEXTS_PER_CALL],
-                truncation=True,
-                max_length=max_seq_len,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-            )
-        ids += batch["input_ids"]
-        cut += [bool(encoding.overflowing) for encoding in batch.encodings]
+    for encoding in _encodings(tokenizer, texts, TruncationStrategy.LONGEST_FIRST, max_seq_len):
+        ids.append(encoding.ids)
+        cut.append(bool(encoding.overflowing))
     return ids, cut
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Token ids and segment ids (0 query, 1 passage) of (query, passage) pairs."""
+def _encodings(
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: list[str] | list[tuple[str, str]],
+    strategy: TruncationStrategy,
+    max_tokens: int,
+    add_special_tokens: bool = True,
+) -> Iterator[Encoding]:
+    """Yield what the tokenizer's backend makes of each text or pair.
 
-    ids: list[list[int]]
-    types: list[list[int]]
-    cut: int  # number of truncated pairs
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(tokens) for tokens in self.ids]
+    As tokenizer(...) does, but without character offsets: a third faster.
+    """
+    fast: Any = tokenizer  # of class TokenizersBackend
+    backend = fast.backend_tokenizer
+    for start in range(0, len(inputs), TEXTS_PER_CALL):
+        with LOCK:
+            fast.set_truncation_and_padding(PaddingStrategy.DO_NOT_PAD, strategy, max_tokens, 0, None, None)
+            backend.encode_special_tokens = fast.split_special_tokens
+            found = backend.encode_batch_fast(
+                inputs[start : start + TEXTS_PER_CALL], add_special_tokens=add_special_tokens
+            )
+        yield from found
 
 
 def tokenize_pairs(
     tokenizer: PreTrainedTokenizerBase, queries: list[str], passages: list[str], rules: TextRules
-) -> Pairs:
+) -> "TokenTable":
     """Return the token ids of the pairs; only passages are truncated, unless the query leaves no room."""
     max_tokens, pair = rules.max_tokens(tokenizer), rules.pair or PairTemplate()
     queries = _shorten_queries(tokenizer, [rules.clean(text) for text in queries], rules.max_seq_len)
@@ -311,7 +317,7 @@ def tokenize_pairs(
         redone = _tokenize_pairs(tokenizer, *whole, max_tokens, pair)
         for at, tokens, segments, was_cut in zip(redo, *redone, strict=True):
             ids[at], types[at], cut[at] = tokens, segments, was_cut
-    return Pairs(ids, types, sum(cut))
+    return TokenTable(*_flat(ids, np.uint32), sum(cut), _flat(types, np.uint8)[0])
 
 
 def _tokenize_pairs(
@@ -329,20 +335,12 @@ def _tokenize_pairs(
     if pair.after:
         with LOCK:
             after = list(tokenizer(pair.after, add_special_tokens=False)["input_ids"])
-    for start in range(0, len(passages), TEXTS_PER_CALL):
-        with LOCK:
-            batch = tokenizer(
-                queries[start : start + TEXTS_PER_CALL],
-                passages[start : start + TEXTS_PER_CALL],
-                truncation="only_second",
-                max_length=max_tokens - len(after),
-                add_special_tokens=pair.special_tokens,
-                return_attention_mask=False,
-                return_token_type_ids=True,
-            )
-        ids += [tokens + after for tokens in batch["input_ids"]]
-        types += [segments + [1] * len(after) for segments in batch["token_type_ids"]]
-        cut += [bool(encoding.overflowing) for encoding in batch.encodings]
+    pairs = list(zip(queries, passages, strict=True))
+    limits = (TruncationStrategy.ONLY_SECOND, max_tokens - len(after), pair.special_tokens)
+    for encoding in _encodings(tokenizer, pairs, *limits):
+        ids.append(encoding.ids + after)
+        types.append(encoding.type_ids + [1] * len(after))
+        cut.append(bool(encoding.overflowing))
     return ids, types, cut
 
 
@@ -369,31 +367,54 @@ class TokenTable:
     """Token ids of many texts in two flat arrays: 4 bytes per token, where Python lists take 40.
 
     `ids` (tokens,) uint32, text after text; `lengths` (N,) int64; `cut`: number of truncated texts.
+    `types` (tokens,) uint8 of (query, passage) pairs: segment ids, 0 query and 1 passage.
     """
 
-    def __init__(self, ids: np.ndarray, lengths: np.ndarray, cut: int = 0):
-        self.ids, self.lengths, self.cut = ids, lengths, cut
+    def __init__(self, ids: np.ndarray, lengths: np.ndarray, cut: int = 0, types: np.ndarray | None = None):
+        self.ids, self.lengths, self.cut, self.types = ids, lengths, cut, types
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
 
     @classmethod
     def of_texts(cls, tokenizer: PreTrainedTokenizerBase, texts: list[str], rules: TextRules) -> "TokenTable":
         ids, cut = tokenize(tokenizer, texts, rules)
-        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
-        flat = (token for text in ids for token in text)
-        return cls(np.fromiter(flat, dtype=np.uint32, count=int(lengths.sum())), lengths, cut)
+        return cls(*_flat(ids, np.uint32), cut)
 
     @classmethod
     def concatenate(cls, tables: list["TokenTable"]) -> "TokenTable":
         ids = np.concatenate([table.ids for table in tables])
         lengths = np.concatenate([table.lengths for table in tables])
-        return cls(ids, lengths, sum(table.cut for table in tables))
+        types = [table.types for table in tables if table.types is not None]
+        cut = sum(table.cut for table in tables)
+        return cls(ids, lengths, cut, np.concatenate(types) if types else None)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def padded(self, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (input ids, attention mask) of these texts, both (len(rows), L) int64."""
-        return pad([self.ids[self.starts[row] : self.starts[row + 1]] for row in rows.tolist()], pad_id)
+    def padded(self, rows: Sequence[int] | np.ndarray, pad_id: int) -> np.ndarray:
+        """Return input ids, attention mask and, of pairs, segment ids of these rows: (2 or 3, B, L) int64."""
+        lengths = self.lengths[rows]
+        mask = np.arange(lengths.max())[None, :] < lengths[:, None]
+        inputs = np.zeros((2 if self.types is None else 3, *mask.shape), dtype=np.int64)
+        tokens = self._tokens_of(rows)
+        inputs[0] = pad_id
+        inputs[0][mask] = self.ids[tokens]
+        inputs[1] = mask
+        if self.types is not None:
+            inputs[2][mask] = self.types[tokens]
+        return inputs
+
+    def _tokens_of(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return the places in `ids` of all tokens of these rows."""
+        lengths = self.lengths[rows]
+        ends = np.cumsum(lengths)
+        return np.arange(ends[-1]) + np.repeat(self.starts[rows] - (ends - lengths), lengths)
+
+
+def _flat(sequences: list[list[int]], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return (all values one after the other, length of each sequence int64)."""
+    lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
+    values = np.fromiter(chain.from_iterable(sequences), dtype=dtype, count=int(lengths.sum()))
+    return values, lengths
 
 
 def pad(sequences: Sequence[TokenIds], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -425,9 +446,38 @@ def length_sorted_batches(
 class BatchedInference:
     """Forward passes over length-sorted batches, for an encoder of texts or a scorer of pairs."""
 
+    tokenizer: PreTrainedTokenizerBase
     device: torch.device
+    precision: str
     batch_size: int  # maximum rows per forward pass
     tokens_per_batch: int  # maximum padded tokens per forward pass; halved when memory runs out
+
+    @torch.inference_mode()
+    def fill(
+        self,
+        outputs: Tensor,
+        table: TokenTable,
+        model: nn.Module,
+        forward: Callable[..., Tensor],
+        done: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Set outputs[rows] to forward(inputs of `rows`) for batches that cover the table.
+
+        The inputs are those of TokenTable.padded, on the device. `model` is in eval mode meanwhile. Calls
+        done(rows, tokens) after each batch. On CUDA nothing here waits for the device.
+        """
+        was_training = model.training
+        model.eval()
+
+        def compute(rows: np.ndarray) -> None:
+            inputs, at = tensors_to(self.device, table.padded(rows, self.tokenizer.pad_token_id), rows)
+            outputs[at] = forward(*inputs.unbind()).to(outputs.dtype)
+            if done is not None:
+                done(len(rows), int(table.lengths[rows].sum()))
+
+        with autocast(self.device, self.precision):  # one context, so that weights are cast only once
+            self.run_batches(table.lengths, compute)
+        model.train(was_training)
 
     def run_batches(self, lengths: np.ndarray, forward: Callable[[np.ndarray], None]) -> None:
         """Call forward(rows) on batches that cover all rows; `lengths`: token counts (N,).

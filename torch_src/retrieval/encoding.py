@@ -1,27 +1,25 @@
 """Encode texts: tokenize ahead, batch by length within a block, restore the order; processes share blocks."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_src.data.collection import PassageCollection
 from torch_src.models.dual_encoder import embed, shorten, vector_width
 from torch_src.models.tokenization import BatchedInference, TextRules, TokenTable
+from torch_src.retrieval.tokenizing import tokenized_spans
 from torch_src.retrieval.vectors import VectorStore
-from torch_src.runtime.devices import autocast, tensors_to
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import log
-from torch_src.runtime.prefetch import one_ahead
 from torch_src.runtime.progress import Progress
 
-TOKENIZE_AHEAD = 4096  # texts tokenized at once: about 17 KB per passage as Python lists
 POLL_SECONDS = 1.0  # between checks for blocks of other processes
 
 
@@ -55,30 +53,21 @@ class Encoder(BatchedInference):
             raise UserError("the vectors are not finite; check the weights, or use --precision fp32")
         return vectors
 
-    @torch.inference_mode()
     def encode_tokens(
         self, table: TokenTable, dtype: torch.dtype = torch.float32, done: Callable | None = None
     ) -> np.ndarray:
         """Return the vectors (N, H) of `dtype`; calls done(texts, tokens) after each forward pass."""
-        was_training = self.tower.training
-        self.tower.eval()
+        return self.encode_on_device(table, dtype, done).cpu().numpy()
+
+    def encode_on_device(self, table: TokenTable, dtype: torch.dtype, done: Callable | None) -> Tensor:
+        """Return what encode_tokens does, on the device and perhaps not computed yet (CUDA)."""
         vectors = torch.empty((len(table), self.width), dtype=dtype, device=self.device)
+        self.fill(vectors, table, self.tower, self._embed, done)
+        return vectors
 
-        def forward(rows: np.ndarray) -> None:
-            self._forward(table, rows, vectors)
-            if done is not None:
-                done(len(rows), int(table.lengths[rows].sum()))
-
-        with autocast(self.device, self.precision):  # one context, so that weights are cast only once
-            self.run_batches(table.lengths, forward)
-        self.tower.train(was_training)
-        return vectors.cpu().numpy()  # one copy, so that CUDA does not wait after each batch
-
-    def _forward(self, table: TokenTable, rows: np.ndarray, vectors: torch.Tensor) -> None:
-        arrays = (*table.padded(rows, self.tokenizer.pad_token_id), rows)
-        input_ids, mask, at = tensors_to(self.device, *arrays)
+    def _embed(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         found = embed(self.tower, input_ids, mask, self.pooling, self.normalize, self.rules.prompt_tokens)
-        vectors[at] = shorten(found, self.width, self.normalize).to(vectors.dtype)
+        return shorten(found, self.width, self.normalize)
 
 
 def encode_collection(
@@ -95,14 +84,16 @@ def encode_collection(
         done = store.block_count - len(missing)
         log(f"{store.folder}: {done} of {store.block_count} blocks are already encoded")
     progress = Progress(sum(last - first for first, last in map(store.block_range, missing)), log_every)
+    tokenize = partial(_tokenize, encoder.tokenizer, encoder.rules, collection)
     waiting = False
     try:
         while store.missing_blocks():
             blocks = store.locks.acquire_missing(store.missing_blocks(), store.is_missing)
             first = next(blocks, None)  # start no worker processes without work
             if first is not None:
-                own = chain([first], blocks)
-                for block, table in _tokenized_blocks(encoder, collection, store, own, workers):
+                spans = map(store.block_range, chain([first], blocks))
+                for span, table in tokenized_spans(tokenize, spans, store.block_rows, workers):
+                    block = span[0] // store.block_rows
                     _encode_block(encoder, store, block, table, progress)
                     store.locks.release(block)
             else:
@@ -129,56 +120,10 @@ def _encode_block(
     store.write_block(block, vectors, settings)
 
 
-class _TokenizedChunks(Dataset):
-    """Chunks of a collection, tokenized, by (block, first row, last row)."""
-
-    def __init__(self, encoder: Encoder, collection: PassageCollection):
-        self.tokenizer, self.rules, self.collection = encoder.tokenizer, encoder.rules, collection
-
-    def __getitem__(self, chunk: tuple[int, int, int]) -> tuple | UserError:
-        """Return (block, last row, ids, lengths, texts truncated)."""
-        block, first, last = chunk
-        try:
-            table = TokenTable.of_texts(self.tokenizer, self.collection[first:last], self.rules)
-        except UserError as error:
-            return UserError(str(error))  # not raised: a DataLoader would add its traceback
-        except OSError as error:
-            return UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-        return block, last, table.ids, table.lengths, table.cut
-
-
-def _tokenized_blocks(
-    encoder: Encoder, collection: PassageCollection, store: VectorStore, blocks: Iterator[int], workers: int
-) -> Iterator[tuple[int, TokenTable]]:
-    """Yield (block, its token ids), tokenizing the next chunks while this block is encoded."""
-
-    def chunks() -> Iterator[tuple[int, int, int]]:
-        for block in blocks:
-            first, last = store.block_range(block)
-            for start in range(first, last, TOKENIZE_AHEAD):
-                yield block, start, min(last, start + TOKENIZE_AHEAD)
-
-    data = _TokenizedChunks(encoder, collection)
-    if workers:
-        # A DataLoader preserves the order and ends its workers with this process.
-        ready: Any = DataLoader(
-            data, sampler=chunks(), batch_size=None, num_workers=workers, collate_fn=_unchanged
-        )
-    else:
-        ready = one_ahead(data.__getitem__, chunks())
-    tables: list[TokenTable] = []
-    for chunk in ready:
-        if isinstance(chunk, UserError):
-            raise chunk
-        block, last, ids, lengths, cut = chunk
-        tables.append(TokenTable(ids, lengths, cut))
-        if last == store.block_range(block)[1]:
-            yield block, TokenTable.concatenate(tables)
-            tables = []
-
-
-def _unchanged(item: Any) -> Any:
-    return item  # a named function: worker processes cannot receive a lambda
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, rules: TextRules, collection: PassageCollection, first: int, last: int
+) -> TokenTable:
+    return TokenTable.of_texts(tokenizer, collection[first:last], rules)
 
 
 def to_float16(vectors: np.ndarray, first_row: int) -> np.ndarray:

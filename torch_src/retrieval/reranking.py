@@ -1,7 +1,8 @@
 """Score (query, passage) pairs: tokenize ahead, batch by length across queries, restore the order."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,12 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from torch_src.data.candidates import Candidates
 from torch_src.models.cross_encoder import CrossEncoder
-from torch_src.models.tokenization import BatchedInference, Pairs, TextRules, pad, tokenize_pairs
-from torch_src.runtime.devices import autocast
+from torch_src.models.tokenization import BatchedInference, TextRules, TokenTable, tokenize_pairs
+from torch_src.retrieval.tokenizing import TOKENIZE_AHEAD, Span, tokenized_spans
+from torch_src.runtime.devices import tensors_to
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.prefetch import one_ahead
-
-TOKENIZE_AHEAD = 4096  # pairs tokenized at once
 
 
 @dataclass
@@ -29,59 +28,61 @@ class PairScorer(BatchedInference):
     batch_size: int  # maximum pairs per forward pass
     tokens_per_batch: int  # maximum padded tokens per forward pass; halved when memory runs out
 
-    def tokenize(self, queries: list[str], passages: list[str]) -> Pairs:
+    def tokenize(self, queries: list[str], passages: list[str]) -> TokenTable:
         return tokenize_pairs(self.tokenizer, queries, passages, self.rules)
 
-    @torch.inference_mode()
-    def score(self, pairs: Pairs) -> np.ndarray:
-        """Return the logits (N,) float32; UserError when one is not finite."""
-        was_training = self.model.training
-        self.model.eval()
-        logits = np.empty(len(pairs.ids), dtype=np.float32)
+    def score(self, pairs: TokenTable, done: Callable | None = None) -> np.ndarray:
+        """Return the logits (N,) float32; UserError when one is not finite.
 
-        def forward(rows: np.ndarray) -> None:
-            with autocast(self.device, self.precision):
-                batch = self.model(*pair_tensors(pairs, rows, self.tokenizer.pad_token_id, self.device))
-            logits[rows] = batch.cpu().numpy()
-
-        self.run_batches(np.asarray(pairs.lengths), forward)
-        self.model.train(was_training)
+        Calls done(pairs, tokens) after each forward pass.
+        """
+        on_device = torch.empty(len(pairs), device=self.device)
+        self.fill(on_device, pairs, self.model, self.model, done)
+        logits = on_device.cpu().numpy()  # one copy, so that CUDA does not wait after each batch
         if not np.isfinite(logits).all():
             raise UserError("the scores are not finite; check the weights, or use --precision fp32")
         return logits
 
     def score_candidates(
-        self, candidates: Candidates, first: int, last: int
-    ) -> Iterator[tuple[int, np.ndarray, Pairs]]:
-        """Yield (first pair, logits, pairs) of chunks, tokenizing the next chunk while this one is scored."""
+        self, candidates: Candidates, spans: Sequence[Span], workers: int = 0, done: Callable | None = None
+    ) -> Iterator[tuple[Span, np.ndarray, TokenTable]]:
+        """Yield (span, its logits, its pairs) for parts of these spans of pairs, in order.
 
-        def tokenized(start: int) -> tuple[int, Pairs]:
-            stop = min(last, start + TOKENIZE_AHEAD)
-            queries = [candidates.queries[at] for at in candidates.query_of[start:stop]]
-            return start, self.tokenize(queries, candidates.passages(start, stop))
+        A thread, or `workers` processes, tokenizes ahead. `done`: as in score.
+        """
+        # Many passes' worth of pairs are sorted by length; more than a thread would tokenize in time.
+        size = max(TOKENIZE_AHEAD, self.tokens_per_batch) if workers else TOKENIZE_AHEAD
+        parts = [
+            (start, min(last, start + size)) for first, last in spans for start in range(first, last, size)
+        ]
+        tokenize = partial(_tokenize, self.tokenizer, self.rules, candidates)
+        longest = max((last - first for first, last in parts), default=0)
+        for span, pairs in tokenized_spans(tokenize, parts, longest, workers):
+            yield span, self.score(pairs, done), pairs
 
-        for start, pairs in one_ahead(tokenized, range(first, last, TOKENIZE_AHEAD)):
-            yield start, self.score(pairs), pairs
-
-    def score_rows(self, candidates: Candidates, rows: list[int]) -> tuple[np.ndarray, Pairs]:
+    def score_rows(self, candidates: Candidates, rows: list[int]) -> tuple[np.ndarray, TokenTable]:
         """Return (logits, pairs) of the candidates with these numbers."""
         pairs = self.tokenize(*candidates.texts_of(rows))
         return self.score(pairs), pairs
 
     def score_all(self, candidates: Candidates) -> np.ndarray:
         """Return the logits (N,) float32 of all candidates."""
-        return np.concatenate(
-            [logits for _, logits, _ in self.score_candidates(candidates, 0, len(candidates))]
-        )
+        scored = self.score_candidates(candidates, [(0, len(candidates))])
+        return np.concatenate([logits for _, logits, _ in scored])
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, rules: TextRules, candidates: Candidates, first: int, last: int
+) -> TokenTable:
+    queries = [candidates.queries[at] for at in candidates.query_of[first:last].tolist()]
+    return tokenize_pairs(tokenizer, queries, candidates.passages(first, last), rules)
 
 
 def pair_tensors(
-    pairs: Pairs, rows: Sequence[int] | np.ndarray, pad_id: int, device: torch.device
+    pairs: TokenTable, rows: Sequence[int] | np.ndarray, pad_id: int, device: torch.device
 ) -> list[torch.Tensor]:
     """Return [input ids, attention mask, segment ids], each (B, L) int64, of the pairs `rows`."""
-    input_ids, mask = pad([pairs.ids[row] for row in rows], pad_id)
-    types, _ = pad([pairs.types[row] for row in rows], 0)
-    return [torch.from_numpy(array).to(device, non_blocking=True) for array in (input_ids, mask, types)]
+    return list(tensors_to(device, pairs.padded(rows, pad_id))[0].unbind())
 
 
 def rank_pairs(candidates: Candidates, scores: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

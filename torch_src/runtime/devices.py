@@ -12,6 +12,9 @@ import torch
 
 from torch_src.runtime.errors import UserError
 
+MAX_WORKERS = 16
+TEXTS_PER_WORKER = 8192  # fewer are tokenized by a thread: a process takes a tenth of a second to start
+
 
 def choose_device(name: str) -> torch.device:
     """Return the device; UserError when it is not available. Under torchrun `cuda` is `cuda:LOCAL_RANK`."""
@@ -54,11 +57,17 @@ def token_budget(requested: int, device: torch.device, training: bool = False) -
     return 2048 if training else 4096
 
 
-def worker_count(requested: int, device: torch.device) -> int:
-    """Return the number of tokenizing processes: `requested`, or for -1 the default of the device."""
+def worker_count(requested: int, device: torch.device, texts: int) -> int:
+    """Return the number of processes that tokenize `texts` texts: `requested`, or for -1 the default.
+
+    0 on a CPU, whose cores the model needs; on CUDA three quarters of the processors, fewer for few texts.
+    """
     if requested >= 0:
         return requested
-    return min(4, max(1, (os.cpu_count() or 1) - 1)) if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    processors = (os.cpu_count() or 1) // int(os.getenv("LOCAL_WORLD_SIZE", "1"))
+    return min(MAX_WORKERS, max(1, 3 * processors // 4), texts // TEXTS_PER_WORKER)
 
 
 def tensors_to(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:

@@ -1,9 +1,16 @@
-"""Prepare the next item in a thread while the current one is used."""
+"""Prepare the next items in a thread or in worker processes while the current one is used."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
+from torch.utils.data import DataLoader, Dataset
+
+from torch_src.runtime.errors import UserError
+
+PARALLEL_TOKENIZERS = "TOKENIZERS_PARALLELISM"  # environment variable of the tokenizers library
 Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
 
@@ -18,3 +25,54 @@ def one_ahead(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Ite
                 yield ready.result()
         if waiting is not None:
             yield waiting.result()
+
+
+def prepared_by_workers(
+    prepare: Callable[[Item], Prepared], items: Iterable[Item], workers: int, ahead: int = 2
+) -> Iterator[Prepared]:
+    """Yield prepare(item) for each item, in order; each of `workers` processes is up to `ahead` items ahead.
+
+    prepare is copied to the processes. Its UserError and OSError end the iteration as a UserError here.
+    """
+    # A DataLoader preserves the order and ends its workers with this process.
+    loader: Any = DataLoader(
+        _Prepared(prepare), sampler=items, batch_size=None, num_workers=workers, prefetch_factor=ahead,
+        collate_fn=_unchanged,
+    )  # fmt: skip
+    with _one_thread_per_tokenizer():
+        prepared = iter(loader)  # starts the processes
+    for item in prepared:
+        if isinstance(item, UserError):
+            raise UserError(str(item))
+        yield item
+
+
+class _Prepared(Dataset):
+    def __init__(self, prepare: Callable[[Any], Any]):
+        self.prepare = prepare
+
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            return self.prepare(item)
+        except UserError as error:
+            return UserError(str(error))  # not raised: a DataLoader would add its traceback
+        except OSError as error:
+            return UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def _unchanged(item: Any) -> Any:
+    return item  # a named function: worker processes cannot receive a lambda
+
+
+@contextmanager
+def _one_thread_per_tokenizer() -> Iterator[None]:
+    """Processes started within inherit the setting; without it tokenizers warns in each of them."""
+    before = os.getenv(PARALLEL_TOKENIZERS)
+    os.environ[PARALLEL_TOKENIZERS] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PARALLEL_TOKENIZERS]
+        else:
+            os.environ[PARALLEL_TOKENIZERS] = before

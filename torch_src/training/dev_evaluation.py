@@ -67,7 +67,7 @@ class DevReranking:
     def scores(self, scorer: PairScorer, processes: Processes) -> np.ndarray:
         """Return the logits (N,) float32 of all candidates; each process scores its shard."""
         shard = processes.shard(len(self.candidates))
-        scored = scorer.score_candidates(self.candidates, shard.start, shard.stop)
+        scored = scorer.score_candidates(self.candidates, [(shard.start, shard.stop)])
         logits = np.concatenate([np.empty(0, np.float32), *(found for _, found, _ in scored)])
         return _gather(logits, len(self.candidates), processes)
 

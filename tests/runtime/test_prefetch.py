@@ -1,0 +1,47 @@
+"""Items prepared ahead: order, errors in one line, nothing printed by the processes."""
+
+import os
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.prefetch import PARALLEL_TOKENIZERS, one_ahead, prepared_by_workers
+
+
+def prepare(item):
+    if item == "mistake":
+        raise UserError("a.tsv:3: expected 4 columns")
+    if item == "missing":
+        raise FileNotFoundError(2, "No such file or directory", "b.tsv")
+    return item * 2
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_items_keep_their_order(workers):
+    found = prepared_by_workers(prepare, range(9), workers) if workers else one_ahead(prepare, range(9))
+    assert list(found) == [item * 2 for item in range(9)]
+
+
+@pytest.mark.parametrize(("item", "message"), [("mistake", r"^a\.tsv:3"), ("missing", r"^b\.tsv: No such")])
+def test_errors_of_workers_are_one_line(item, message):
+    found = prepared_by_workers(prepare, [1, item, 2], 1)
+    assert next(found) == 2
+    with pytest.raises(UserError, match=message) as caught:
+        list(found)
+    assert "\n" not in str(caught.value)
+
+
+def test_workers_tokenize_in_one_thread_without_a_warning(monkeypatch, capfd):
+    monkeypatch.delenv(PARALLEL_TOKENIZERS, raising=False)
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+
+    def tokenize(text):
+        ids = [encoding.ids for encoding in tokenizer.encode_batch([text] * 64)]
+        return ids[0], os.environ.get(PARALLEL_TOKENIZERS)
+
+    tokenize("a b")  # in several threads, before the processes are started
+    assert list(prepared_by_workers(tokenize, ["a b", "b"], 2)) == [([0, 1], "false"), ([1], "false")]
+    assert PARALLEL_TOKENIZERS not in os.environ
+    assert capfd.readouterr().err == ""

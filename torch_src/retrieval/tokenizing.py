@@ -1,0 +1,47 @@
+"""Token ids of blocks of texts or pairs, tokenized ahead of the model by a thread or by processes."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+from torch_src.models.tokenization import TokenTable
+from torch_src.runtime.prefetch import one_ahead, prepared_by_workers
+
+TOKENIZE_AHEAD = 4096  # texts tokenized at once: about 17 KB per passage as Python lists
+
+Span = tuple[int, int]  # (first row, last row + 1)
+
+
+def tokenized_spans(
+    tokenize: Callable[[int, int], TokenTable], spans: Iterable[Span], longest: int, workers: int = 0
+) -> Iterator[tuple[Span, TokenTable]]:
+    """Yield each span of rows with its token ids, tokenize(first row, last row + 1), in order.
+
+    A thread tokenizes the next rows while a span is used; or `workers` processes, to which `tokenize` is
+    copied, the next span. `longest`: rows of the longest span.
+    """
+
+    def chunks() -> Iterator[tuple[Span, Span]]:
+        for first, last in spans:
+            for start in range(first, last, TOKENIZE_AHEAD):
+                yield (first, last), (start, min(last, start + TOKENIZE_AHEAD))
+
+    prepare = partial(_tokenize, tokenize)
+    if workers:
+        ahead = max(2, 1 + -(-longest // (TOKENIZE_AHEAD * workers)))  # a whole span
+        ready = prepared_by_workers(prepare, chunks(), workers, ahead)
+    else:
+        ready = one_ahead(prepare, chunks())
+    tables: list[TokenTable] = []
+    for span, last, table in ready:
+        tables.append(table)
+        if last == span[1]:
+            yield span, TokenTable.concatenate(tables)
+            tables = []
+
+
+def _tokenize(
+    tokenize: Callable[[int, int], TokenTable], spans: tuple[Span, Span]
+) -> tuple[Span, int, TokenTable]:
+    """Return (span, last row + 1 of this chunk, its token ids)."""
+    span, chunk = spans
+    return span, chunk[1], tokenize(*chunk)
