@@ -26,8 +26,8 @@ from torch_src.models.model_folder import log_overrides
 from torch_src.models.tokenization import TokenTable, reranker_rules, tokenize_pairs
 from torch_src.models.truncation import sampled, truncation_of_pairs
 from torch_src.retrieval import score_checks
-from torch_src.retrieval.reranking import PairScorer, pair_tensors
-from torch_src.runtime.devices import autocast, token_budget
+from torch_src.retrieval.reranking import PairScorer
+from torch_src.runtime.devices import tensors_to, token_budget
 from torch_src.runtime.files import require
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.planning import evenly_spaced, seconds_per_text
@@ -135,16 +135,16 @@ class CrossTask(TrainingTask):
         """Score the pairs of this process; with FGM the loss is that of the perturbed word embeddings."""
         if self.hp.fgm_epsilon:
             logits = self.logits(batch, 1, self._perturbed_embeddings(batch))
-            return Output(*self.loss(logits.outputs, batch), logits.deferred)
+            return Output(*self.loss(logits.outputs, batch), [logits])
         first = self.logits(batch, 0)
         loss, accuracy = self.loss(first.outputs, batch)
         if not self.hp.r_drop_alpha:
-            return Output(loss, accuracy, first.deferred)
+            return Output(loss, accuracy, [first])
         second = self.logits(batch, 1)
         loss = torch.stack([loss, self.loss(second.outputs, batch)[0]]).mean()
         weight = self.hp.r_drop_alpha * self._weight(first.outputs)
         loss = loss + weight * r_drop_loss(first.outputs, second.outputs)
-        return Output(loss, accuracy, first.deferred + second.deferred)
+        return Output(loss, accuracy, [first, second])
 
     def logits(self, batch: CrossInputs, number: int, embeddings: Tensor | None = None) -> ChunkedForward:
         """Return the logits of this process's pairs, computed in chunks.
@@ -153,15 +153,12 @@ class CrossTask(TrainingTask):
         embeddings: replace the word embeddings.
         """
 
-        def forward(rows: np.ndarray) -> Tensor:
-            tensors = pair_tensors(batch.pairs, rows, self.setup.tokenizer.pad_token_id, self.device)
-            with (
-                autocast(self.device, self.setup.precision),
-                replaced(self.model.word_embeddings, embeddings),
-            ):
+        def forward(*tensors: Tensor) -> Tensor:
+            with replaced(self.model.word_embeddings, embeddings):
                 return self.model(*tensors)
 
-        return self.chunking.run(forward, batch.pairs.lengths.tolist(), (*batch.place, number))
+        pad_id = self.setup.tokenizer.pad_token_id
+        return self.chunking.run(forward, batch.pairs, pad_id, (*batch.place, number))
 
     def _perturbed_embeddings(self, batch: CrossInputs) -> Tensor:
         """Return word embeddings moved by epsilon g / |g|, g their gradient of all processes' loss (FGM).
@@ -174,8 +171,7 @@ class CrossTask(TrainingTask):
         scale = FGM_LOSS_SCALE if self.setup.precision == "fp16" else 1.0
         (self.loss(logits.outputs, batch)[0] * scale).backward()
         accumulated, table.grad = table.grad, None
-        for chunk in logits.deferred:
-            chunk.backward(inputs=[table])
+        logits.backward(inputs=[table])
         gradient, table.grad = table.grad, accumulated
         assert gradient is not None
         return perturb(table.detach(), self.processes.all_reduce_sum_(gradient), self.hp.fgm_epsilon)
@@ -185,7 +181,8 @@ class CrossTask(TrainingTask):
         if self.listwise:
             loss, accuracy = listwise_loss(logits, self.hp.group_size)
         else:
-            loss, accuracy = pointwise_loss(logits, torch.from_numpy(batch.labels).to(self.device))
+            (labels,) = tensors_to(self.device, batch.labels)
+            loss, accuracy = pointwise_loss(logits, labels)
         return loss * self._weight(logits), accuracy * self._weight(logits)
 
     def _weight(self, logits: Tensor) -> float:
@@ -269,9 +266,9 @@ class CrossTask(TrainingTask):
 def perturb(table: Tensor, gradient: Tensor, epsilon: float) -> Tensor:
     """Return table + epsilon g / |g|; the table itself when the gradient g is zero or not finite."""
     norm = gradient.double().norm()
-    if not torch.isfinite(norm) or norm == 0:
-        return table
-    return table.add(gradient.to(table.dtype), alpha=epsilon / norm.item())
+    usable = torch.isfinite(norm) & (norm > 0)  # on the device: a GPU is not waited for
+    step = torch.where(usable, epsilon / norm, 0.0).to(table.dtype)
+    return table.addcmul(gradient.to(table.dtype).where(usable, 0.0), step)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,10 +22,10 @@ from torch_src.models.dual_encoder import (
 )
 from torch_src.models.losses import contrastive_loss, contrastive_scores, distillation_loss
 from torch_src.models.model_folder import log_overrides
-from torch_src.models.tokenization import LENGTHS, exclude_prompt, pad, retriever_rules, tokenize
+from torch_src.models.tokenization import LENGTHS, TokenTable, exclude_prompt, retriever_rules
 from torch_src.models.truncation import sampled, truncation_of_texts
 from torch_src.retrieval.encoding import Encoder
-from torch_src.runtime.devices import autocast, tensors_to, token_budget
+from torch_src.runtime.devices import tensors_to, token_budget
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.planning import evenly_spaced, seconds_per_text
 from torch_src.runtime.program import exit_status
@@ -43,8 +42,8 @@ class DualInputs:
 
     source: DualBatch
     place: tuple[int, int]  # (epoch, step)
-    queries: list[list[int]]
-    passages: list[list[int]]
+    queries: TokenTable
+    passages: TokenTable
 
 
 class DualTask(TrainingTask):
@@ -120,9 +119,9 @@ class DualTask(TrainingTask):
             self._tokenize("passage", source.passages),
         )
 
-    def _tokenize(self, side: str, texts: list[str]) -> list[list[int]]:
+    def _tokenize(self, side: str, texts: list[str]) -> TokenTable:
         shard = texts[self.processes.shard(len(texts))]
-        return tokenize(self.setup.tokenizer, shard, self.rules[side])[0]
+        return TokenTable.of_texts(self.setup.tokenizer, shard, self.rules[side])
 
     def forward(self, batch: DualInputs) -> Output:
         """Score this process's queries against the passages of all processes."""
@@ -134,17 +133,16 @@ class DualTask(TrainingTask):
         shard = self.processes.shard(count)
         loss, accuracy = self.loss(queries.outputs, all_passages, batch.source, shard)
         weight = len(queries.outputs) / count
-        return Output(loss * weight, accuracy * weight, queries.deferred + passages.deferred)
+        return Output(loss * weight, accuracy * weight, [queries, passages])
 
-    def embed(self, side: str, batch: DualInputs, ids: list[list[int]]) -> ChunkedForward:
-        """Return the vectors (len(ids), H) fp32, computed in chunks."""
+    def embed(self, side: str, batch: DualInputs, tokens: TokenTable) -> ChunkedForward:
+        """Return the vectors (len(tokens), H) fp32, computed in chunks."""
 
-        def forward(rows: np.ndarray) -> Tensor:
-            arrays = pad([ids[row] for row in rows], self.setup.tokenizer.pad_token_id)
-            with autocast(self.device, self.setup.precision):
-                return self.model(side, *tensors_to(self.device, *arrays), self.rules[side].prompt_tokens)
+        def forward(input_ids: Tensor, mask: Tensor) -> Tensor:
+            return self.model(side, input_ids, mask, self.rules[side].prompt_tokens)
 
-        return self.chunking.run(forward, [len(tokens) for tokens in ids], (*batch.place, side == "query"))
+        pad_id = self.setup.tokenizer.pad_token_id
+        return self.chunking.run(forward, tokens, pad_id, (*batch.place, side == "query"))
 
     def loss(
         self, queries: Tensor, passages: Tensor, source: DualBatch, shard: slice

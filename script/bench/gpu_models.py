@@ -107,7 +107,7 @@ def _our_update(bench: Bench, name: str, chunk: int, tokens: int, profiled: bool
     batches = one_ahead(lambda epoch: task.batch(epoch, 0), range(2 + bench.sizes.updates))
     first = next(batches)
     losses = [trainer.update(0, [first]).loss]
-    lengths = [len(ids) for ids in first.queries + first.passages]
+    lengths = [*first.queries.lengths.tolist(), *first.passages.lengths.tolist()]
 
     def updates() -> None:
         for step in range(1, 1 + bench.sizes.updates):

@@ -39,7 +39,7 @@ def update(args: argparse.Namespace, batch: int, chunk: int) -> Figures:
         stage.task.load()
         trainer = stage.trainer(output, {})
         before, prepared = unshared_gb(), stage.task.batch(0, 0)
-        tokens = sum(len(text) for texts in (prepared.queries, prepared.passages) for text in texts)
+        tokens = len(prepared.queries.ids) + len(prepared.passages.ids)
         return {"seconds": trainer.probe(1)[0], "before_gb": round(before, 3), "tokens": tokens}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from toy_world import lines, make_world, write
@@ -13,10 +14,10 @@ from torch_src.data.mined_files import COLUMNS
 from torch_src.dual_hparams import DualHparams
 from torch_src.dual_train import training_stage as dual_stage
 from torch_src.models.losses import contrastive_loss, contrastive_scores, listwise_loss, pointwise_loss
-from torch_src.models.tokenization import pad
-from torch_src.retrieval.reranking import pair_tensors
+from torch_src.models.tokenization import TokenTable
 from torch_src.runtime.errors import UserError
-from torch_src.training.grad_cache import ChunkedForward, seed_of
+from torch_src.training.device_tokens import DeviceTokens
+from torch_src.training.grad_cache import Chunking, seed_of
 
 COMMON = dict(eval_every=-1, precision="fp32", device="cpu", tokens_per_batch=10**6, log_every=100)
 LENGTHS = {"dual": dict(p_max_seq_len=48), "cross": dict(max_seq_len=64)}
@@ -49,8 +50,8 @@ def backward(task, batch, scale=1.0) -> None:
     """Add the gradient of a batch as the trainer does."""
     out = task.forward(batch)
     (out.loss * scale).backward()
-    for chunk in out.deferred:
-        chunk.backward()
+    for chunked in out.deferred:
+        chunked.backward()
 
 
 def gradients(task, batches=1) -> torch.Tensor:
@@ -71,7 +72,7 @@ def one_graph(task, batches=1) -> torch.Tensor:
     for at in range(batches):
         batch = task.batch(0, at)
         queries, passages = (
-            task.model(side, *map(torch.from_numpy, pad(ids, task.setup.tokenizer.pad_token_id)))
+            task.model(side, *on_host(ids, task))
             for side, ids in (("query", batch.queries), ("passage", batch.passages))
         )
         scores = contrastive_scores(queries, passages, task.hp.temperature)
@@ -80,6 +81,11 @@ def one_graph(task, batches=1) -> torch.Tensor:
         )
         (loss / batches).backward()
     return flat(task.model)
+
+
+def on_host(table, task) -> torch.Tensor:
+    """Return the padded inputs of all texts of a table, each (N, L)."""
+    return torch.from_numpy(table.padded(np.arange(len(table)), task.setup.tokenizer.pad_token_id))
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -125,9 +131,7 @@ def test_with_dropout_and_mixed_precision_the_same_chunks_give_the_same(world, k
         )
         for chunk in (0, 1000)
     )  # fmt: skip
-    chunks = [
-        len(task.embed("passage", b := task.batch(0, 0), b.passages).deferred) for task in (kept, cached)
-    ]
+    chunks = [len(task.embed("passage", b := task.batch(0, 0), b.passages).spans) for task in (kept, cached)]
     assert chunks[0] == chunks[1] > 2
     assert apart(gradients(cached), gradients(kept)) < (1e-9 if precision == "fp32" else 1e-5)
     # the same dropout each time: a function of seed, step and place
@@ -137,7 +141,8 @@ def test_with_dropout_and_mixed_precision_the_same_chunks_give_the_same(world, k
 def test_dropout_differs_between_steps_sides_and_chunks(world):
     task = load(world, "dual", batch_size=4, dropout=0.5, grad_cache_chunk=2)
     batch, other = task.batch(0, 0), task.batch(0, 1)
-    same_ids = [batch.passages[0]] * 4
+    first = batch.passages.ids[: batch.passages.lengths[0]]
+    same_ids = TokenTable(np.tile(first, 4), np.full(4, len(first)))
     outputs = [task.embed(side, b, same_ids).outputs for side in ("query", "passage") for b in (batch, other)]
     rows = torch.cat(outputs).detach()
     assert len(torch.unique(rows, dim=0)) == len(rows)
@@ -152,10 +157,7 @@ def test_cross_gradients_are_those_of_one_graph(world, loss, epsilon):
         batch, table = task.batch(0, 0), task.model.word_embeddings
 
         def plain(task=task, batch=batch):
-            rows = range(len(batch.pairs))
-            logits = task.model(
-                *pair_tensors(batch.pairs, rows, task.setup.tokenizer.pad_token_id, task.device)
-            )
+            logits = task.model(*on_host(batch.pairs, task))
             if task.listwise:
                 return listwise_loss(logits, 3)[0]
             return pointwise_loss(logits, torch.from_numpy(batch.labels))[0]
@@ -269,12 +271,25 @@ def test_seeds_are_apart():
     assert len(seeds) == 625 and all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_outputs_are_in_the_order_of_the_texts():
-    import numpy as np
+def table_of(*rows, types=None) -> TokenTable:
+    lengths = np.array([len(row) for row in rows])
+    return TokenTable(np.concatenate(rows), lengths, 0, None if types is None else np.array(types))
 
-    chunks = [np.array([2, 0]), np.array([1])]
-    forward = ChunkedForward(lambda rows: torch.tensor(rows, dtype=torch.float32), chunks, (1,), True)
-    assert forward.outputs.tolist() == [0, 1, 2]
+
+def test_outputs_are_in_the_order_of_the_texts():
+    chunking = Chunking(2, 100, 0, torch.device("cpu"), "fp32")
+    texts = table_of([7], [5, 5, 5], [6, 6], [8, 8, 8, 8])
+    forward = chunking.run(lambda ids, mask: (ids * mask).amax(1).float(), texts, 9, (0,))
+    assert forward.outputs.tolist() == [7, 5, 6, 8] and len(forward.spans) == 2
+
+
+def test_chunks_are_padded_as_on_the_host():
+    table, order = table_of([7], [5, 4, 3], [6, 2], types=[0, 0, 1, 1, 0, 1]), np.array([1, 2, 0])
+    tokens = DeviceTokens(table, order, 9, torch.device("cpu"))
+    assert [t.tolist() for t in tokens.padded(1, 3)] == [[[6, 2], [7, 9]], [[1, 1], [1, 0]], [[0, 1], [0, 0]]]
+    for first, last in ((0, 2), (2, 3), (0, 3)):
+        found = torch.stack(tokens.padded(first, last))
+        assert found.equal(torch.from_numpy(table.padded(order[first:last], 9)))
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -285,7 +300,7 @@ def test_matryoshka_is_the_mean_over_its_dimensions(world, share):
     task.model.zero_grad(set_to_none=True)
     batch = task.batch(0, 0)
     queries, passages = (
-        task.model(side, *map(torch.from_numpy, pad(ids, task.setup.tokenizer.pad_token_id)))
+        task.model(side, *on_host(ids, task))
         for side, ids in (("query", batch.queries), ("passage", batch.passages))
     )
     masks = [torch.from_numpy(array) for array in (batch.source.targets, batch.source.masked)]
@@ -314,7 +329,7 @@ def test_r_drop_with_cached_gradients(world):
         )
         for chunk in (0, 1000)
     )  # fmt: skip
-    assert len(kept.logits(kept.batch(0, 0), 0).deferred) > 2
+    assert len(kept.logits(kept.batch(0, 0), 0).spans) > 2
     assert apart(gradients(cached), gradients(kept)) < 1e-9
 
 

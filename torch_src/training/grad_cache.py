@@ -6,63 +6,19 @@ then recomputed with a graph to back-propagate its part of that gradient. Memory
 chunk size; the gradient equals that of the whole batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torch_src.models.tokenization import length_sorted_batches
+from torch_src.models.tokenization import TokenTable, length_sorted_batches
+from torch_src.runtime.devices import autocast
+from torch_src.training.device_tokens import DeviceTokens
 
-
-class Chunk:
-    """The forward pass of some rows of a batch, and its backward pass once the loss is differentiated."""
-
-    def __init__(self, forward: Callable[[np.ndarray], Tensor], rows: np.ndarray, seed: int, cached: bool):
-        self.forward, self.rows, self.seed, self.cached = forward, rows, seed, cached
-        with torch.set_grad_enabled(not cached):
-            self.output = self._run()
-        self.leaf: Tensor | None = None  # outputs of the whole batch, set by ChunkedForward
-
-    def _run(self) -> Tensor:
-        # torch.manual_seed takes 2.5 ms without a GPU (it keeps a stack trace): seed the generators directly.
-        torch.default_generator.manual_seed(self.seed)
-        if torch.cuda.is_available():
-            torch.cuda.manual_seed(self.seed)
-        return self.forward(self.rows)
-
-    def backward(self, inputs: list[Tensor] | None = None) -> None:
-        """Back-propagate the gradient of the batch's outputs into the weights, or into `inputs` alone."""
-        assert self.leaf is not None and self.leaf.grad is not None, "the loss was not differentiated"
-        output = self._run() if self.cached else self.output
-        gradient = self.leaf.grad[torch.from_numpy(self.rows).to(self.leaf.device)]
-        torch.autograd.backward(output, gradient, inputs=inputs)
-
-
-class ChunkedForward:
-    """One forward pass over all rows. `outputs` (N, ...) is a leaf tensor in the order of the rows.
-
-    After loss.backward(), backward() of each chunk in `deferred` adds to the gradients of the weights.
-
-    forward(rows) returns the outputs of the given rows; `chunks` are index arrays that cover all N. Before
-    each chunk the generators are seeded from `seed` and the chunk's number, so that the recomputation and a
-    resumed run draw the same dropout. When not `cached`, the graphs are kept instead of recomputed.
-    """
-
-    def __init__(
-        self,
-        forward: Callable[[np.ndarray], Tensor],
-        chunks: list[np.ndarray],
-        seed: tuple[int, ...],
-        cached: bool,
-    ):
-        self.deferred = [Chunk(forward, rows, seed_of(*seed, at), cached) for at, rows in enumerate(chunks)]
-        outputs = torch.cat([chunk.output.detach() for chunk in self.deferred])
-        order = np.argsort(np.concatenate(chunks))
-        self.outputs = outputs[torch.from_numpy(order).to(outputs.device)].requires_grad_()
-        for chunk in self.deferred:
-            chunk.leaf = self.outputs
+# Padded [input ids, attention mask(, segment ids)], each (B, L) int64, to outputs (B, ...).
+Forward = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,15 +28,68 @@ class Chunking:
     texts: int  # in a chunk, at most, recomputed in the backward pass (GradCache); 0: keep all graphs
     tokens: int  # padded tokens in a chunk, at most
     seed: int
+    device: torch.device
+    precision: str
     rank: int = 0  # each process draws its own dropout
 
     def run(
-        self, forward: Callable[[np.ndarray], Tensor], lengths: Sequence[int], place: tuple[int, ...]
-    ) -> ChunkedForward:
-        """Run forward(rows) over texts of these lengths; `place` (epoch, step, ...) seeds the dropout."""
-        chunks = length_sorted_batches(lengths, self.texts or len(lengths), self.tokens)
+        self, forward: Forward, tokens: TokenTable, pad_id: int, place: tuple[int, ...]
+    ) -> "ChunkedForward":
+        """Run forward(*padded tensors) over all texts; `place` (epoch, step, ...) seeds the dropout."""
+        chunks = length_sorted_batches(tokens.lengths, self.texts or len(tokens), self.tokens)
+        on_device = DeviceTokens(tokens, np.concatenate(chunks), pad_id, self.device)
         seed = (self.seed, *map(int, place), self.rank)
-        return ChunkedForward(forward, chunks, seed, cached=bool(self.texts))
+        return ChunkedForward(self, forward, on_device, [len(rows) for rows in chunks], seed)
+
+
+class ChunkedForward:
+    """One forward pass over all texts. `outputs` (N, ...) is a leaf tensor in the order of the texts.
+
+    After loss.backward(), backward() adds to the gradients of the weights. Before each chunk the generators
+    are seeded from `seed` and the chunk's number, so that the recomputation and a resumed run draw the same
+    dropout. Without GradCache the graphs are kept instead of recomputed.
+
+    autocast keeps its 16-bit copies of the weights until the outermost context ends. So all chunks share one
+    context, in which each weight is cast once. The recomputation has a context of its own, because copies
+    made without a graph pass no gradient to the weights.
+    """
+
+    def __init__(
+        self,
+        chunking: Chunking,
+        forward: Forward,
+        tokens: DeviceTokens,
+        sizes: list[int],
+        seed: tuple[int, ...],
+    ):
+        self.chunking, self.forward, self.tokens = chunking, forward, tokens
+        self.cached = bool(chunking.texts)
+        ends = np.cumsum(sizes).tolist()
+        self.spans = list(zip([0, *ends], ends, strict=False))  # of the chunks, in the order of `tokens`
+        self.seeds = [seed_of(*seed, at) for at in range(len(sizes))]
+        with autocast(chunking.device, chunking.precision), torch.set_grad_enabled(not self.cached):
+            found = [self._run(at) for at in range(len(sizes))]
+        self.graphs = [] if self.cached else found
+        self.outputs = torch.cat([output.detach() for output in found])[self.tokens.places].requires_grad_()
+
+    def _run(self, at: int) -> Tensor:
+        # torch.manual_seed takes 2.5 ms without a GPU (it keeps a stack trace): seed the generators directly.
+        torch.default_generator.manual_seed(self.seeds[at])
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed(self.seeds[at])
+        return self.forward(*self.tokens.padded(*self.spans[at]))
+
+    def backward(self, inputs: list[Tensor] | None = None) -> None:
+        """Back-propagate the gradient of `outputs` into the weights, or into `inputs` alone."""
+        assert self.outputs.grad is not None, "the loss was not differentiated"
+        device, gradient = self.chunking.device, self.outputs.grad[self.tokens.order]
+        with autocast(device, self.chunking.precision):
+            for at, (first, last) in enumerate(self.spans):
+                output = self._run(at) if self.cached else self.graphs[at]
+                with torch.autocast(
+                    device.type, enabled=False
+                ):  # gradients have the types of the forward pass
+                    torch.autograd.backward(output, gradient[first:last], inputs=inputs)
 
 
 def seed_of(*numbers: int) -> int:

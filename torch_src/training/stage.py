@@ -181,7 +181,7 @@ class Setup:
         self.rules = make_rules(self.config)
         check_fits(self.config, self.tokenizer, self.rules, hp.pretrained_model_path)
         tokens = token_budget(hp.tokens_per_batch, self.device, training=True)
-        self.chunking = Chunking(hp.grad_cache_chunk, tokens, hp.seed, rank)
+        self.chunking = Chunking(hp.grad_cache_chunk, tokens, hp.seed, self.device, self.precision, rank)
         self.files = ModelFiles(name, hp, fixed_by_weights, self.config, self.tokenizer)
         self.cache_dir = str(Path(hp.output_dir) / "cache")
 

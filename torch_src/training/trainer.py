@@ -23,7 +23,7 @@ from torch_src.runtime.signals import StopSignals
 from torch_src.runtime.stamps import differences
 from torch_src.training.checkpoints import load_checkpoint, save_checkpoint
 from torch_src.training.distributed import Processes
-from torch_src.training.grad_cache import Chunk, Chunking
+from torch_src.training.grad_cache import ChunkedForward, Chunking
 from torch_src.training.optimizer import Ema, lr_factor, parameter_groups
 
 MAIN_METRIC = "MRR@10"  # decides which weights are the best
@@ -36,7 +36,7 @@ class Output:
 
     loss: Tensor  # scalar
     accuracy: Tensor  # scalar, without a graph
-    deferred: list[Chunk]  # to back-propagate after the loss
+    deferred: list[ChunkedForward]  # to back-propagate after the loss
 
 
 class TrainingTask(ABC):
@@ -168,6 +168,7 @@ class Update:
     accuracy: float
     lr: float
     seconds: float
+    stop: bool  # whether a process has received a stop signal
 
 
 class Trainer:
@@ -186,7 +187,9 @@ class Trainer:
         self.checkpoint, self.stamp = checkpoint, stamp
         self.schedule = Schedule(options, task.batches_per_epoch)
         groups = parameter_groups(task.model, options.weight_decay, task.peak_lr)
-        self.optimizer = torch.optim.AdamW(groups, lr=options.lr)
+        # One kernel for all weights. On a CPU it would round differently from earlier runs.
+        self.fused = True if processes.device.type == "cuda" else None
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=self.fused)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=precision == "fp16")
         self.ema = Ema(task.model, options.ema_decay) if options.ema_decay else None
         self.progress = TrainingProgress(processes=processes.world)
@@ -213,10 +216,9 @@ class Trainer:
                 update = self.update(step, islice(batches, options.accumulation_steps))
                 self.progress.step = step + 1
                 self.log.update(update)
-                stop = self.processes.sum_of(float(self.signals.received)) > 0
-                if stop or self._checkpoint_due():
+                if update.stop or self._checkpoint_due():
                     self._save_checkpoint()
-                if stop:
+                if update.stop:
                     # the signal may have reached another process only
                     self.signals.received = self.signals.received or signal.SIGTERM
                     raise self.signals.stopped(f"after step {step + 1} of {total}")
@@ -236,22 +238,35 @@ class Trainer:
         yield from one_ahead(lambda batch: self.task.batch(*batch), batches)
 
     def update(self, step: int, batches: Iterable[Any]) -> Update:
-        """Make one update from `accumulation_steps` batches."""
-        begun, used, loss, accuracy = time.perf_counter(), [], 0.0, 0.0
+        """Make one update from `accumulation_steps` batches.
+
+        A GPU works ahead of this process, which waits for it only once, before the weights change.
+        """
+        begun, count, used, sums = time.perf_counter(), self.options.accumulation_steps, [], []
         lr = self._set_lr(step)
         self.task.model.train()
         for batch in batches:
             used.append(batch)
-            batch_loss, batch_accuracy = self._backward(batch, step, lr)
-            loss += batch_loss / self.options.accumulation_steps
-            accuracy += batch_accuracy
+            out = self.task.forward(batch)
+            self.scaler.scale(out.loss / count).backward()
+            for chunked in out.deferred:
+                chunked.backward()
+            sums += [out.loss.detach().double(), out.accuracy.double()]
         self.processes.all_reduce_gradients(self.task.model)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.task.model.parameters(), self.options.max_grad_norm)
-        finite = bool(torch.isfinite(norm))
+        sums.append(norm.new_full((), float(self.signals.received), dtype=torch.float64))
+        summed = self.processes.all_reduce_sum_(torch.stack(sums))
+        *figures, stop, norm_value = torch.cat([summed, norm.double().view(1)]).tolist()
+        losses, accuracies = figures[::2], figures[1::2]
+        for batch, loss in zip(used, losses, strict=True):
+            if not math.isfinite(loss):
+                raise self._not_finite(f"the loss is {loss}", [batch], step, lr)
+        finite = math.isfinite(norm_value)
         if not finite and not self.scaler.is_enabled():
             raise self._not_finite("the gradient is not finite", used, step, lr)
-        self.scaler.step(self.optimizer)  # skipped when the gradient overflowed in fp16
+        if finite:  # in fp16 a gradient may overflow: the scaler lowers its scale, the weights stay
+            self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None and finite:
@@ -260,19 +275,8 @@ class Trainer:
         self.progress.skipped_total += not finite
         if self.progress.skipped >= MAX_SKIPS:
             raise self._not_finite(f"fp16: {MAX_SKIPS} updates in a row overflowed, the last", used, step, lr)
-        accuracy /= self.options.accumulation_steps
-        return Update(loss, accuracy, lr, time.perf_counter() - begun)
-
-    def _backward(self, batch: Any, step: int, lr: float) -> tuple[float, float]:
-        """Add the gradient of one batch; return its (loss, accuracy) over all processes."""
-        out = self.task.forward(batch)
-        loss = self.processes.sum_of(out.loss)
-        if not math.isfinite(loss):
-            raise self._not_finite(f"the loss is {loss}", [batch], step, lr)
-        self.scaler.scale(out.loss / self.options.accumulation_steps).backward()
-        for chunk in out.deferred:
-            chunk.backward()
-        return loss, self.processes.sum_of(out.accuracy)
+        loss, accuracy = (sum(values) / count for values in (losses, accuracies))
+        return Update(loss, accuracy, lr, time.perf_counter() - begun, stop > 0)
 
     def probe(self, updates: int) -> list[float]:
         """Make some updates without evaluating or writing anything; return the seconds of each."""
@@ -360,6 +364,8 @@ class Trainer:
         if state is None:
             return
         self.task.model.load_state_dict(state["model"])
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = self.fused  # the device may be another one
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
