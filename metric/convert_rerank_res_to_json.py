@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
 
 from torch_src.data.formats import read_id_map, read_scores
+from torch_src.data.kinds import ID_MAP, SCORES, check_kinds
 from torch_src.data.lines import FormatError, read_together, shown, warn_if_cut
 from torch_src.data.results import check_result_path, check_same_candidates, stamp_result, write_result
 from torch_src.runtime.errors import UserError
@@ -48,6 +49,7 @@ def rank(scores: dict[str, float]) -> list[str]:
 
 def convert(score_file: str, id_map: str, output: str | None = None) -> None:
     """Check both files and write the JSON. On any error nothing is written."""
+    check_kinds({score_file: SCORES, id_map: ID_MAP})
     default = os.path.join(os.path.dirname(score_file), "cross_res.json")
     output = check_result_path(output, default, (score_file, id_map))
     check_same_candidates(score_file, id_map)

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
 
 from torch_src.data.formats import read_dev
+from torch_src.data.kinds import ANSWERS, RESULT, check_kinds
 from torch_src.data.lines import FilePath
 from torch_src.data.results import load_result, warn_if_stale
 from torch_src.runtime.errors import UserError
@@ -81,6 +82,7 @@ def warn_about(path: FilePath, reference: Reference, result: Result) -> None:
 
 def evaluate(reference_path: FilePath, result_path: FilePath) -> None:
     """Print the measures as one JSON line."""
+    check_kinds({reference_path: ANSWERS, result_path: RESULT})
     reference, result = load_reference(reference_path), load_result(result_path)
     warn_if_stale(result_path)
     try:

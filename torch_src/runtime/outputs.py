@@ -11,14 +11,15 @@ from torch_src.runtime.files import require_replaceable
 from torch_src.runtime.stamps import stamp_path, stamp_stage
 
 FilePath = str | Path
+FileTest = Callable[[FilePath], bool]
 HEAD = 4096  # bytes that tell the format of a file
 
 
-def begins(pattern: bytes) -> Callable[[Path], bool]:
+def begins(pattern: bytes) -> FileTest:
     """Return a test of whether the content of a file begins like this pattern."""
 
-    def test(path: Path) -> bool:
-        if not path.is_file():
+    def test(path: FilePath) -> bool:
+        if not os.path.isfile(path):
             return False
         with open(path, "rb") as file:
             return re.match(pattern, file.read(HEAD)) is not None
