@@ -18,14 +18,17 @@ from torch_src.inference_plan import plan_retrieval
 from torch_src.models.dual_encoder import DualEncoder
 from torch_src.retrieval.encoding import encode_collection
 from torch_src.retrieval.engines.milvus import COMMAND, MAX_HITS, MilvusSearch
+from torch_src.retrieval.faiss_gpu import IndexGpus
 from torch_src.retrieval.faiss_index import (
     INDEX,
     FaissSearch,
     IndexSettings,
     check_memory,
     estimate,
+    index_gpus,
     new_index,
     set_parameters,
+    usable_gpus,
 )
 from torch_src.retrieval.search import DeviceCache, choose_kind, chunk_rows, measured_recall, search
 from torch_src.retrieval.vectors import NOT_COMPARED, DamagedBlock, VectorStore, new_manifest, save_vectors
@@ -70,7 +73,8 @@ def run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
     check_paths(hp, topk)
     if hp.plan:
         job = DualInference(hp, topk, bs)
-        return plan_retrieval(job, len(job.queries), topk, bs).report(hp.output_dir, job.device)
+        gpus = job.usable_gpus() if hp.index else None
+        return plan_retrieval(job, len(job.queries), topk, bs, gpus).report(hp.output_dir, job.device)
     with folder_lock(hp.output_dir, shared=True):
         encode_and_search(DualInference(hp, topk, bs))
 
@@ -152,12 +156,27 @@ class DualInference(Retriever):
             }
         return stamp
 
+    def index_gpus(self) -> IndexGpus | None:
+        """Return the GPUs for an index; some memory of each is left to the exact search."""
+        return index_gpus(self.search_devices, self.hp.search_memory_gb)
+
+    @property
+    def index_settings(self) -> IndexSettings:
+        hp = self.hp
+        return IndexSettings(hp.index, hp.search_params, hp.search_memory_gb, hp.seed, self.topk)
+
+    def usable_gpus(self) -> IndexGpus | None:
+        """Return the GPUs that can hold the index, None where it is on the CPU."""
+        return usable_gpus(self.index_gpus(), self.index_settings, self.width, len(self.collection))
+
     def check_search(self) -> None:
         """UserError for search settings that would fail after the encoding."""
         hp = self.hp
         if hp.index:
             set_parameters(new_index(hp.index, self.width), hp.index, hp.search_params)
-            if not (self.output / INDEX).exists():
+            if (self.output / INDEX).exists() or rank() > 0:
+                return
+            if not self.usable_gpus():
                 check_memory(hp.index, estimate(hp.index, self.width, len(self.collection))[0])
         elif not self.milvus:
             at_once = min(self.bs, len(self.queries))
@@ -256,8 +275,8 @@ def _exact_search(job: DualInference, queries: np.ndarray, store: VectorStore) -
 
 def _index_search(job: DualInference, queries: np.ndarray, store: VectorStore) -> SearchFunction:
     hp = job.hp
-    settings = IndexSettings(hp.index, hp.search_params, hp.search_memory_gb, hp.seed)
-    index = FaissSearch(store, settings, job.output / INDEX, {**store.manifest, "stage": "index"}, hp.force)
+    path, stamp = job.output / INDEX, {**store.manifest, "stage": "index"}
+    index = FaissSearch(store, job.index_settings, path, stamp, hp.force, gpus=job.index_gpus())
     if hp.recall_queries:
         log(index.recall(queries, job.topk, job.device, hp.recall_queries))
     return lambda queries: (*index.search(queries, job.topk), "")

@@ -8,7 +8,8 @@ import torch
 from torch_src.data.candidates import Candidates
 from torch_src.data.collection import PassageCollection
 from torch_src.inference import Retriever, load_dual_model
-from torch_src.retrieval.faiss_index import estimate
+from torch_src.retrieval.faiss_gpu import IndexGpus
+from torch_src.retrieval.faiss_index import estimate, new_index
 from torch_src.retrieval.reranking import PairScorer
 from torch_src.retrieval.search import CACHE_SHARE, choose_kind, chunk_rows, search
 from torch_src.retrieval.vectors import VectorStore
@@ -26,25 +27,35 @@ from torch_src.runtime.planning import (
 BYTES_PER_PAIR = 150  # on disk: one line in each of four files, and the score
 
 
-def plan_retrieval(retriever: Retriever, queries: int, topk: int, bs: int) -> Plan:
-    """Return the plan of encoding the collection and searching it for `queries` queries, `bs` at once."""
+def plan_retrieval(
+    retriever: Retriever, queries: int, topk: int, bs: int, gpus: IndexGpus | None = None
+) -> Plan:
+    """Return the plan of encoding the collection and searching it for `queries` queries, `bs` at once.
+
+    gpus: those that hold the index; None: it is on the CPU.
+    """
     plan, hp = Plan("do_dual_infer.py"), retriever.hp
     rows, width = len(retriever.collection), retriever.width
     encoding_ram, encoding_gpu = _plan_encoding(plan, retriever)
-    index_bytes = 0
+    index_bytes = index_gpu_bytes = saved_bytes = 0
     if hp.index:
         queries = min(queries, hp.recall_queries)
-        index_bytes, seconds = estimate(hp.index, width, rows)
-        plan.add(f"fill {hp.index} (without training and search)", seconds)
+        if gpus:
+            empty = new_index(hp.index, width)
+            index_gpu_bytes, saved_bytes = gpus.bytes_needed(empty, rows), gpus.saved_bytes(empty, rows)
+        else:
+            index_bytes, seconds = estimate(hp.index, width, rows)
+            saved_bytes = index_bytes
+            plan.add(f"fill {hp.index} (without training and search)", seconds)
     if queries:
         plan.add(f"exact search of {queries:,} queries", _search_seconds(retriever, queries, topk, bs))
     ram, gpu = memory_gb(retriever.device)
     if retriever.device.type == "cuda" and queries > bs and not hp.index:
         share = rows * width * 2 / len(search_devices(hp.device, retriever.device))  # cached on each GPU
         gpu += share / 1e9 if share < CACHE_SHARE * free_gpu_memory(retriever.device) else 0
-    plan.gpu_gb = max(gpu, encoding_gpu)
+    plan.gpu_gb = max(gpu + index_gpu_bytes / 1e9, encoding_gpu)
     plan.ram_gb = max(encoding_ram, ram + index_bytes / 1e9) + UNPROBED_GB
-    plan.disk_gb = (rows * (2 * width + 8) + index_bytes) / 1e9
+    plan.disk_gb = (rows * (2 * width + 8) + saved_bytes) / 1e9
     plan.advice = "lower --search_memory_gb, --bs or --block_rows"
     if hp.index:
         plan.advice = "use a smaller --index, or none: exact search needs no memory for it"

@@ -1,4 +1,4 @@
-"""Approximate search with a faiss index: trained on a sample, filled from blocks, kept on disk."""
+"""Search with a faiss index, on GPUs or the CPU: trained on a sample, filled from blocks, kept on disk."""
 
 import os
 import time
@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from torch_src.retrieval.index_options import check_factory, check_search_params, faiss_errors
+from torch_src.retrieval.faiss_gpu import GpuIndex, IndexGpus
+from torch_src.retrieval.index_options import check_factory, check_search_params, faiss_errors, faiss_reason
 from torch_src.retrieval.search import best_first, check_blocks, exact_scores, measured_recall, read_chunks
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.devices import free_memory
-from torch_src.runtime.errors import UserError
+from torch_src.runtime.errors import UserError, is_out_of_memory
 from torch_src.runtime.files import atomic_write
-from torch_src.runtime.log import duration, log
+from torch_src.runtime.log import duration, log, warn
 from torch_src.runtime.stamps import changes, clear_stamp, is_intact, read_stamp, write_stamp
 
 INDEX = "para.index"  # in the output folder
@@ -34,7 +35,7 @@ def load_faiss() -> Any:
         raise UserError(f"both faiss-cpu and faiss-gpu are installed and overwrite each other; {fix}")
     try:
         faiss = import_module("faiss")
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # faiss-gpu without its CUDA libraries raises the latter
         raise UserError(f"faiss cannot be imported ({error}); {fix}") from error
     if not hasattr(faiss, "knn"):
         raise UserError(f"faiss is broken: its package is empty; {fix}")
@@ -58,6 +59,7 @@ class IndexSettings:
     search_params: str  # nprobe=64,k_factor_rf=10, ...
     memory_gb: float  # for training vectors; the index itself is not included
     seed: int
+    topk: int = 0  # the most results of a query; 0: not known
 
 
 class FaissSearch:
@@ -71,71 +73,130 @@ class FaissSearch:
         stamp: dict[str, Any],
         force: bool = False,
         build: bool = True,
+        gpus: IndexGpus | None = None,
     ):
         """Read the index at `path` when its stamp agrees, else build it (UserError without `build`).
 
+        The index is held on the GPUs, or by the CPU where they cannot hold it. A file written on a GPU may
+        lack the vectors (see _save_from_gpus), which are then added again.
         UserError for a malformed factory string or parameter, and when the index does not fit into memory.
         """
-        self.store, self.settings, self.faiss = store, settings, load_faiss()
+        self.store, self.settings, self.path, self.faiss = store, settings, path, load_faiss()
         stamp = {**stamp, "factory": settings.factory, "seed": settings.seed, "memory_gb": settings.memory_gb}
+        self.stamp, self.build = stamp, build
         old = None if force else read_stamp(path)
         different = [] if old is None else changes(old, stamp)
         if old is not None and not different and not is_intact(path):
             different = ["checksum mismatch"]
-        if old is not None and not different:
-            self.index = self._read(path)
-            check_blocks(store)
-            log(f"{path}: up to date")
-        elif not build:
+        is_current = old is not None and not different
+        if not is_current and not build:
             reason = "; ".join(different) or "no finished index"
             raise UserError(f"{path}: {reason}; run do_dual_infer.py --index '{settings.factory}'")
-        else:
-            if different:
-                log(f"{path}: out of date ({'; '.join(different)}); rebuilding it")
-            self.index = self._build(path, stamp)
+        if is_current:
+            log(f"{path}: up to date")
+        elif different:
+            log(f"{path}: out of date ({'; '.join(different)}); rebuilding it")
+        self.training_gpus, self.gpus = gpus, usable_gpus(gpus, settings, store.hidden, store.rows)
+        self.index = (self.gpus and self._on_gpus(is_current)) or self._on_cpu(is_current)
         set_parameters(self.index, settings.factory, settings.search_params)
 
-    def _read(self, path: Path) -> Any:
+    def _read(self) -> Any:
+        """Return the index at `path`; UserError unless it has the vectors of the store, or none."""
         try:
-            index = self.faiss.read_index(str(path))
+            index = self.faiss.read_index(str(self.path))
         except RuntimeError as error:
-            raise UserError(f"{path}: cannot be read as an index; delete it and run again") from error
-        if index.ntotal != self.store.rows or index.d != self.store.hidden:
+            raise UserError(f"{self.path}: cannot be read as an index; delete it and run again") from error
+        if index.ntotal not in (0, self.store.rows) or index.d != self.store.hidden:
             found = f"has {index.ntotal:,} vectors (expected {self.store.rows:,})"
-            raise UserError(f"{path}: {found}; delete it and run again")
+            raise UserError(f"{self.path}: {found}; delete it and run again")
         return index
 
-    def _build(self, path: Path, stamp: dict[str, Any]) -> Any:
-        factory, hidden = self.settings.factory, self.store.hidden
-        check_memory(factory, estimate(factory, hidden, self.store.rows)[0])
-        started = time.monotonic()
-        index = new_index(factory, hidden)
-        if not index.is_trained:
-            self._train(index)
+    def _on_gpus(self, is_current: bool) -> GpuIndex | None:
+        """Return the index on the GPUs, after saving it if it is new; None when they run out of memory."""
+        assert self.gpus is not None
+        started, factory = time.monotonic(), self.settings.factory
+        index = self._read() if is_current else self._trained()
+        index.reset()  # it stays trained: adding the vectors again is as fast as copying them
+        chunks = read_chunks(self.store, self.gpus.chunk_rows, buffers=3)
+        try:
+            with faiss_errors(factory):
+                filled = self.gpus.fill(index, self.store.rows, chunks)
+        except RuntimeError as error:  # out of memory: any other became a UserError
+            warn(f"index {factory}: on the CPU (out of GPU memory: {faiss_reason(error)})")
+            return None
+        size = f"{filled.size / 1e9:.2f} GB"
+        log(f"index {factory} on {self.gpus}: {size}, in {duration(time.monotonic() - started)}")
+        if not is_current:
+            self._save_from_gpus(index, filled)
+        return filled
+
+    def _save_from_gpus(self, trained: Any, filled: GpuIndex) -> None:
+        """Save a copy of the index; without its vectors if they are too large, or as fast to add as to read.
+
+        The next run, which reads all blocks anyway, adds the vectors again.
+        """
+        started, free = time.monotonic(), free_memory()
+        reason = f"a copy needs {filled.size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+        if not inverted_lists(trained):
+            reason = "it needs no training"
+        elif filled.size <= 0.9 * free:
+            return self._save(filled.to_cpu(), started)
+        log(f"{self.path}: without vectors, which each run adds from {self.store.folder} ({reason})")
+        self._save(trained, started)
+
+    def _on_cpu(self, is_current: bool) -> Any:
+        """Return the index on the CPU, after saving it if it is new."""
+        index = self._read() if is_current else None
+        if index is not None and index.ntotal:
+            check_blocks(self.store)
+            return index
+        factory, started = self.settings.factory, time.monotonic()
+        check_memory(factory, estimate(factory, self.store.hidden, self.store.rows)[0])
+        index = index or self._trained()
         for _, chunk in read_chunks(self.store, FILL_ROWS, buffers=3):
             with faiss_errors(factory):
                 index.add(torch.from_numpy(chunk).float().numpy())
-        clear_stamp(path)
-        with atomic_write(path, "wb") as file:
+        if self.build:
+            self._save(index, started)
+        return index
+
+    def _save(self, index: Any, started: float) -> None:
+        """Write the index, then its stamp, and log the time since `started`."""
+        clear_stamp(self.path)
+        with atomic_write(self.path, "wb") as file:
             try:
                 self.faiss.write_index(index, file.name)
             except RuntimeError as error:
-                raise UserError(f"{path}: cannot be written; check the free disk space") from error
-        write_stamp(path, stamp)
-        size = os.path.getsize(path) / 1e9
-        log(f"wrote {path} ({size:.2f} GB) in {duration(time.monotonic() - started)}")
-        return index
+                raise UserError(f"{self.path}: cannot be written; check the free disk space") from error
+        write_stamp(self.path, self.stamp)
+        size = os.path.getsize(self.path) / 1e9
+        log(f"wrote {self.path} ({size:.2f} GB) in {duration(time.monotonic() - started)}")
 
-    def _train(self, index: Any) -> None:
+    def _trained(self) -> Any:
+        """Return an empty trained index; the k-means of inverted lists runs on a GPU where there is one."""
+        index = new_index(self.settings.factory, self.store.hidden)
+        if index.is_trained:
+            return index
         sample = self._sample(index)
         log(f"index {self.settings.factory}: training on {len(sample):,} vectors")
         try:
-            index.train(sample)
+            self._train(index, sample)
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[-1][-200:]
             raise UserError(
                 f"--index {self.settings.factory}: cannot be trained on {len(sample):,} vectors ({reason})"
             ) from error
+        return index
+
+    def _train(self, index: Any, sample: np.ndarray) -> None:
+        if self.training_gpus and inverted_lists(index):
+            try:
+                return self.training_gpus.train(index, sample)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                warn(f"index {self.settings.factory}: training on the CPU, the GPU is out of memory")
+        index.train(sample)
 
     def _sample(self, index: Any) -> np.ndarray:
         """Return vectors (n, H) float32 of rows drawn at random."""
@@ -178,7 +239,10 @@ def set_parameters(index: Any, factory: str, parameters: str) -> None:
     check_search_params(parameters)
     for parameter in filter(None, parameters.split(",")):
         try:
-            load_faiss().ParameterSpace().set_index_parameters(index, parameter)
+            if isinstance(index, GpuIndex):
+                index.set_parameters(parameter)
+            else:
+                load_faiss().ParameterSpace().set_index_parameters(index, parameter)
         except RuntimeError as error:
             raise UserError(
                 f"--search_params {parameter}: not a parameter of the index {factory} "
@@ -194,6 +258,12 @@ def inverted_lists(index: Any) -> int:
         return 0
 
 
+def check_lists(factory: str, lists: int, rows: int) -> None:
+    """UserError for more inverted lists than passages."""
+    if lists > rows:
+        raise UserError(f"--index {factory}: {lists:,} lists for {rows:,} passages; use fewer")
+
+
 def estimate(factory: str, hidden: int, rows: int) -> tuple[int, float]:
     """Return the estimated (bytes, seconds to fill without training) of an index, from a small random one."""
     faiss, index = load_faiss(), new_index(factory, hidden)
@@ -201,8 +271,7 @@ def estimate(factory: str, hidden: int, rows: int) -> tuple[int, float]:
     if lists:
         clustering = faiss.extract_index_ivf(index).cp
         clustering.niter, clustering.min_points_per_centroid = 1, 1
-    if lists > rows:
-        raise UserError(f"--index {factory}: {lists:,} lists for {rows:,} passages; use fewer")
+    check_lists(factory, lists, rows)
     sample = draw.standard_normal((max(MIN_TRAINING, 2 * lists), hidden), dtype=np.float32)
     with faiss_errors(factory):
         if not index.is_trained:
@@ -224,3 +293,37 @@ def check_memory(factory: str, needed: int, available: Callable[[], int] | None 
             f"--index {factory}: needs about {needed / 1e9:.1f} GB of memory ({free / 1e9:.1f} GB are free); "
             "use a smaller index (e.g. IVF4096,PQ192x4fs) or none: exact search needs no memory for it"
         )
+
+
+def index_gpus(devices: list[torch.device], spare_gb: float = 0.0) -> IndexGpus | None:
+    """Return the GPUs for an index, which leaves `spare_gb` of each free; None for a CPU.
+
+    None, too, for a faiss without GPU support.
+    """
+    if devices[0].type != "cuda":
+        return None
+    faiss = load_faiss()
+    if not getattr(faiss, "get_num_gpus", int)():
+        log("faiss finds no GPU (faiss-cpu, or a build for another CUDA): an index stays on the CPU")
+        return None
+    numbers = [device.index or 0 for device in devices]
+    # not free_gpu_memory: faiss cannot use the memory that torch has reserved
+    return IndexGpus(
+        faiss, numbers, lambda gpu: torch.cuda.mem_get_info(gpu)[0], FILL_ROWS, int(spare_gb * 1e9)
+    )
+
+
+def usable_gpus(gpus: IndexGpus | None, settings: IndexSettings, hidden: int, rows: int) -> IndexGpus | None:
+    """Return `gpus` if they can hold the index; else log why not and return None."""
+    if gpus is None:
+        return None
+    empty, factory = new_index(settings.factory, hidden), settings.factory
+    check_search_params(settings.search_params)
+    check_lists(factory, inverted_lists(empty), rows)
+    if reason := gpus.unsupported(empty, settings.search_params, min(settings.topk, rows)):
+        log(f"index {factory}: on the CPU ({reason})")
+    elif reason := gpus.missing_memory(empty, rows):
+        warn(f"index {factory}: on the CPU ({reason})")
+    else:
+        return gpus
+    return None

@@ -61,5 +61,10 @@ def faiss_errors(factory: str) -> Iterator[None]:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        reason = first_line(error).rpartition("Error: ")[2][-200:]
+        reason = faiss_reason(error)
         raise UserError(f"--index {factory}: not possible with these vectors ({reason})") from error
+
+
+def faiss_reason(error: RuntimeError) -> str:
+    """Return the message of an error of faiss without the place in its source."""
+    return re.sub(r"^Error in .* at \S+:\d+: (Error: )?", "", first_line(error))[-200:]

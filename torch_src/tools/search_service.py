@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from torch_src.data.candidates import Candidates
 from torch_src.dual_hparams import MODEL_SETTINGS
@@ -28,7 +29,7 @@ from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.models.backbones import check_fits
 from torch_src.models.cross_encoder import describe_reranker
-from torch_src.retrieval.faiss_index import INDEX, FaissSearch, IndexSettings
+from torch_src.retrieval.faiss_index import INDEX, FaissSearch, IndexSettings, index_gpus
 from torch_src.retrieval.reranking import PairScorer, rank_pairs
 from torch_src.retrieval.score_bounds import Float32
 from torch_src.retrieval.score_checks import collapsed
@@ -95,10 +96,10 @@ class SearchService:
     def _make_search(self) -> tuple[str, Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]]:
         """Return (its description, search(queries, topk) -> (rows, scores))."""
         hp, store = self.hp, self.store
-        if hp.index:
-            index = open_index(hp, store)
-            return f"approximate search ({hp.index})", index.search
         devices = search_devices(hp.device, self.retriever.device)
+        if hp.index:
+            index = open_index(hp, store, devices)
+            return f"approximate search ({hp.index})", index.search
         cache = DeviceCache.if_it_fits(store, devices, hp.search_memory_gb)
 
         def find(queries: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
@@ -225,12 +226,14 @@ def open_vectors(hp: DemoHparams, retriever: Retriever) -> VectorStore:
     return store
 
 
-def open_index(hp: DemoHparams, store: VectorStore) -> FaissSearch:
+def open_index(hp: DemoHparams, store: VectorStore, devices: list[torch.device]) -> FaissSearch:
     """Return the index that do_dual_infer.py wrote; UserError when it is missing or of other settings."""
     path = Path(hp.output_dir) / INDEX
     stamp = read_stamp(path) or {}
-    settings = IndexSettings(hp.index, hp.search_params, stamp.get("memory_gb", 0.0), stamp.get("seed", 0))
-    return FaissSearch(store, settings, path, {**store.manifest, "stage": "index"}, build=False)
+    memory_gb, seed = stamp.get("memory_gb", 0.0), stamp.get("seed", 0)
+    settings = IndexSettings(hp.index, hp.search_params, memory_gb, seed, hp.topk)
+    stamp, gpus = {**store.manifest, "stage": "index"}, index_gpus(devices)
+    return FaissSearch(store, settings, path, stamp, build=False, gpus=gpus)
 
 
 def open_scorer(hp: DemoHparams, retriever: Retriever) -> PairScorer:
