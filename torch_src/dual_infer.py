@@ -174,9 +174,9 @@ class DualInference(Retriever):
         hp = self.hp
         if hp.index:
             set_parameters(new_index(hp.index, self.width), hp.index, hp.search_params)
-            if (self.output / INDEX).exists() or rank() > 0:
-                return
-            if not self.usable_gpus():
+            # only the first process uses all GPUs
+            checks = not (self.output / INDEX).exists() and (rank() == 0 or self.device.type == "cpu")
+            if checks and not self.usable_gpus():
                 check_memory(hp.index, estimate(hp.index, self.width, len(self.collection))[0])
         elif not self.milvus:
             at_once = min(self.bs, len(self.queries))

@@ -31,7 +31,7 @@ class RetrieverHparams(TrainedRetriever):
     remove_spaces: bool | None = None  # remove ASCII spaces from every text; unset: as trained
 
     # search
-    index: str = ""  # approximate search by a faiss factory string (HNSW32, ...); empty: exact search
+    index: str = ""  # search with a faiss index (Flat, HNSW32, ...), on the GPUs if any; empty: exact search
     search_params: str = ""  # search parameters of that index (or of Milvus), e.g. nprobe=64,k_factor_rf=10
     search_memory_gb: float = 2.0  # memory for passage vectors during the search, in 10^9 bytes
 

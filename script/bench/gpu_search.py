@@ -9,7 +9,16 @@ import numpy as np
 import torch
 
 from script.bench.gpu_runs import OURS, PART, PEER, Bench
-from torch_src.retrieval.faiss_index import FILL_ROWS, MAX_TRAINING, inverted_lists, load_faiss, new_index
+from torch_src.retrieval.faiss_gpu import IndexGpus
+from torch_src.retrieval.faiss_index import (
+    FILL_ROWS,
+    MAX_TRAINING,
+    index_gpus,
+    inverted_lists,
+    load_faiss,
+    new_index,
+    set_parameters,
+)
 from torch_src.retrieval.search import DeviceCache, SearchStats, choose_kind, chunk_rows, search
 from torch_src.retrieval.vectors import VectorStore, new_manifest
 from torch_src.runtime.devices import free_gpu_memory
@@ -206,47 +215,50 @@ def inverted_file(bench: Bench) -> None:
     host, asked = vectors.cpu(), queries.float().cpu().numpy()
     del vectors, queries
     bench.free_memory()
-    faiss, resources = faiss_on_gpu(bench)
-    work = partial(_build_index, bench, faiss, host, asked, exact)
-    if resources is None:
+    work, gpus = partial(_build_index, bench, host, asked, exact), index_gpus([bench.device])
+    if gpus is None:
         bench.skip("GPU", "faiss has no GPU here")
     else:
-        bench.attempt("GPU", 10, partial(work, "GPU", OURS, resources))
+        bench.attempt("GPU", 10, partial(work, "GPU", OURS, gpus))
     bench.attempt("CPU", 40 * bench.on_gpu, partial(work, "CPU", PEER, None))
 
 
 def _build_index(
-    bench: Bench, faiss: Any, host: torch.Tensor, queries: np.ndarray, exact: np.ndarray,
-    name: str, side: str, resources: Any,
+    bench: Bench, host: torch.Tensor, queries: np.ndarray, exact: np.ndarray,
+    name: str, side: str, gpus: IndexGpus | None,
 ) -> None:  # fmt: skip
+    """Measure an index as do_dual_infer.py builds it; gpus: those that hold it, None: the CPU."""
     sizes = bench.sizes
     index = new_index(sizes.index, sizes.hidden)
     lists = inverted_lists(index)
     sample = host[: min(len(host), 64 * lists, MAX_TRAINING)].float().numpy()
-    free = free_gpu_memory(bench.device) if resources is not None else 0
-    if resources is not None:
-        index = faiss.index_cpu_to_gpu(resources, bench.device.index or 0, index)
-    _, training = bench.time(lambda: index.train(sample))
+    free = gpus.free_bytes(gpus.devices[0]) if gpus else 0
+    _, training = bench.time(lambda: gpus.train(index, sample) if gpus else index.train(sample))
     training.pop("peak_gb")  # torch's
     more = {"work": "training", "count": len(sample), "unit": "vectors"}
     bench.record(f"{name}: {sizes.index}, training", side, training | more)
 
-    def fill() -> None:
-        for chunk in host.split(FILL_ROWS):
-            index.add(chunk.float().numpy())
+    def fill() -> Any:
+        chunks = ((at, host[at : at + FILL_ROWS].numpy()) for at in range(0, len(host), FILL_ROWS))
+        if gpus:
+            return gpus.fill(index, len(host), chunks)
+        for _, chunk in chunks:
+            index.add(torch.from_numpy(chunk).float().numpy())
+        return index
 
-    _, filling = bench.time(fill)
+    index, filling = bench.time(fill)
     filling.pop("peak_gb")
-    if resources is not None:
-        filling["peak_gb"] = (free - free_gpu_memory(bench.device)) / 1e9
+    if gpus:
+        filling["peak_gb"] = (free - gpus.free_bytes(gpus.devices[0])) / 1e9
     more = {"work": "filling", "count": len(host), "unit": "vectors"}
     bench.record(f"{name}: {sizes.index}, filling", side, filling | more)
-    index.nprobe = min(PROBES, lists)
+    probes = min(PROBES, lists)
+    set_parameters(index, sizes.index, f"nprobe={probes}")
     found, searching = bench.time(lambda: index.search(queries, sizes.topk)[1])
     searching.pop("peak_gb")
     more = {"work": "searching", "count": len(queries), "unit": "queries"}
     recall = {"recall": agreement(found, exact)}
-    bench.record(f"{name}: {sizes.index}, {index.nprobe} probes", side, searching | more | recall)
+    bench.record(f"{name}: {sizes.index}, {probes} probes", side, searching | more | recall)
 
 
 def clustered_vectors(rows: int, hidden: int, device: torch.device, seed: int = 0) -> torch.Tensor:

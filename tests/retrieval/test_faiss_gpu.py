@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from retrieval.test_search import full_sort, make_store
+from toy_world import lines, make_world, options
 
-from torch_src import inference_plan
+from torch_src import dual_infer, inference_plan
 from torch_src.retrieval import faiss_gpu, faiss_index
 from torch_src.retrieval.faiss_gpu import IndexGpus
 from torch_src.retrieval.faiss_index import FaissSearch, IndexSettings, index_gpus, inverted_lists, new_index
@@ -258,12 +259,8 @@ def test_a_file_without_vectors_gets_them_from_the_blocks(world, tmp_path, monke
     assert "without vectors" in capsys.readouterr().out and faiss.read_index(str(path)).ntotal == 0
     trained = path.read_bytes()
     monkeypatch.undo()
-    for options in (
-        {"gpus": fake_gpus()},
-        {"gpus": fake_gpus(), "build": False},
-        {"gpus": None, "build": False},
-    ):
-        again = open_index(world, path, "IVF8,SQ8", **options)
+    for how in ({"gpus": fake_gpus()}, {"gpus": fake_gpus(), "build": False}, {"gpus": None, "build": False}):
+        again = open_index(world, path, "IVF8,SQ8", **how)
         assert np.array_equal(again.search(world[2], 10)[0], rows) and path.read_bytes() == trained
     assert np.array_equal(open_index(world, path, "IVF8,SQ8", None).search(world[2], 10)[0], rows)
     assert faiss.read_index(str(path)).ntotal == 3000
@@ -276,7 +273,7 @@ def test_memory_of_a_gpu(monkeypatch):
     assert gpus.bytes_needed(flat, 10**6) == 500_000 * 64 * 2 + temporary  # one shard, which moves
     monkeypatch.setattr(faiss_gpu, "FLAT_SHARD_BYTES", 100_000 * 64)
     assert gpus.bytes_needed(flat, 10**6) == 500_000 * 64 + 100_000 * 64 + temporary
-    assert gpus.bytes_needed(lists, 10**6) == 500_000 * (32 + 8) * 1.5 + 8 * 32 * 4 + temporary
+    assert gpus.bytes_needed(lists, 10**6) == (500_000 + 16 * 8) * 1.5 * (32 + 8) + 8 * 32 * 4 + temporary
     assert (gpus.saved_bytes(flat, 10**6), gpus.saved_bytes(lists, 10**6)) == (0, 40 * 10**6)
     gpus.free_bytes = lambda gpu: (64 << 30, 48 << 30)[gpu]
     gpus.fill(flat, 4, [(0, np.zeros((4, 32), np.float16))])
@@ -305,3 +302,21 @@ def test_the_plan_counts_the_memory_of_an_index_on_a_gpu(monkeypatch):
     assert plan.gpu_gb == pytest.approx(0.25 + 0.6 + 1.0, abs=0.001)  # exact search, lists, temporary memory
     assert plan.ram_gb == pytest.approx(1.25) and plan.disk_gb == pytest.approx(1e7 * (64 + 8 + 40) / 1e9)
     assert not plan.parts
+
+
+def test_the_program_on_gpus(tmp_path, monkeypatch, capsys):
+    world = make_world(tmp_path)
+    words = [
+        *options(world, tmp_path / "out"), "--topk", "10",
+        "--dual_params", "none", "--pretrained_model_path", str(world / "model"),
+    ]  # fmt: skip
+    assert dual_infer.main(words) == 0
+    exact = lines(tmp_path / "out/res.top10")
+    gpus = fake_gpus()
+    monkeypatch.setattr(dual_infer, "index_gpus", lambda devices, spare_gb: gpus)
+    for index in (["--index", "IVF2,Flat", "--search_params", "nprobe=2"], ["--index", "Flat"]):
+        assert dual_infer.main([*words, *index]) == 0
+        assert lines(tmp_path / "out/res.top10") == exact
+    printed = capsys.readouterr()
+    assert "recall@10 1.0000" in printed.out and printed.out.count(" on 1 GPU: ") == 2
+    assert "para.index: out of date" in printed.out and "WARNING index" not in printed.err

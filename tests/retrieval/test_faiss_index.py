@@ -163,9 +163,10 @@ def test_both_wheels_are_refused(monkeypatch):
         load_faiss()
 
 
-def test_a_missing_faiss_is_a_user_error(monkeypatch):
+@pytest.mark.parametrize("error", [ModuleNotFoundError, RuntimeError])  # the latter: without CUDA's libraries
+def test_a_missing_faiss_is_a_user_error(monkeypatch, error):
     def fail(name):
-        raise ModuleNotFoundError(f"No module named {name!r}")
+        raise error(f"No module named {name!r}")
 
     monkeypatch.setattr(module.metadata, "distribution", only())
     monkeypatch.setattr(module, "import_module", fail)

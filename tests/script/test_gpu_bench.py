@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from doc_commands import ROOT
+from retrieval.test_faiss_gpu import fake_gpus
 
+from script.bench import gpu_search
 from script.bench.gpu_models import forward_flops
 from script.bench.gpu_runs import OURS, PART, PEER, TINY, Bench, Outcome, Section, run_sections
 from script.bench.gpu_search import agreement, blockwise_topk, unit_vectors
@@ -83,6 +85,21 @@ def test_blockwise_products_find_the_best_rows(monkeypatch):
     scores = queries.double() @ vectors.double().T
     assert agreement(found, torch.topk(scores, 5, dim=1).indices.numpy()) > 0.9
     assert agreement(np.array([[1, 2], [3, 4]]), np.array([[2, 9], [4, 3]])) == 0.75
+
+
+def test_inverted_lists_are_built_by_the_code_of_the_program(monkeypatch, tmp_path):
+    class Recorded(Bench):
+        def send(self, message):
+            rows.update({message["name"]: message["figures"]} if "figures" in message else {})
+
+    rows, gpus = {}, fake_gpus()
+    gpus.chunk_rows = gpu_search.FILL_ROWS
+    monkeypatch.setattr(gpu_search, "index_gpus", lambda devices: gpus)
+    monkeypatch.setattr("script.bench.gpu_runs.set_threads", lambda threads: threads)
+    gpu_search.inverted_file(Recorded("ivf", "cpu", TINY, tmp_path, time.monotonic() + 60, False, None))
+    assert len(rows) == 6 and len(gpus.faiss.devices) == 2  # k-means, the index
+    assert all(rows[f"{place}: IVF4,SQfp16, 4 probes"]["recall"] > 0.95 for place in ("GPU", "CPU"))
+    assert rows["GPU: IVF4,SQfp16, filling"]["count"] == TINY.index_rows
 
 
 @pytest.mark.tools

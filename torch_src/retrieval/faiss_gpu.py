@@ -11,14 +11,15 @@ from torch_src.retrieval.index_options import faiss_reason
 
 MAX_SELECTED = 2048  # results, or probed lists, of a query: the limit of faiss on a GPU
 FLAT_SHARD_BYTES = 1 << 30  # a flat index moves when it grows, so its last shard takes twice its memory
-LIST_SLACK = 1.5  # memory of inverted lists per byte in them: faiss rounds it up to a power of two
+# Inverted lists are padded to 32 vectors, and their memory is rounded up to a power of two: on average
+LIST_PADDING, LIST_SLACK = 16, 1.5
 ID_BYTES = 8  # of a vector in an inverted list
 TEMPORARY_BYTES, TEMPORARY_SHARE = 3 << 29, 1 / 16  # faiss's maximum; of the free memory
 USED_SHARE = 0.9  # of the free memory
 
 
 class IndexGpus:
-    """The GPUs of an index. Whatever fails there raises faiss's RuntimeError, also for want of memory."""
+    """The GPUs of an index. What fails there raises faiss's RuntimeError, also when it is out of memory."""
 
     def __init__(
         self,
@@ -60,12 +61,13 @@ class IndexGpus:
         """Return the bytes that an index of `rows` vectors takes on each GPU while it is filled."""
         shard_rows, per_gpu = self._layout(index, rows)
         lists = self._lists(index)
-        held = min(rows, per_gpu * shard_rows) * self.vector_bytes(index)
+        held = min(rows, per_gpu * shard_rows)
         if lists:
-            held = int(LIST_SLACK * held) + 4 * lists * index.d  # and the centroids
+            held = int(LIST_SLACK * (held + LIST_PADDING * lists))
         else:
-            held += min(rows, shard_rows) * self.vector_bytes(index)
-        return held + self._temporary_bytes()
+            held += min(rows, shard_rows)
+        centroids = 4 * lists * index.d
+        return held * self.vector_bytes(index) + centroids + self._temporary_bytes()
 
     def vector_bytes(self, index: Any) -> int:
         """Return the bytes of a vector on a GPU, which are those on a CPU but for a flat index (fp16)."""

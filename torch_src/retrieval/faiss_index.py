@@ -131,14 +131,14 @@ class FaissSearch:
         return filled
 
     def _save_from_gpus(self, trained: Any, filled: GpuIndex) -> None:
-        """Save a copy of the index; without its vectors if they are too large, or as fast to add as to read.
+        """Save a copy of the index; without its vectors if it is flat, or too large for the host's memory.
 
-        The next run, which reads all blocks anyway, adds the vectors again.
+        A run reads all blocks anyway, so it adds them again as fast as it would read a copy.
         """
         started, free = time.monotonic(), free_memory()
         reason = f"a copy needs {filled.size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
         if not inverted_lists(trained):
-            reason = "it needs no training"
+            reason = "a flat index"
         elif filled.size <= 0.9 * free:
             return self._save(filled.to_cpu(), started)
         log(f"{self.path}: without vectors, which each run adds from {self.store.folder} ({reason})")
