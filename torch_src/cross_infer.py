@@ -214,7 +214,7 @@ def score_candidates(job: CrossInference) -> np.ndarray:
     deleted: set[int] = set()  # damaged blocks
     while True:
         if store.missing_blocks():
-            _score_blocks(job, store, model.to(job.device))
+            _score_blocks(job, store, model)
         else:
             log(f"{store.folder}: scores up to date ({total:,} pairs)")
         try:

@@ -63,6 +63,7 @@ from torch_src.retrieval.engines.openvino import (
     check_openvino,
     smallest_cosine,
 )
+from torch_src.retrieval.gpu_inference import encoder_on_gpu, scorer_on_gpu
 from torch_src.retrieval.reranking import PairScorer
 from torch_src.runtime.devices import choose_device, choose_precision, set_threads, token_budget
 from torch_src.runtime.errors import UserError, first_line
@@ -265,10 +266,9 @@ def pair_rules(source: ModelSource) -> TextRules:
 def pair_scorer(
     source: ModelSource, model: CrossEncoder, batch_size: int, device: torch.device, precision: str
 ) -> PairScorer:
-    """Return the scorer of a cross-encoder on `device`."""
-    rules = pair_rules(source)
-    budget = token_budget(0, device)
-    return PairScorer(model, source.tokenizer, rules, device, precision, batch_size, budget)
+    """Return the scorer of a cross-encoder, which is moved to `device`."""
+    how = (source.tokenizer, pair_rules(source), device, precision)
+    return scorer_on_gpu(PairScorer(model.to(device), *how, batch_size, token_budget(0, device)))
 
 
 def choose_hardware(hp: Run) -> tuple[torch.device, str]:
@@ -336,7 +336,7 @@ class Retriever:
             (hp.batch_size, token_budget(0, self.device), hp.vector_dims),
         )
         how = (self.source.tokenizer, self.rules[side], *pooling, self.device, self.precision)
-        encoder = Encoder(tower, *how, *limits)
+        encoder = encoder_on_gpu(Encoder(tower, *how, *limits))
         return self._compiled(encoder) if side == "passage" and hp.encoder_engine == OPENVINO else encoder
 
     def _compiled(self, plain: Encoder) -> Encoder:

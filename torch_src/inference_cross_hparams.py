@@ -17,7 +17,7 @@ class InferenceCrossHparams(QueryIds, DevAnswers, PlannedJob):
     pretrained_model_path: str | None = None  # unset: as trained
     vocab_path: str | None = None  # unset: as trained
     topk: int = 50  # passages kept per query; all candidates are re-ranked
-    batch_size: int = 256  # maximum pairs per forward pass; fewer if they are long
+    batch_size: int = 2048  # maximum pairs per forward pass; fewer if they are long
 
     # model: a value other than the trained one is an error
     max_seq_len: int | None = None  # tokens of query and passage; unset: as trained

@@ -53,7 +53,7 @@ class InferenceDeHparams(RetrieverHparams, QueryIds, PlannedJob):
     # main options
     topk: int | None = None  # passages kept per query; unset: as in enter() of do_dual_infer.py
     bs: int | None = None  # queries searched at once; unset: as in enter() of do_dual_infer.py
-    batch_size: int = 512  # maximum texts per forward pass; fewer if they are long
+    batch_size: int = 4096  # maximum texts per forward pass; fewer if they are long
 
     # search
     engine: str = "exact"  # exact: on this machine; milvus: in the collection of script/milvus_load.py

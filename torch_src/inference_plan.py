@@ -1,6 +1,8 @@
 """--plan of the inference programs: time, memory and disk, estimated from short probes."""
 
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,6 +10,7 @@ import torch
 from torch_src.data.candidates import Candidates
 from torch_src.data.collection import PassageCollection
 from torch_src.inference import Retriever, load_dual_model
+from torch_src.models.tokenization import TokenTable
 from torch_src.retrieval.faiss_gpu import IndexGpus
 from torch_src.retrieval.faiss_index import estimate, new_index
 from torch_src.retrieval.reranking import PairScorer
@@ -16,6 +19,7 @@ from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.devices import free_gpu_memory, search_devices
 from torch_src.runtime.log import log
 from torch_src.runtime.planning import (
+    PROBED_TEXTS,
     UNPROBED_GB,
     Plan,
     evenly_spaced,
@@ -24,6 +28,7 @@ from torch_src.runtime.planning import (
     seconds_per_text,
 )
 
+PROBED_ON_GPU = 4096  # texts or pairs
 BYTES_PER_PAIR = 150  # on disk: one line in each of four files, and the score
 
 
@@ -66,18 +71,40 @@ def _plan_encoding(plan: Plan, retriever: Retriever) -> tuple[float, float]:
     """Add the encoding of the collection; return its peak (memory, GPU memory) in GB."""
     rows = len(retriever.collection)
     encoder = retriever.encoder("passage", load_dual_model(retriever.source))
-    texts = [retriever.collection[row] for row in evenly_spaced(rows)]
-    tokens = np.mean(encoder.tokenize(texts).lengths)
-    seconds = seconds_per_text(encoder.encode, texts)
+    texts = [retriever.collection[row] for row in _probes(rows, retriever.device)]
+    seconds, tokens = _seconds_per_text(retriever.device, encoder.tokenize, encoder.encode_tokens, texts)
     plan.add(
         f"encode {rows:,} passages ({tokens:.0f} tokens, {tokens / seconds:,.0f} tokens/s)", seconds * rows
     )
     # the tokens and vectors of one block, and the tokens of the next
-    block = min(rows, retriever.hp.block_rows) * (2 * 4 * tokens + 2 * encoder.width) / 1e9
+    block_rows = min(rows, retriever.hp.block_rows)
+    block = block_rows * (2 * 4 * tokens + 2 * encoder.width) / 1e9
     ram, gpu = memory_gb(retriever.device)
     if retriever.device.type == "cuda":
+        gpu += 2 * block_rows * 2 * encoder.width / 1e9  # vectors of a block, and of the one being written
         torch.cuda.reset_peak_memory_stats(retriever.device)  # the model is deleted before the search
     return ram + block, gpu
+
+
+def _probes(count: int, device: torch.device) -> list[int]:
+    """Return evenly spaced rows of 0..count-1: enough on a GPU for full forward passes."""
+    return evenly_spaced(count, PROBED_ON_GPU if device.type == "cuda" else PROBED_TEXTS)
+
+
+def _seconds_per_text(
+    device: torch.device,
+    tokenize: Callable[[list[Any]], TokenTable],
+    compute: Callable[[TokenTable], object],
+    texts: list[Any],
+) -> tuple[float, float]:
+    """Return the seconds and the tokens of a text. On CUDA both steps overlap, and the slower one counts."""
+    table = tokenize(texts)
+    if device.type != "cuda":
+        seconds = seconds_per_text(lambda texts: compute(tokenize(texts)), texts)
+    else:
+        compute(table)
+        seconds = max(seconds_of(lambda: tokenize(texts)), seconds_of(lambda: compute(table))) / len(texts)
+    return seconds, float(np.mean(table.lengths))
 
 
 def _search_seconds(retriever: Retriever, queries: int, topk: int, bs: int) -> float:
@@ -97,15 +124,16 @@ def _search_seconds(retriever: Retriever, queries: int, topk: int, bs: int) -> f
 
 def plan_reranking(scorer: PairScorer, candidates: Candidates, pairs: int) -> Plan:
     """Return the plan of scoring `pairs` pairs, estimated from `candidates`."""
-    tokens: list[int] = []
 
-    def score(rows: list[int]) -> None:
-        tokens.extend(scorer.score_rows(candidates, rows)[1].lengths)
+    def tokenize(rows: list[int]) -> TokenTable:
+        return scorer.tokenize(*candidates.texts_of(rows))
 
     plan = Plan("do_cross_infer.py")
-    seconds = seconds_per_text(score, evenly_spaced(len(candidates)))
-    mean = np.mean(tokens)
-    plan.add(f"score {pairs:,} pairs ({mean:.0f} tokens, {mean / seconds:,.0f} tokens/s)", seconds * pairs)
+    rows = _probes(len(candidates), scorer.device)
+    seconds, tokens = _seconds_per_text(scorer.device, tokenize, scorer.score, rows)
+    plan.add(
+        f"score {pairs:,} pairs ({tokens:.0f} tokens, {tokens / seconds:,.0f} tokens/s)", seconds * pairs
+    )
     plan.ram_gb, plan.gpu_gb = memory_gb(scorer.device)
     plan.ram_gb += UNPROBED_GB
     plan.disk_gb = BYTES_PER_PAIR * pairs / 1e9

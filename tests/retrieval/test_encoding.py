@@ -145,7 +145,7 @@ def test_finished_blocks_are_kept_and_the_others_are_the_same_bytes(
 def test_a_failure_keeps_the_blocks_before_it(make_encoder, make_collection, tmp_path, monkeypatch):
     collection = make_collection(make_texts(30))
     encoder, store = make_encoder(), make_store(tmp_path / "emb", 30)
-    real, calls = encoder.encode_tokens, []
+    real, calls = encoder.encode_on_device, []
 
     def fail_on_third(table, *rest):
         calls.append(len(table))
@@ -153,7 +153,7 @@ def test_a_failure_keeps_the_blocks_before_it(make_encoder, make_collection, tmp
             raise RuntimeError("broken")
         return real(table, *rest)
 
-    monkeypatch.setattr(encoder, "encode_tokens", fail_on_third)
+    monkeypatch.setattr(encoder, "encode_on_device", fail_on_third)
     with pytest.raises(RuntimeError, match="broken"):
         encode_collection(encoder, collection, store, 1e9)
     assert calls == [10, 10, 10] and store.missing_blocks() == [2]

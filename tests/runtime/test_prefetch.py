@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.prefetch import PARALLEL_TOKENIZERS, one_ahead, prepared_by_workers
+from torch_src.runtime.prefetch import PARALLEL_TOKENIZERS, one_ahead, one_behind, prepared_by_workers
 
 
 def prepare(item):
@@ -21,6 +21,31 @@ def prepare(item):
 def test_items_keep_their_order(workers):
     found = prepared_by_workers(prepare, range(9), workers) if workers else one_ahead(prepare, range(9))
     assert list(found) == [item * 2 for item in range(9)]
+
+
+def test_each_item_is_finished_before_the_second_after_it_is_taken():
+    made, finished = [], []
+
+    def items():
+        for item in range(5):
+            assert set(range(item - 1)) <= set(finished)
+            made.append(item)
+            yield item
+
+    one_behind(finished.append, items())
+    assert made == finished == [0, 1, 2, 3, 4]
+    one_behind(finished.append, [])
+
+
+def test_a_failure_to_finish_ends_the_loop():
+    def finish(item):
+        if item == 1:
+            raise UserError("disk full")
+
+    taken = iter(range(9))
+    with pytest.raises(UserError, match="disk full"):
+        one_behind(finish, taken)
+    assert next(taken) == 3  # item 2 was taken before the failure was seen
 
 
 @pytest.mark.parametrize(("item", "message"), [("mistake", r"^a\.tsv:3"), ("missing", r"^b\.tsv: No such")])

@@ -451,6 +451,7 @@ class BatchedInference:
     precision: str
     batch_size: int  # maximum rows per forward pass
     tokens_per_batch: int  # maximum padded tokens per forward pass; halved when memory runs out
+    bf16_weights: bool  # weights are in bf16 already, so that no autocast is needed
 
     @torch.inference_mode()
     def fill(
@@ -475,7 +476,8 @@ class BatchedInference:
             if done is not None:
                 done(len(rows), int(table.lengths[rows].sum()))
 
-        with autocast(self.device, self.precision):  # one context, so that weights are cast only once
+        precision = "fp32" if self.bf16_weights else self.precision
+        with autocast(self.device, precision):  # one context, so that weights are cast only once
             self.run_batches(table.lengths, compute)
         model.train(was_training)
 

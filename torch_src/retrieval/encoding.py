@@ -1,7 +1,7 @@
 """Encode texts: tokenize ahead, batch by length within a block, restore the order; processes share blocks."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -14,11 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from torch_src.data.collection import PassageCollection
 from torch_src.models.dual_encoder import embed, shorten, vector_width
 from torch_src.models.tokenization import BatchedInference, TextRules, TokenTable
-from torch_src.retrieval.tokenizing import tokenized_spans
+from torch_src.retrieval.tokenizing import Span, tokenized_spans
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import log
+from torch_src.runtime.prefetch import one_behind
 from torch_src.runtime.progress import Progress
+from torch_src.runtime.stamps import JsonDict
 
 POLL_SECONDS = 1.0  # between checks for blocks of other processes
 
@@ -37,6 +39,7 @@ class Encoder(BatchedInference):
     batch_size: int  # maximum texts per forward pass
     tokens_per_batch: int  # maximum padded tokens per forward pass; halved when memory runs out
     dims: int = 0  # keep only the first dimensions of a vector; 0: all
+    bf16_weights: bool = False
 
     @property
     def width(self) -> int:
@@ -77,7 +80,8 @@ def encode_collection(
 
     Several processes may share a folder: each takes the next free block, including unfinished blocks of a
     killed process, and returns when all are finished. `workers` processes tokenize ahead (0: a thread).
-    Memory: the model, two blocks of token ids, one of vectors.
+    A thread copies and writes the vectors of a block while the next one is encoded.
+    Memory: the model, two blocks of token ids, two of vectors.
     """
     missing = store.missing_blocks()
     if len(missing) < store.block_count:
@@ -92,10 +96,8 @@ def encode_collection(
             first = next(blocks, None)  # start no worker processes without work
             if first is not None:
                 spans = map(store.block_range, chain([first], blocks))
-                for span, table in tokenized_spans(tokenize, spans, store.block_rows, workers):
-                    block = span[0] // store.block_rows
-                    _encode_block(encoder, store, block, table, progress)
-                    store.locks.release(block)
+                tables = tokenized_spans(tokenize, spans, store.block_rows, workers)
+                one_behind(partial(_write_block, store), _encoded(encoder, store, tables, progress))
             else:
                 if not waiting:
                     count = len(store.missing_blocks())
@@ -107,17 +109,26 @@ def encode_collection(
     progress.close()
 
 
-def _encode_block(
-    encoder: Encoder, store: VectorStore, block: int, table: TokenTable, progress: Progress
-) -> None:
-    vectors = encoder.encode_tokens(table, torch.float16, progress.add)
+def _encoded(
+    encoder: Encoder, store: VectorStore, tables: Iterable[tuple[Span, TokenTable]], progress: Progress
+) -> Iterator[tuple[int, Tensor, JsonDict]]:
+    """Yield (block, its vectors on the device, the settings for its stamp)."""
+    for span, table in tables:
+        vectors = encoder.encode_on_device(table, torch.float16, progress.add)
+        progress.cut += table.cut
+        settings = {
+            "threads": torch.get_num_threads(), "batch_size": encoder.batch_size,
+            "tokens_per_batch": encoder.tokens_per_batch, "torch": torch.__version__,
+        }  # fmt: skip
+        yield span[0] // store.block_rows, vectors, settings
+
+
+def _write_block(store: VectorStore, encoded: tuple[int, Tensor, JsonDict]) -> None:
+    block, on_device, settings = encoded
+    vectors = on_device.cpu().numpy()
     check_float16(vectors, store.block_range(block)[0])
-    progress.cut += table.cut
-    settings = {
-        "threads": torch.get_num_threads(), "batch_size": encoder.batch_size,
-        "tokens_per_batch": encoder.tokens_per_batch, "torch": torch.__version__,
-    }  # fmt: skip
     store.write_block(block, vectors, settings)
+    store.locks.release(block)
 
 
 def _tokenize(

@@ -27,6 +27,7 @@ class PairScorer(BatchedInference):
     precision: str
     batch_size: int  # maximum pairs per forward pass
     tokens_per_batch: int  # maximum padded tokens per forward pass; halved when memory runs out
+    bf16_weights: bool = False
 
     def tokenize(self, queries: list[str], passages: list[str]) -> TokenTable:
         return tokenize_pairs(self.tokenizer, queries, passages, self.rules)

@@ -1,4 +1,4 @@
-"""Prepare the next items in a thread or in worker processes while the current one is used."""
+"""Prepare the next items, or finish the previous one, while the current one is used."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +25,18 @@ def one_ahead(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Ite
                 yield ready.result()
         if waiting is not None:
             yield waiting.result()
+
+
+def one_behind(finish: Callable[[Item], object], items: Iterable[Item]) -> None:
+    """Call finish(item) for each item in a thread, while the next item is made."""
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        running: Future[object] | None = None
+        for item in items:
+            if running is not None:
+                running.result()
+            running = executor.submit(finish, item)
+        if running is not None:
+            running.result()
 
 
 def prepared_by_workers(

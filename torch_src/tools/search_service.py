@@ -242,7 +242,7 @@ def open_scorer(hp: DemoHparams, retriever: Retriever) -> PairScorer:
     source = find_cross_model(settings)
     log(describe_reranker(source.settings, source.config))
     check_fits(source.config, source.tokenizer, {"max_seq_len": pair_rules(source)}, source.path)
-    model = load_cross_model(source).to(retriever.device)
+    model = load_cross_model(source)
     return pair_scorer(source, model, settings.batch_size, retriever.device, retriever.precision)
 
 
