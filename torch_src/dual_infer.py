@@ -3,7 +3,6 @@
 import gc
 import os
 import shlex
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,13 +29,13 @@ from torch_src.retrieval.faiss_index import (
     set_parameters,
     usable_gpus,
 )
-from torch_src.retrieval.search import DeviceCache, choose_kind, chunk_rows, measured_recall, search
+from torch_src.retrieval.search import choose_kind, chunk_rows, measured_recall, search
 from torch_src.retrieval.vectors import NOT_COMPARED, DamagedBlock, VectorStore, new_manifest, save_vectors
 from torch_src.runtime.devices import peak_memory_gb, search_devices, worker_count
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.locks import folder_lock
-from torch_src.runtime.log import duration, log, rank, warn
+from torch_src.runtime.log import log, rank, warn
 from torch_src.runtime.outputs import (
     NUMPY,
     RUN,
@@ -47,10 +46,11 @@ from torch_src.runtime.outputs import (
     settings_of,
 )
 from torch_src.runtime.program import exit_status
+from torch_src.runtime.progress import Progress
 from torch_src.runtime.stamps import JsonDict, checksum_text, clear_stamp, up_to_date, write_stamp
 
-# search(queries (B, H) float32) -> (rows (B, K) int64, scores (B, K) float64, statistics for the log)
-SearchFunction = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, str]]
+# search(queries (B, H) float32) -> (rows (B, K) int64, scores (B, K) float64)
+SearchFunction = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def main(argv: list[str], topk: int = 50, bs: int = 1000) -> int:
@@ -258,17 +258,21 @@ def make_search(job: DualInference, queries: np.ndarray, store: VectorStore | No
     if job.milvus:
         return _milvus_search(job, job.milvus, queries)
     assert store is not None  # only Milvus needs no store
-    return _index_search(job, queries, store) if job.hp.index else _exact_search(job, queries, store)
+    return _index_search(job, queries, store) if job.hp.index else _exact_search(job, store)
 
 
-def _exact_search(job: DualInference, queries: np.ndarray, store: VectorStore) -> SearchFunction:
+def _exact_search(job: DualInference, store: VectorStore) -> SearchFunction:
     devices, memory_gb = job.search_devices, job.hp.search_memory_gb
     kind = choose_kind("auto", store.hidden, devices[0], log)
-    cache = DeviceCache.if_it_fits(store, devices) if len(queries) > job.bs else None
 
-    def find(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
-        rows, scores, stats = search(store, queries, job.topk, devices, kind, memory_gb, cache)
-        return rows, scores, str(stats)
+    def find(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        progress = Progress(store.rows, LOG_SECONDS, "searched")
+        rows, scores, stats = search(
+            store, queries, job.topk, devices, kind, memory_gb, bs=job.bs, searched=progress.add
+        )
+        progress.close()
+        log(f"searched {len(queries):,} queries {stats}")
+        return rows, scores
 
     return find
 
@@ -279,7 +283,7 @@ def _index_search(job: DualInference, queries: np.ndarray, store: VectorStore) -
     index = FaissSearch(store, job.index_settings, path, stamp, hp.force, gpus=job.index_gpus())
     if hp.recall_queries:
         log(index.recall(queries, job.topk, job.device, hp.recall_queries))
-    return lambda queries: (*index.search(queries, job.topk), "")
+    return _in_batches(job.bs, lambda queries: index.search(queries, job.topk))
 
 
 def _milvus_search(job: DualInference, milvus: MilvusSearch, queries: np.ndarray) -> SearchFunction:
@@ -291,23 +295,34 @@ def _milvus_search(job: DualInference, milvus: MilvusSearch, queries: np.ndarray
             lambda q: milvus.search(q, job.topk), milvus.store, queries, job.topk, job.device, *limits
         )
         log(f"Milvus {milvus.index}: {line}")
-    return lambda queries: (*milvus.search(queries, job.topk), "")
+    return _in_batches(job.bs, lambda queries: milvus.search(queries, job.topk))
+
+
+def _in_batches(bs: int, find: SearchFunction) -> SearchFunction:
+    """Return the search that calls `find` for `bs` queries at a time."""
+
+    def find_all(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        progress, found = Progress(len(queries), LOG_SECONDS, "searched", "queries"), []
+        for start in range(0, len(queries), bs):
+            found.append(find(queries[start : start + bs]))
+            progress.add(len(found[-1][0]))
+        progress.close()
+        rows, scores = zip(*found, strict=True)
+        return np.concatenate(rows), np.concatenate(scores)
+
+    return find_all
 
 
 def write_run(job: DualInference, queries: np.ndarray, find: SearchFunction) -> None:
-    """Search `bs` queries at a time and write the run in the order of the queries, then its stamp."""
+    """Search all queries and write the run in their order, then its stamp."""
     clear_stamp(job.run_path)
+    rows, scores = find(queries)
     with atomic_write(job.run_path) as file:
-        for start in range(0, len(queries), job.bs):
-            started = time.monotonic()
-            rows, scores, stats = find(queries[start : start + job.bs])
-            texts = job.queries[start : start + job.bs]
-            for query, found, values in zip(texts, rows.tolist(), scores.tolist(), strict=True):
-                for number, (row, score) in enumerate(zip(found, values, strict=True), start=1):
-                    if row >= 0:  # an index may find fewer than topk: the missing ones come last, as -1
-                        file.write(format_run_row(RunRow(query, row, number, score)))
-            done = f"searched {min(start + job.bs, len(queries)):,}/{len(queries):,} queries"
-            log(f"{done} in {duration(time.monotonic() - started)}  {stats}".rstrip())
+        for query, found, values in zip(job.queries, rows, scores, strict=True):
+            ranked = zip(found.tolist(), values.tolist(), strict=True)
+            for number, (row, score) in enumerate(ranked, start=1):
+                if row >= 0:  # an index may find fewer than topk: the missing ones come last, as -1
+                    file.write(format_run_row(RunRow(query, row, number, score)))
     settings = {"topk": job.topk, "bs": job.bs, "fixed_by_weights": job.source.settings}
     hparams.save(job.hp, Path(job.hp.saved_to), **settings)
     write_stamp(job.run_path, job.run_stamp())  # last: marks the run as complete

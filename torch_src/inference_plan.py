@@ -14,9 +14,9 @@ from torch_src.models.tokenization import TokenTable
 from torch_src.retrieval.faiss_gpu import IndexGpus
 from torch_src.retrieval.faiss_index import estimate, new_index
 from torch_src.retrieval.reranking import PairScorer
-from torch_src.retrieval.search import CACHE_SHARE, choose_kind, chunk_rows, search
+from torch_src.retrieval.search import choose_kind, chunk_rows, search, state_bytes
 from torch_src.retrieval.vectors import VectorStore
-from torch_src.runtime.devices import free_gpu_memory, search_devices
+from torch_src.runtime.devices import search_devices
 from torch_src.runtime.log import log
 from torch_src.runtime.planning import (
     PROBED_TEXTS,
@@ -35,7 +35,7 @@ BYTES_PER_PAIR = 150  # on disk: one line in each of four files, and the score
 def plan_retrieval(
     retriever: Retriever, queries: int, topk: int, bs: int, gpus: IndexGpus | None = None
 ) -> Plan:
-    """Return the plan of encoding the collection and searching it for `queries` queries, `bs` at once.
+    """Return the plan of encoding the collection and searching it for queries in batches of `bs`.
 
     gpus: those that hold the index; None: it is on the CPU.
     """
@@ -55,10 +55,10 @@ def plan_retrieval(
     if queries:
         plan.add(f"exact search of {queries:,} queries", _search_seconds(retriever, queries, topk, bs))
     ram, gpu = memory_gb(retriever.device)
-    if retriever.device.type == "cuda" and queries > bs and not hp.index:
-        share = rows * width * 2 / len(search_devices(hp.device, retriever.device))  # cached on each GPU
-        gpu += share / 1e9 if share < CACHE_SHARE * free_gpu_memory(retriever.device) else 0
-    plan.gpu_gb = max(gpu + index_gpu_bytes / 1e9, encoding_gpu)
+    state = state_bytes(max(0, queries - 2 * bs), width, topk) / 1e9  # of the queries that were not probed
+    ram += state if retriever.device.type == "cpu" else 0.0
+    ram += (16 * topk + 4 * width) * queries / 1e9  # results and queries
+    plan.gpu_gb = max(gpu + state + index_gpu_bytes / 1e9, encoding_gpu)
     plan.ram_gb = max(encoding_ram, ram + index_bytes / 1e9) + UNPROBED_GB
     plan.disk_gb = (rows * (2 * width + 8) + saved_bytes) / 1e9
     plan.advice = "lower --search_memory_gb, --bs or --block_rows"
@@ -110,16 +110,22 @@ def _seconds_per_text(
 def _search_seconds(retriever: Retriever, queries: int, topk: int, bs: int) -> float:
     """Return the estimated seconds of an exact search, extrapolated from random vectors."""
     devices, memory = search_devices(retriever.hp.device, retriever.device), retriever.hp.search_memory_gb
-    at_once, rows, width = min(bs, queries), len(retriever.collection), retriever.width
+    bs, rows, width = min(bs, queries), len(retriever.collection), retriever.width
     kind = choose_kind("auto", width, devices[0], log)
-    probed = min(rows, 3 * chunk_rows(at_once, width, memory, devices))
+    probed = min(rows, 3 * chunk_rows(bs, width, memory, devices))
     draw = np.random.default_rng(0)
-    probes = draw.standard_normal((at_once, width), dtype=np.float32)
+    probes = draw.standard_normal((2 * bs, width), dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder:
         store = VectorStore.create_or_continue(folder, {}, probed, width, probed, log)
         store.write_block(0, draw.standard_normal((probed, width), dtype=np.float32).astype(np.float16))
-        seconds = seconds_of(lambda: search(store, probes, topk, devices, kind, memory))
-    return seconds * rows / probed * queries / at_once
+
+        def seconds(count: int) -> float:
+            return seconds_of(lambda: search(store, probes[:count], topk, devices, kind, memory, bs=bs))
+
+        seconds(bs)  # a warm-up
+        one, two = seconds(bs), seconds(2 * bs)
+    # the vectors are read once, whatever the number of batches
+    return rows / probed * (one + (queries / bs - 1) * max(0.0, two - one))
 
 
 def plan_reranking(scorer: PairScorer, candidates: Candidates, pairs: int) -> Plan:

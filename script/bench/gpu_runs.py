@@ -54,8 +54,7 @@ class Sizes:
     rows: int = 8_096_668  # to search
     queries: tuple[int, ...] = (2000, 86395)
     queries_at_once: int = 2000
-    topk: int = 50
-    search_memory_gb: tuple[float, ...] = (2.0, 8.0)
+    topk: tuple[int, ...] = (50, 200)  # for each number of queries: a run, and a run to mine negatives from
     index: str = "IVF4096,SQfp16"
     index_rows: int = 1_000_000
 
@@ -63,7 +62,7 @@ class Sizes:
 TINY = Sizes(
     hidden=64, layers=2, dropout=0.0, matmul=128, copy_bytes=1 << 16, train_queries=4, updates=1,
     chunks=((2, 0),), peer_chunks=(2,), texts=24, tokens=(0,), block_rows=8, pairs=12, peer_batches=(8,),
-    rows=4000, queries=(8, 24), queries_at_once=8, topk=10, search_memory_gb=(0.2,), index="IVF4,SQfp16",
+    rows=4000, queries=(8, 24), queries_at_once=8, topk=(10, 20), index="IVF4,SQfp16",
     index_rows=2000,
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from script.bench.gpu_runs import OURS, PART, PEER, Bench
+from torch_src.retrieval.chunks import DeviceCache
 from torch_src.retrieval.faiss_gpu import IndexGpus
 from torch_src.retrieval.faiss_index import (
     FILL_ROWS,
@@ -19,7 +20,7 @@ from torch_src.retrieval.faiss_index import (
     new_index,
     set_parameters,
 )
-from torch_src.retrieval.search import DeviceCache, SearchStats, choose_kind, chunk_rows, search
+from torch_src.retrieval.search import choose_kind, search
 from torch_src.retrieval.vectors import VectorStore, new_manifest
 from torch_src.runtime.devices import free_gpu_memory
 
@@ -28,29 +29,31 @@ VECTOR_SHARE = 0.35  # of the free GPU memory, for the vectors to search: faiss 
 INDEX_QUERIES = 1000
 PROBES = 64  # inverted lists that a query searches
 
-Find = Callable[[torch.Tensor], tuple[np.ndarray, str]]  # queries (B, H) fp16 -> (rows (B, K) int64, a note)
+# search(queries (B, H) fp16, top k) -> (rows (B, K) int64, a note)
+Find = Callable[[torch.Tensor, int], tuple[np.ndarray, str]]
 
 
 def exact_search(bench: Bench) -> None:
     """The top k of all queries over random unit vectors that lie on the device from the start.
 
-    Ours gets them as the chunks that a search leaves cached on the GPU, and returns exact results with fp64
-    scores. The peers return the results of 16-bit products.
+    Ours gets them as a search leaves them cached on the GPU, and returns exact results with fp64 scores. The
+    peers return the results of 16-bit products. Ours is also measured with vectors that are copied from the
+    memory of the host, chunk by chunk, as they would come from a disk of that speed.
     """
     sizes = bench.sizes
     comparison = SearchComparison(bench)
     vectors, first = comparison.vectors, sizes.queries[0]
-    for memory_gb in sizes.search_memory_gb:
-        find = OurSearch(bench, vectors, memory_gb).find
-        comparison.add(f"ours, {memory_gb:g} GB", OURS, find)
+    comparison.add("ours", OURS, resident(bench, vectors).find)
     if bench.profiling:
-        part = OurSearch(bench, vectors[: 10 * GENERATED_ROWS], sizes.search_memory_gb[0])
-        bench.profile(lambda: part.find(comparison.queries[:first]))
-    comparison.add("torch matmul + topk, fp16", PEER, partial(blockwise_topk, vectors, topk=sizes.topk))
+        part = resident(bench, vectors[: 10 * GENERATED_ROWS])
+        bench.profile(lambda: part.find(comparison.queries[:first], sizes.topk[0]))
+    comparison.add("torch matmul + topk, fp16", PEER, partial(blockwise_topk, vectors))
     name = "faiss GpuIndexFlatIP, fp16"
     bench.attempt(name, 20 * bench.on_gpu, partial(_add_flat_index, bench, comparison, name))
-    for count in sizes.queries[1:]:
-        comparison.measure_all(count)
+    name = "ours, from host memory"
+    bench.attempt(name, 20 * bench.on_gpu, partial(_add_streamed, bench, comparison, name))
+    for number in range(1, len(sizes.queries)):
+        comparison.measure_all(number)
 
 
 class SearchComparison:
@@ -67,7 +70,7 @@ class SearchComparison:
         self.queries = unit_vectors(max(sizes.queries), sizes.hidden, bench.device, seed=1)
         self.variants: dict[str, tuple[str, Find, float]] = {}
         self.seconds_per_query: dict[str, float] = {}
-        self.expected: dict[int, np.ndarray] = {}  # number of queries -> our rows
+        self.expected: dict[int, np.ndarray] = {}  # position in sizes.queries -> our rows
 
     def add(self, name: str, side: str, find: Find, memory_gb: float = 0.0) -> None:
         """Measure a search with the smallest number of queries, and keep it for the others.
@@ -75,67 +78,80 @@ class SearchComparison:
         memory_gb: what it holds outside of torch; 0 for a search in torch.
         """
         self.variants[name] = side, find, memory_gb
-        self.attempt(name, self.bench.sizes.queries[0])
+        self.attempt(name, 0)
 
-    def measure_all(self, count: int) -> None:
-        """Measure the faster of ours, and the peers, with `count` queries."""
+    def measure_all(self, number: int) -> None:
+        """Measure the faster of ours, and the peers, with sizes.queries[number] queries."""
         for side in (OURS, PEER):
             names = [name for name in self.seconds_per_query if self.variants[name][0] == side]
             names.sort(key=lambda name: self.seconds_per_query[name])
             for name in names[:1] if side == OURS else names:
-                if side == OURS or count in self.expected:
-                    self.attempt(name, count)
+                if side == OURS or number in self.expected:
+                    self.attempt(name, number)
                 else:
+                    count = self.bench.sizes.queries[number]
                     self.bench.skip(f"{name}, {count:,} queries", "ours was not measured")
 
-    def attempt(self, name: str, count: int) -> None:
+    def attempt(self, name: str, number: int) -> None:
+        count = self.bench.sizes.queries[number]
         seconds = self.seconds_per_query.get(name, 0.0) * count
-        self.bench.attempt(f"{name}, {count:,} queries", seconds, partial(self._measure, name, count))
+        self.bench.attempt(f"{name}, {count:,} queries", seconds, partial(self._measure, name, number))
 
-    def _measure(self, name: str, count: int) -> None:
+    def _measure(self, name: str, number: int) -> None:
+        sizes = self.bench.sizes
+        count, topk = sizes.queries[number], sizes.topk[min(number, len(sizes.topk) - 1)]
         (side, find, memory_gb), queries = self.variants[name], self.queries[:count]
         if name not in self.seconds_per_query:
-            find(queries[: max(1, count // 8)])  # a warm-up
-        (rows, note), figures = self.bench.time(lambda: find(queries))
+            find(queries[: max(1, count // 8)], topk)  # a warm-up
+        (rows, note), figures = self.bench.time(lambda: find(queries, topk))
         figures["peak_gb"] = memory_gb or figures["peak_gb"]
         self.seconds_per_query[name] = figures["seconds"] / count
         figures |= {"work": f"{count:,} queries", "count": count, "unit": "queries", "rows": self.rows}
         figures |= {"flops": 2.0 * count * self.rows * self.bench.sizes.hidden, "note": note}
         if side == OURS:
-            self.expected.setdefault(count, rows)
-        if count in self.expected:
-            figures["recall_against_ours"] = agreement(rows, self.expected[count])
+            self.expected.setdefault(number, rows)
+        if number in self.expected:
+            figures["recall_against_ours"] = agreement(rows, self.expected[number])
         self.bench.record(f"{name}, {count:,} queries", side, figures)
 
 
 class OurSearch:
-    """The project's exact search over vectors (N, H) fp16 that are already on the device."""
+    """The project's exact search."""
 
-    def __init__(self, bench: Bench, vectors: torch.Tensor, memory_gb: float):
-        self.sizes, self.device, self.memory_gb = bench.sizes, bench.device, memory_gb
-        rows, hidden = vectors.shape
-        self.store = VectorStore(bench.folder / "none", new_manifest({}, rows, hidden, GENERATED_ROWS))
-        self.cache = DeviceCache([bench.device])
-        chunk = chunk_rows(bench.sizes.queries_at_once, hidden, memory_gb, [bench.device])
-        self.cache.chunks[0] = [(first, vectors[first : first + chunk]) for first in range(0, rows, chunk)]
-        self.cache.complete = True  # nothing is read from the store
-        self.kind = choose_kind("auto", hidden, bench.device)
+    def __init__(self, bench: Bench, store: VectorStore, cache: DeviceCache | None = None):
+        self.store, self.device, self.cache = store, bench.device, cache
+        self.bs, self.kind = bench.sizes.queries_at_once, choose_kind("auto", store.hidden, bench.device)
 
-    def find(self, queries: torch.Tensor) -> tuple[np.ndarray, str]:
-        found, total = [], SearchStats()
-        for part in queries.float().cpu().split(self.sizes.queries_at_once):
-            rows, _, stats = search(
-                self.store,
-                part.numpy(),
-                self.sizes.topk,
-                [self.device],
-                self.kind,
-                self.memory_gb,
-                self.cache,
-            )
-            found.append(rows)
-            total.add(stats)
-        return np.concatenate(found), f"{self.kind} {total}"
+    def find(self, queries: torch.Tensor, topk: int) -> tuple[np.ndarray, str]:
+        asked, devices = queries.float().cpu().numpy(), [self.device]
+        rows, _, stats = search(self.store, asked, topk, devices, self.kind, cache=self.cache, bs=self.bs)
+        return rows, f"{self.kind} {stats}"
+
+
+def resident(bench: Bench, vectors: torch.Tensor) -> OurSearch:
+    """Return the search over vectors (N, H) fp16 that are already on the device."""
+    cache = DeviceCache([bench.device])
+    cache.chunks[0], cache.complete = [(0, vectors)], True  # nothing is read from the store
+    store = VectorStore(
+        bench.folder / "none", new_manifest({}, len(vectors), vectors.shape[1], GENERATED_ROWS)
+    )
+    return OurSearch(bench, store, cache)
+
+
+class HostVectors(VectorStore):
+    """Vectors (N, H) float16 in the memory of the host instead of blocks on disk."""
+
+    def __init__(self, vectors: np.ndarray):
+        super().__init__("", new_manifest({}, len(vectors), vectors.shape[1], GENERATED_ROWS))
+        self.vectors = vectors
+
+    def read_into(self, first: int, out: np.ndarray) -> None:
+        np.copyto(out, self.vectors[first : first + len(out)])
+
+
+def _add_streamed(bench: Bench, comparison: SearchComparison, name: str) -> None:
+    """Copy the vectors to the host and add a search that streams them to the GPU."""
+    comparison.add(name, OURS, OurSearch(bench, HostVectors(comparison.vectors.cpu().numpy())).find)
 
 
 def unit_vectors(rows: int, hidden: int, device: torch.device, seed: int = 0) -> torch.Tensor:
@@ -178,9 +194,9 @@ def _add_flat_index(bench: Bench, comparison: SearchComparison, name: str) -> No
         for chunk in comparison.vectors.split(GENERATED_ROWS):
             index.add(chunk.float())
 
-    def find(queries: torch.Tensor) -> tuple[np.ndarray, str]:
+    def find(queries: torch.Tensor, topk: int) -> tuple[np.ndarray, str]:
         parts = queries.float().split(bench.sizes.queries_at_once)
-        found = [index.search(part, bench.sizes.topk)[1] for part in parts]
+        found = [index.search(part, topk)[1] for part in parts]
         return torch.cat(found).cpu().numpy(), ""
 
     before = free_gpu_memory(bench.device)
@@ -211,7 +227,7 @@ def inverted_file(bench: Bench) -> None:
     sizes = bench.sizes
     vectors = clustered_vectors(sizes.index_rows, sizes.hidden, bench.device)
     queries = clustered_vectors(min(INDEX_QUERIES, sizes.index_rows), sizes.hidden, bench.device, seed=1)
-    exact, _ = blockwise_topk(vectors, queries, sizes.topk)
+    exact, _ = blockwise_topk(vectors, queries, sizes.topk[0])
     host, asked = vectors.cpu(), queries.float().cpu().numpy()
     del vectors, queries
     bench.free_memory()
@@ -254,7 +270,7 @@ def _build_index(
     bench.record(f"{name}: {sizes.index}, filling", side, filling | more)
     probes = min(PROBES, lists)
     set_parameters(index, sizes.index, f"nprobe={probes}")
-    found, searching = bench.time(lambda: index.search(queries, sizes.topk)[1])
+    found, searching = bench.time(lambda: index.search(queries, sizes.topk[0])[1])
     searching.pop("peak_gb")
     more = {"work": "searching", "count": len(queries), "unit": "queries"}
     recall = {"recall": agreement(found, exact)}

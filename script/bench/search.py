@@ -22,8 +22,9 @@ import torch
 
 from script.bench.common import Figures, compare, make_parser, work_folder
 from script.bench.synthetic import fill_random, open_store
+from torch_src.retrieval.chunks import read_chunks
 from torch_src.retrieval.faiss_index import load_faiss
-from torch_src.retrieval.search import choose_kind, read_chunks, search
+from torch_src.retrieval.search import choose_kind, search
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.devices import set_threads
 

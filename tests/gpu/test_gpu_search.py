@@ -6,7 +6,8 @@ import torch
 from retrieval.test_search import WORLDS, full_sort, make_store, queries_for
 
 from torch_src.retrieval import search as module
-from torch_src.retrieval.search import DeviceCache, search
+from torch_src.retrieval.chunks import DeviceCache
+from torch_src.retrieval.search import search
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

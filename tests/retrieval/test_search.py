@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from torch_src.retrieval import score_bounds
+from torch_src.retrieval import chunks, score_bounds
 from torch_src.retrieval import search as module
+from torch_src.retrieval.chunks import DeviceCache
 from torch_src.retrieval.score_bounds import (
     KINDS,
     Float32,
+    Passages,
+    Queries,
+    Scratch,
     fastest_kind,
     fp32_error,
     int8_is_exact,
@@ -32,11 +36,20 @@ def make_store(folder, vectors, block_rows):
     return store
 
 
+def tree_sum(values):
+    """Return the sums (n,) of rows (n, H): the last half is added to the first until one column is left."""
+    while values.shape[1] > 1:
+        half = values.shape[1] // 2
+        last = values[:, -half:]
+        values = np.concatenate([values[:, :half] + last, values[:, half:-half]], axis=1)
+    return values[:, 0]
+
+
 def full_sort(vectors, queries, topk):
     """Return (rows, scores): every fp64 inner product, higher first, then the lower row."""
     all_rows, all_scores = [], []
     for query in queries.astype(np.float64):
-        scores = (query * vectors.astype(np.float64)).sum(axis=1).tolist()
+        scores = tree_sum(query * vectors.astype(np.float64)).tolist()
         order = sorted(range(len(scores)), key=lambda row: (-scores[row], row))[:topk]
         all_rows.append(order)
         all_scores.append([scores[row] for row in order])
@@ -216,18 +229,18 @@ def test_no_pair_that_reaches_its_floor_is_missed(world, kind):
     """The floors are exactly true scores, where a slightly too small bound shows."""
     for seed in range(4):
         vectors, queries = scaled(world, seed)
-        products = KINDS[kind](queries, CPU)
+        products = KINDS[kind](Queries(queries, CPU))
         true = queries.astype(np.float64) @ vectors.astype(np.float64).T
         for rank in (0, 20, 299):
             floor = -np.sort(-true, axis=1)[:, rank] * (1 + 1e-13 * np.sign(-true.max(axis=1)))
-            scaled_floor = torch.from_numpy(floor) * products.scale
-            found = products.pairs_above(torch.from_numpy(vectors).float(), scaled_floor, 10**9)
+            scaled_floor = torch.from_numpy(floor) * products.queries.scale
+            found = products.pairs_above(Passages(torch.from_numpy(vectors), Scratch()), scaled_floor, 10**9)
             pairs = set(zip(*(index.tolist() for index in found), strict=True))
             wanted = set(zip(*(index.tolist() for index in np.nonzero(true >= floor[:, None])), strict=True))
             assert wanted <= pairs, (kind, world.__name__, seed, rank)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "int8"])
 def test_few_pairs_are_rescored(tmp_path, kind):
     """A bound that selects all pairs is exact as well, but useless."""
     draw = np.random.default_rng(0)
@@ -235,7 +248,7 @@ def test_few_pairs_are_rescored(tmp_path, kind):
     queries = draw.normal(size=(20, 64)).astype(np.float32)
     store = make_store(tmp_path, vectors, 60_000)
     _, _, stats = search(store, queries, 10, [CPU], kind, memory_gb=0.02)
-    assert stats.fp32_pairs < 0.02 * vectors.shape[0] * len(queries)
+    assert stats.selected_pairs < 0.02 * vectors.shape[0] * len(queries)
     assert stats.chunks >= 9 and stats.fp32_chunks <= stats.chunks / 3
 
 
@@ -244,11 +257,11 @@ def test_a_constant_offset_of_all_vectors_does_not_slow_int8():
     queries, vectors = draw.normal(size=(20, 64)), draw.normal(size=(4096, 64))
     counts = []
     for constant in (0, 20):
-        moved = torch.from_numpy((vectors + constant).astype(np.float16)).float()
-        products = KINDS["int8"](queries.astype(np.float32), CPU)
+        moved = torch.from_numpy((vectors + constant).astype(np.float16))
+        products = KINDS["int8"](Queries(queries.astype(np.float32), CPU))
         scores = torch.from_numpy(queries) @ moved.double().T
-        floor = scores.topk(10).values[:, -1] * products.scale
-        counts.append(len(products.pairs_above(moved, floor, 10**9)[0]))
+        floor = scores.topk(10).values[:, -1] * products.queries.scale
+        counts.append(len(products.pairs_above(Passages(moved, Scratch()), floor, 10**9)[0]))
     assert counts[1] < 2 * counts[0]
 
 
@@ -300,15 +313,12 @@ def test_an_error_on_one_device_ends_the_search(tmp_path, monkeypatch):
 
 def test_top_k_equals_a_sort():
     draw = np.random.default_rng(0)
-    best, everything = TopK(5, 4), []
-    for _ in range(20):
+    best, everything = TopK(5, 4, CPU), []
+    for number in range(20):
         count = int(draw.integers(0, 30))
-        pairs = (
-            draw.integers(5, size=count),
-            draw.permutation(1000)[:count],
-            draw.integers(3, size=count) * 1.0,
-        )
-        best.add(*pairs)
+        rows = 100 * number + np.sort(draw.permutation(100)[:count])  # increasing
+        pairs = (draw.integers(5, size=count), rows, draw.integers(3, size=count) * 1.0)
+        best.add(*map(torch.from_numpy, pairs))
         everything += zip(*(part.tolist() for part in pairs), strict=True)
         assert best.pending_pairs < best.max_pending  # bounded
     best.flush()
@@ -392,10 +402,11 @@ def test_without_the_int8_operators_search_falls_back(tmp_path, monkeypatch, mis
 
 def test_fp32_scores_are_within_their_bound():
     draw = np.random.default_rng(0)
-    vectors = torch.from_numpy(draw.normal(size=(200, 768)).astype(np.float16)).float()
-    plain = Float32(draw.normal(size=(20, 768)).astype(np.float32), CPU)
-    error = plain.scores(vectors).double() - vectors.double() @ plain.queries.double().T
-    assert (error.abs() <= plain.bound(vectors)).all()
+    passages = Passages(torch.from_numpy(draw.normal(size=(200, 768)).astype(np.float16)), Scratch())
+    queries = Queries(draw.normal(size=(20, 768)).astype(np.float32), CPU)
+    found = queries.scaled @ passages.float32.T
+    error = found.double() - queries.scaled.double() @ passages.half.double().T
+    assert (error.abs() <= Float32(queries).bound(passages)[:, None]).all()
 
 
 @pytest.mark.parametrize("devices", [1, 3])
@@ -421,7 +432,7 @@ def test_vectors_that_stay_on_the_devices_are_read_once(tmp_path, monkeypatch, d
     vectors = draw.normal(size=(500, 8)).astype(np.float16)
     rounds = [draw.normal(size=(count, 8)).astype(np.float32) for count in (9, 9, 4)]
     store, places = make_store(tmp_path / "v", vectors, 90), [CPU] * devices
-    cache = module.DeviceCache(places)
+    cache = DeviceCache(places)
     for number, queries in enumerate(rounds):
         found, scores, _ = search(store, queries, 10, places, cache=cache)
         expected, values = full_sort(vectors, queries, 10)
@@ -429,21 +440,21 @@ def test_vectors_that_stay_on_the_devices_are_read_once(tmp_path, monkeypatch, d
         if not number:
             for path in (tmp_path / "v").glob("*.npy"):
                 path.unlink()
-    assert sum(len(chunk) for chunks in cache.chunks for _, chunk in chunks) == 500
-    assert module.DeviceCache.if_it_fits(store, places) is None  # no GPU
+    assert sum(len(chunk) for kept in cache.chunks for _, chunk in kept) == 500
+    assert DeviceCache.if_it_fits(store, places) is None  # no GPU
     share = 500 * 8 * 2 / devices / 1e9
-    assert module.DeviceCache.if_it_fits(store, places, 1.01 * share)  # requested
-    assert module.DeviceCache.if_it_fits(store, places, 0.99 * share) is None
-    monkeypatch.setattr(module, "free_memory", lambda: 1.05 * 1e9 * share)  # but there is not enough
-    assert module.DeviceCache.if_it_fits(store, places, 1.01 * share) is None
+    assert DeviceCache.if_it_fits(store, places, 1.01 * share)  # requested
+    assert DeviceCache.if_it_fits(store, places, 0.99 * share) is None
+    monkeypatch.setattr(chunks, "free_memory", lambda: 1.05 * 1e9 * share)  # but there is not enough
+    assert DeviceCache.if_it_fits(store, places, 1.01 * share) is None
 
 
 def test_many_pending_pairs_of_one_query_keep_its_best():
     draw = np.random.default_rng(0)
-    best = TopK(1000, 4)
-    rows, scores = draw.permutation(7000), draw.integers(50, size=7000) * 1.0
-    best.add(np.full(7000, 3), rows, scores)
-    best.add(np.array([5, 3]), np.array([9, 8000]), np.array([1.0, 50.0]))
+    best = TopK(1000, 4, CPU)
+    rows, scores = np.arange(7000), draw.integers(50, size=7000) * 1.0
+    best.add(torch.full((7000,), 3), torch.from_numpy(rows), torch.from_numpy(scores))
+    best.add(torch.tensor([5, 3]), torch.tensor([9, 8000]), torch.tensor([1.0, 50.0], dtype=torch.float64))
     best.flush()
     order = sorted(zip((-scores).tolist(), rows.tolist(), strict=True))[:3]
     assert best.rows[3].tolist() == [8000, *(row for _, row in order)]

@@ -122,6 +122,6 @@ def test_all_sections_at_toy_sizes():
     assert row["cosine_with_ours"] > 0.999
     assert found["rerank"]["rows"]["CrossEncoder, batches of 8"]["largest_difference"] < 0.01
     recalls = [row["recall_against_ours"] for row in found["search"]["rows"].values()]
-    assert len(recalls) == 4 and min(recalls) > 0.9
+    assert len(recalls) == 5 and min(recalls) > 0.9
     assert found["ivf"]["rows"]["CPU: IVF4,SQfp16, 4 probes"]["recall"] > 0.95
     assert "operation, by its own CPU time" in done.stdout and "aten::" in done.stdout

@@ -1,13 +1,13 @@
 """Fast inexact inner products with a proven error bound: the first stage of the exact search.
 
-`Float32`, `Bfloat16` and `Int8` return the (query, passage) pairs of a chunk that can have a score of at
-least `floor[query]`. No such pair is missed; a few others may be returned.
+`Float32`, `Float16`, `Bfloat16` and `Int8` return the (query, passage) pairs of a chunk that can have a score
+of at least `floor[query]`. No such pair is missed; a few others may be returned.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ GROUP = 64  # passages per group: only groups whose best score is high enough ar
 EPSILON = 2.0**-23  # of fp32
 PASSAGE_LEVELS = (127, 63)  # 8 bits; 7 where AVX2 adds two products of bytes in 16 bits
 QUERY_LEVELS = 127
+PROBED = {"cpu": (512, 2048), "cuda": (1024, 16384)}  # queries and passages of the probe for the fastest kind
 SLACK = 1.0 + 2.0**-10  # covers the rounding of the bounds themselves
 
 
@@ -35,59 +36,150 @@ def fp32_error(hidden: int) -> float:
 
 def norms(vectors: Tensor) -> Tensor:
     """Return upper bounds (n,) fp64 of the Euclidean norms of rows (n, H)."""
-    return torch.linalg.vector_norm(vectors, dim=1).double() * SLACK
+    return torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float32).double() * SLACK
 
 
 class Scratch:
-    """Tensors reused for every chunk: new memory costs a page fault every 4 KB."""
+    """Tensors of a device reused for every chunk: new memory costs a page fault every 4 KB."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
+        self.mean: Tensor | None = None  # (H,) fp32, subtracted from all passages by `Int8`
+
+    def get(self, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return an uninitialized tensor; one name always has one width, dtype and device."""
+        tensor = self.tensors.get(name)
+        if tensor is None or len(tensor) < shape[0]:
+            tensor = self.tensors[name] = torch.empty(shape, dtype=dtype, device=device)
+        return tensor[: shape[0]]
+
+    def rows(self, name: str, vectors: Tensor, at: Tensor) -> Tensor:
+        """Return the rows (n, H) of the vectors at positions (n,)."""
+        out = self.get(name, (len(at), vectors.shape[1]), vectors.dtype, vectors.device)
+        return torch.index_select(vectors, 0, at, out=out)
 
     def like(self, vectors: Tensor, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return an uninitialized tensor with the shape (C, H) and the device of `vectors`."""
-        tensor = self.tensors.get(name)
-        if tensor is None or len(tensor) < len(vectors):
-            tensor = self.tensors[name] = torch.empty(vectors.shape, dtype=dtype, device=vectors.device)
-        return tensor[: len(vectors)]
+        return self.get(name, (len(vectors), vectors.shape[1]), dtype, vectors.device)
+
+
+class Queries:
+    """A batch of queries on the device of the search.
+
+    `scaled`: each query times a power of two, to a largest value in [0.5, 1), without over- or underflow.
+    """
+
+    def __init__(self, queries: np.ndarray, device: torch.device):
+        """queries (B, H) float32."""
+        _, exponents = np.frexp(np.abs(queries).max(axis=1))
+        scaled = np.ldexp(queries.astype(np.float64), -exponents[:, None]).astype(np.float32)
+        self.vectors = torch.from_numpy(queries).to(device)  # (B, H) fp32
+        self.scaled = torch.from_numpy(scaled).to(device)  # (B, H) fp32
+        self.scale = torch.from_numpy(np.ldexp(1.0, -exponents)).to(device)  # (B,) fp64
+        self.norms = norms(self.scaled)
+        self.error = fp32_error(queries.shape[1])
+
+
+class Passages:
+    """The vectors (C, H) of one chunk on the device of the search.
+
+    Each conversion is computed when it is first used, once for all batches of queries, in the memory of
+    `scratch`: the conversions are valid until those of the next chunk.
+    """
+
+    def __init__(self, half: Tensor, scratch: Scratch):
+        self.half, self.scratch = half, scratch  # (C, H) fp16
+
+    def __len__(self) -> int:
+        return len(self.half)
+
+    def pieces(self, rows: int) -> Iterator[tuple[int, "Passages"]]:
+        """Yield (position, passages): at most `rows` at once; each is valid until the next one."""
+        if len(self) <= rows:
+            yield 0, self
+            return
+        scratch = Scratch()
+        for start in range(0, len(self), rows):
+            yield start, Passages(self.half[start : start + rows], scratch)
+
+    @cached_property
+    def float32(self) -> Tensor:
+        """(C, H) fp32"""
+        return self.scratch.like(self.half, "float32").copy_(self.half)
+
+    @cached_property
+    def longest(self) -> Tensor:
+        """() fp64, an upper bound of the largest norm"""
+        return norms(self.half if self.half.is_cuda else self.float32).max()
+
+    @cached_property
+    def bfloat16(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(vectors rounded to bf16 (C, H), the largest norm of a rounding error, that of a rounded vector)"""
+        rounded = self.float32.bfloat16()
+        back = rounded.float()
+        return rounded, norms(self.float32 - back).max(), norms(back).max()
+
+    @cached_property
+    def int8(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(levels (C, H) uint8 from 1 to 2L + 1, unit (C,) fp32, off (C,) fp64, longest () fp64).
+
+        L is `int8_levels`. A vector is the mean + (levels - L - 1) * unit + an error with a norm of at most
+        `off`; `longest` is the largest norm of the second term. The mean is that of the first chunk: trained
+        vectors share a large mean that wastes range.
+        """
+        scratch = self.scratch
+        if scratch.mean is None:
+            scratch.mean = self.float32.mean(0)
+        scaled = torch.sub(self.float32, scratch.mean, out=scratch.like(self.half, "scaled"))
+        limit = int8_levels(self.half.shape[1])
+        unit = torch.maximum(scaled.amax(1), -scaled.amin(1)).clamp_min_(1e-30).div_(limit)
+        scaled *= (1 / unit)[:, None]
+        levels = torch.round(scaled, out=scratch.like(self.half, "levels"))
+        off = norms(scaled.sub_(levels)) * unit
+        longest = (norms(levels) * unit).max()
+        levels = scratch.like(self.half, "int8", torch.int8).copy_(levels).view(torch.uint8)
+        # -L..L, read as uint8, plus L + 1 wraps around to 1..2L + 1
+        return levels.add_(limit + 1), unit, off, longest
 
 
 class ScoreBounds:
-    """The queries (B, H) fp32 of one search on one device, and bounds of their scores for a chunk.
-
-    Each query is scaled by a power of two to a largest value in [0.5, 1): exact, without over- or underflow.
-    """
+    """The queries of one batch, and bounds of their scores for a chunk."""
 
     name: str
 
-    def __init__(self, queries: np.ndarray, device: torch.device):
-        _, exponents = np.frexp(np.abs(queries).max(axis=1))
-        scaled = np.ldexp(queries.astype(np.float64), -exponents[:, None]).astype(np.float32)
-        self.queries = torch.from_numpy(scaled).to(device)  # (B, H) fp32
-        self.scale = torch.from_numpy(np.ldexp(1.0, -exponents)).to(device)  # (B,) fp64
-        self.query_norms = norms(self.queries)
-        self.error = fp32_error(queries.shape[1])
-        self.scratch = Scratch()
+    def __init__(self, queries: Queries):
+        self.queries = queries
 
-    def pairs_above(self, vectors: Tensor, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
+    def pairs_above(self, passages: Passages, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
         """Return (query, passage) indices, both (n,) int64, of at least all pairs with q.p >= floor[q].
 
-        vectors (C, H) fp32; floor (B,) fp64, in the units of the scaled queries. None when there are more
-        than `limit` pairs, or when the product cannot be computed.
+        The passages of a query come in increasing order. floor (B,) fp64, in the units of the scaled queries.
+        None when there are more than `limit` pairs, or when the product cannot be computed.
         """
         raise NotImplementedError
 
 
+# Of torch.backends.cuda.matmul: tf32, and sums of 16-bit products in less than fp32.
+REDUCED_PRECISION = (
+    "allow_tf32",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute fp32 products on CUDA without tf32, and sum bf16 products in fp32: the bounds assume both."""
+    """Compute fp32 products on CUDA without tf32, and sum 16-bit products in fp32: the bounds assume both."""
     flags = torch.backends.cuda.matmul
-    before = flags.allow_tf32, flags.allow_bf16_reduced_precision_reduction
-    flags.allow_tf32, flags.allow_bf16_reduced_precision_reduction = False, False
+    before = {name: getattr(flags, name) for name in REDUCED_PRECISION if hasattr(flags, name)}
     try:
+        for name in before:
+            setattr(flags, name, False)
         yield
     finally:
-        flags.allow_tf32, flags.allow_bf16_reduced_precision_reduction = before
+        for name, value in before.items():
+            setattr(flags, name, value)
 
 
 class Float32(ScoreBounds):
@@ -95,16 +187,49 @@ class Float32(ScoreBounds):
 
     name = "fp32"
 
-    def scores(self, vectors: Tensor) -> Tensor:
-        """Return (C, B) fp32."""
-        return vectors @ self.queries.T
-
-    def bound(self, vectors: Tensor) -> Tensor:
+    def bound(self, passages: Passages) -> Tensor:
         """Return (B,) fp64, the largest error that a score of this chunk can have."""
-        return SLACK * self.error * self.query_norms * norms(vectors).max()
+        return SLACK * self.queries.error * self.queries.norms * passages.longest
 
-    def pairs_above(self, vectors: Tensor, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
-        return select_pairs(self.scores(vectors), floor - self.bound(vectors), limit)
+    def kth_score(self, passages: Passages, keep: int) -> Tensor:
+        """Return (B,) fp64, a score that at least `keep` passages of this chunk reach."""
+        scores = self.queries.scaled @ passages.float32.T
+        return torch.topk(scores, keep, dim=1).values[:, -1].double() - self.bound(passages)
+
+    def pairs_above(self, passages: Passages, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
+        scores = passages.float32 @ self.queries.scaled.T
+        return select_pairs(scores, floor - self.bound(passages), limit)
+
+
+class Float16(ScoreBounds):
+    """Products with queries rounded to fp16, summed in fp32 and rounded to fp16 at the end (tensor cores).
+
+    The passages are stored in fp16: they need no conversion and have no rounding error. On a CPU, where torch
+    does not promise how fp16 is summed, the product is computed in fp32; only tests use it there.
+    """
+
+    name = "fp16"
+
+    def __init__(self, queries: Queries):
+        super().__init__(queries)
+        self.rounded = queries.scaled.half()
+        # The difference is exact in fp32: a query value below fp16's range becomes 0 and is all error.
+        self.rounding_norms = norms(queries.scaled - self.rounded.float())
+        self.rounded_norms = norms(self.rounded.float())
+
+    def pairs_above(self, passages: Passages, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
+        # q.p - q'.p = (q - q').p, bounded by the product of the norms (Cauchy-Schwarz); the error of the sum
+        bound = (self.rounding_norms + self.queries.error * self.rounded_norms) * passages.longest
+        # The sum reaches the threshold t. Rounding never reorders numbers (large ones become infinite or the
+        # largest fp16, small ones subnormal or 0), so the rounded sum reaches t rounded down to fp16.
+        threshold = round_down(floor - SLACK * bound, torch.float16)
+        return select_pairs(self._scores(passages.half), threshold.double(), limit)
+
+    def _scores(self, half: Tensor) -> Tensor:
+        """Return (C, B) fp16."""
+        if half.is_cuda:
+            return half @ self.rounded.T
+        return (half.float() @ self.rounded.float().T).half()
 
 
 class Bfloat16(ScoreBounds):
@@ -112,20 +237,18 @@ class Bfloat16(ScoreBounds):
 
     name = "bf16"
 
-    def __init__(self, queries: np.ndarray, device: torch.device):
-        super().__init__(queries, device)
-        self.rounded = self.queries.bfloat16()
-        self.rounding_norms = norms(self.queries - self.rounded.float())
+    def __init__(self, queries: Queries):
+        super().__init__(queries)
+        self.rounded = queries.scaled.bfloat16()
+        self.rounding_norms = norms(queries.scaled - self.rounded.float())
         self.rounded_norms = norms(self.rounded.float())
 
-    def pairs_above(self, vectors: Tensor, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
-        rounded = vectors.bfloat16()
-        back = rounded.float()
-        longest = norms(back).max()
+    def pairs_above(self, passages: Passages, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
+        rounded, rounding_norm, longest = passages.bfloat16
         # q.p - q'.p' = q.(p - p') + (q - q').p', each bounded by the product of the norms (Cauchy-Schwarz)
-        bound = self.query_norms * norms(vectors - back).max() + self.rounding_norms * longest
+        bound = self.queries.norms * rounding_norm + self.rounding_norms * longest
         # the sum, and rounding it to bf16
-        bound += (self.error + 2.0**-8) * self.rounded_norms * longest
+        bound += (self.queries.error + 2.0**-8) * self.rounded_norms * longest
         return select_pairs(rounded @ self.rounded.T, floor - SLACK * bound, limit)
 
 
@@ -133,35 +256,29 @@ class Int8(ScoreBounds):
     """Products of 8-bit integers: passages minus their mean in 7 or 8 bits, queries in 8, each with a scale.
 
     They take half the time of fp32 with AVX2 and a quarter with AVX512-VNNI (oneDNN). Integer sums are exact.
-    The mean of the first chunk is subtracted, because trained vectors share a large mean that wastes range.
     """
 
     name = "int8"
 
-    def __init__(self, queries: np.ndarray, device: torch.device):
-        super().__init__(queries, device)
-        unit = self.queries.abs().amax(1).clamp_min(0.5) / QUERY_LEVELS  # 0.5: for a query of zeros
-        levels = torch.round(self.queries / unit[:, None])
-        self.size = self.query_norms.clamp_min(1e-30)  # products are computed with q / size
-        self.levels = int8_levels(queries.shape[1])
-        self.product = int8_product(levels.to(torch.int8), (unit / self.size).float(), self.levels)
-        self.rounding_norms = norms(self.queries - levels * unit[:, None]) + 8 * EPSILON * self.query_norms
-        self.mean: Tensor | None = None
+    def __init__(self, queries: Queries):
+        super().__init__(queries)
+        scaled = queries.scaled
+        unit = scaled.abs().amax(1).clamp_min(0.5) / QUERY_LEVELS  # 0.5: for a query of zeros
+        levels = torch.round(scaled / unit[:, None])
+        self.size = queries.norms.clamp_min(1e-30)  # products are computed with q / size
+        limit = int8_levels(scaled.shape[1])
+        self.product = int8_product(levels.to(torch.int8), (unit / self.size).float(), limit)
+        self.rounding_norms = norms(scaled - levels * unit[:, None]) + 8 * EPSILON * queries.norms
+        self.from_mean: Tensor | None = None
 
-    def pairs_above(self, vectors: Tensor, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
-        if self.mean is None:
-            self.mean = vectors.mean(0)
-            self.mean_norm = norms(self.mean[None])[0]
-            self.from_mean = self.queries.double() @ self.mean.double()
-        scaled = torch.sub(vectors, self.mean, out=self.scratch.like(vectors, "scaled"))
-        unit = torch.maximum(scaled.amax(1), -scaled.amin(1)).clamp_min_(1e-30).div_(self.levels)
-        scaled *= (1 / unit)[:, None]
-        levels = torch.round(scaled, out=self.scratch.like(vectors, "levels"))
-        off = norms(scaled.sub_(levels)) * unit
-        longest = (norms(levels) * unit).max()
-        levels = self.scratch.like(vectors, "int8", torch.int8).copy_(levels).view(torch.uint8)
-        # -L..L, read as uint8, plus L + 1 wraps around to 1..2L + 1
-        scores = self.product(levels.add_(self.levels + 1))
+    def pairs_above(self, passages: Passages, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
+        levels, unit, off, longest = passages.int8
+        mean = passages.scratch.mean
+        assert mean is not None  # set by passages.int8
+        if self.from_mean is None:
+            self.mean_norm = norms(mean[None])[0]
+            self.from_mean = self.queries.scaled.double() @ mean.double()
+        scores = self.product(levels)
         if scores is None:
             return None
         # q.p = q.mean + q'.p' + (q - q').p' + q.(p - mean - p'). The last term is at most size * off; it is
@@ -169,7 +286,7 @@ class Int8(ScoreBounds):
         scores = torch.addcmul((SLACK * off).float()[:, None], scores, unit[:, None], out=scores)
         bound = self.rounding_norms * longest
         # the rounding of each term
-        bound += self.error * self.query_norms * (longest + off.max() + 2 * self.mean_norm)
+        bound += self.queries.error * self.queries.norms * (longest + off.max() + 2 * self.mean_norm)
         return select_pairs(scores, (floor - self.from_mean - SLACK * bound) / self.size, limit)
 
 
@@ -200,8 +317,11 @@ def int8_product(rows: Tensor, scale: Tensor, levels: int) -> Callable[[Tensor],
 
 
 def select_pairs(scores: Tensor, threshold: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
-    """Return (query, passage) indices of scores (C, B) >= threshold (B,) fp64; None above `limit` pairs."""
-    lowest = _round_down(threshold)
+    """Return (query, passage) indices of scores (C, B) >= threshold (B,) fp64; None above `limit` pairs.
+
+    The passages of a query come in increasing order. Waits twice for a GPU, once for each number of indices.
+    """
+    lowest = round_down(threshold, torch.float32)
     passages, queries = scores.shape
     if passages % GROUP:
         scores = torch.nn.functional.pad(scores, (0, 0, 0, -passages % GROUP), value=float("-inf"))
@@ -210,40 +330,47 @@ def select_pairs(scores: Tensor, threshold: Tensor, limit: int) -> tuple[Tensor,
     if len(query) > limit:
         return None
     at, within = torch.nonzero(groups[group, :, query] >= lowest[query][:, None], as_tuple=True)
-    passage = group[at] * GROUP + within
-    real = passage < passages  # drop the padding, which passes a threshold of -inf
-    found = query[at][real], passage[real]
-    return None if len(found[0]) > limit else found
+    query, passage = query[at], group[at] * GROUP + within
+    if passages % GROUP:
+        real = passage < passages  # drop the padding, which passes a threshold of -inf
+        query, passage = query[real], passage[real]
+    return None if len(query) > limit else (query, passage)
 
 
-def _round_down(values: Tensor) -> Tensor:
-    """Round fp64 values down to fp32."""
-    rounded = values.float()
-    down = torch.nextafter(rounded, torch.full_like(rounded, float("-inf")))
-    return torch.where(rounded.double() > values, down, rounded)
+def round_down(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round fp64 values down to `dtype`; positive ones below its normal range to 0, as a product may be."""
+    limits = torch.finfo(dtype)
+    values = torch.where((values > 0) & (values < limits.smallest_normal), 0.0, values.clamp(max=limits.max))
+    rounded = values.to(dtype)
+    lower = (values - limits.eps * (values.abs() + limits.smallest_normal)).to(dtype)
+    return torch.where(rounded.double() > values, lower, rounded)
 
 
-KINDS: dict[str, type[ScoreBounds]] = {kind.name: kind for kind in (Float32, Bfloat16, Int8)}
+KINDS: dict[str, type[ScoreBounds]] = {kind.name: kind for kind in (Float32, Float16, Bfloat16, Int8)}
 
 
 def fastest_kind(hidden: int, device: torch.device) -> tuple[str, dict[str, float]]:
     """Return (fastest kind of product, seconds of each), measured: CPU flags do not show the fast kernels."""
+    kinds: list[type[ScoreBounds]] = [Float32, Float16]
+    if device.type == "cpu":
+        kinds = [Float32, Bfloat16, *([Int8] if int8_is_exact(hidden) else [])]
     draw = torch.Generator().manual_seed(0)
-    queries, vectors = (torch.randn(n, hidden, generator=draw) for n in (512, 2048))
-    vectors, floor = vectors.to(device), torch.full((512,), 1e30, dtype=torch.float64, device=device)
-    kinds = [Float32, Bfloat16, *([Int8] if device.type == "cpu" and int8_is_exact(hidden) else [])]
-    seconds = {}
-    for kind in kinds:
-        bounds = kind(queries.numpy(), device)
-        seconds[kind.name] = min(_seconds(bounds, vectors, floor, device) for _ in range(3))
+    queries, vectors = (torch.randn(n, hidden, generator=draw) for n in PROBED[device.type])
+    passages = vectors.half().to(device)
+    floor = torch.full((len(queries),), 1e30, dtype=torch.float64, device=device)
+    scratch, seconds = Scratch(), {}
+    with full_precision():
+        for kind in kinds:
+            bounds = kind(Queries(queries.numpy(), device))
+            seconds[kind.name] = min(_seconds(bounds, Passages(passages, scratch), floor) for _ in range(3))
     return min(seconds, key=lambda name: seconds[name]), seconds
 
 
-def _seconds(bounds: ScoreBounds, vectors: Tensor, floor: Tensor, device: torch.device) -> float:
+def _seconds(bounds: ScoreBounds, passages: Passages, floor: Tensor) -> float:
     started = time.perf_counter()
-    bounds.pairs_above(vectors, floor, 1)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    bounds.pairs_above(passages, floor, 1)
+    if passages.half.is_cuda:
+        torch.cuda.synchronize(passages.half.device)
     return time.perf_counter() - started
 
 

@@ -2,14 +2,14 @@
 
 The score is the inner product of the fp32 query vector and the stored fp16 passage vector in fp64
 arithmetic, higher first; ties go to the lower row. Every device and kind of product gives the same result.
-The passages are read once, in chunks. For each chunk:
+The passages are read once, in chunks (chunks.py), for all queries. For each chunk and batch of queries:
 1. A fast inexact product with a proved error bound (score_bounds.py) selects the (query, passage) pairs whose
    score can reach the query's current k-th best score. If it selects too many, fp32 is used instead.
-2. The selected pairs are scored in fp32, which excludes most of them.
+2. On a CPU the selected pairs are scored in fp32, which excludes most of them.
 3. The remaining pairs are scored in fp64 and merged into the query's top k.
+All of it stays on the device; only the results are copied to the host.
 """
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,92 +19,133 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from torch_src.retrieval.chunks import BUFFERS, Chunk, ChunkReader, DeviceCache
 from torch_src.retrieval.score_bounds import (
     GROUP,
     KINDS,
     Float32,
-    ScoreBounds,
+    Passages,
+    Queries,
+    Scratch,
     fastest_kind,
     full_precision,
     int8_is_exact,
 )
 from torch_src.retrieval.vectors import VectorStore
-from torch_src.runtime.devices import free_gpu_memory, free_memory
+from torch_src.runtime.devices import free_gpu_memory
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import duration
-from torch_src.runtime.prefetch import one_ahead
 
-Chunk = np.ndarray | torch.Tensor  # vectors (C, H) float16: in memory, or on the device of the search
-
+QUERIES = 1000  # per batch: the queries that are compared with a chunk at once
 CHUNK_ROWS = {"cpu": 2048, "cuda": 65536}  # maximum passages per chunk: on a CPU they stay in its caches
+FP32_ROWS = {"cpu": 2048, "cuda": 8192}  # maximum passages per fp32 product
 PENDING_PAIRS = 8  # average pairs per query to collect before a merge into the top k
-REFINE_PAIRS = 2048  # pairs re-scored at once
-CACHED_PAIRS = {"cpu": 256, "cuda": REFINE_PAIRS}  # pairs scored in fp32 at once: both sides stay in a cache
-EXACT_PAIRS = 512  # pairs scored in fp64 at once: both sides stay in a cache
-CACHE_SHARE = 0.6  # maximum share of a GPU's free memory for cached vectors
+SCORED_PAIRS = {"cpu": 2048, "cuda": 32768}  # pairs scored before those that enter are selected
+FP32_PAIRS = 256  # pairs scored in fp32 at once on a CPU: both sides stay in a cache
+FP64_PAIRS = {"cpu": 512, "cuda": 32768}  # pairs scored in fp64 at once: on a CPU both sides stay in a cache
+GPU_SHARE = 0.5  # maximum share of a GPU's free memory for the chunks and products of a search
 PAIRS_SHARE = 1 / 128  # maximum share of a chunk's pairs that the fast product may select
 MAX_SKIPPED = 16  # maximum chunks without the fast product after it selected too many pairs
-CHECK_ROWS = 16384  # vectors read at once to verify checksums
+NO_ROW = torch.iinfo(torch.int64).max
+
+Pairs = tuple[torch.Tensor, torch.Tensor]  # (query, passage) indices, both (n,) int64
 
 
 class TopK:
     """The best K (row, score) of each query so far, in fp64, ties to the lower row."""
 
-    def __init__(self, queries: int, keep: int):
-        self.scores = np.full((queries, keep), -np.inf)
-        self.rows = np.full((queries, keep), np.iinfo(np.int64).max)
-        self.pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    def __init__(self, queries: int, keep: int, device: torch.device):
+        self.scores = torch.full((queries, keep), -torch.inf, dtype=torch.float64, device=device)
+        self.rows = torch.full((queries, keep), NO_ROW, device=device)
+        self.pending: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.pending_pairs, self.max_pending = 0, PENDING_PAIRS * queries
 
     @property
-    def thresholds(self) -> np.ndarray:
-        """The K-th best score (B,) of each query, -inf while there are fewer; a new pair must reach it."""
+    def thresholds(self) -> torch.Tensor:
+        """The K-th best score (B,) of each query, -inf while there are fewer; a new pair must exceed it."""
         return self.scores[:, -1]
 
-    def add(self, query: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> None:
-        """Add pairs (query, row, score), all (n,); merged later, because a merge has a fixed cost."""
+    def add(self, query: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> None:
+        """Add pairs (query, row, score), all (n,); merged later, because a merge has a fixed cost.
+
+        The rows of a query must come in increasing order, in this call and from call to call.
+        """
         self.pending.append((query, rows, scores))
         self.pending_pairs += len(query)
         if self.pending_pairs >= self.max_pending:
             self.flush()
 
     def flush(self) -> None:
-        """Merge the pending pairs into the top k."""
+        """Merge the pending pairs into the top k. Waits once for a GPU."""
         if not self.pending_pairs:
             return
-        query, rows, scores = (np.concatenate(arrays) for arrays in zip(*self.pending, strict=True))
+        query, rows, scores = (torch.cat(tensors) for tensors in zip(*self.pending, strict=True))
         self.pending, self.pending_pairs = [], 0
-        keep = self.scores.shape[1]
-        order = np.lexsort((rows, -scores, query))
+        # by query, then score; the sorts are stable, which leaves equal scores in the order of their rows
+        order = torch.sort(scores, descending=True, stable=True).indices
+        order = order[torch.sort(query[order], stable=True).indices]
         query, rows, scores = query[order], rows[order], scores[order]
-        place = np.arange(len(query)) - np.searchsorted(query, query)
-        best = place < keep  # only the K best new pairs of a query, which bounds the table below
-        query, rows, scores, place = query[best], rows[best], scores[best], place[best]
-        changed, count = np.unique(query, return_counts=True)
-        # A table row for each query with new pairs: its top k so far, then the new pairs.
-        table_scores = np.full((len(changed), keep + count.max()), -np.inf)
-        table_rows = np.full(table_scores.shape, np.iinfo(np.int64).max)
-        table_scores[:, :keep], table_rows[:, :keep] = self.scores[changed], self.rows[changed]
-        line = np.repeat(np.arange(len(changed)), count)
-        table_scores[line, keep + place], table_rows[line, keep + place] = scores, rows
-        order = np.lexsort((table_rows, -table_scores), axis=1)[:, :keep]
-        self.scores[changed] = np.take_along_axis(table_scores, order, 1)
-        self.rows[changed] = np.take_along_axis(table_rows, order, 1)
+        place = torch.arange(len(query), device=query.device) - torch.searchsorted(query, query)
+        count, keep = self.scores.shape
+        width = min(keep, int(place.max()) + 1)
+        # A table row for each query: its top k so far, its best new pairs, and a column that takes the rest.
+        column = keep + place.clamp_(max=width)
+        table = self.scores.new_full((count, keep + width + 1), -torch.inf)
+        table_rows = self.rows.new_full(table.shape, NO_ROW)
+        table[:, :keep], table_rows[:, :keep] = self.scores, self.rows
+        table[query, column], table_rows[query, column] = scores, rows
+        best = torch.sort(table[:, :-1], dim=1, descending=True, stable=True)
+        self.scores = best.values[:, :keep].contiguous()
+        self.rows = table_rows.gather(1, best.indices[:, :keep])
 
-    def merge(self, other: "TopK") -> None:
-        """Add the results of another device for the same queries."""
-        query, column = np.nonzero(np.isfinite(other.scores))
-        self.add(query, other.rows[query, column], other.scores[query, column])
-        self.flush()
+
+class ExactScorer:
+    """fp64 inner products of pairs.
+
+    Products are summed in one order on every device, so equal vectors get equal scores everywhere.
+    """
+
+    def __init__(self, queries: torch.Tensor, scratch: Scratch):
+        """queries (B, H) float32, on the device of the vectors."""
+        self.queries, self.scratch = queries, scratch
+        self.at_once = FP64_PAIRS[queries.device.type]
+
+    def scores(self, query: torch.Tensor, vectors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return (n,) fp64 of pairs (query, row of `vectors` (C, H) float16)."""
+        scores = torch.empty(len(query), dtype=torch.float64, device=query.device)
+        for start in range(0, len(query), self.at_once):
+            q, r = query[start : start + self.at_once], rows[start : start + self.at_once]
+            products = self._rows("query", self.queries, q)
+            products *= self._rows("passage", vectors, r)
+            scores[start : start + len(q)] = _tree_sum(products)
+        return scores
+
+    def _rows(self, name: str, vectors: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """Return the rows (n, H) of the vectors at positions (n,), in fp64."""
+        rows = self.scratch.rows(name, vectors, at)
+        return self.scratch.like(rows, f"{name} in fp64", torch.float64).copy_(rows)
+
+
+def _tree_sum(values: torch.Tensor) -> torch.Tensor:
+    """Return the sums (n,) of rows (n, H), which are overwritten.
+
+    One half is added to the other until one column is left: plain additions, which round alike everywhere.
+    """
+    width = values.shape[1]
+    while width > 1:
+        half = width // 2
+        values[:, :half] += values[:, width - half : width]
+        width -= half
+    return values[:, 0]
 
 
 @dataclass
 class SearchStats:
-    """Counts of a search, for the log."""
+    """Counts of a search, for the log; a chunk counts once for each batch of queries."""
 
     chunks: int = 0
     fp32_chunks: int = 0  # chunks without the fast product
-    fp32_pairs: int = 0
+    selected_pairs: int = 0
     fp64_pairs: int = 0
 
     def add(self, other: "SearchStats") -> None:
@@ -112,34 +153,71 @@ class SearchStats:
             setattr(self, name, getattr(self, name) + count)
 
     def __str__(self) -> str:
-        pairs = f"{self.fp32_pairs:,} pairs scored in fp32, {self.fp64_pairs:,} in fp64"
+        pairs = f"{self.selected_pairs:,} pairs selected, {self.fp64_pairs:,} scored in fp64"
         return f"({pairs}, {self.fp32_chunks}/{self.chunks} chunks by fp32 alone)"
 
 
 class DeviceSearch:
-    """The search of one batch of queries on one device; chunks may come in any order."""
+    """The search for all queries on one device. Chunks must come in the order of their rows."""
 
-    def __init__(self, queries: np.ndarray, keep: int, kind: str, device: torch.device, cache: list | None):
-        """queries (B, H) float32; `cache` collects the chunks to keep on the device; None: keep none."""
-        self.exact, self.device, self.cache = ExactScorer(queries), device, cache
-        self.fp32 = Float32(queries, device)
-        self.fast: ScoreBounds = self.fp32 if kind == Float32.name else KINDS[kind](queries, device)
-        self.top, self.stats = TopK(len(queries), keep), SearchStats()
-        self.skip, self.failures, self.full = 0, 0, False  # full: every query has K results
+    def __init__(self, queries: np.ndarray, bs: int, keep: int, kind: str, device: torch.device):
+        """queries (N, H) float32, in batches of `bs`."""
+        self.scratch = Scratch()
+        self.batches = [
+            BatchSearch(queries[start : start + bs], keep, kind, device, self.scratch)
+            for start in range(0, len(queries), bs)
+        ]
 
-    def add_chunk(self, first: int, chunk: Chunk) -> None:
-        """Search one chunk (C, H) whose first row is `first`."""
-        if isinstance(chunk, np.ndarray):
-            chunk = torch.from_numpy(chunk).to(self.device, copy=self.cache is not None)
-            if self.cache is not None:
-                self.cache.append((first, chunk))
-        vectors = self.fp32.scratch.like(chunk, "vectors").copy_(chunk)  # fp16 to fp32
-        floor = torch.from_numpy(self.top.thresholds).to(self.device) * self.fp32.scale
-        pairs = self._fast_pairs(vectors, floor) if self._use_fast_product() else None
-        if pairs is None:
-            pairs = self._fp32_pairs(vectors, floor)
+    def add_chunk(self, first: int, chunk: torch.Tensor) -> None:
+        """Search one chunk (C, H) float16 whose first row is `first`."""
+        passages = Passages(chunk, self.scratch)
+        for batch in self.batches:
+            batch.add(first, passages)
+
+    def results(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (rows (N, K) int64, scores (N, K) float64), best first; score -inf where there are fewer."""
+        for batch in self.batches:
+            batch.top.flush()
+        rows, scores = zip(*((batch.top.rows, batch.top.scores) for batch in self.batches), strict=True)
+        return torch.cat(rows).cpu().numpy(), torch.cat(scores).cpu().numpy()
+
+    def stats(self) -> SearchStats:
+        total = SearchStats()
+        for batch in self.batches:
+            total.add(batch.stats)
+        return total
+
+
+class BatchSearch:
+    """The search for one batch of queries on one device."""
+
+    def __init__(self, queries: np.ndarray, keep: int, kind: str, device: torch.device, scratch: Scratch):
+        """queries (B, H) float32."""
+        self.queries, self.keep, self.device, self.scratch = Queries(queries, device), keep, device, scratch
+        self.fp32 = Float32(self.queries)
+        self.fast = self.fp32 if kind == Float32.name else KINDS[kind](self.queries)
+        self.exact = ExactScorer(self.queries.vectors, scratch)
+        self.top, self.stats = TopK(len(queries), keep, device), SearchStats()
+        self.seen, self.skip, self.failures = 0, 0, 0
+
+    @property
+    def full(self) -> bool:
+        """Whether every query has K results: each passage is a result of every query until then."""
+        return self.seen >= self.keep
+
+    def add(self, first: int, passages: Passages) -> None:
+        """Search the passages, whose first row is `first`."""
         self.stats.chunks += 1
-        self._refine(first, chunk, vectors, floor, *pairs)
+        pairs = self._fast_pairs(passages) if self._use_fast_product() else None
+        if pairs is not None:
+            self._score(first, passages, *pairs)
+            return
+        self.stats.fp32_chunks += 1
+        for start, piece in passages.pieces(FP32_ROWS[self.device.type]):
+            self._score(first + start, piece, *self._fp32_pairs(piece))
+            if not self.full:
+                self.top.flush()
+            self.seen += len(piece)
 
     def _use_fast_product(self) -> bool:
         if self.fast is self.fp32 or not self.full:
@@ -147,115 +225,58 @@ class DeviceSearch:
         self.skip -= 1
         return self.skip < 0
 
-    def _fast_pairs(
-        self, vectors: torch.Tensor, floor: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _floor(self) -> torch.Tensor:
+        """Return the scores (B,) fp64 to exceed, of the scaled queries."""
+        return self.top.thresholds * self.queries.scale
+
+    def _fast_pairs(self, passages: Passages) -> Pairs | None:
         """Return the pairs that may enter the top k by the fast product; None when there are too many."""
-        limit = max(64, int(PAIRS_SHARE * len(self.fp32.queries) * len(vectors)))
-        pairs = self.fast.pairs_above(vectors, floor, limit)
+        limit = max(64, int(PAIRS_SHARE * len(self.top.scores) * len(passages)))
+        pairs = self.fast.pairs_above(passages, self._floor(), limit)
         self.failures = 0 if pairs is not None else self.failures + 1
         self.skip = 0 if pairs is not None else min(2**self.failures, MAX_SKIPPED)
         return pairs
 
-    def _fp32_pairs(self, vectors: torch.Tensor, floor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the pairs that may enter the top k by the fp32 product of the whole chunk."""
-        self.stats.fp32_chunks += 1
-        keep = self.top.scores.shape[1]
-        if not self.full and len(vectors) >= keep:
-            # No threshold yet: the chunk's own K-th score, minus the error bound, excludes most pairs.
-            kth = torch.topk(self.fp32.scores(vectors).T, keep, dim=1).values[:, -1].double()
-            floor = torch.maximum(floor, kth - self.fp32.bound(vectors))
-        pairs = self.fp32.pairs_above(vectors, floor, len(self.fp32.queries) * len(vectors))
+    def _fp32_pairs(self, passages: Passages) -> Pairs:
+        """Return the pairs that may enter the top k by the fp32 product of all passages."""
+        floor = self._floor()
+        if not self.full and len(passages) >= self.keep:
+            # No threshold yet: a score that K of these passages reach excludes most pairs.
+            floor = torch.maximum(floor, self.fp32.kth_score(passages, self.keep))
+        pairs = self.fp32.pairs_above(passages, floor, len(self.top.scores) * len(passages))
         assert pairs is not None  # the limit is all pairs
         return pairs
 
-    def _refine(
-        self,
-        first: int,
-        chunk: torch.Tensor,
-        vectors: torch.Tensor,
-        floor: torch.Tensor,
-        query: torch.Tensor,
-        column: torch.Tensor,
-    ) -> None:
-        """Score the pairs in fp32, re-score those that may enter in fp64, and add them to the top k."""
-        self.stats.fp32_pairs += len(query)
-        lowest = floor - self.fp32.bound(vectors)
-        for start in range(0, len(query), REFINE_PAIRS):
-            q, c = query[start : start + REFINE_PAIRS], column[start : start + REFINE_PAIRS]
-            near = self._fp32_scores(vectors, q, c).double() >= lowest[q]
-            queries, c = q[near].cpu().numpy(), c[near]
-            exact = self.exact.scores(queries, chunk, c)
-            rows = c.cpu().numpy() + first
-            self.stats.fp64_pairs += len(queries)
-            enters = exact >= self.top.thresholds[queries]
-            self.top.add(queries[enters], rows[enters], exact[enters])
-        if not self.full:
-            self.top.flush()
-            self.full = bool(np.isfinite(self.top.thresholds).all())
+    def _score(self, first: int, passages: Passages, query: torch.Tensor, column: torch.Tensor) -> None:
+        """Score the pairs (query, passage) in fp64 and add those that enter to the top k."""
+        self.stats.selected_pairs += len(query)
+        step = SCORED_PAIRS[self.device.type]
+        # On a GPU fp64 is fast, and the fast product leaves little to exclude.
+        lowest = self._floor() - self.fp32.bound(passages) if self.device.type == "cpu" else None
+        for start in range(0, len(query), step):
+            q, c = query[start : start + step], column[start : start + step]
+            if lowest is not None:
+                q, c = _selected(self._fp32_scores(passages.float32, q, c).double() >= lowest[q], q, c)
+            scores = self.exact.scores(q, passages.half, c)
+            self.stats.fp64_pairs += len(q)
+            # Equal is not enough: the rows so far are lower.
+            self.top.add(*_selected(scores > self.top.thresholds[q], q, c + first, scores))
 
     def _fp32_scores(self, vectors: torch.Tensor, query: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        """Return the inner products (n,) fp32 of pairs (query, column of this chunk)."""
-        size = CACHED_PAIRS[self.device.type]
-        left, right = (self.fp32.scratch.like(vectors[:size], side) for side in ("left", "right"))
-        scores = torch.empty(len(query), dtype=torch.float32, device=self.device)
-        for start in range(0, len(query), len(left)):
-            q, c = query[start : start + len(left)], column[start : start + len(left)]
-            one = torch.index_select(self.fp32.queries, 0, q, out=left[: len(q)])
-            other = torch.index_select(vectors, 0, c, out=right[: len(q)])
-            torch.sum(one.mul_(other), 1, out=scores[start : start + len(q)])
+        """Return the inner products (n,) fp32 of pairs (query, column of this chunk), scaled."""
+        scores = torch.empty(len(query), dtype=torch.float32)
+        for start in range(0, len(query), FP32_PAIRS):
+            q, c = query[start : start + FP32_PAIRS], column[start : start + FP32_PAIRS]
+            products = self.scratch.rows("left", self.queries.scaled, q)
+            products *= self.scratch.rows("right", vectors, c)
+            torch.sum(products, 1, out=scores[start : start + len(q)])
         return scores
 
 
-class ExactScorer:
-    """fp64 inner products of pairs, in steps small enough for a CPU cache.
-
-    Every product is summed in the same order, so equal vectors get equal scores.
-    """
-
-    def __init__(self, queries: np.ndarray):
-        """queries (B, H) float32."""
-        self.queries, size = queries.astype(np.float64), (EXACT_PAIRS, queries.shape[1])
-        self.left, self.half = np.empty(size), torch.empty(size, dtype=torch.float16)
-        self.right = torch.empty(size, dtype=torch.float64)  # torch: numpy converts fp16 slowly
-
-    def scores(self, query: np.ndarray, vectors: torch.Tensor, rows: torch.Tensor) -> np.ndarray:
-        """Return (n,) fp64 of pairs (query, row of `vectors` (C, H) float16, on any device)."""
-        scores = np.empty(len(query))
-        for start in range(0, len(query), EXACT_PAIRS):
-            q, r = query[start : start + EXACT_PAIRS], rows[start : start + EXACT_PAIRS]
-            left, right = self.left[: len(q)], self.right[: len(q)]
-            if vectors.device.type == "cpu":
-                right.copy_(torch.index_select(vectors, 0, r, out=self.half[: len(q)]))
-            else:
-                right.copy_(vectors[r])
-            np.take(self.queries, q, axis=0, out=left, mode="clip")
-            product = np.multiply(left, right.numpy(), out=left)
-            np.sum(product, axis=1, out=scores[start : start + len(q)])
-        return scores
-
-
-class DeviceCache:
-    """Vectors that stay on their devices from one batch of queries to the next."""
-
-    def __init__(self, devices: list[torch.device]):
-        self.chunks: list[list[tuple[int, torch.Tensor]]] = [[] for _ in devices]
-        self.complete = False
-
-    @classmethod
-    def if_it_fits(
-        cls, store: VectorStore, devices: list[torch.device], memory_gb: float = 0.0
-    ) -> "DeviceCache | None":
-        """Return a cache on the GPUs, or on a CPU within `memory_gb`; None when the vectors are too large."""
-        share = store.rows * store.hidden * 2 / len(devices)
-        return cls(devices) if all(share < _cache_room(device, memory_gb) for device in devices) else None
-
-
-def _cache_room(device: torch.device, memory_gb: float) -> float:
-    """Return the bytes that cached vectors may take."""
-    if device.type == "cuda":
-        return CACHE_SHARE * free_gpu_memory(device)
-    return min(memory_gb * 1e9, 0.9 * free_memory())
+def _selected(mask: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return the entries (m,) of tensors (n,) where the mask (n,) is set. Waits once for a GPU."""
+    at = torch.nonzero(mask)[:, 0]
+    return [tensor[at] for tensor in tensors]
 
 
 def search(
@@ -266,37 +287,40 @@ def search(
     kind: str = "auto",
     memory_gb: float = 2.0,
     cache: DeviceCache | None = None,
+    bs: int = QUERIES,
+    searched: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, SearchStats]:
-    """Return (rows (B, K) int64, scores (B, K) float64, stats), K = min(topk, passages), best first.
+    """Return (rows (N, K) int64, scores (N, K) float64, stats), K = min(topk, passages), best first.
 
-    queries: (B, H) float32. kind: fp32, bf16, int8 or auto (the fastest); the result is the same. Several
-    devices share the chunks. Memory: at most `memory_gb` (10^9 bytes) in addition to the queries, the results
-    and the `cache`, which the first search fills.
+    queries: (N, H) float32, compared in batches of `bs`. kind: fp32, fp16 (CUDA), bf16, int8 (CPU) or auto,
+    the fastest; the result is the same. Several devices share the chunks. The vectors are read once, and
+    `cache` keeps them on the devices for the next search. `searched` gets the number of passages per chunk.
+    Host memory: at most `memory_gb` (10^9 bytes) in addition to the cache, `state_bytes` and the results.
+    GPU memory: the cache, `state_bytes`, and at most GPU_SHARE of what is free.
     """
     assert queries.dtype == np.float32 and queries.ndim == 2 and queries.shape[1] == store.hidden
-    keep = min(topk, store.rows)
-    rows = chunk_rows(len(queries), store.hidden, memory_gb, devices)
+    keep, bs = min(topk, store.rows), min(bs, len(queries))
     kind = choose_kind(kind, store.hidden, devices[0])
+    searches = [DeviceSearch(queries, bs, keep, kind, device) for device in devices]
+    rows = chunk_rows(bs, store.hidden, memory_gb, devices)
     if cache and cache.complete:
-        searches = [DeviceSearch(queries, keep, kind, device, None) for device in devices]
-        sources: list[Iterator] = [iter(chunks) for chunks in cache.chunks]
+        sources = [cache.pieces(at, rows) for at in range(len(devices))]
     else:
-        caches = cache.chunks if cache else [None] * len(devices)
-        for chunks in cache.chunks if cache else ():
-            chunks.clear()  # left by a search that failed
-        searches = [DeviceSearch(queries, keep, kind, *pair) for pair in zip(devices, caches, strict=True)]
-        sources = _shared(read_chunks(store, rows, buffers=2 + len(devices)), len(devices))
+        reader = ChunkReader(store, rows)
+        sources = [reader.chunks(device, keep=cache is not None) for device in devices]
+        if cache:
+            sources = [cache.fill(at, chunks) for at, chunks in enumerate(sources)]
     with full_precision():
-        _run(searches, sources)
+        _run(searches, sources, searched or (lambda passages: None))
     if cache:
         cache.complete = True
-    top, stats = searches[0].top, searches[0].stats
-    top.flush()
-    for other in searches[1:]:
-        other.top.flush()
-        top.merge(other.top)
-        stats.add(other.stats)
-    return top.rows, top.scores, stats
+    stats = SearchStats()
+    for device_search in searches:
+        stats.add(device_search.stats())
+    found, scores = zip(*(device_search.results() for device_search in searches), strict=True)
+    if len(searches) == 1:
+        return found[0], scores[0], stats
+    return *best_first(np.concatenate(found, axis=1), np.concatenate(scores, axis=1), keep), stats
 
 
 def choose_kind(
@@ -313,64 +337,68 @@ def choose_kind(
     return name
 
 
+def state_bytes(queries: int, hidden: int, keep: int) -> int:
+    """Return the bytes that all queries of a search take on each device: vectors and top k."""
+    # vectors fp32, scaled, and rounded for the fast product; (row, score), and norms
+    return queries * (hidden * (4 + 4 + 2) + keep * 16 + 64)
+
+
 def chunk_rows(queries: int, hidden: int, memory_gb: float, devices: list[torch.device]) -> int:
-    """Return the passages per chunk; UserError when `memory_gb` is too little for GROUP passages."""
-    # per passage: its vector in fp16 (3 times, read ahead), fp32 (3: as is, minus the mean, scaled) and int8
-    # (2); per pair: its score and, at worst, its place in the list of selected pairs
-    row_bytes = hidden * (3 * 2 + 3 * 4 + 2) + queries * (4 + 4 + 4 * 8)
-    fixed_bytes = REFINE_PAIRS * hidden * (3 * 4 + 3 * 8) + queries * hidden * (4 + 4 + 8)
-    rows = int((memory_gb * 1e9 / len(devices) - fixed_bytes) / row_bytes) // GROUP * GROUP
+    """Return the passages per chunk for batches of `queries`; UserError when not even GROUP of them fit.
+
+    On GPUs `memory_gb` limits only the chunks in host memory.
+    """
+    host = memory_gb * 1e9 / len(devices)
+    if devices[0].type == "cpu":
+        needed, rows = _rows_within(host, *_cpu_bytes(queries, hidden))
+        limit, fix = f"--search_memory_gb {memory_gb}", "raise it, or lower --bs"
+        needed *= len(devices)
+    else:
+        free = min(map(free_gpu_memory, devices))
+        needed, rows = _rows_within(GPU_SHARE * free, *_gpu_bytes(queries, hidden))
+        rows = min(rows, _rows_within(host, 0, BUFFERS * 2 * hidden)[1])
+        limit, fix = f"{free / 1e9:.1f} GB of GPU memory are free, half of them for the search", "lower --bs"
     if rows < GROUP:
-        needed = len(devices) * (fixed_bytes + GROUP * row_bytes) / 1e9
-        raise UserError(
-            f"--search_memory_gb {memory_gb}: {queries:,} queries at once need {needed:.1f} GB; "
-            "raise it, or lower --bs"
-        )
+        raise UserError(f"{limit}: {queries:,} queries at once need {needed / 1e9:.1f} GB; {fix}")
     return min(rows, CHUNK_ROWS[devices[0].type])
 
 
-def read_chunks(store: VectorStore, rows: int, buffers: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (first row, vectors (rows, H) float16), reading one chunk ahead.
-
-    The memory of a chunk is reused after `buffers` - 1 more chunks.
-    """
-    memory = [np.empty((min(rows, store.rows), store.hidden), dtype=np.float16) for _ in range(buffers)]
-
-    def read(at: int) -> tuple[int, np.ndarray]:
-        first = at * rows
-        chunk = memory[at % buffers][: min(rows, store.rows - first)]
-        store.read_into(first, chunk)
-        return first, chunk
-
-    return one_ahead(read, range(math.ceil(store.rows / rows)))
+def _rows_within(budget: float, fixed_bytes: int, row_bytes: int) -> tuple[int, int]:
+    """Return (bytes for the smallest chunk, passages per chunk within `budget` bytes)."""
+    return fixed_bytes + GROUP * row_bytes, int((budget - fixed_bytes) / row_bytes) // GROUP * GROUP
 
 
-def _shared(chunks: Iterator[tuple[int, np.ndarray]], count: int) -> list[Iterator]:
-    """Return `count` iterators, each for one thread, that take the chunks in turn as they are needed."""
-    if count == 1:
-        return [chunks]
-    lock = threading.Lock()
-
-    def take() -> Iterator[tuple[int, np.ndarray]]:
-        while True:
-            with lock:
-                first, chunk = next(chunks, (0, None))
-                if chunk is None:
-                    return
-                chunk = chunk.copy()  # the other threads may reuse its memory before this one has finished
-            yield first, chunk
-
-    return [take() for _ in range(count)]
+def _cpu_bytes(queries: int, hidden: int) -> tuple[int, int]:
+    """Return (bytes of a batch of queries, additional bytes per passage of a chunk) on a CPU."""
+    # per pair to score: both vectors in fp32, in 16 bits and in fp64; per query: its conversions
+    fixed = FP32_PAIRS * hidden * 2 * 4 + FP64_PAIRS["cpu"] * hidden * (4 + 2 + 2 * 8) + queries * hidden * 16
+    # per passage: its vector in fp16, in fp32 (3: as is, minus the mean, scaled) and int8; per pair: its
+    # score and, at worst, its place in the list of selected pairs
+    return fixed, hidden * (BUFFERS * 2 + 3 * 4 + 1) + queries * (4 + 4 + 4 * 8)
 
 
-def _run(searches: list[DeviceSearch], sources: list[Iterator]) -> None:
+def _gpu_bytes(queries: int, hidden: int) -> tuple[int, int]:
+    """Return (bytes of a batch of queries, additional bytes per passage of a chunk) on a GPU."""
+    # fp32 products, all of whose pairs may be selected; pairs to score, in fp32, fp16 and fp64
+    fixed = FP32_ROWS["cuda"] * (hidden * 4 + queries * (4 + 4 + 7 * 8))
+    fixed += FP64_PAIRS["cuda"] * hidden * (4 + 2 + 2 * 8)
+    # per passage: its vector in fp16 (copied, used, not yet freed); per pair: its score, a padded copy of it,
+    # and the groups with selected pairs
+    return fixed, hidden * 3 * 2 + queries * (2 + 2 + 4)
+
+
+def _run(
+    searches: list[DeviceSearch], sources: list[Iterator[Chunk]], searched: Callable[[int], None]
+) -> None:
     """Search every device's chunks, one thread per device; the first error ends all of them."""
-    failed = threading.Event()
+    failed, lock = threading.Event(), threading.Lock()
 
-    def work(search: DeviceSearch, chunks: Iterator) -> None:
+    def work(search: DeviceSearch, chunks: Iterator[Chunk]) -> None:
         try:
             for first, chunk in chunks:
                 search.add_chunk(first, chunk)
+                with lock:
+                    searched(len(chunk))
                 if failed.is_set():
                     return
         except BaseException:
@@ -388,22 +416,16 @@ def _run(searches: list[DeviceSearch], sources: list[Iterator]) -> None:
             failed.set()  # ends the other threads after an interrupt, too
 
 
-def check_blocks(store: VectorStore) -> None:
-    """Read every block in order, which verifies its checksum (DamagedBlock)."""
-    for _ in read_chunks(store, CHECK_ROWS, buffers=3):
-        pass
-
-
 def exact_scores(store: VectorStore, queries: np.ndarray, found: np.ndarray) -> np.ndarray:
     """Return the fp64 scores (B, K) of rows (B, K) found by an approximate search; -inf where a row is -1."""
     query, column = np.nonzero(found >= 0)
-    rows, scorer = found[query, column], ExactScorer(queries)
+    rows, scorer = found[query, column], ExactScorer(torch.from_numpy(queries), Scratch())
     scores, by_row = np.empty(len(rows)), np.argsort(rows, kind="stable")
-    for start in range(0, len(rows), REFINE_PAIRS):
-        at = by_row[start : start + REFINE_PAIRS]
+    for start in range(0, len(rows), SCORED_PAIRS["cpu"]):
+        at = by_row[start : start + SCORED_PAIRS["cpu"]]
         distinct, which = np.unique(rows[at], return_inverse=True)
         vectors = torch.from_numpy(store.vectors_at(distinct))
-        scores[at] = scorer.scores(query[at], vectors, torch.from_numpy(which))
+        scores[at] = scorer.scores(torch.from_numpy(query[at]), vectors, torch.from_numpy(which)).numpy()
     table = np.full(found.shape, -np.inf)
     table[query, column] = scores
     return table
@@ -412,14 +434,11 @@ def exact_scores(store: VectorStore, queries: np.ndarray, found: np.ndarray) -> 
 def best_first(found: np.ndarray, scores: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (rows (B, keep) int64, scores (B, keep) float64), best first, ties by row.
 
-    Missing results (rows of -1 in `found`) come last, with row -1 and score -inf.
+    `found` and `scores` (B, D), D >= keep. Missing results, rows of -1, come last with score -inf.
     """
-    query, column = np.nonzero(found >= 0)
-    top = TopK(len(found), keep)
-    top.add(query, found[query, column], scores[query, column])
-    top.flush()
-    top.rows[~np.isfinite(top.scores)] = -1
-    return top.rows, top.scores
+    scores = np.where(found >= 0, scores, -np.inf)
+    order = np.lexsort((found, -scores), axis=1)[:, :keep]
+    return np.take_along_axis(found, order, 1), np.take_along_axis(scores, order, 1)
 
 
 def measured_recall(

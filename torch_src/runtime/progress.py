@@ -1,4 +1,4 @@
-"""Progress of a long loop over texts: a bar on a terminal, log lines elsewhere."""
+"""Progress of a long loop: a bar on a terminal, log lines elsewhere."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ from torch_src.runtime.log import duration, log
 
 
 class Progress:
-    """Counts texts and tokens; reports texts/s, tokens/s and the remaining time every `log_every` seconds."""
+    """Counts texts and, if any, tokens; reports rates and the remaining time every `log_every` seconds."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class Progress:
         self.texts = self.tokens = self.cut = 0
         self.bar = tqdm(total=total, unit=f" {unit}") if sys.stderr.isatty() else None
 
-    def add(self, texts: int, tokens: int, cut: int = 0) -> None:
+    def add(self, texts: int, tokens: int = 0, cut: int = 0) -> None:
         """Count finished texts, their tokens, and how many of them were truncated."""
         self.texts, self.tokens, self.cut = self.texts + texts, self.tokens + tokens, self.cut + cut
         if self.bar is not None:
@@ -39,7 +39,9 @@ class Progress:
         seconds = max(self.clock() - self.started, 1e-9)
         left = (self.total - self.texts) * seconds / max(self.texts, 1)
         done = f"{self.texts:,}/{self.total:,} {self.unit} ({100 * self.texts / max(self.total, 1):.1f}%)"
-        rates = f"{self.texts / seconds:,.0f} {self.unit}/s  {self.tokens / seconds:,.0f} tokens/s"
+        rates = f"{self.texts / seconds:,.0f} {self.unit}/s"
+        if self.tokens:
+            rates += f"  {self.tokens / seconds:,.0f} tokens/s"
         return f"{self.verb} {done}  {rates}  eta {duration(left)}"
 
     def close(self) -> None:
@@ -49,5 +51,5 @@ class Progress:
         if self.texts:
             seconds = self.clock() - self.started
             done = f"{self.verb} {self.texts:,} {self.unit} in {duration(seconds)}"
-            rate = f"{self.texts / max(seconds, 1e-9):,.0f} {self.unit}/s"
-            log(f"{done}  {rate}  {100 * self.cut / self.texts:.1f}% truncated")
+            cut = f"  {100 * self.cut / self.texts:.1f}% truncated" if self.tokens else ""
+            log(f"{done}  {self.texts / max(seconds, 1e-9):,.0f} {self.unit}/s{cut}")

@@ -29,11 +29,12 @@ from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.models.backbones import check_fits
 from torch_src.models.cross_encoder import describe_reranker
+from torch_src.retrieval.chunks import DeviceCache
 from torch_src.retrieval.faiss_index import INDEX, FaissSearch, IndexSettings, index_gpus
 from torch_src.retrieval.reranking import PairScorer, rank_pairs
 from torch_src.retrieval.score_bounds import Float32
 from torch_src.retrieval.score_checks import collapsed
-from torch_src.retrieval.search import DeviceCache, search
+from torch_src.retrieval.search import search
 from torch_src.retrieval.vectors import NOT_COMPARED, VectorStore
 from torch_src.runtime.devices import choose_device, search_devices
 from torch_src.runtime.errors import UserError

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from torch_src.retrieval.chunks import check_blocks
 from torch_src.retrieval.engines.milvus_options import is_milvus_file, parse_params
-from torch_src.retrieval.search import best_first, check_blocks, exact_scores
+from torch_src.retrieval.search import best_first, exact_scores
 from torch_src.retrieval.vectors import NOT_COMPARED, VectorStore
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.libraries import import_library
