@@ -142,7 +142,7 @@ class Training(TrainRows, DevAnswers, PlannedJob):
     """Training of either model."""
 
     # main options
-    grad_cache_chunk: int = 0  # texts or pairs per forward pass of a larger batch (GradCache); 0: off
+    grad_cache_chunk: int = -1  # texts per forward pass (GradCache); -1: as memory needs it; 0: off
 
     # data paths
     dev_candidates: str = ""  # run or .res.tsv; empty: data_dir/auxiliary/dev.retrieval.top50.res.tsv
@@ -167,7 +167,7 @@ class Training(TrainRows, DevAnswers, PlannedJob):
     log_every: int = 20  # updates between log lines
 
     # advanced
-    tokens_per_batch: int = 0  # padded tokens per forward pass; 0: chosen by device (2,048 on a CPU)
+    tokens_per_batch: int = 0  # padded tokens per forward pass; 0: from free GPU memory, 2,048 on a CPU
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     deterministic: bool = False  # bitwise reproducible on CUDA, slower; runs on a CPU always are
 
@@ -176,7 +176,7 @@ class Training(TrainRows, DevAnswers, PlannedJob):
     }  # fmt: skip
     RANGES = {
         "epoch": COUNT, "batch_size": COUNT, "lr": ABOVE_0, "weight_decay": FROM_0, "dropout": (0, 0.9),
-        "grad_cache_chunk": COUNT_OR_OFF, "accumulation_steps": COUNT, "max_steps": STEPS_OR_OFF,
+        "grad_cache_chunk": (-1, 10**6), "accumulation_steps": COUNT, "max_steps": STEPS_OR_OFF,
         "warmup_proportion": SHARE, "max_grad_norm": ABOVE_0, "ema_decay": (0, 0.999999),
         "eval_every": (-1, 10**8), "early_stop": COUNT_OR_OFF, "save_every_minutes": (0, 10**6),
         "log_every": STEPS, "tokens_per_batch": STEPS_OR_OFF,

@@ -35,6 +35,7 @@ from torch_src.runtime.program import exit_status
 from torch_src.runtime.stamps import checksum_files
 from torch_src.training.dev_evaluation import DevReranking, open_dev_reranking
 from torch_src.training.grad_cache import ChunkedForward
+from torch_src.training.memory import probe_inputs
 from torch_src.training.stage import Setup, TrainingStage, checkpoint_activations, describe_rows
 from torch_src.training.trainer import Output, TrainingProgress, TrainingTask
 
@@ -70,6 +71,10 @@ class CrossTask(TrainingTask):
         self.groups = hp.groups_per_step if self.listwise else hp.batch_size
         self.group_size = hp.group_size if self.listwise else 1
         self.units_per_batch = self.texts_per_batch = self.groups * self.group_size
+        self.longest = self.rules.max_tokens(setup.tokenizer)
+        groups = -(-self.groups // self.processes.world)
+        passes = 2 if hp.r_drop_alpha else 1
+        self.tokens_per_batch = passes * groups * self.group_size * self.longest
         self.dev: DevReranking | None = None
 
     def inputs(self) -> dict[str, Any]:
@@ -159,6 +164,11 @@ class CrossTask(TrainingTask):
 
         pad_id = self.setup.tokenizer.pad_token_id
         return self.chunking.run(forward, batch.pairs, pad_id, (*batch.place, number))
+
+    def probe(self, texts: int) -> tuple[Tensor, int]:
+        """Return the logits of pairs of the greatest length, and their tokens."""
+        input_ids, mask = probe_inputs(texts, self.longest, self.device)
+        return self.model(input_ids, mask, torch.zeros_like(mask)), input_ids.numel()
 
     def _perturbed_embeddings(self, batch: CrossInputs) -> Tensor:
         """Return word embeddings moved by epsilon g / |g|, g their gradient of all processes' loss (FGM).

@@ -22,7 +22,7 @@ class DualHparams(Training):
     pretrained_model_path: str = "torch_pretrained_models/ernie-gram-zh"  # folder or hub name
     vocab_path: str = ""  # a WordPiece vocab.txt; empty: the model's own tokenizer
     epoch: int = 10  # passes over the training queries
-    batch_size: int = 32  # queries per micro-batch, each with its positive and hard negatives
+    batch_size: int = 512  # queries per micro-batch, each with its positive and hard negatives
     lr: float = 3e-5  # peak learning rate of AdamW
 
     # model

@@ -32,6 +32,7 @@ from torch_src.runtime.program import exit_status
 from torch_src.runtime.stamps import checksum_files
 from torch_src.training.dev_evaluation import DevRetrieval, open_dev_retrieval
 from torch_src.training.grad_cache import ChunkedForward
+from torch_src.training.memory import probe_inputs
 from torch_src.training.stage import Setup, TrainingStage, checkpoint_activations, describe_rows
 from torch_src.training.trainer import Output, TrainingProgress, TrainingTask
 
@@ -62,6 +63,12 @@ class DualTask(TrainingTask):
         self.rules = {side: setup.rules[knob] for side, knob in LENGTHS.items()}
         if not pools_prompt(setup.config):
             self.rules = {side: exclude_prompt(rules, setup.tokenizer) for side, rules in self.rules.items()}
+        shares = [
+            -(-count // self.processes.world)
+            for count in (hp.batch_size, hp.batch_size * (1 + hp.hard_negatives))
+        ]
+        self.longest = {side: rules.max_tokens(setup.tokenizer) for side, rules in self.rules.items()}
+        self.tokens_per_batch = shares[0] * self.longest["query"] + shares[1] * self.longest["passage"]
         log(describe_retriever(asdict(hp), setup.config))
         hidden = vector_width(setup.config)
         self.dims = [*hparams.dimensions("matryoshka_dims", hp.matryoshka_dims, hidden), hidden]
@@ -143,6 +150,11 @@ class DualTask(TrainingTask):
 
         pad_id = self.setup.tokenizer.pad_token_id
         return self.chunking.run(forward, tokens, pad_id, (*batch.place, side == "query"))
+
+    def probe(self, texts: int) -> tuple[Tensor, int]:
+        """Return the vectors of passages of the greatest length, and their tokens."""
+        inputs = probe_inputs(texts, self.longest["passage"], self.device)
+        return self.model("passage", *inputs, self.rules["passage"].prompt_tokens), inputs[0].numel()
 
     def loss(
         self, queries: Tensor, passages: Tensor, source: DualBatch, shard: slice

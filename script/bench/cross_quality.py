@@ -42,7 +42,7 @@ def settings(args: argparse.Namespace, output: str) -> CrossHparams:
 def loaded(args: argparse.Namespace, output: str) -> tuple[TrainingStage, CrossTask]:
     """Return a stage and its task with dev candidates, without evaluation during training."""
     stage = training_stage(settings(args, output))
-    stage.task.load()
+    stage.load()
     stage.hp = replace(stage.hp, eval_every=-1)
     assert isinstance(stage.task, CrossTask)
     return stage, stage.task

@@ -102,7 +102,7 @@ def _settings(bench: Bench, chunk: int, tokens: int) -> DualHparams:
 def _our_update(bench: Bench, name: str, chunk: int, tokens: int, profiled: bool) -> None:
     """Updates of the trainer, the next batch prepared in a thread as in a real run."""
     stage = training_stage(_settings(bench, chunk, tokens))
-    stage.task.load()
+    stage.load()
     trainer, task = stage.trainer(bench.folder / "train_output", {}), stage.task
     batches = one_ahead(lambda epoch: task.batch(epoch, 0), range(2 + bench.sizes.updates))
     first = next(batches)

@@ -36,7 +36,7 @@ def update(args: argparse.Namespace, batch: int, chunk: int) -> Figures:
     with tempfile.TemporaryDirectory() as output:
         hp = replace(settings(args, output), p_max_seq_len=args.p_max_seq_len)
         stage = training_stage(hp)
-        stage.task.load()
+        stage.load()
         trainer = stage.trainer(output, {})
         before, prepared = unshared_gb(), stage.task.batch(0, 0)
         tokens = len(prepared.queries.ids) + len(prepared.passages.ids)

@@ -40,7 +40,7 @@ def dev_mrr(stage: TrainingStage, tower: PreTrainedModel | None = None) -> float
 def loaded(args: argparse.Namespace, output: str) -> TrainingStage:
     """Return a stage with its dev set, without evaluation during training."""
     stage = training_stage(replace(settings(args, output), eval_every=10**9))
-    stage.task.load()
+    stage.load()
     stage.hp = replace(stage.hp, eval_every=-1)
     return stage
 

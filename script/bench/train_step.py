@@ -71,7 +71,7 @@ def settings(args: argparse.Namespace, output: str) -> DualHparams:
 def ours(args: argparse.Namespace) -> Figures:
     with tempfile.TemporaryDirectory() as output:
         stage = training_stage(settings(args, output))
-        stage.task.load()
+        stage.load()
         times, losses = train(stage, output)
     return figures(times, losses, stage.setup.precision)
 

@@ -10,7 +10,7 @@ from toy_world import make_world, options, train_options
 from torch_src import cross_infer, cross_train, dual_infer, dual_train, inference_plan
 from torch_src.runtime import planning
 from torch_src.runtime.errors import is_out_of_memory
-from torch_src.runtime.planning import Plan, checkpoint_gb, evenly_spaced, smaller_chunk
+from torch_src.runtime.planning import Plan, checkpoint_gb, evenly_spaced, fitting_share
 from torch_src.runtime.program import exit_status
 from torch_src.training import stage as training_stage
 
@@ -82,8 +82,9 @@ def test_arithmetic():
     layer = torch.nn.Linear(1000, 1000, bias=False)  # 4 MB
     assert np.isclose(checkpoint_gb(layer, averaged=False), 0.004 * 10)
     assert np.isclose(checkpoint_gb(layer, averaged=True), 0.004 * 13)
-    # 64 texts take 6 GB above 2: 0.9 x 5 GB leave room for 26, the power of two below is 16
-    assert smaller_chunk(64, 2.0, 8.0, 5.0) == 16 and smaller_chunk(64, 2.0, 8.0, 1.0) == 1
+    # the whole takes 6 GB above 2, 0.9 x 5 GB leave 2.5
+    assert np.isclose(fitting_share(2.0, 8.0, 5.0), 2.5 / 6)
+    assert fitting_share(2.0, 8.0, 1.0) == 0 and fitting_share(2.0, 8.0, 99.0) == 1
 
 
 @pytest.mark.slow
@@ -101,8 +102,11 @@ def test_a_plan_of_training_tries_smaller_chunks_when_out_of_memory(world, tmp_p
     assert dual_train.main(words) == 0
     assert tried == [0, 12, 6]  # 8 queries, 16 passages: half of 24, and half again
     out = capsys.readouterr().out
-    assert "with --grad_cache_chunk 6)" in out
-    assert "IT DOES NOT FIT (these settings)" in out and "--grad_cache_chunk 6 fits" in out
+    assert "with --grad_cache_chunk 6 --tokens_per_batch 512)" in out
+    assert (
+        "IT DOES NOT FIT (these settings)" in out
+        and "--grad_cache_chunk 6 --tokens_per_batch 512 fits" in out
+    )
 
     def broken(trainer, updates):
         raise RuntimeError("this card is broken")

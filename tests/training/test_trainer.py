@@ -13,7 +13,7 @@ from torch_src.dual_train import training_stage
 from torch_src.runtime.errors import UserError
 from torch_src.training.checkpoints import save_checkpoint
 from torch_src.training.distributed import Processes
-from torch_src.training.grad_cache import seed_of
+from torch_src.training.grad_cache import Chunking, seed_of
 from torch_src.training.optimizer import lr_factor, parameter_groups
 from torch_src.training.trainer import Output, Trainer, TrainerOptions, TrainingTask
 
@@ -28,6 +28,7 @@ class Toy(TrainingTask):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Dropout(dropout), nn.Linear(8, 4))
         self.batches_per_epoch, self.metrics, self.seed = micro_steps, list(metrics), seed
+        self.chunking = Chunking(0, 100, seed, CPU, precision)
         self.drawn, self.saved, self.gradients, self.fail_at = [], [], [], None
         self.scale = 1.0  # of the loss, by (epoch, step) where it is a function
         options = TrainerOptions(**{"epochs": 3, "lr": 0.05, "log_every": 1, **knobs})

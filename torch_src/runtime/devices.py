@@ -46,15 +46,14 @@ def search_devices(name: str, device: torch.device) -> list[torch.device]:
     return [device]
 
 
-def token_budget(requested: int, device: torch.device, training: bool = False) -> int:
+def token_budget(requested: int, device: torch.device) -> int:
     """Return the padded tokens per forward pass: `requested`, or for 0 the default of the device."""
     if requested:
         return requested
-    # Independent of free memory: a resumed training must split its batches as before.
     if device.type == "cuda":
-        return 16384 if training else 32768
+        return 32768
     # Activations should fit into the caches: 4,096 was the fastest of 2,048 to 16,384 for inference.
-    return 2048 if training else 4096
+    return 4096
 
 
 def worker_count(requested: int, device: torch.device, texts: int) -> int:
@@ -178,4 +177,6 @@ def free_memory() -> int:
 
 def free_gpu_memory(device: torch.device) -> int:
     """Return the bytes of a GPU's memory that are free or already reserved by this process."""
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free, total = torch.cuda.mem_get_info(device)
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)  # torch 2.7
+    return min(free + torch.cuda.memory_reserved(device), int(fraction * total))

@@ -108,10 +108,9 @@ def checkpoint_gb(model: torch.nn.Module, averaged: bool) -> float:
     return weights + 3 * weights * (4 if averaged else 3)
 
 
-def smaller_chunk(texts: int, base_gb: float, peak_gb: float, free_gb: float) -> int:
-    """Return the largest power of two of texts per forward pass whose peak stays within `free_gb`.
+def fitting_share(base_gb: float, peak_gb: float, free_gb: float) -> float:
+    """Return the share, at most 1, of a forward pass whose peak stays within `free_gb`.
 
-    `texts` texts need `peak_gb`; memory above `base_gb` is assumed to be proportional to their number.
+    The whole needs `peak_gb`; memory above `base_gb` is assumed to be proportional to its size.
     """
-    ratio = (0.9 * free_gb - base_gb) / max(1e-9, peak_gb - base_gb)
-    return int(2 ** int(np.log2(max(1.0, texts * ratio))))
+    return min(1.0, max(0.0, 0.9 * free_gb - base_gb) / max(1e-9, peak_gb - base_gb))

@@ -75,6 +75,15 @@ class Processes:
         number = torch.as_tensor(value, device=self.device).detach().double().clone()
         return self.all_reduce_sum_(number).item()
 
+    def least_of(self, value: int) -> int:
+        """Return the smallest of the processes' values."""
+        if self.world == 1:
+            return value
+        number = torch.tensor(value, device=self.device)
+        with _peer_errors():
+            dist.all_reduce(number, dist.ReduceOp.MIN)
+        return int(number.item())
+
     def all_reduce_gradients(self, model: nn.Module) -> None:
         """Sum the gradients of all parameters over all processes, by one all-reduce of one flat tensor."""
         if self.world == 1:

@@ -7,7 +7,7 @@ chunk size; the gradient equals that of the whole batch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,6 +31,21 @@ class Chunking:
     device: torch.device
     precision: str
     rank: int = 0  # each process draws its own dropout
+
+    def __str__(self) -> str:
+        if self.texts:
+            return f"GradCache: chunks of at most {self.texts:,} texts and {self.tokens:,} tokens"
+        return f"no GradCache: all activations of a batch are kept; chunks of at most {self.tokens:,} tokens"
+
+    def scaled(self, share: float, batch_texts: int) -> "Chunking":
+        """Return GradCache with chunks of this share of the size; 0 texts where less than one is left."""
+        texts = self.texts or batch_texts
+        return replace(self, texts=int(texts * share), tokens=int(self.tokens * share))
+
+    @property
+    def options(self) -> str:
+        """The options for such chunks."""
+        return f"--grad_cache_chunk {max(1, self.texts)} --tokens_per_batch {max(1, self.tokens)}"
 
     def run(
         self, forward: Forward, tokens: TokenTable, pad_id: int, place: tuple[int, ...]

@@ -27,14 +27,13 @@ from torch_src.runtime.devices import (
     free_memory,
     make_deterministic,
     set_threads,
-    token_budget,
 )
 from torch_src.runtime.errors import UserError, is_out_of_memory
 from torch_src.runtime.files import read_json, require
 from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import duration, log
 from torch_src.runtime.outputs import SETTINGS, Output, check_apart, check_outputs
-from torch_src.runtime.planning import Plan, checkpoint_gb, memory_gb, smaller_chunk
+from torch_src.runtime.planning import Plan, checkpoint_gb, fitting_share, memory_gb
 from torch_src.runtime.stamps import (
     changed_files,
     checksum_files,
@@ -47,13 +46,14 @@ from torch_src.runtime.stamps import (
 from torch_src.training.checkpoints import delete_checkpoints, save_tensors
 from torch_src.training.distributed import Processes
 from torch_src.training.grad_cache import Chunking
+from torch_src.training.memory import CPU_TOKENS, choose_chunk, measure
 from torch_src.training.trainer import Trainer, TrainerOptions, TrainingTask
 
 ROWS_IN_ERROR = 40  # of a batch that an error message lists
 PROBED_UPDATES = 3  # that a plan measures, after one warm-up
 
-# Settings that change paths or log lines, but not the weights of a run. `tokens_per_batch` is stamped as the
-# user gave it: 0 means the default of the device, which is not stamped either.
+# Settings that change paths or log lines, but not the weights of a run. `grad_cache_chunk` and
+# `tokens_per_batch` are stamped as the user gave them; what was chosen for -1 and 0 is in the checkpoint.
 NOT_STAMPED = {
     "data_dir", "train_set", "dev_set", "passage_dir", "passage_ids", "dev_candidates", "output_dir",
     "log_every", "save_every_minutes", "pretrained_model_path", "dual_params", "vocab_path", "force", "debug",
@@ -180,8 +180,9 @@ class Setup:
         self.tokenizer = load_tokenizer(hp.pretrained_model_path, hp.vocab_path, name)
         self.rules = make_rules(self.config)
         check_fits(self.config, self.tokenizer, self.rules, hp.pretrained_model_path)
-        tokens = token_budget(hp.tokens_per_batch, self.device, training=True)
-        self.chunking = Chunking(hp.grad_cache_chunk, tokens, hp.seed, self.device, self.precision, rank)
+        texts, tokens = max(0, hp.grad_cache_chunk), hp.tokens_per_batch or CPU_TOKENS
+        # until TrainingStage.load chooses what fits into memory
+        self.chunking = Chunking(texts, tokens, hp.seed, self.device, self.precision, rank)
         self.files = ModelFiles(name, hp, fixed_by_weights, self.config, self.tokenizer)
         self.cache_dir = str(Path(hp.output_dir) / "cache")
 
@@ -224,6 +225,26 @@ class TrainingStage:
         """Return what decides the weights."""
         return {**self.setup.stamp(), **self.task.inputs()}
 
+    def load(self) -> None:
+        """Load data and model, and choose chunks that fit into memory where the settings name none."""
+        task, hp = self.task, self.hp
+        task.load()
+        if hp.grad_cache_chunk >= 0 and (hp.tokens_per_batch or self.device.type == "cpu"):
+            return
+        fit = measure(task.model, task.probe, self.device, self.setup.precision, bool(hp.ema_decay))
+        texts, tokens = choose_chunk(
+            hp.grad_cache_chunk,
+            hp.tokens_per_batch,
+            self.processes.least_of(fit.tokens),  # a resumed run has the same chunks in all processes
+            task.texts_per_batch,
+            task.tokens_per_batch,
+            self.device.type == "cuda",
+        )
+        task.chunking = dataclasses.replace(task.chunking, texts=texts, tokens=tokens)
+        if self.processes.is_first:
+            needed = fit.needed(tokens if texts else task.tokens_per_batch)
+            log(f"{task.chunking} ({needed / 1e9:.1f} GB of {fit.free / 1e9:.1f} GB free)")
+
     def trainer(self, folder: str | Path, stamp: dict[str, Any]) -> Trainer:
         """Return the trainer of the loaded task, with checkpoints and curves in `folder`."""
         hp = self.hp
@@ -265,7 +286,7 @@ class TrainingStage:
             log(f"{files.params}: up to date")
             return
         self.processes.barrier()  # until all have compared the stamps
-        self.task.load()
+        self.load()
         trainer = self.trainer(self.hp.output_dir, stamp)
         if self.stamp() != stamp:
             raise UserError(f"{self.hp.train_set_path} or another input changed while it was read; run again")
@@ -304,7 +325,7 @@ class TrainingStage:
 
     def plan(self) -> Plan:
         """Return the time, memory and disk that the training needs, from a short probe."""
-        self.task.load()
+        self.load()
         plan, task = Plan(f"do_{self.setup.name}_train.py"), self.task
         base = memory_gb(self.device)
         with tempfile.TemporaryDirectory() as folder:
@@ -312,7 +333,7 @@ class TrainingStage:
             while (seconds := self._probe(trainer)) is None:
                 plan.too_large = True
                 trainer = self.trainer(folder, {})
-        chunk = f" with --grad_cache_chunk {task.chunking.texts}" if plan.too_large else ""
+        chunk = f" with {task.chunking.options}" if plan.too_large else ""
         updates = f"{trainer.schedule.total_steps:,} updates ({seconds:.2f} s each{chunk})"
         plan.add(updates, seconds * trainer.schedule.total_steps)
         if trainer.schedule.evaluations and (each := task.evaluation_seconds()):
@@ -320,9 +341,10 @@ class TrainingStage:
             plan.add(name, each * trainer.schedule.evaluations)
         plan.ram_gb, plan.gpu_gb = memory_gb(self.device)
         plan.disk_gb = checkpoint_gb(task.model, bool(self.hp.ema_decay))
-        plan.advice = f"try --grad_cache_chunk {self._chunk_that_fits(base, (plan.ram_gb, plan.gpu_gb))}"
+        share = self._share_that_fits(base, (plan.ram_gb, plan.gpu_gb))
+        plan.advice = f"try {task.chunking.scaled(share, task.texts_per_batch).options}"
         if plan.too_large:
-            plan.advice = f"out of memory with these settings; --grad_cache_chunk {task.chunking.texts} fits"
+            plan.advice = f"out of memory with these settings; {task.chunking.options} fits"
         return plan
 
     def _probe(self, trainer: Trainer) -> float | None:
@@ -331,20 +353,19 @@ class TrainingStage:
         try:
             return float(np.median(trainer.probe(1 + PROBED_UPDATES)[1:]))
         except (RuntimeError, MemoryError) as error:
-            chunk = (task.chunking.texts or task.texts_per_batch) // 2
+            smaller = task.chunking.scaled(0.5, task.texts_per_batch)
             # with several processes the others are waiting in a collective
-            if self.processes.world > 1 or not is_out_of_memory(error) or not chunk:
+            if self.processes.world > 1 or not is_out_of_memory(error) or not smaller.texts:
                 raise
         task.model.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-        log(f"out of memory; trying --grad_cache_chunk {chunk}")
-        task.chunking = dataclasses.replace(task.chunking, texts=chunk)
+        log(f"out of memory; trying {smaller.options}")
+        task.chunking = smaller
         return None
 
-    def _chunk_that_fits(self, base: tuple[float, float], peak: tuple[float, float]) -> int:
+    def _share_that_fits(self, base: tuple[float, float], peak: tuple[float, float]) -> float:
         on_gpu = self.device.type == "cuda"
         free = free_gpu_memory(self.device) if on_gpu else free_memory()
-        texts = self.task.chunking.texts or self.task.texts_per_batch
-        return smaller_chunk(texts, base[on_gpu], peak[on_gpu], free / 1e9)
+        return fitting_share(base[on_gpu], peak[on_gpu], free / 1e9)

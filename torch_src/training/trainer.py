@@ -4,9 +4,9 @@ import math
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from torch_src.runtime.devices import peak_memory_gb
-from torch_src.runtime.errors import UserError
+from torch_src.runtime.errors import UserError, first_line, is_out_of_memory
 from torch_src.runtime.log import duration, log, warn
 from torch_src.runtime.prefetch import one_ahead
 from torch_src.runtime.signals import StopSignals
@@ -47,7 +47,8 @@ class TrainingTask(ABC):
     batches_per_epoch: int
     unit = "queries"  # of the rate in the log
     units_per_batch = 1
-    texts_per_batch = 1  # texts or pairs in a forward pass
+    texts_per_batch = 1  # texts or pairs in the forward passes of a batch
+    tokens_per_batch = 1  # padded tokens, at most, whose activations a batch of this process needs at once
     accuracy_name = "accuracy"  # in the log
     peak_lr: dict[str, float] = {}  # parameter name -> peak learning rate that replaces the common one
 
@@ -83,6 +84,10 @@ class TrainingTask(ABC):
 
     def load(self) -> None:  # noqa: B027 (these methods need not be overridden)
         """Load data, dev set and model."""
+
+    def probe(self, texts: int) -> tuple[Tensor, int]:
+        """Return the outputs of a forward pass of texts or pairs of the greatest length, and its tokens."""
+        raise NotImplementedError
 
     def evaluation_seconds(self) -> float:
         """Return a measured estimate of one dev evaluation."""
@@ -213,7 +218,8 @@ class Trainer:
                         f"early stop: {options.early_stop} evaluations without a better {MAIN_METRIC}"
                     )
                     break
-                update = self.update(step, islice(batches, options.accumulation_steps))
+                with self._out_of_memory_named(step):
+                    update = self.update(step, islice(batches, options.accumulation_steps))
                 self.progress.step = step + 1
                 self.log.update(update)
                 if update.stop or self._checkpoint_due():
@@ -345,6 +351,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "ema": self.ema.shadow if self.ema is not None else {},
+                "chunk": {"texts": self.task.chunking.texts, "tokens": self.task.chunking.tokens},
             }
             save_checkpoint(self.checkpoint, state)
 
@@ -378,6 +385,11 @@ class Trainer:
                 "weights will differ from those of a run with a constant number"
             )
             self.progress.processes = self.processes.world
+        # free memory may differ now, and the dropout of a text depends on its chunk
+        chunking = replace(self.task.chunking, **state["chunk"])
+        if chunking != self.task.chunking and self.processes.is_first:
+            log(f"{self.checkpoint}: chunks as before; {chunking}")
+        self.task.chunking = chunking
         if self.processes.is_first:
             log(f"{self.checkpoint}: resuming after step {self.progress.step} of {self.schedule.total_steps}")
 
@@ -392,6 +404,22 @@ class Trainer:
         if progress.best_weights and progress.best_weights != on_disk and not repeats:
             return "the best weights of its run are missing or replaced"
         return None
+
+    @contextmanager
+    def _out_of_memory_named(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            chunking, resumes = self.task.chunking, "starts over"
+            if self.saved_step > 0:
+                resumes = f"resumes after step {self.saved_step}"
+            smaller = chunking.scaled(0.5, self.task.texts_per_batch).options
+            raise UserError(
+                f"out of memory at step {step + 1} ({first_line(error).split('. ')[0]}; {chunking}); free "
+                f"memory and repeat the command, which {resumes}; or start over with {smaller}"
+            ) from error
 
     def _not_finite(self, what: str, batches: list[Any], step: int, lr: float) -> UserError:
         rows = "; ".join(map(self.task.describe, batches))

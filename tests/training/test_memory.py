@@ -1,0 +1,185 @@
+"""The chunks of a batch: the rule by numbers, the measured activations, their reuse by a resumed run."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from toy_world import make_world
+from training.test_grad_cache import gradients, load, stage
+from transformers import BertConfig, BertModel
+
+from torch_src.runtime.errors import UserError
+from torch_src.training import memory
+from torch_src.training.memory import Fit, choose_chunk, measure, probe_inputs, state_bytes
+from torch_src.training.stage import checkpoint_activations
+
+CPU = torch.device("cpu")
+AUTO = dict(grad_cache_chunk=-1, tokens_per_batch=0)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"), train_queries=24)
+
+
+@pytest.mark.parametrize(
+    ("texts", "tokens", "fitting", "on_gpu", "expected"),
+    [
+        (-1, 0, 40_000, True, (1536, 32768)),  # a power of two that fits
+        (-1, 0, 32_768, True, (1536, 32768)),
+        (-1, 0, 32_767, True, (1536, 16384)),
+        (-1, 0, 300_000, True, (1536, 65536)),  # more tokens in a chunk are not faster
+        (-1, 0, 409_600, True, (0, 65536)),  # all of the batch fits
+        (-1, 0, 0, True, (1536, 512)),
+        (-1, 0, 40_000, False, (1536, 2048)),  # a CPU's caches
+        (-1, 0, 700, False, (1536, 512)),
+        (-1, 0, 409_600, False, (0, 2048)),
+        (0, 0, 40_000, True, (0, 32768)),  # what the user gave stays
+        (64, 0, 40_000, True, (64, 32768)),
+        (-1, 1000, 40_000, True, (1536, 1000)),
+        (64, 1000, 0, True, (64, 1000)),
+    ],
+)
+def test_the_rule(texts, tokens, fitting, on_gpu, expected):
+    assert choose_chunk(texts, tokens, fitting, 1536, 409_600, on_gpu) == expected
+
+
+def test_what_fits():
+    fit = Fit(free=1000, state=300, per_token=2.0)
+    assert fit.tokens == 300 and fit.needed(100) == 500  # 0.9 x 1,000 - 300 leave 600
+    assert Fit(free=100, state=300, per_token=2.0).tokens == 0
+
+
+def test_state_of_a_run():
+    model = torch.nn.Sequential(torch.nn.Linear(10, 100, bias=False), torch.nn.Linear(100, 1, bias=False))
+    assert state_bytes(model, "fp32", False) == 4 * (3 * 1100 + 1000)
+    assert state_bytes(model, "bf16", True) == 4 * (3 * 1100 + 1000) + 2 * 1100 + 4 * 1100
+    model[0].weight.requires_grad_(False)
+    assert state_bytes(model, "fp32", False) == 4 * (3 * 100 + 100)
+
+
+def test_the_measured_activations_are_those_counted_by_hand():
+    """A linear layer saves its input, a product both factors; the weight is not counted."""
+    layer = torch.nn.Linear(8, 8, bias=False)
+
+    def probe(texts):
+        x = torch.ones(texts, 5, 8)
+        y = layer(x)
+        return (y * y.exp()).sum(), texts * 5
+
+    fit = measure(layer, probe, CPU, "fp32", averaged=False)
+    # per token three rows of 8 numbers: x, y and exp(y)
+    assert fit.per_token == pytest.approx(memory.TEMPORARIES * 3 * 8 * 4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_grow_with_the_tokens_only(precision):
+    """The measured slope is that of larger batches, and gradient checkpointing does not hide it."""
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                        intermediate_size=64, attn_implementation="sdpa")  # fmt: skip
+    model = BertModel(config, add_pooling_layer=False)
+
+    def probe(texts, tokens=24):
+        inputs = probe_inputs(texts, tokens, CPU)
+        return model(*inputs)[0], inputs[0].numel()
+
+    fit = measure(model, probe, CPU, precision, averaged=False)
+    with memory.autocast(CPU, precision):
+        large, small = (memory._saved_bytes(model.train(), probe, texts)[0] for texts in (24, 8))
+    assert memory.TEMPORARIES * (large - small) / (16 * 24) == pytest.approx(fit.per_token, rel=0.02)
+    checkpoint_activations(model)
+    assert measure(model, probe, CPU, precision, averaged=False).per_token == fit.per_token
+    assert all(layer.gradient_checkpointing for layer in model.encoder.layer)
+
+
+@pytest.mark.parametrize("kind", ["dual", "cross"])
+def test_a_batch_that_fits_is_kept_and_another_is_chunked(world, capsys, monkeypatch, kind):
+    made = stage(world, kind, batch_size=6, dropout=0.1, **AUTO)
+    made.load()
+    assert (made.task.chunking.texts, made.task.chunking.tokens) == (0, 2048)
+    assert "no GradCache: all activations of a batch are kept" in capsys.readouterr().out
+    made.task.model.double()
+    kept = gradients(made.task)
+    monkeypatch.setattr(memory, "free_memory", lambda: 10**6)
+    made.load()
+    chunk = made.task.chunking
+    assert chunk.texts == made.task.texts_per_batch and chunk.tokens == 512
+    assert "GradCache: chunks of at most" in capsys.readouterr().out
+    made.task.chunking = dataclasses.replace(chunk, tokens=2048)
+    made.task.model.double()
+    assert gradients(made.task).equal(kept)  # the same chunks draw the same dropout
+
+
+def test_no_line_where_the_user_named_the_chunks(world, capsys):
+    made = stage(world, "dual", batch_size=6, grad_cache_chunk=3, tokens_per_batch=99)
+    made.load()
+    assert (made.task.chunking.texts, made.task.chunking.tokens) == (3, 99)
+    assert "GradCache" not in capsys.readouterr().out
+
+
+def test_the_most_tokens_of_a_batch(world):
+    dual = load(world, "dual", batch_size=6, hard_negatives=2, q_max_seq_len=16, query_prefix="问：")
+    around = dual.setup.tokenizer.tokenize("问：")
+    assert dual.tokens_per_batch == 6 * (16 + len(around)) + 18 * 48 and dual.texts_per_batch == 24
+    pairs = dict(batch_size=6, loss="pointwise")
+    assert load(world, "cross", **pairs).tokens_per_batch == 6 * 64
+    assert load(world, "cross", r_drop_alpha=1.0, **pairs).tokens_per_batch == 2 * 6 * 64
+    task = load(world, "cross", loss="listwise", groups_per_step=3, group_size=4)
+    outputs, tokens = task.probe(2)
+    assert task.tokens_per_batch == 12 * 64 and outputs.shape == (2,) and tokens == 2 * 64
+
+
+def test_a_resumed_run_keeps_its_chunks(world, tmp_path, capsys, monkeypatch):
+    """Free memory differs when the run resumes: the chunks, and so the dropout, are those of before."""
+
+    def run(folder, until, free):
+        monkeypatch.setattr(memory, "free_memory", lambda: free)
+        made = stage(world, "dual", double=False, batch_size=6, dropout=0.3, max_steps=4, **AUTO)
+        made.load()
+        trainer = made.trainer(folder, {})
+        update = trainer.update
+
+        def counted(step, batches):
+            if step == until:
+                trainer._save_checkpoint()
+                raise KeyboardInterrupt
+            return update(step, batches)
+
+        trainer.update = counted
+        try:
+            trainer.run()
+        except KeyboardInterrupt:
+            pass
+        return torch.cat([p.detach().flatten() for p in trainer.task.model.parameters()]), trainer
+
+    whole, _ = run(tmp_path / "whole", 9, 10**6)
+    _, killed = run(tmp_path / "killed", 2, 10**6)
+    capsys.readouterr()
+    resumed, trainer = run(tmp_path / "killed", 9, 10**12)
+    assert trainer.task.chunking == killed.task.chunking and trainer.task.chunking.tokens == 512
+    assert resumed.equal(whole)
+    assert "chunks as before; GradCache: chunks of at most 18 texts and 512 tokens" in capsys.readouterr().out
+    other, _ = run(tmp_path / "other", 9, 10**12)
+    assert not other.equal(whole)
+
+
+def test_out_of_memory_names_the_knobs(world, tmp_path, monkeypatch):
+    made = stage(world, "dual", batch_size=6, grad_cache_chunk=4, max_steps=3)
+    trainer = made.trainer(tmp_path, {})
+    real, calls = made.task.forward, []
+
+    def forward(batch):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+        return real(batch)
+
+    monkeypatch.setattr(made.task, "forward", forward)
+    with pytest.raises(
+        UserError, match="^out of memory at step 2 .*4 texts.*--grad_cache_chunk 2 --tokens_per"
+    ):
+        trainer.run()
+    monkeypatch.setattr(made.task, "forward", lambda batch: np.zeros(3)[5])
+    with pytest.raises(IndexError):
+        made.trainer(tmp_path, {}).run()
