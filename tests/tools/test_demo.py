@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from retrieval.test_faiss_gpu import fake_gpus
 from toy_world import ROOT, lines, make_world, options, train_options, write
 
 from script import demo
 from torch_src import cross_infer, cross_train, dual_infer, dual_train
 from torch_src.retrieval.vectors import DamagedBlock
 from torch_src.runtime.errors import UserError
+from torch_src.tools import search_service
 from torch_src.tools.demo_hparams import DemoHparams
 from torch_src.tools.search_service import LONGEST_QUESTION, Hit, SearchService
 
@@ -149,13 +151,15 @@ def test_vectors_in_memory_and_on_disk_give_the_same(trained, service):
 
 
 @pytest.mark.slow
-def test_an_existing_index_is_used(world):
+def test_an_existing_index_is_used(world, monkeypatch):
     refused(world, "para.index: no finished index", "do_dual_infer.py --index 'Flat'", index="Flat")
     assert dual_infer.main([*options(world, world / "output"), "--index", "Flat", "--force"], topk=50) == 0
     before = untouched(world / "output")
     exact, index = SearchService(settings(world)), SearchService(settings(world, index="Flat"))
+    monkeypatch.setattr(search_service, "index_gpus", lambda devices: fake_gpus())
+    on_gpus = SearchService(settings(world, index="Flat"))
     for query in queries(world):
-        assert index.answer(query).recall == exact.answer(query).recall
+        assert index.answer(query).recall == exact.answer(query).recall == on_gpus.answer(query).recall
     assert untouched(world / "output") == before
     refused(world, "factory: Flat -> HNSW32", index="HNSW32")
 
