@@ -109,7 +109,7 @@ class CrossInference:
         self.collection: PassageCollection | None = None
         if hp.plan and not os.path.exists(path):
             self.collection = PassageCollection(hp.passage_dir_path, cache)
-            self.candidates = sample_pairs(list(self.qids), self.collection)
+            self.candidates = sample_pairs(list(self.qids), self.collection, self.device)
             self.pairs = hp.topk * len(self.qids)
             return
         require(path, "candidates to re-rank", "run do_dual_infer.py first")

@@ -147,9 +147,9 @@ def plan_reranking(scorer: PairScorer, candidates: Candidates, pairs: int) -> Pl
     return plan
 
 
-def sample_pairs(queries: list[str], collection: PassageCollection) -> Candidates:
-    """Return pairs of a few queries and passages, for a plan without a run to re-rank."""
-    rows = np.array(evenly_spaced(len(collection)))
+def sample_pairs(queries: list[str], collection: PassageCollection, device: torch.device) -> Candidates:
+    """Return pairs of a few queries and passages, for a plan on `device` without a run to re-rank."""
+    rows = np.array(_probes(len(collection), device))
     queries = queries[: len(rows)]
     query_of = np.arange(len(rows), dtype=np.int32) % len(queries)
     texts = [collection[row] for row in rows.tolist()]

@@ -1,15 +1,23 @@
-"""Encoding on CUDA: the CPU's vectors, whatever the precision, batch size and free memory."""
+"""Encoding on CUDA: the CPU's vectors, whatever the precision, pooling, batch size and free memory."""
 
 import numpy as np
 import pytest
 import torch
-from retrieval.test_encoding import make_texts
+from gpu.memory import limited_memory
+from retrieval.test_encoding import all_vectors, make_collection, make_store, make_texts
+from retrieval.test_gpu_inference import CONFIGS, TEXTS, build_encoder, dtypes, masked_row_states
+from toy_world import make_model, make_world, options, write
 
+from torch_src import dual_infer
 from torch_src.models.tokenization import TextRules
-from torch_src.retrieval.encoding import Encoder
+from torch_src.retrieval.encoding import Encoder, encode_collection
+from torch_src.retrieval.engines.openvino import smallest_cosine
+from torch_src.retrieval.gpu_inference import encoder_on_gpu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+POOLINGS = ("cls", "mean", "max", "lasttoken", "weightedmean")
+__all__ = ["make_collection"]  # a fixture
 
 
 @pytest.fixture
@@ -21,19 +29,35 @@ def make_encoder(tiny_bert, tokenizer):
     return build
 
 
-def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    one, other = one.astype(np.float64), other.astype(np.float64)
-    return (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
-
-
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize(("precision", "least"), [("fp32", 0.9999), ("bf16", 0.999), ("fp16", 0.999)])
 def test_vectors_are_those_of_the_cpu(make_encoder, precision, least, pooling):
     texts = make_texts(300)  # some of them empty
     expected = make_encoder(CPU, pooling=pooling).encode(texts)
     vectors = make_encoder(CUDA, precision, pooling).encode(texts)
     assert vectors.dtype == np.float32 and np.isfinite(vectors).all()
-    assert cosine(vectors, expected).min() >= least
+    assert smallest_cosine(vectors, expected) >= least
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_weights_in_bf16_give_the_vectors_of_the_cpu(tokenizer, family):
+    expected = build_encoder(tokenizer, family, "fp32").encode(TEXTS)
+    encoder = encoder_on_gpu(build_encoder(tokenizer, family, device=CUDA))
+    assert encoder.bf16_weights and dtypes(encoder.tower) == {torch.bfloat16}
+    assert encoder.tokens_per_batch >= 32768
+    assert smallest_cosine(encoder.encode(TEXTS), expected) >= 0.999
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_masked_row_does_not_disturb_the_others(tokenizer, family, precision):
+    assert masked_row_states(build_encoder(tokenizer, family, precision, device=CUDA)).isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_texts_of_no_and_of_one_token(make_encoder, precision):
+    vectors = make_encoder(CUDA, precision, "mean").encode(["", "水", "水" * 40, ""])
+    assert np.isfinite(vectors).all() and np.linalg.norm(vectors, axis=1).min() > 0
 
 
 def test_transfers_do_not_race(make_encoder):
@@ -43,16 +67,45 @@ def test_transfers_do_not_race(make_encoder):
         assert encoder.encode(texts).tobytes() == first.tobytes()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_blocks_on_disk_are_the_vectors(make_encoder, make_collection, tmp_path, workers):
+    encoder, texts = make_encoder(CUDA), make_texts(500)
+    store = make_store(tmp_path / "emb", 500, block_rows=100)
+    encode_collection(encoder, make_collection(texts), store, 1e9, workers)
+    expected = np.concatenate([encoder.encode(texts[at : at + 100]) for at in range(0, 500, 100)])
+    assert np.array_equal(all_vectors(store), expected.astype(np.float16))
+
+
 def test_out_of_memory_halves_the_batch(make_encoder):
     texts = make_texts(30_000, seed=3)
     expected = make_encoder(CUDA).encode(texts)
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
     encoder = make_encoder(CUDA, batch_size=10**6, tokens=10**7)
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 150e6) / total, 0)
-    try:
+    with limited_memory(150e6):
         vectors = encoder.encode(texts)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, 0)
     assert encoder.tokens_per_batch < 10**7
-    assert cosine(vectors, expected).min() >= 0.9999
+    assert smallest_cosine(vectors, expected) >= 0.9999
+
+
+@pytest.fixture(scope="module")
+def large_world(tmp_path_factory):
+    """A model of width 256 and 1,000 passages of 200 characters: a forward pass may take gigabytes."""
+    world = make_world(tmp_path_factory.mktemp("world"))
+    make_model(world / "model", hidden=256)
+    write(
+        world / "data/passage-collection/part-01", [f"-\t\t{'水银杏果' * 50}{row}\t0" for row in range(1000)]
+    )
+    return world
+
+
+def plan_words(world, output):
+    """Return the options of a plan on CUDA of a program that infers with the untrained model."""
+    model = ["--pretrained_model_path", str(world / "model"), "--passage_ids", "none"]
+    return [*options(world, output), "--device", str(CUDA), *model, "--plan"]
+
+
+def test_a_plan_halves_the_batch_when_out_of_memory(large_world, tmp_path, capsys):
+    words = [*plan_words(large_world, tmp_path), "--p_max_seq_len", "384", "--dual_params", "none"]
+    with limited_memory(400e6):
+        assert dual_infer.main(words) == 0
+    printed = capsys.readouterr()
+    assert "halved to" in printed.err and "plan of do_dual_infer.py" in printed.out

@@ -474,7 +474,7 @@ def test_chunks_are_joined_in_order(model, tokenizer, monkeypatch):
 
 def test_worker_processes_give_the_same_scores(model, tokenizer, monkeypatch):
     candidates, spans = listed(tokenizer, 5, 7), [(0, 20), (20, 35)]
-    monkeypatch.setattr("torch_src.retrieval.tokenizing.TOKENIZE_AHEAD", 10)
+    monkeypatch.setattr("torch_src.retrieval.tokenizing.TEXTS_PER_TASK", 7)
     usual, others = (
         list(scorer(model, tokenizer).score_candidates(candidates, spans, workers)) for workers in (0, 2)
     )

@@ -248,7 +248,7 @@ def test_vectors_that_are_not_finite_are_refused(make_encoder, tiny_bert):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_give_the_same_tokens(make_encoder, make_collection, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(tokenizing, "TOKENIZE_AHEAD", 4)
+    monkeypatch.setattr(tokenizing, "TEXTS_PER_TASK", 4)
     collection = make_collection(make_texts(37))
     for folder, count in (("a", 0), ("b", workers)):
         encode_collection(make_encoder(), collection, make_store(tmp_path / folder, 37), 1e9, count)

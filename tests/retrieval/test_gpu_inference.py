@@ -1,6 +1,7 @@
 """What only a GPU gets, tried on a CPU: weights in bf16 where results agree, the size of forward passes."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from transformers import (
 )
 
 from torch_src.models.cross_encoder import build_cross_encoder
-from torch_src.models.dual_encoder import LAYERS, build_backbone
+from torch_src.models.dual_encoder import LAYERS, build_backbone, embed
 from torch_src.models.tokenization import TextRules
 from torch_src.retrieval import gpu_inference
 from torch_src.retrieval.encoding import Encoder
@@ -31,8 +32,9 @@ from torch_src.retrieval.gpu_inference import (
     tokens_that_fit,
 )
 from torch_src.retrieval.reranking import PairScorer
+from torch_src.runtime.devices import autocast
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CPU = torch.device("cpu")
 TEXTS = [*QUESTIONS, *PASSAGES]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 CONFIGS = {
@@ -50,25 +52,34 @@ def config_of(family, tokenizer):
     return CONFIGS[family](vocab_size=len(tokenizer), **ids)
 
 
+def build_encoder(tokenizer, family, precision="bf16", pooling="mean", device=CPU):
+    torch.manual_seed(0)
+    tower = build_backbone(config_of(family, tokenizer), pooling).eval().to(device)
+    return Encoder(tower, tokenizer, TextRules(120), pooling, False, device, precision, 64, 4096)
+
+
+def build_scorer(tokenizer, family, precision="bf16", device=CPU):
+    torch.manual_seed(0)
+    model = build_cross_encoder(config_of(family, tokenizer)).eval().to(device)
+    return PairScorer(model, tokenizer, TextRules(120), device, precision, 64, 4096)
+
+
+def masked_row_states(encoder):
+    """Return the vectors of three rows; all tokens of the second are masked."""
+    ids = torch.full((3, 5), 7, device=encoder.device)
+    mask = torch.tensor([[1] * 5, [0] * 5, [1] * 2 + [0] * 3], device=encoder.device)
+    with torch.inference_mode(), autocast(encoder.device, encoder.precision):
+        return embed(encoder.tower, ids, mask, "cls", False).cpu()
+
+
 @pytest.fixture
 def make_encoder(tokenizer):
-    def build(family, pooling="mean", precision="bf16", device=CPU):
-        config = config_of(family, tokenizer)
-        torch.manual_seed(0)
-        tower = build_backbone(config, pooling).eval()
-        return Encoder(tower, tokenizer, TextRules(120), pooling, False, device, precision, 64, 4096)
-
-    return build
+    return partial(build_encoder, tokenizer)
 
 
 @pytest.fixture
 def make_scorer(tokenizer):
-    def build(family, precision="bf16", device=CPU):
-        torch.manual_seed(0)
-        model = build_cross_encoder(config_of(family, tokenizer)).eval()
-        return PairScorer(model, tokenizer, TextRules(120), device, precision, 64, 4096)
-
-    return build
+    return partial(build_scorer, tokenizer)
 
 
 def dtypes(model):
@@ -131,6 +142,13 @@ def test_other_results_leave_the_model_unchanged(
     after = model.state_dict()
     assert all(torch.equal(values, after[name]) for name, values in before.items())
     assert dtypes(model) == {torch.float32} and capsys.readouterr().out.count("autocast is used") == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_masked_row_does_not_disturb_the_others(make_encoder, family, precision):
+    vectors = masked_row_states(make_encoder(family, precision))
+    assert vectors.isfinite().all()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

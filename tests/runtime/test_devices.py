@@ -11,7 +11,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.mark.parametrize(
     ("processors", "texts", "expected"),
-    [(16, 10**6, 12), (64, 10**6, 16), (2, 10**6, 1), (1, 10**6, 1), (16, 100, 0), (16, 20_000, 2)],
+    [(16, 10**6, 12), (64, 10**6, 16), (2, 10**6, 1), (1, 10**6, 1), (16, 100, 0), (16, 20_000, 4)],
 )
 def test_processes_that_tokenize(monkeypatch, processors, texts, expected):
     monkeypatch.setattr(devices.os, "cpu_count", lambda: processors)

@@ -7,6 +7,7 @@ from torch_src.models.tokenization import TokenTable
 from torch_src.runtime.prefetch import one_ahead, prepared_by_workers
 
 TOKENIZE_AHEAD = 4096  # texts tokenized at once: about 17 KB per passage as Python lists
+TEXTS_PER_TASK = 1024  # that a worker process tokenizes at once, in about a second
 
 Span = tuple[int, int]  # (first row, last row + 1)
 
@@ -20,14 +21,16 @@ def tokenized_spans(
     copied, the next span. `longest`: rows of the longest span.
     """
 
+    size = TEXTS_PER_TASK if workers else TOKENIZE_AHEAD
+
     def chunks() -> Iterator[tuple[Span, Span]]:
         for first, last in spans:
-            for start in range(first, last, TOKENIZE_AHEAD):
-                yield (first, last), (start, min(last, start + TOKENIZE_AHEAD))
+            for start in range(first, last, size):
+                yield (first, last), (start, min(last, start + size))
 
     prepare = partial(_tokenize, tokenize)
     if workers:
-        ahead = max(2, 1 + -(-longest // (TOKENIZE_AHEAD * workers)))  # a whole span
+        ahead = max(2, 1 + -(-longest // (size * workers)))  # a whole span
         ready = prepared_by_workers(prepare, chunks(), workers, ahead)
     else:
         ready = one_ahead(prepare, chunks())

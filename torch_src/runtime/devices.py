@@ -13,7 +13,7 @@ import torch
 from torch_src.runtime.errors import UserError
 
 MAX_WORKERS = 16
-TEXTS_PER_WORKER = 8192  # fewer are tokenized by a thread: a process takes a tenth of a second to start
+TEXTS_PER_WORKER = 4096  # fewer are tokenized by a thread: a process takes a tenth of a second to start
 
 
 def choose_device(name: str) -> torch.device:
