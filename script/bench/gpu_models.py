@@ -24,11 +24,13 @@ from torch_src.models.cross_encoder import load_cross_encoder
 from torch_src.models.dual_encoder import load_backbone
 from torch_src.models.tokenization import TextRules, load_tokenizer
 from torch_src.retrieval.encoding import Encoder, encode_collection
+from torch_src.retrieval.gpu_inference import encoder_on_gpu, scorer_on_gpu
 from torch_src.retrieval.reranking import PairScorer
 from torch_src.runtime.devices import autocast, token_budget, worker_count
 from torch_src.runtime.prefetch import one_ahead
 
 LENGTH, QUERY_LENGTH = 384, 32  # tokens
+ROWS = 4096  # maximum texts in a forward pass
 HEAD = 8192  # texts or pairs that the model alone and the peers get
 DEPTH = 50  # passages per query to re-rank
 LR = 3e-5
@@ -186,31 +188,35 @@ def _our_encoding(bench: Bench, texts: list[str]) -> tuple[np.ndarray, float]:
     backbone: Any = load_backbone(bench.model, AutoConfig.from_pretrained(bench.model), "cls", 0)
     encoder = Encoder(
         backbone.to(bench.device), load_tokenizer(bench.model), TextRules(LENGTH), "cls", False, bench.device,
-        bench.precision, 512, token_budget(0, bench.device),
+        bench.precision, ROWS, token_budget(0, bench.device),
     )  # fmt: skip
-    encoder.encode(texts[:512])  # a warm-up
     head = texts[:HEAD]
     table, figures = bench.time(lambda: encoder.tokenize(head))
     bench.record("our tokenizer alone, one process", PART, figures | _passages(head))
     flops = forward_flops(bench, table.lengths)
 
     def alone(name: str, encoder: Encoder) -> np.ndarray:
+        encoder.encode_tokens(table)  # the first pass of a shape is slower
         vectors, figures = bench.time(lambda: encoder.encode_tokens(table))
         figures |= _passages(head) | {"flops": flops}
         bench.record(f"our model alone, {name}", PART, figures)
         return vectors
 
+    if bench.on_gpu:  # before the weights are converted
+        bench.attempt("autocast", 5, partial(alone, "autocast, 32768 tokens", encoder))
+    encoder = encoder_on_gpu(encoder)
     vectors = alone(f"{encoder.tokens_per_batch} tokens", encoder)
     bench.profile(lambda: encoder.encode_tokens(table))
     whole_flops = flops * len(texts) / len(head)
     work = partial(_encode_collection, bench, encoder, texts, whole_flops)
     bench.attempt("ours", 10 * bench.on_gpu, work)
     for tokens in filter(None, bench.sizes.tokens):
-        larger = replace(encoder, tokens_per_batch=tokens, batch_size=tokens)
-        bench.attempt(f"{tokens} tokens", 5, partial(alone, f"{tokens} tokens", larger))
-    if bench.on_gpu:  # without autocast, as the peer has it
-        low = replace(encoder, tower=backbone.to(bench.dtype), precision="fp32")
-        bench.attempt("16-bit weights", 5, partial(alone, "16-bit weights", low))
+        other = replace(encoder, tokens_per_batch=tokens)
+        bench.attempt(f"{tokens} tokens", 5, partial(alone, f"{tokens} tokens", other))
+    if bench.on_gpu:
+        compiled: Any = torch.compile(backbone, dynamic=True)
+        other = replace(encoder, tower=compiled)
+        bench.attempt("torch.compile", 60, partial(alone, "torch.compile", other))
     return vectors, flops
 
 
@@ -272,27 +278,31 @@ def _our_scoring(bench: Bench, pairs: Candidates) -> tuple[np.ndarray, float]:
     model = load_cross_encoder(bench.model, AutoConfig.from_pretrained(bench.model), 0, trained=True)
     scorer = PairScorer(
         model.to(bench.device), load_tokenizer(bench.model), TextRules(LENGTH), bench.device, bench.precision,
-        512, token_budget(0, bench.device),
+        ROWS, token_budget(0, bench.device),
     )  # fmt: skip
     head = pairs.head(-(-min(HEAD, len(pairs)) // DEPTH), DEPTH)
     tokenized = scorer.tokenize([head.queries[at] for at in head.query_of], head.passages(0, len(head)))
     flops = forward_flops(bench, tokenized.lengths)
-    scorer.score(tokenized)  # a warm-up
 
-    def alone(scorer: PairScorer) -> np.ndarray:
+    def alone(name: str, scorer: PairScorer) -> np.ndarray:
+        scorer.score(tokenized)  # the first pass of a shape is slower
         logits, figures = bench.time(lambda: scorer.score(tokenized))
         figures |= _pairs(len(head)) | {"flops": flops}
-        bench.record(f"our model alone, {scorer.tokens_per_batch} tokens", PART, figures)
+        bench.record(f"our model alone, {name}", PART, figures)
         return logits
 
-    logits = alone(scorer)
+    if bench.on_gpu:  # before the weights are converted
+        bench.attempt("autocast", 5, partial(alone, "autocast, 32768 tokens", scorer))
+    scorer = scorer_on_gpu(scorer)
+    logits = alone(f"{scorer.tokens_per_batch} tokens", scorer)
     bench.profile(lambda: scorer.score(tokenized))
-    _, figures = bench.time(lambda: scorer.score_all(pairs))
-    figures |= {"flops": flops * len(pairs) / len(head), "tokens_per_batch": scorer.tokens_per_batch}
+    workers = worker_count(-1, bench.device, len(pairs))
+    _, figures = bench.time(lambda: list(scorer.score_candidates(pairs, [(0, len(pairs))], workers)))
+    figures |= {"flops": flops * len(pairs) / len(head), "workers": workers}
     bench.record("ours, with tokenizing", OURS, figures | _pairs(len(pairs)))
     for tokens in filter(None, bench.sizes.tokens):
-        larger = replace(scorer, tokens_per_batch=tokens, batch_size=tokens)
-        bench.attempt(f"{tokens} tokens", 5, partial(alone, larger))
+        other = replace(scorer, tokens_per_batch=tokens)
+        bench.attempt(f"{tokens} tokens", 5, partial(alone, f"{tokens} tokens", other))
     return logits, flops
 
 

@@ -47,9 +47,9 @@ class Sizes:
     chunks: tuple[tuple[int, int], ...] = ((64, 0), (128, 32768), (256, 65536))  # (texts, tokens), 0: default
     peer_chunks: tuple[int, ...] = (64, 128)  # texts
     texts: int = 65536  # to encode
-    tokens: tuple[int, ...] = (0, 65536, 131072)  # padded, in a forward pass of ours; 0: the default
-    block_rows: int = 8192  # of encoded vectors
-    pairs: int = 16384  # to re-rank
+    tokens: tuple[int, ...] = (0, 32768, 65536)  # padded, in a forward pass of ours; 0: the default
+    block_rows: int = 16384  # of encoded vectors
+    pairs: int = 65536  # to re-rank
     peer_batches: tuple[int, ...] = (64, 128, 256)
     rows: int = 8_096_668  # to search
     queries: tuple[int, ...] = (2000, 86395)
