@@ -41,7 +41,7 @@ from torch_src.models.pair_template import PairTemplate, chat_template, template
 from torch_src.models.tokenization import retriever_rules, save_tokenizer
 from torch_src.models.truncation import Truncation
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.files import atomic_folder, atomic_write, read_json
+from torch_src.runtime.files import atomic_folder, atomic_write, read_json, require
 from torch_src.runtime.libraries import import_library
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.options import OptionParser
@@ -63,6 +63,7 @@ def export_dual(args: argparse.Namespace, to: Path) -> dict[str, Any]:
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     hp = InferenceDeHparams(output_dir=args.output_dir)
+    require(hp.dual_params_path, "trained weights", "run do_dual_train.py first")
     found = find_trained_model(hp, "dual", hp.dual_params_path, DUAL_FIXED)
     fixed, encoder = found.settings, load_dual_model(found)
     if fixed["pooling"] == "pooler":
@@ -120,6 +121,7 @@ def export_cross(args: argparse.Namespace, to: Path) -> dict[str, Any]:
     """Write the cross-encoder to the folder `to`; return its model settings."""
     library = import_sentence_transformers()
     hp = InferenceCrossHparams(output_dir=args.output_dir)
+    require(hp.cross_params_path, "trained weights", "run do_cross_train.py first")
     found = find_trained_model(hp, "cross", hp.cross_params_path, CROSS_FIXED)
     encoder = load_cross_model(found)
     report_truncation(hp.cross_params_path, "cross")

@@ -112,7 +112,8 @@ class CrossInference:
             self.candidates = sample_pairs(list(self.qids), self.collection, self.device)
             self.pairs = hp.topk * len(self.qids)
             return
-        require(path, "candidates to re-rank", "run do_dual_infer.py first")
+        first = "do_dual_infer.py --debug" if hp.debug else "do_dual_infer.py"
+        require(path, "candidates to re-rank", f"run {first} first")
         if path.endswith(OFFICIAL):
             self.id_map = official_ids_path(path)
         else:
