@@ -19,6 +19,7 @@ from torch_src.retrieval.score_bounds import (
     fp32_error,
     int8_is_exact,
     int8_levels,
+    round_down,
     select_pairs,
 )
 from torch_src.retrieval.search import TopK, choose_kind, chunk_rows, search
@@ -283,12 +284,24 @@ def test_select_pairs_equals_a_plain_comparison(count):
     found = select_pairs(scores, threshold, 10**9)
     pairs = sorted(zip(*(index.tolist() for index in found), strict=True))
     assert pairs == [tuple(pair) for pair in torch.nonzero(scores.T >= threshold[:, None]).tolist()]
+    for query in range(5):
+        passages = found[1][found[0] == query].tolist()
+        assert passages == sorted(passages)  # TopK needs it
     assert select_pairs(scores, threshold, 1) is None
 
 
-def test_a_threshold_between_two_floats_is_rounded_down():
-    between = torch.tensor([1.0 + 2.0**-25], dtype=torch.float64)
-    assert len(select_pairs(torch.ones(1, 1), between, 10)[0]) == 1  # one pair too many, never one too few
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rounding_down_is_never_above_the_value_nor_far_below(dtype):
+    limits = torch.finfo(dtype)
+    sizes = torch.linspace(np.log2(limits.smallest_normal) - 12, np.log2(limits.max) + 2, 999).double()
+    values = torch.cat([2**sizes, -(2**sizes), torch.tensor([0.0, 1 + 2.0**-25, limits.max, -np.inf])])
+    lower = round_down(values, dtype)
+    assert lower.dtype == dtype and (lower.double() <= values).all()
+    near = values.abs() < limits.max / 2
+    slack = 2.5 * limits.eps * values.abs() + 1.5 * limits.smallest_normal
+    assert (values - lower.double() <= slack)[near].all()
+    flushed = torch.where(values.abs() < limits.smallest_normal, 0.0, values.to(dtype))
+    assert (flushed >= lower).all()  # a product rounded to `dtype`, subnormal results replaced by 0
 
 
 @pytest.mark.slow

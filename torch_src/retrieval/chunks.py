@@ -143,5 +143,10 @@ class DeviceCache:
 def _cache_room(device: torch.device, memory_gb: float) -> float:
     """Return the bytes that cached vectors may take."""
     if device.type == "cuda":
-        return CACHE_SHARE * free_gpu_memory(device)
+        return CACHE_SHARE * unused_gpu_memory(device)
     return min(memory_gb * 1e9, 0.9 * free_memory())
+
+
+def unused_gpu_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU's memory that new tensors can take."""
+    return free_gpu_memory(device) - torch.cuda.memory_allocated(device)

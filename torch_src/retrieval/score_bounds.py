@@ -198,7 +198,7 @@ class Float32(ScoreBounds):
 
     def pairs_above(self, passages: Passages, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
         scores = passages.float32 @ self.queries.scaled.T
-        return select_pairs(scores, floor - self.bound(passages), limit)
+        return select_pairs(scores, round_down(floor - self.bound(passages), torch.float32), limit)
 
 
 class Float16(ScoreBounds):
@@ -220,10 +220,10 @@ class Float16(ScoreBounds):
     def pairs_above(self, passages: Passages, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
         # q.p - q'.p = (q - q').p, bounded by the product of the norms (Cauchy-Schwarz); the error of the sum
         bound = (self.rounding_norms + self.queries.error * self.rounded_norms) * passages.longest
-        # The sum reaches the threshold t. Rounding never reorders numbers (large ones become infinite or the
-        # largest fp16, small ones subnormal or 0), so the rounded sum reaches t rounded down to fp16.
-        threshold = round_down(floor - SLACK * bound, torch.float16)
-        return select_pairs(self._scores(passages.half), threshold.double(), limit)
+        # A sum that reaches the threshold, rounded to fp16, reaches the threshold rounded down to fp16:
+        # rounding never reorders numbers, not even large ones, which become infinite or the largest of fp16.
+        lowest = round_down(floor - SLACK * bound, torch.float16)
+        return select_pairs(self._scores(passages.half), lowest, limit)
 
     def _scores(self, half: Tensor) -> Tensor:
         """Return (C, B) fp16."""
@@ -249,7 +249,8 @@ class Bfloat16(ScoreBounds):
         bound = self.queries.norms * rounding_norm + self.rounding_norms * longest
         # the sum, and rounding it to bf16
         bound += (self.queries.error + 2.0**-8) * self.rounded_norms * longest
-        return select_pairs(rounded @ self.rounded.T, floor - SLACK * bound, limit)
+        lowest = round_down(floor - SLACK * bound, torch.float32)
+        return select_pairs(rounded @ self.rounded.T, lowest, limit)
 
 
 class Int8(ScoreBounds):
@@ -287,7 +288,8 @@ class Int8(ScoreBounds):
         bound = self.rounding_norms * longest
         # the rounding of each term
         bound += self.queries.error * self.queries.norms * (longest + off.max() + 2 * self.mean_norm)
-        return select_pairs(scores, (floor - self.from_mean - SLACK * bound) / self.size, limit)
+        threshold = (floor - self.from_mean - SLACK * bound) / self.size
+        return select_pairs(scores, round_down(threshold, torch.float32), limit)
 
 
 def int8_product(rows: Tensor, scale: Tensor, levels: int) -> Callable[[Tensor], Tensor | None]:
@@ -316,12 +318,11 @@ def int8_product(rows: Tensor, scale: Tensor, levels: int) -> Callable[[Tensor],
     return product
 
 
-def select_pairs(scores: Tensor, threshold: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
-    """Return (query, passage) indices of scores (C, B) >= threshold (B,) fp64; None above `limit` pairs.
+def select_pairs(scores: Tensor, lowest: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
+    """Return (query, passage) indices of scores (C, B) >= lowest (B,); None above `limit` pairs.
 
     The passages of a query come in increasing order. Waits twice for a GPU, once for each number of indices.
     """
-    lowest = round_down(threshold, torch.float32)
     passages, queries = scores.shape
     if passages % GROUP:
         scores = torch.nn.functional.pad(scores, (0, 0, 0, -passages % GROUP), value=float("-inf"))
@@ -338,12 +339,13 @@ def select_pairs(scores: Tensor, threshold: Tensor, limit: int) -> tuple[Tensor,
 
 
 def round_down(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round fp64 values down to `dtype`; positive ones below its normal range to 0, as a product may be."""
+    """Return numbers of `dtype` that are slightly below the fp64 values.
+
+    The smallest normal number is subtracted because a product may replace results below it by 0.
+    """
     limits = torch.finfo(dtype)
-    values = torch.where((values > 0) & (values < limits.smallest_normal), 0.0, values.clamp(max=limits.max))
-    rounded = values.to(dtype)
-    lower = (values - limits.eps * (values.abs() + limits.smallest_normal)).to(dtype)
-    return torch.where(rounded.double() > values, lower, rounded)
+    values = values.clamp(max=limits.max)
+    return (values - limits.eps * values.abs() - limits.smallest_normal).to(dtype)
 
 
 KINDS: dict[str, type[ScoreBounds]] = {kind.name: kind for kind in (Float32, Float16, Bfloat16, Int8)}

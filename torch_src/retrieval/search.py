@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from torch_src.retrieval.chunks import BUFFERS, Chunk, ChunkReader, DeviceCache
+from torch_src.retrieval.chunks import BUFFERS, Chunk, ChunkReader, DeviceCache, unused_gpu_memory
 from torch_src.retrieval.score_bounds import (
     GROUP,
     KINDS,
@@ -32,13 +32,12 @@ from torch_src.retrieval.score_bounds import (
     int8_is_exact,
 )
 from torch_src.retrieval.vectors import VectorStore
-from torch_src.runtime.devices import free_gpu_memory
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import duration
 
 QUERIES = 1000  # per batch: the queries that are compared with a chunk at once
 CHUNK_ROWS = {"cpu": 2048, "cuda": 65536}  # maximum passages per chunk: on a CPU they stay in its caches
-FP32_ROWS = {"cpu": 2048, "cuda": 8192}  # maximum passages per fp32 product
+PRODUCT_PAIRS = {"cpu": 1 << 31, "cuda": 1 << 23}  # maximum pairs per fp32 product: all may be selected
 PENDING_PAIRS = 8  # average pairs per query to collect before a merge into the top k
 SCORED_PAIRS = {"cpu": 2048, "cuda": 32768}  # pairs scored before those that enter are selected
 FP32_PAIRS = 256  # pairs scored in fp32 at once on a CPU: both sides stay in a cache
@@ -134,7 +133,7 @@ def _tree_sum(values: torch.Tensor) -> torch.Tensor:
     width = values.shape[1]
     while width > 1:
         half = width // 2
-        values[:, :half] += values[:, width - half : width]
+        values[:, :half].add_(values[:, width - half : width])
         width -= half
     return values[:, 0]
 
@@ -213,7 +212,7 @@ class BatchSearch:
             self._score(first, passages, *pairs)
             return
         self.stats.fp32_chunks += 1
-        for start, piece in passages.pieces(FP32_ROWS[self.device.type]):
+        for start, piece in passages.pieces(_product_rows(len(self.top.scores), self.device.type)):
             self._score(first + start, piece, *self._fp32_pairs(piece))
             if not self.full:
                 self.top.flush()
@@ -354,13 +353,18 @@ def chunk_rows(queries: int, hidden: int, memory_gb: float, devices: list[torch.
         limit, fix = f"--search_memory_gb {memory_gb}", "raise it, or lower --bs"
         needed *= len(devices)
     else:
-        free = min(map(free_gpu_memory, devices))
+        free = min(map(unused_gpu_memory, devices))
         needed, rows = _rows_within(GPU_SHARE * free, *_gpu_bytes(queries, hidden))
         rows = min(rows, _rows_within(host, 0, BUFFERS * 2 * hidden)[1])
         limit, fix = f"{free / 1e9:.1f} GB of GPU memory are free, half of them for the search", "lower --bs"
     if rows < GROUP:
         raise UserError(f"{limit}: {queries:,} queries at once need {needed / 1e9:.1f} GB; {fix}")
     return min(rows, CHUNK_ROWS[devices[0].type])
+
+
+def _product_rows(queries: int, device_type: str) -> int:
+    """Return the maximum number of passages per fp32 product."""
+    return min(CHUNK_ROWS[device_type], max(GROUP, PRODUCT_PAIRS[device_type] // queries))
 
 
 def _rows_within(budget: float, fixed_bytes: int, row_bytes: int) -> tuple[int, int]:
@@ -379,8 +383,9 @@ def _cpu_bytes(queries: int, hidden: int) -> tuple[int, int]:
 
 def _gpu_bytes(queries: int, hidden: int) -> tuple[int, int]:
     """Return (bytes of a batch of queries, additional bytes per passage of a chunk) on a GPU."""
-    # fp32 products, all of whose pairs may be selected; pairs to score, in fp32, fp16 and fp64
-    fixed = FP32_ROWS["cuda"] * (hidden * 4 + queries * (4 + 4 + 7 * 8))
+    # an fp32 product, all of whose pairs may be selected; pairs to score, in fp32, fp16 and fp64
+    rows = _product_rows(queries, "cuda")
+    fixed = rows * (hidden * 4 + queries * (4 + 4 + 7 * 8))
     fixed += FP64_PAIRS["cuda"] * hidden * (4 + 2 + 2 * 8)
     # per passage: its vector in fp16 (copied, used, not yet freed); per pair: its score, a padded copy of it,
     # and the groups with selected pairs

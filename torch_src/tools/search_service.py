@@ -32,7 +32,7 @@ from torch_src.models.cross_encoder import describe_reranker
 from torch_src.retrieval.chunks import DeviceCache
 from torch_src.retrieval.faiss_index import INDEX, FaissSearch, IndexSettings, index_gpus
 from torch_src.retrieval.reranking import PairScorer, rank_pairs
-from torch_src.retrieval.score_bounds import Float32
+from torch_src.retrieval.score_bounds import Float16, Float32
 from torch_src.retrieval.score_checks import collapsed
 from torch_src.retrieval.search import search
 from torch_src.retrieval.vectors import NOT_COMPARED, VectorStore
@@ -102,10 +102,11 @@ class SearchService:
             index = open_index(hp, store, devices)
             return f"approximate search ({hp.index})", index.search
         cache = DeviceCache.if_it_fits(store, devices, hp.search_memory_gb)
+        # without a conversion of the passages, which takes longer than the product of one query
+        kind = Float16.name if devices[0].type == "cuda" else Float32.name
 
         def find(queries: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
-            # fp32: rounding the passages for a faster product takes longer than the product of one query
-            return search(store, queries, topk, devices, Float32.name, cache=cache)[:2]
+            return search(store, queries, topk, devices, kind, cache=cache)[:2]
 
         mb = store.rows * store.hidden * 2 / 1e6
         size = f"{mb / 1000:,.1f} GB of vectors" if mb >= 1000 else f"{mb:,.1f} MB of vectors"
