@@ -1,6 +1,7 @@
 """Exact search compared with a full sort in fp64, on adversarial vectors, and the bounds of its scores."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -30,10 +31,11 @@ CPU = torch.device("cpu")
 
 
 def make_store(folder, vectors, block_rows):
-    store = VectorStore.create_or_continue(folder, {}, *vectors.shape, block_rows, print)
-    for block in range(store.block_count):
-        first, last = store.block_range(block)
-        store.write_block(block, vectors[first:last])
+    with mock.patch("os.fsync"):  # slow
+        store = VectorStore.create_or_continue(folder, {}, *vectors.shape, block_rows, print)
+        for block in range(store.block_count):
+            first, last = store.block_range(block)
+            store.write_block(block, vectors[first:last])
     return store
 
 
@@ -57,17 +59,64 @@ def full_sort(vectors, queries, topk):
     return np.array(all_rows), np.array(all_scores)
 
 
-def check(folder, vectors, queries, topk, block_rows, kinds=KINDS, **options):
-    """Assert that search gives the rows and scores of the full sort by every kind of product; return rows."""
+def kinds_on(device):
+    """Return the kinds of product that a device has."""
+    return [kind for kind in KINDS if kind != "int8" or device.type == "cpu"]
+
+
+def check(folder, vectors, queries, topk, block_rows, kinds=KINDS, devices=(CPU,), bs=1000, cached=False):
+    """Assert that search gives the rows and scores of the full sort by every kind of product; return rows.
+
+    cached: search a second time, over the vectors that the first search left on the devices.
+    """
     vectors, queries = vectors.astype(np.float16), np.ascontiguousarray(queries, dtype=np.float32)
-    store = make_store(folder, vectors, block_rows)
+    store, devices = make_store(folder, vectors, block_rows), list(devices)
     expected, expected_scores = full_sort(vectors, queries, topk)
     for kind in kinds:
-        rows, scores, _ = search(store, queries, topk, options.get("devices", [CPU]), kind)
-        assert rows.dtype == np.int64 and scores.dtype == np.float64
-        assert np.array_equal(rows, expected), kind
-        assert np.array_equal(scores, expected_scores), kind
+        cache = DeviceCache(devices) if cached else None
+        for _ in range(2 if cached else 1):
+            rows, scores, _ = search(store, queries, topk, devices, kind, cache=cache, bs=bs)
+            assert rows.dtype == np.int64 and scores.dtype == np.float64
+            assert np.array_equal(rows, expected), kind
+            assert np.array_equal(scores, expected_scores), kind
     return rows
+
+
+def check_world(folder, monkeypatch, world, seed, device):
+    """Search an adversarial world in chunks of several sizes: streamed, in batches of queries, cached."""
+    draw = np.random.default_rng(seed)
+    vectors, queries = world(draw, 403, 24), queries_for(world, draw, 24)
+    kinds, devices = kinds_on(device), [device]
+    monkeypatch.setitem(module.CHUNK_ROWS, device.type, 64)
+    check(folder / "0", vectors, queries, 5, 403, kinds, devices)
+    monkeypatch.setitem(module.CHUNK_ROWS, device.type, 33)
+    check(folder / "1", vectors, queries, 10, 100, kinds, devices, bs=4, cached=True)
+    monkeypatch.setitem(module.CHUNK_ROWS, device.type, 10**6)
+    monkeypatch.setitem(module.PRODUCT_PAIRS, device.type, 600)  # 100 passages
+    check(folder / "2", vectors, queries, 50, 37, kinds, devices)
+
+
+def check_small_pieces(folder, monkeypatch, device, repeats):
+    """Search chunks of 64 rows again and again, pairs scored a few at a time: the same result every time."""
+    monkeypatch.setitem(module.CHUNK_ROWS, device.type, 64)
+    monkeypatch.setitem(module.SCORED_PAIRS, device.type, 50)
+    monkeypatch.setitem(module.FP64_PAIRS, device.type, 20)
+    draw = np.random.default_rng(2)
+    vectors = draw.normal(size=(5000, 32)).astype(np.float16)
+    queries = draw.normal(size=(23, 32)).astype(np.float32)
+    store = make_store(folder, vectors, 700)
+    expected, expected_scores = full_sort(vectors, queries, 9)
+    for _ in range(repeats):
+        rows, scores, _ = search(store, queries, 9, [device], bs=10)
+        assert np.array_equal(rows, expected) and np.array_equal(scores, expected_scores)
+
+
+def check_norms(folder, device, size):
+    """Search vectors whose scores are above the range of fp16, or below its normal numbers."""
+    draw = np.random.default_rng(4)
+    vectors = draw.normal(size=(500, 16)) * size
+    queries = draw.normal(size=(7, 16)) * 10.0 ** draw.integers(-20, 20, size=(7, 1))
+    check(folder, np.clip(vectors, -65504, 65504), queries, 20, 100, kinds_on(device), [device])
 
 
 def random_vectors(draw, rows, hidden):
@@ -139,11 +188,31 @@ def queries_for(world, draw, hidden):
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("world", WORLDS)
 def test_equals_the_full_sort(tmp_path, monkeypatch, world, seed):
-    draw = np.random.default_rng(seed)
-    vectors, queries = world(draw, 403, 24), queries_for(world, draw, 24)
-    for at, (topk, block_rows, rows) in enumerate([(5, 403, 64), (10, 100, 33), (50, 37, 10**6)]):
-        monkeypatch.setitem(module.CHUNK_ROWS, "cpu", rows)
-        check(tmp_path / str(at), vectors, queries, topk, block_rows)
+    check_world(tmp_path, monkeypatch, world, seed, CPU)
+
+
+def test_pairs_scored_a_few_at_a_time(tmp_path, monkeypatch):
+    check_small_pieces(tmp_path, monkeypatch, CPU, 1)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e4])
+def test_tiny_and_huge_norms(tmp_path, size):
+    check_norms(tmp_path, CPU, size)
+
+
+def test_all_batches_of_queries_share_one_pass(tmp_path, monkeypatch):
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 64)
+    draw = np.random.default_rng(5)
+    store = make_store(tmp_path, draw.normal(size=(300, 8)).astype(np.float16), 100)
+    queries, read, searched = draw.normal(size=(11, 8)).astype(np.float32), [], []
+    read_into = VectorStore.read_into
+    monkeypatch.setattr(
+        VectorStore, "read_into", lambda *given: (read.append(len(given[2])), read_into(*given))
+    )
+    found = [search(store, queries, 6, [CPU], bs=bs, searched=searched.append) for bs in (1, 4, 11, 1000)]
+    assert read == searched == [64, 64, 64, 64, 44] * 4
+    for rows, scores, _ in found:
+        assert np.array_equal(rows, found[0][0]) and np.array_equal(scores, found[0][1])
 
 
 @pytest.mark.parametrize("copies", [1, 5, 64, 96])
@@ -347,6 +416,24 @@ def test_chunk_size_follows_the_memory_limit():
     assert all(size % 64 == 0 for size in sizes)
     with pytest.raises(UserError, match="lower --bs"):
         chunk_rows(100_000, 768, 0.5, [CPU])
+
+
+def test_chunk_size_on_a_gpu_follows_its_free_memory(monkeypatch):
+    def rows(free_gb, queries=1000, memory_gb=2.0, cards=1):
+        monkeypatch.setattr(module, "unused_gpu_memory", lambda device: int(free_gb * 1e9))
+        return chunk_rows(queries, 768, memory_gb, [torch.device("cuda", card) for card in range(cards)])
+
+    sizes = [rows(free) for free in (2.5, 3, 4, 80)]
+    assert sizes == sorted(sizes) and sizes[0] >= 64 and sizes[-1] == module.CHUNK_ROWS["cuda"]
+    assert all(size % 64 == 0 for size in sizes)
+    fixed, per_row = module._gpu_bytes(1000, 768)
+    assert fixed + sizes[1] * per_row <= module.GPU_SHARE * 3e9
+    # host memory is limited as well: two chunks for each card
+    assert 2 * 2 * 768 * rows(80, memory_gb=0.01) <= 0.01e9
+    assert rows(80, memory_gb=0.01, cards=2) <= rows(80, memory_gb=0.01) / 2
+    assert rows(24, queries=1) == module.CHUNK_ROWS["cuda"]
+    with pytest.raises(UserError, match="GPU memory .*lower --bs"):
+        rows(1.5)
 
 
 def test_auto_uses_the_fastest_and_logs_it():
