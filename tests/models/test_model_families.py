@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,17 @@ import torch
 from toy_world import lines, make_world, options
 
 from script import export_model
-from torch_src import cross_infer, cross_train, dual_infer, dual_train
+from torch_src import cross_infer, cross_train, dual_infer, dual_train, hparams
+from torch_src.inference import (
+    Retriever,
+    find_cross_model,
+    load_cross_model,
+    load_dual_model,
+    pair_scorer,
+)
+from torch_src.inference_cross_hparams import InferenceCrossHparams
+from torch_src.inference_de_hparams import InferenceDeHparams
+from torch_src.retrieval.gpu_inference import encoder_in_bf16, scorer_in_bf16
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILDER = ROOT.parent / "shared/tools/model_folders.py"
@@ -149,6 +160,23 @@ class Reranker(Family):
         to = self.output / "ce"
         self.run(export_model.main, ["cross", "--output_dir", str(self.output), "--to", str(to)])
         self.equal_to_sentence_transformers(to)
+
+
+@pytest.mark.parametrize("name", list(rows()))
+def test_inference_with_weights_in_bf16(folders, world, name, tmp_path):
+    """As on a GPU: the vectors or logits of the probes are those of autocast."""
+    if not (folders / name).is_dir() or not rows()[name][0].startswith("works"):
+        pytest.skip("not loaded without training")
+    words = [*options(world, tmp_path), "--pretrained_model_path", str(folders / name)]
+    if not name.startswith("r_"):
+        job = Retriever(hparams.parse(InferenceDeHparams, [*words, "--dual_params", "none"]))
+        encoder = job.encoder("passage", load_dual_model(job.source))
+        assert encoder_in_bf16(replace(encoder, precision="bf16")).bf16_weights
+        return
+    source = find_cross_model(hparams.parse(InferenceCrossHparams, [*words, "--cross_params", "none"]))
+    scorer = pair_scorer(source, load_cross_model(source), 32, torch.device("cpu"), "bf16")
+    # of these the layer between embeddings and encoder computes in fp32, so autocast is used
+    assert scorer_in_bf16(scorer).bf16_weights == (name not in ("r_albert", "r_electra"))
 
 
 @pytest.mark.parametrize("name", list(rows()))

@@ -86,8 +86,10 @@ def _in_bf16(
     converted = replace(inference, bf16_weights=True)
     if model.dtype == torch.bfloat16:
         return converted  # a tower of both sides
-    expected, weights = results(inference), _to_bf16(model)
+    expected, weights = results(inference), _convertible(model)
     try:
+        for parameter, values in weights:
+            parameter.data = values.to(torch.bfloat16)
         reason = difference(results(converted), expected)
     except (RuntimeError, ValueError, TypeError) as error:  # e.g. a layer that needs its inputs in fp32
         reason = first_line(error)[:150]
@@ -99,8 +101,8 @@ def _in_bf16(
     return inference
 
 
-def _to_bf16(model: PreTrainedModel) -> list[tuple[nn.Parameter, Tensor]]:
-    """Convert the weights in place; return the parameters and their fp32 values.
+def _convertible(model: PreTrainedModel) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return the parameters to convert and their fp32 values.
 
     Layers after the pooling and those of a head stay in fp32, and buffers: inverse frequencies of rotary
     positions would lose digits.
@@ -109,10 +111,7 @@ def _to_bf16(model: PreTrainedModel) -> list[tuple[nn.Parameter, Tensor]]:
     layers.append(getattr(model, LAYERS, nn.Identity()))
     kept = {id(parameter) for layer in layers for parameter in layer.parameters()}
     parameters = [p for p in model.parameters() if p.dtype == torch.float32 and id(p) not in kept]
-    weights = [(parameter, parameter.data) for parameter in parameters]
-    for parameter, values in weights:
-        parameter.data = values.to(torch.bfloat16)
-    return weights
+    return [(parameter, parameter.data) for parameter in parameters]
 
 
 # Size of a forward pass
