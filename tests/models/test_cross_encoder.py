@@ -25,7 +25,7 @@ from torch_src.models.cross_encoder import (
 from torch_src.models.dual_encoder import DualEncoder
 from torch_src.models.losses import listwise_loss, pointwise_loss
 from torch_src.models.tokenization import MIN_PASSAGE_TOKENS, TextRules, tokenize_pairs
-from torch_src.retrieval.reranking import PairScorer, fuse, fused_scores, pair_tensors, rank_pairs
+from torch_src.retrieval.reranking import PairScorer, fuse, fused_scores, rank_pairs
 from torch_src.runtime.devices import autocast
 from torch_src.runtime.errors import UserError
 
@@ -516,11 +516,11 @@ def test_scores_under_bf16_have_no_ties(model, tokenizer):
     assert scores.dtype == np.float32 and len(np.unique(scores)) == 200
 
 
-def test_pair_tensors_are_padded_alike(tokenizer):
+def test_pairs_are_padded_alike(tokenizer):
     texts = (["1", "1 1"], ["2", "2 2 2"], TextRules(32))
     pairs = pair_lists(tokenizer, *texts)
     table = tokenize_pairs(tokenizer, *texts)
-    ids, mask, types = pair_tensors(table, [1, 0], tokenizer.pad_token_id, CPU)
+    ids, mask, types = table.padded([1, 0], tokenizer.pad_token_id)
     assert mask.tolist() == [[1] * 8, [1] * 5 + [0] * 3]
     assert ids[1].tolist() == pairs.ids[0] + [tokenizer.pad_token_id] * 3
     assert types.tolist() == [[0] * 4 + [1] * 4, [0] * 3 + [1] * 2 + [0] * 3]

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch_src.models import tokenization
 from torch_src.models.tokenization import (
     TextRules,
+    TokenTable,
     length_sorted_batches,
     load_tokenizer,
-    pad,
     tokenize,
     tokenizer_checksum,
 )
@@ -174,20 +174,33 @@ def test_vocab_without_the_special_tokens_is_a_user_error(tmp_path, content):
         load_tokenizer("", str(path))
 
 
-def test_pad_fills_to_the_longest_with_the_pad_id():
-    input_ids, mask = pad([[5, 6, 7], [8], [9, 1]], pad_id=4)
-    assert input_ids.tolist() == [[5, 6, 7], [8, 4, 4], [9, 1, 4]]
-    assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
-    assert input_ids.dtype == mask.dtype == np.int64
+def table_of(sequences, types=None):
+    flat = [np.array([token for text in texts for token in text]) for texts in (sequences, types or [])]
+    lengths = np.array([len(text) for text in sequences])
+    return TokenTable(flat[0].astype(np.uint32), lengths, 0, flat[1].astype(np.uint8) if types else None)
+
+
+def test_rows_are_padded_to_the_longest_with_the_pad_id():
+    table = table_of([[5, 6, 7], [8], [9, 1]], [[0, 0, 1], [1], [0, 1]])
+    ids, mask, types = table.padded([2, 0, 1], pad_id=4)
+    assert ids.tolist() == [[9, 1, 4], [5, 6, 7], [8, 4, 4]]
+    assert mask.tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
+    assert types.tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 0]]
+    assert table.padded(np.array([1, 2]), 4)[0].tolist() == [[8, 4], [9, 1]]
+    both = TokenTable.concatenate([table, table])
+    assert both.padded([3, 5], 4).tolist() == table.padded([0, 2], 4).tolist()
 
 
 @STEADY
-@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=7), min_size=1, max_size=6))
-def test_padded_sequences_are_unchanged_under_the_mask(sequences):
-    input_ids, mask = pad(sequences, pad_id=11)
-    assert input_ids.shape == mask.shape == (len(sequences), max(map(len, sequences)))
-    assert [row[on == 1].tolist() for row, on in zip(input_ids, mask, strict=True)] == sequences
-    assert (input_ids[mask == 0] == 11).all()
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=7), min_size=1, max_size=6), st.randoms())
+def test_padded_sequences_are_unchanged_under_the_mask(sequences, draw):
+    rows = draw.sample(range(len(sequences)), draw.randint(1, len(sequences)))
+    inputs = table_of(sequences).padded(rows, pad_id=11)
+    ids, mask = inputs
+    chosen = [sequences[at] for at in rows]
+    assert inputs.dtype == np.int64 and inputs.shape == (2, len(rows), max(map(len, chosen)))
+    assert [row[on == 1].tolist() for row, on in zip(ids, mask, strict=True)] == chosen
+    assert (ids[mask == 0] == 11).all()
 
 
 @STEADY

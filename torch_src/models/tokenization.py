@@ -27,7 +27,6 @@ from torch_src.runtime.files import read_json
 from torch_src.runtime.log import warn
 from torch_src.runtime.stamps import checksum_text
 
-TokenIds = Sequence[int] | np.ndarray
 LENGTHS = {"query": "q_max_seq_len", "passage": "p_max_seq_len"}  # side -> knob
 
 # long texts are cut to this many characters per token before tokenization, to save time
@@ -417,15 +416,6 @@ def _flat(sequences: list[list[int]], dtype: Any) -> tuple[np.ndarray, np.ndarra
     return values, lengths
 
 
-def pad(sequences: Sequence[TokenIds], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (input ids, attention mask), both (B, L) int64, L the longest of the batch."""
-    lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
-    mask = np.arange(lengths.max())[None, :] < lengths[:, None]
-    input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
-    input_ids[mask] = np.concatenate(sequences)
-    return input_ids, mask.astype(np.int64)
-
-
 def length_sorted_batches(
     lengths: Sequence[int] | np.ndarray, max_rows: int, max_tokens: int
 ) -> list[np.ndarray]:
@@ -465,7 +455,8 @@ class BatchedInference:
         """Set outputs[rows] to forward(inputs of `rows`) for batches that cover the table.
 
         The inputs are those of TokenTable.padded, on the device. `model` is in eval mode meanwhile. Calls
-        done(rows, tokens) after each batch. On CUDA nothing here waits for the device.
+        done(rows, tokens) after each batch. Waits for no result: the length of a GPU's queue bounds how far
+        batches are prepared ahead.
         """
         was_training = model.training
         model.eval()

@@ -12,7 +12,6 @@ from torch_src.data.candidates import Candidates
 from torch_src.models.cross_encoder import CrossEncoder
 from torch_src.models.tokenization import BatchedInference, TextRules, TokenTable, tokenize_pairs
 from torch_src.retrieval.tokenizing import TOKENIZE_AHEAD, Span, tokenized_spans
-from torch_src.runtime.devices import tensors_to
 from torch_src.runtime.errors import UserError
 
 
@@ -77,13 +76,6 @@ def _tokenize(
 ) -> TokenTable:
     queries = [candidates.queries[at] for at in candidates.query_of[first:last].tolist()]
     return tokenize_pairs(tokenizer, queries, candidates.passages(first, last), rules)
-
-
-def pair_tensors(
-    pairs: TokenTable, rows: Sequence[int] | np.ndarray, pad_id: int, device: torch.device
-) -> list[torch.Tensor]:
-    """Return [input ids, attention mask, segment ids], each (B, L) int64, of the pairs `rows`."""
-    return list(tensors_to(device, pairs.padded(rows, pad_id))[0].unbind())
 
 
 def rank_pairs(candidates: Candidates, scores: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
