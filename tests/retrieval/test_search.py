@@ -93,6 +93,7 @@ def check_world(folder, monkeypatch, world, seed, device):
     check(folder / "1", vectors, queries, 10, 100, kinds, devices, bs=4, cached=True)
     monkeypatch.setitem(module.CHUNK_ROWS, device.type, 10**6)
     monkeypatch.setitem(module.PRODUCT_PAIRS, device.type, 600)  # 100 passages
+    monkeypatch.setitem(module.FP32_PAIRS, device.type, 0)
     check(folder / "2", vectors, queries, 50, 37, kinds, devices)
 
 

@@ -40,8 +40,10 @@ CHUNK_ROWS = {"cpu": 2048, "cuda": 65536}  # maximum passages per chunk: on a CP
 PRODUCT_PAIRS = {"cpu": 1 << 31, "cuda": 1 << 23}  # maximum pairs per fp32 product: all may be selected
 PENDING_PAIRS = 8  # average pairs per query to collect before a merge into the top k
 SCORED_PAIRS = {"cpu": 2048, "cuda": 32768}  # pairs scored before those that enter are selected
-FP32_PAIRS = 256  # pairs scored in fp32 at once on a CPU: both sides stay in a cache
-FP64_PAIRS = {"cpu": 512, "cuda": 32768}  # pairs scored in fp64 at once: on a CPU both sides stay in a cache
+# Pairs scored in fp32 and in fp64 at once: on a CPU both sides stay in a cache. On a GPU, where fp64 is fast
+# and the fast product leaves little to exclude, none are scored in fp32.
+FP32_PAIRS = {"cpu": 256, "cuda": 0}
+FP64_PAIRS = {"cpu": 512, "cuda": 32768}
 GPU_SHARE = 0.5  # maximum share of a GPU's free memory for the chunks and products of a search
 PAIRS_SHARE = 1 / 128  # maximum share of a chunk's pairs that the fast product may select
 MAX_SKIPPED = 16  # maximum chunks without the fast product after it selected too many pairs
@@ -249,9 +251,8 @@ class BatchSearch:
     def _score(self, first: int, passages: Passages, query: torch.Tensor, column: torch.Tensor) -> None:
         """Score the pairs (query, passage) in fp64 and add those that enter to the top k."""
         self.stats.selected_pairs += len(query)
-        step = SCORED_PAIRS[self.device.type]
-        # On a GPU fp64 is fast, and the fast product leaves little to exclude.
-        lowest = self._floor() - self.fp32.bound(passages) if self.device.type == "cpu" else None
+        step, in_fp32 = SCORED_PAIRS[self.device.type], FP32_PAIRS[self.device.type] > 0
+        lowest = self._floor() - self.fp32.bound(passages) if in_fp32 else None
         for start in range(0, len(query), step):
             q, c = query[start : start + step], column[start : start + step]
             if lowest is not None:
@@ -263,9 +264,9 @@ class BatchSearch:
 
     def _fp32_scores(self, vectors: torch.Tensor, query: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return the inner products (n,) fp32 of pairs (query, column of this chunk), scaled."""
-        scores = torch.empty(len(query), dtype=torch.float32)
-        for start in range(0, len(query), FP32_PAIRS):
-            q, c = query[start : start + FP32_PAIRS], column[start : start + FP32_PAIRS]
+        scores, size = vectors.new_empty(len(query)), FP32_PAIRS[self.device.type]
+        for start in range(0, len(query), size):
+            q, c = query[start : start + size], column[start : start + size]
             products = self.scratch.rows("left", self.queries.scaled, q)
             products *= self.scratch.rows("right", vectors, c)
             torch.sum(products, 1, out=scores[start : start + len(q)])
@@ -375,7 +376,7 @@ def _rows_within(budget: float, fixed_bytes: int, row_bytes: int) -> tuple[int, 
 def _cpu_bytes(queries: int, hidden: int) -> tuple[int, int]:
     """Return (bytes of a batch of queries, additional bytes per passage of a chunk) on a CPU."""
     # per pair to score: both vectors in fp32, in 16 bits and in fp64; per query: its conversions
-    fixed = FP32_PAIRS * hidden * 2 * 4 + FP64_PAIRS["cpu"] * hidden * (4 + 2 + 2 * 8) + queries * hidden * 16
+    fixed = hidden * (FP32_PAIRS["cpu"] * 2 * 4 + FP64_PAIRS["cpu"] * (4 + 2 + 2 * 8) + queries * 16)
     # per passage: its vector in fp16, in fp32 (3: as is, minus the mean, scaled) and int8; per pair: its
     # score and, at worst, its place in the list of selected pairs
     return fixed, hidden * (BUFFERS * 2 + 3 * 4 + 1) + queries * (4 + 4 + 4 * 8)
