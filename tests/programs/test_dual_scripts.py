@@ -45,6 +45,16 @@ def refused(capsys, world: Path, status: int, *words: str) -> None:
         assert word in error
 
 
+def test_the_run_does_not_depend_on_the_queries_at_once(world, capsys):
+    run = world / "output/res.top10"
+    expected = run.read_bytes()
+    for bs in ("1", "1000"):
+        run.unlink()
+        assert infer(world, "--bs", bs) == 0
+        assert run.read_bytes() == expected
+    assert capsys.readouterr().out.count("vectors up to date") == 2  # only searched
+
+
 @pytest.mark.slow
 def test_scripts_run_as_in_the_readme(tmp_path):
     """The four commands as subprocesses, from the repository root."""

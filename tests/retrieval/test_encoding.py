@@ -200,6 +200,19 @@ def test_progress_lines(capsys):
     assert capsys.readouterr().out[9:] == closing
 
 
+def test_progress_without_tokens(capsys):
+    now = [0.0]
+    progress = Progress(400, 10, "searched", clock=lambda: now[0])
+    now[0] += 10
+    progress.add(100)
+    progress.close()
+    lines = [line[9:] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "searched 100/400 passages (25.0%)  10 passages/s  eta 30.0s",
+        "searched 100 passages in 10.0s  10 passages/s",
+    ]
+
+
 @pytest.mark.parametrize("value", [65520.0, -65520.0, 1e30, np.inf, np.nan])
 def test_values_beyond_float16_name_the_row(value):
     vectors = np.zeros((4, 3), dtype=np.float32)

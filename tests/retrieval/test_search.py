@@ -103,8 +103,8 @@ def check_small_pieces(folder, monkeypatch, device, repeats):
     monkeypatch.setitem(module.SCORED_PAIRS, device.type, 50)
     monkeypatch.setitem(module.FP64_PAIRS, device.type, 20)
     draw = np.random.default_rng(2)
-    vectors = draw.normal(size=(5000, 32)).astype(np.float16)
-    queries = draw.normal(size=(23, 32)).astype(np.float32)
+    vectors = draw.normal(size=(1000, 32)).astype(np.float16)
+    queries = draw.normal(size=(13, 32)).astype(np.float32)
     store = make_store(folder, vectors, 700)
     expected, expected_scores = full_sort(vectors, queries, 9)
     for _ in range(repeats):
@@ -499,6 +499,15 @@ def test_without_the_int8_operators_search_falls_back(tmp_path, monkeypatch, mis
     monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 64)
     draw = np.random.default_rng(0)
     check(tmp_path, draw.normal(size=(400, 24)), draw.normal(size=(3, 24)), 5, 100, kinds=["int8"])
+
+
+def test_products_have_full_precision_during_a_search():
+    flags = torch.backends.cuda.matmul
+    before = {name: getattr(flags, name) for name in score_bounds.REDUCED_PRECISION}
+    assert before["allow_fp16_reduced_precision_reduction"]
+    with score_bounds.full_precision():
+        assert not any(getattr(flags, name) for name in before)
+    assert before == {name: getattr(flags, name) for name in before}
 
 
 def test_fp32_scores_are_within_their_bound():
