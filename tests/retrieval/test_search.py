@@ -6,6 +6,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from torch_src.retrieval import chunks, score_bounds
 from torch_src.retrieval import search as module
@@ -92,7 +94,7 @@ def check_world(folder, monkeypatch, world, seed, device):
     monkeypatch.setitem(module.CHUNK_ROWS, device.type, 33)
     check(folder / "1", vectors, queries, 10, 100, kinds, devices, bs=4, cached=True)
     monkeypatch.setitem(module.CHUNK_ROWS, device.type, 10**6)
-    monkeypatch.setitem(module.PRODUCT_PAIRS, device.type, 600)  # 100 passages
+    monkeypatch.setitem(module.PRODUCT_PAIRS, device.type, 600)  # 64 passages
     monkeypatch.setitem(module.FP32_PAIRS, device.type, 0)
     check(folder / "2", vectors, queries, 50, 37, kinds, devices)
 
@@ -392,6 +394,40 @@ def test_an_error_on_one_device_ends_the_search(tmp_path, monkeypatch):
     store = make_store(tmp_path, np.zeros((500, 8), np.float16), 100)
     with pytest.raises(RuntimeError, match="this card is broken"):
         search(store, np.zeros((1, 8), np.float32), 3, [CPU, CPU])
+
+
+class OnlyMeta(TorchDispatchMode):
+    """Asserts that operations use only tensors of the device `meta`, which have no contents."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        assert all(tensor.is_meta for tensor in tensors), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow  # the first use of `meta` takes a second
+@pytest.mark.parametrize("kind", kinds_on(torch.device("cuda")))
+def test_a_search_stays_on_its_device(monkeypatch, kind):
+    """As on a GPU: nothing is copied to the host but the sizes of results, a few times per chunk."""
+    waits = []
+
+    def nonzero(mask, as_tuple=False):
+        waits.append("nonzero")
+        indices = torch.zeros((7, mask.dim()), dtype=torch.int64, device=mask.device)
+        return indices.unbind(1) if as_tuple else indices
+
+    monkeypatch.setattr(torch, "nonzero", nonzero)
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: waits.append("int") or 3)
+    for name in ("CHUNK_ROWS", "PRODUCT_PAIRS", "SCORED_PAIRS", "FP32_PAIRS", "FP64_PAIRS"):
+        monkeypatch.setitem(getattr(module, name), "meta", getattr(module, name)["cuda"])
+    queries = np.random.default_rng(0).normal(size=(23, 16)).astype(np.float32)
+    device_search = module.DeviceSearch(queries, 10, 5, kind, torch.device("meta"))
+    with OnlyMeta():
+        for number in range(5):
+            waits.clear()
+            chunk = torch.empty(320, 16, dtype=torch.float16, device="meta")
+            device_search.add_chunk(320 * number, chunk)
+    assert waits.count("nonzero") == 3 * len(device_search.batches) and waits.count("int") <= 3
 
 
 def test_top_k_equals_a_sort():

@@ -364,8 +364,8 @@ def chunk_rows(queries: int, hidden: int, memory_gb: float, devices: list[torch.
 
 
 def _product_rows(queries: int, device_type: str) -> int:
-    """Return the maximum number of passages per fp32 product."""
-    return min(CHUNK_ROWS[device_type], max(GROUP, PRODUCT_PAIRS[device_type] // queries))
+    """Return the maximum number of passages per fp32 product, whole groups."""
+    return max(1, min(CHUNK_ROWS[device_type], PRODUCT_PAIRS[device_type] // queries) // GROUP) * GROUP
 
 
 def _rows_within(budget: float, fixed_bytes: int, row_bytes: int) -> tuple[int, int]:
