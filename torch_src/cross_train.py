@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from torch_src import hparams
 from torch_src.cross_hparams import MODEL_SETTINGS, CrossHparams
@@ -23,7 +24,7 @@ from torch_src.models.cross_encoder import (
 )
 from torch_src.models.losses import listwise_loss, pointwise_loss, r_drop_loss
 from torch_src.models.model_folder import log_overrides
-from torch_src.models.tokenization import TokenTable, reranker_rules, tokenize_pairs
+from torch_src.models.tokenization import TextRules, TokenTable, reranker_rules, tokenize_pairs
 from torch_src.models.truncation import sampled, truncation_of_pairs
 from torch_src.retrieval import score_checks
 from torch_src.retrieval.reranking import PairScorer
@@ -34,6 +35,7 @@ from torch_src.runtime.planning import evenly_spaced, seconds_per_text
 from torch_src.runtime.program import exit_status
 from torch_src.runtime.stamps import checksum_files
 from torch_src.training.dev_evaluation import DevReranking, open_dev_reranking
+from torch_src.training.distributed import Processes
 from torch_src.training.grad_cache import ChunkedForward
 from torch_src.training.memory import probe_inputs
 from torch_src.training.stage import Setup, TrainingStage, checkpoint_activations, describe_rows
@@ -51,6 +53,30 @@ class CrossInputs:
     place: tuple[int, int]  # (epoch, step)
     pairs: TokenTable
     labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class CrossBatches:
+    """Makes the batches of a process, also in processes of their own."""
+
+    hp: CrossHparams
+    data: CrossTrainingSet
+    tokenizer: PreTrainedTokenizerBase
+    rules: TextRules
+    groups: int  # in a batch
+    group_size: int  # 1: pairs (pointwise)
+    processes: Processes
+
+    def __call__(self, place: tuple[int, int]) -> CrossInputs:
+        """Draw the batch of (epoch, step) and tokenize this process's shard."""
+        if self.hp.loss == "listwise":
+            source = self.data.group_batch(self.hp.seed, *place, self.groups, self.group_size)
+        else:
+            source = self.data.pair_batch(self.hp.seed, *place, self.groups)
+        groups = self.processes.shard(self.groups)
+        shard = slice(groups.start * self.group_size, groups.stop * self.group_size)
+        pairs = tokenize_pairs(self.tokenizer, source.queries[shard], source.passages[shard], self.rules)
+        return CrossInputs(source, place, pairs, source.labels[shard])
 
 
 class CrossTask(TrainingTask):
@@ -92,6 +118,8 @@ class CrossTask(TrainingTask):
         hp, setup = self.hp, self.setup
         self.data = CrossTrainingSet(hp.train_set_path, self.rules.clean)
         self.batches_per_epoch = self.data.steps_per_epoch(self.groups, self.listwise)
+        sizes = (self.groups, self.group_size)
+        self.make_batch = CrossBatches(hp, self.data, setup.tokenizer, self.rules, *sizes, self.processes)
         log(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
         rows = self.data.file.read(sampled(self.data.rows))
         texts = [row.query for row in rows], [row.passage for row in rows]
@@ -120,21 +148,6 @@ class CrossTask(TrainingTask):
         if hp.head_lr:
             self.peak_lr = dict.fromkeys(self.model.random_parameters, hp.head_lr)
         self.model.to(self.device)
-
-    def batch(self, epoch: int, step: int) -> CrossInputs:
-        """Draw a batch and tokenize this process's shard."""
-        hp, data = self.hp, self.data
-        if self.listwise:
-            source = data.group_batch(hp.seed, epoch, step, self.groups, hp.group_size)
-        else:
-            source = data.pair_batch(hp.seed, epoch, step, self.groups)
-        groups = self.processes.shard(self.groups)
-        shard = slice(groups.start * self.group_size, groups.stop * self.group_size)
-        pairs = self._tokenize(source.queries[shard], source.passages[shard])
-        return CrossInputs(source, (epoch, step), pairs, source.labels[shard])
-
-    def _tokenize(self, queries: list[str], passages: list[str]) -> TokenTable:
-        return tokenize_pairs(self.setup.tokenizer, queries, passages, self.rules)
 
     def forward(self, batch: CrossInputs) -> Output:
         """Score the pairs of this process; with FGM the loss is that of the perturbed word embeddings."""
@@ -267,7 +280,8 @@ class CrossTask(TrainingTask):
         rows = np.flatnonzero(self.data.labels == 0)
         rows = np.random.default_rng([self.hp.seed, 3]).permutation(rows)[:SAMPLED_NEGATIVES]
         sample = self.data.file.read(rows.tolist())
-        pairs = self._tokenize([row.query for row in sample], [row.passage for row in sample])
+        queries, passages = [row.query for row in sample], [row.passage for row in sample]
+        pairs = tokenize_pairs(self.setup.tokenizer, queries, passages, self.rules)
         scores = self.scorer().score(pairs)
         write_negative_scores(self.hp.params_path, weights, scores)
         return scores

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from torch_src import hparams
 from torch_src.data.dual_training_set import DualBatch, DualTrainingSet
@@ -22,7 +23,7 @@ from torch_src.models.dual_encoder import (
 )
 from torch_src.models.losses import contrastive_loss, contrastive_scores, distillation_loss
 from torch_src.models.model_folder import log_overrides
-from torch_src.models.tokenization import LENGTHS, TokenTable, exclude_prompt, retriever_rules
+from torch_src.models.tokenization import LENGTHS, TextRules, TokenTable, exclude_prompt, retriever_rules
 from torch_src.models.truncation import sampled, truncation_of_texts
 from torch_src.retrieval.encoding import Encoder
 from torch_src.runtime.devices import tensors_to, token_budget
@@ -31,6 +32,7 @@ from torch_src.runtime.planning import evenly_spaced, seconds_per_text
 from torch_src.runtime.program import exit_status
 from torch_src.runtime.stamps import checksum_files
 from torch_src.training.dev_evaluation import DevRetrieval, open_dev_retrieval
+from torch_src.training.distributed import Processes
 from torch_src.training.grad_cache import ChunkedForward
 from torch_src.training.memory import probe_inputs
 from torch_src.training.stage import Setup, TrainingStage, checkpoint_activations, describe_rows
@@ -45,6 +47,29 @@ class DualInputs:
     place: tuple[int, int]  # (epoch, step)
     queries: TokenTable
     passages: TokenTable
+
+
+@dataclass(frozen=True)
+class DualBatches:
+    """Makes the batches of a process, also in processes of their own."""
+
+    hp: DualHparams
+    data: DualTrainingSet
+    tokenizer: PreTrainedTokenizerBase
+    rules: dict[str, TextRules]
+    processes: Processes
+
+    def __call__(self, place: tuple[int, int]) -> DualInputs:
+        """Draw the batch of (epoch, step) and tokenize this process's shard of its queries and passages."""
+        source = self.data.batch(self.hp.seed, *place, self.hp.batch_size, self.hp.hard_negatives)
+        texts = {"query": source.queries, "passage": source.passages}
+        queries, passages = (
+            TokenTable.of_texts(
+                self.tokenizer, all_texts[self.processes.shard(len(all_texts))], self.rules[side]
+            )
+            for side, all_texts in texts.items()
+        )
+        return DualInputs(source, place, queries, passages)
 
 
 class DualTask(TrainingTask):
@@ -87,6 +112,7 @@ class DualTask(TrainingTask):
         teacher = None if hp.distill_loss == hparams.NONE else read_teacher(hp.train_set_path)
         self.data = DualTrainingSet(hp.train_set_path, self.rules["passage"].clean, teacher)
         self.batches_per_epoch = self.data.steps_per_epoch(hp.batch_size)
+        self.make_batch = DualBatches(hp, self.data, setup.tokenizer, self.rules, self.processes)
         log(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
         self._report_truncation()
         negatives = hp.batch_size * (1 + hp.hard_negatives) - 1
@@ -115,20 +141,6 @@ class DualTask(TrainingTask):
         queries, passages = [row.query for row in rows], [text for row in rows for text in row[1:]]
         found = truncation_of_texts(self.setup.tokenizer, queries, passages, self.rules)
         self.files.truncation = [each.report() for each in found]
-
-    def batch(self, epoch: int, step: int) -> DualInputs:
-        """Draw a batch and tokenize this process's shard of its queries and passages."""
-        source = self.data.batch(self.hp.seed, epoch, step, self.hp.batch_size, self.hp.hard_negatives)
-        return DualInputs(
-            source,
-            (epoch, step),
-            self._tokenize("query", source.queries),
-            self._tokenize("passage", source.passages),
-        )
-
-    def _tokenize(self, side: str, texts: list[str]) -> TokenTable:
-        shard = texts[self.processes.shard(len(texts))]
-        return TokenTable.of_texts(self.setup.tokenizer, shard, self.rules[side])
 
     def forward(self, batch: DualInputs) -> Output:
         """Score this process's queries against the passages of all processes."""

@@ -27,7 +27,6 @@ from torch_src.retrieval.encoding import Encoder, encode_collection
 from torch_src.retrieval.gpu_inference import encoder_on_gpu, scorer_on_gpu
 from torch_src.retrieval.reranking import PairScorer
 from torch_src.runtime.devices import autocast, token_budget, worker_count
-from torch_src.runtime.prefetch import one_ahead
 
 LENGTH, QUERY_LENGTH = 384, 32  # tokens
 ROWS = 4096  # maximum texts in a forward pass
@@ -84,7 +83,9 @@ def train(bench: Bench) -> None:
     with open(folder / "dual.train.tsv", "w", encoding="utf-8", newline="") as file:
         file.writelines(format_dual_row(DualRow(*row)) for row in rows)
     for number, (texts, tokens) in enumerate(sizes.chunks):
-        name = f"ours, {texts} texts a pass" + (f", {tokens} tokens" if tokens else "")
+        name = (
+            "ours, chosen from free memory" if texts < 0 else f"ours, {texts} texts, {tokens} tokens a pass"
+        )
         work = partial(_our_update, bench, name, texts, tokens, profiled=not number)
         bench.attempt(name, 15 * bench.on_gpu, work)
     for texts in sizes.peer_chunks:
@@ -97,16 +98,16 @@ def _settings(bench: Bench, chunk: int, tokens: int) -> DualHparams:
         pretrained_model_path=bench.model, train_set=str(bench.folder / "train_data/dual.train.tsv"),
         output_dir=str(bench.folder / "train_output"), device=str(bench.device), eval_every=-1, lr=LR,
         batch_size=bench.sizes.train_queries, grad_cache_chunk=chunk, tokens_per_batch=tokens,
-        share_encoder=True, q_max_seq_len=QUERY_LENGTH, p_max_seq_len=LENGTH,
+        share_encoder=True, q_max_seq_len=QUERY_LENGTH, p_max_seq_len=LENGTH, epoch=1000,
     )  # fmt: skip
 
 
 def _our_update(bench: Bench, name: str, chunk: int, tokens: int, profiled: bool) -> None:
-    """Updates of the trainer, the next batch prepared in a thread as in a real run."""
+    """Updates of the trainer, the next batches prepared by as many workers as in a run of 1,000 updates."""
     stage = training_stage(_settings(bench, chunk, tokens))
     stage.load()
-    trainer, task = stage.trainer(bench.folder / "train_output", {}), stage.task
-    batches = one_ahead(lambda epoch: task.batch(epoch, 0), range(2 + bench.sizes.updates))
+    trainer, chunking = stage.trainer(bench.folder / "train_output", {}), stage.task.chunking
+    batches = trainer.prepared((epoch, 0) for epoch in range(2 + bench.sizes.updates))
     first = next(batches)
     losses = [trainer.update(0, [first]).loss]
     lengths = [*first.queries.lengths.tolist(), *first.passages.lengths.tolist()]
@@ -116,6 +117,8 @@ def _our_update(bench: Bench, name: str, chunk: int, tokens: int, profiled: bool
             losses.append(trainer.update(step, [next(batches)]).loss)
 
     _, figures = bench.time(updates)
+    figures |= {"chunk_texts": chunking.texts, "chunk_tokens": chunking.tokens}
+    figures |= {"workers": trainer.options.workers}
     _record_updates(bench, name, OURS, figures, lengths, losses)
     if profiled:
         last = next(batches)

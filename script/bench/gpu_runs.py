@@ -44,7 +44,8 @@ class Sizes:
     copy_bytes: int = 4 << 30
     train_queries: int = 512  # in an update, each with a positive and a hard negative
     updates: int = 3  # timed, after one warm-up
-    chunks: tuple[tuple[int, int], ...] = ((64, 0), (128, 32768), (256, 65536))  # (texts, tokens), 0: default
+    # (texts, tokens) of a forward pass; the first is the default
+    chunks: tuple[tuple[int, int], ...] = ((-1, 0), (64, 16384), (256, 65536))
     peer_chunks: tuple[int, ...] = (64, 128)  # texts
     texts: int = 65536  # to encode
     tokens: tuple[int, ...] = (0, 32768, 65536)  # padded, in a forward pass of ours; 0: the default

@@ -1,6 +1,7 @@
 """Items prepared ahead: order, errors in one line, nothing printed by the processes."""
 
 import os
+import signal
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -70,3 +71,17 @@ def test_workers_tokenize_in_one_thread_without_a_warning(monkeypatch, capfd):
     assert list(prepared_by_workers(tokenize, ["a b", "b"], 2)) == [([0, 1], "false"), ([1], "false")]
     assert PARALLEL_TOKENIZERS not in os.environ
     assert capfd.readouterr().err == ""
+
+
+def test_a_killed_worker_ends_the_iteration_in_one_line():
+    found = prepared_by_workers(kill_at_two, range(9), 1)
+    assert next(found) == 0
+    with pytest.raises(UserError, match="a process .* has ended") as caught:
+        list(found)
+    assert "\n" not in str(caught.value)
+
+
+def kill_at_two(item):
+    if item == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item

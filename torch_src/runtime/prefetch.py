@@ -1,6 +1,7 @@
 """Prepare the next items, or finish the previous one, while the current one is used."""
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -8,9 +9,10 @@ from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from torch_src.runtime.errors import UserError
+from torch_src.runtime.errors import UserError, first_line
 
 PARALLEL_TOKENIZERS = "TOKENIZERS_PARALLELISM"  # environment variable of the tokenizers library
+STUCK_SECONDS = 600  # without the next item, after which the workers are given up
 Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
 
@@ -49,11 +51,23 @@ def prepared_by_workers(
     # A DataLoader preserves the order and ends its workers with this process.
     loader: Any = DataLoader(
         _Prepared(prepare), sampler=items, batch_size=None, num_workers=workers, prefetch_factor=ahead,
-        collate_fn=_unchanged,
+        collate_fn=_unchanged, worker_init_fn=_leave_stop_signals,
+        timeout=STUCK_SECONDS,
     )  # fmt: skip
     with _one_thread_per_tokenizer():
         prepared = iter(loader)  # starts the processes
-    for item in prepared:
+    while True:
+        try:
+            item = next(prepared, None)
+        except RuntimeError as error:  # a worker was killed, or does not answer
+            if not first_line(error).startswith("DataLoader"):
+                raise
+            raise UserError(
+                f"a process that prepares the next texts has ended or is stuck ({first_line(error)}); "
+                "is there enough memory? the same command resumes"
+            ) from error
+        if item is None:
+            return
         if isinstance(item, UserError):
             raise UserError(str(item))
         yield item
@@ -70,6 +84,12 @@ class _Prepared(Dataset):
             return UserError(str(error))  # not raised: a DataLoader would add its traceback
         except OSError as error:
             return UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def _leave_stop_signals(_worker: int) -> None:
+    """Leave Ctrl-C and the first SIGTERM, which may reach all processes, to the one that ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _unchanged(item: Any) -> Any:

@@ -27,6 +27,7 @@ from torch_src.runtime.devices import (
     free_memory,
     make_deterministic,
     set_threads,
+    worker_count,
 )
 from torch_src.runtime.errors import UserError, is_out_of_memory
 from torch_src.runtime.files import read_json, require
@@ -261,6 +262,9 @@ class TrainingStage:
             early_stop=hp.early_stop,
             save_every_minutes=hp.save_every_minutes,
             log_every=hp.log_every,
+            workers=worker_count(
+                -1, self.device, hp.epoch * self.task.batches_per_epoch * self.task.texts_per_batch
+            ),
         )
         checkpoint = Path(folder) / f"{self.setup.name}_checkpoint.pt"
         return Trainer(self.task, options, self.processes, self.setup.precision, checkpoint, stamp)

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch_src.runtime.devices import peak_memory_gb
 from torch_src.runtime.errors import UserError, first_line, is_out_of_memory
 from torch_src.runtime.log import duration, log, warn
-from torch_src.runtime.prefetch import one_ahead
+from torch_src.runtime.prefetch import one_ahead, prepared_by_workers
 from torch_src.runtime.signals import StopSignals
 from torch_src.runtime.stamps import differences
 from torch_src.training.checkpoints import load_checkpoint, save_checkpoint
@@ -43,6 +43,7 @@ class TrainingTask(ABC):
     """Data, loss and dev evaluation of one model: the interface for Trainer and TrainingStage."""
 
     model: nn.Module
+    make_batch: Callable[[tuple[int, int]], Any]  # (epoch, step) to a batch, both from 0; copied to workers
     chunking: Chunking
     batches_per_epoch: int
     unit = "queries"  # of the rate in the log
@@ -52,9 +53,9 @@ class TrainingTask(ABC):
     accuracy_name = "accuracy"  # in the log
     peak_lr: dict[str, float] = {}  # parameter name -> peak learning rate that replaces the common one
 
-    @abstractmethod
     def batch(self, epoch: int, step: int) -> Any:
         """Read and tokenize a batch, both numbers from 0; runs ahead in a thread."""
+        return self.make_batch((epoch, step))
 
     @abstractmethod
     def forward(self, batch: Any) -> Output:
@@ -116,6 +117,7 @@ class TrainerOptions:
     early_stop: int = 0  # patience in evaluations; 0: no early stop
     save_every_minutes: float = 0.0  # between checkpoints; 0: only at epochs and evaluations
     log_every: int = 20  # updates between log lines
+    workers: int = 0  # processes that tokenize ahead; 0: a thread
 
 
 @dataclass
@@ -235,13 +237,20 @@ class Trainer:
             self._save_checkpoint()
         return self.progress
 
+    def prepared(self, places: Iterable[tuple[int, int]]) -> Iterator[Any]:
+        """Yield the batches of these (epoch, step), in order, prepared ahead."""
+        if self.options.workers:
+            return prepared_by_workers(self.task.make_batch, places, self.options.workers)
+        return one_ahead(lambda place: self.task.batch(*place), places)
+
     def _batches(self) -> Generator[Any, None, None]:
-        """Yield the batches from the current step on, the next one prepared in a thread."""
+        """Yield the batches from the current step on."""
         count, schedule = self.options.accumulation_steps, self.schedule
         steps = range(self.progress.step, schedule.total_steps)
         places = (divmod(step, schedule.steps_per_epoch) for step in steps)
-        batches = ((epoch, at * count + micro) for epoch, at in places for micro in range(count))
-        yield from one_ahead(lambda batch: self.task.batch(*batch), batches)
+        yield from self.prepared(
+            (epoch, at * count + micro) for epoch, at in places for micro in range(count)
+        )
 
     def update(self, step: int, batches: Iterable[Any]) -> Update:
         """Make one update from `accumulation_steps` batches.
@@ -287,8 +296,8 @@ class Trainer:
     def probe(self, updates: int) -> list[float]:
         """Make some updates without evaluating or writing anything; return the seconds of each."""
         count = self.options.accumulation_steps
-        places = (at % self.task.batches_per_epoch for at in range(updates * count))
-        batches = (self.task.batch(0, at) for at in places)
+        places = ((0, at % self.task.batches_per_epoch) for at in range(updates * count))
+        batches = self.prepared(places)
         return [self.update(step, islice(batches, count)).seconds for step in range(updates)]
 
     def evaluate(self) -> None:
