@@ -56,21 +56,20 @@ def prepared_by_workers(
     )  # fmt: skip
     with _one_thread_per_tokenizer():
         prepared = iter(loader)  # starts the processes
-    while True:
-        try:
-            item = next(prepared, None)
-        except RuntimeError as error:  # a worker was killed, or does not answer
-            if not first_line(error).startswith("DataLoader"):
-                raise
-            raise UserError(
-                f"a process that prepares the next texts has ended or is stuck ({first_line(error)}); "
-                "is there enough memory? the same command resumes"
-            ) from error
-        if item is None:
-            return
-        if isinstance(item, UserError):
-            raise UserError(str(item))
-        yield item
+    try:
+        for item in prepared:
+            if isinstance(item, UserError):
+                raise UserError(str(item))
+            yield item
+    except RuntimeError as error:  # a worker was killed, or does not answer
+        if not first_line(error).startswith("DataLoader"):
+            raise
+        raise UserError(
+            f"a process that prepares the next texts has ended or is stuck ({first_line(error)}); "
+            "is there enough memory? the same command resumes"
+        ) from error
+    finally:
+        del prepared  # ends the processes; the traceback of an error would keep them
 
 
 class _Prepared(Dataset):
