@@ -1,5 +1,6 @@
 """The chunks of a batch: the rule by numbers, the measured activations, their reuse by a resumed run."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -130,14 +131,18 @@ def test_the_most_tokens_of_a_batch(world):
     assert task.tokens_per_batch == 12 * 64 and outputs.shape == (2,) and tokens == 2 * 64
 
 
-def test_a_resumed_run_keeps_its_chunks(world, tmp_path, capsys, monkeypatch):
-    """Free memory differs when the run resumes: the chunks, and so the dropout, are those of before."""
+def run_and_resume(world, folder, capsys, monkeypatch, device) -> list[torch.Tensor]:
+    """Return weights after a whole run, after a killed and resumed one, and with more memory all along.
 
-    def run(folder, until, free):
-        monkeypatch.setattr(memory, "free_memory", lambda: free)
-        made = stage(world, "dual", double=False, batch_size=6, dropout=0.3, max_steps=4, **AUTO)
+    More memory is free when the run resumes.
+    """
+
+    def run(name, until, free):
+        monkeypatch.setattr(memory, "_free", lambda _: free)
+        knobs = dict(batch_size=6, dropout=0.3, max_steps=4, device=device, **AUTO)
+        made = stage(world, "dual", double=False, **knobs)
         made.load()
-        trainer = made.trainer(folder, {})
+        trainer = made.trainer(folder / name, {})
         update = trainer.update
 
         def counted(step, batches):
@@ -147,21 +152,25 @@ def test_a_resumed_run_keeps_its_chunks(world, tmp_path, capsys, monkeypatch):
             return update(step, batches)
 
         trainer.update = counted
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             trainer.run()
-        except KeyboardInterrupt:
-            pass
-        return torch.cat([p.detach().flatten() for p in trainer.task.model.parameters()]), trainer
+        weights = [p.detach().cpu().flatten() for p in trainer.task.model.parameters()]
+        return torch.cat(weights), trainer.task.chunking
 
-    whole, _ = run(tmp_path / "whole", 9, 10**6)
-    _, killed = run(tmp_path / "killed", 2, 10**6)
+    little, much = 10**6, 10**12
+    whole, chunks = run("whole", 9, little)
+    assert run("killed", 2, little)[1] == chunks and (chunks.texts, chunks.tokens) == (18, 512)
     capsys.readouterr()
-    resumed, trainer = run(tmp_path / "killed", 9, 10**12)
-    assert trainer.task.chunking == killed.task.chunking and trainer.task.chunking.tokens == 512
-    assert resumed.equal(whole)
-    assert "chunks as before; GradCache: chunks of at most 18 texts and 512 tokens" in capsys.readouterr().out
-    other, _ = run(tmp_path / "other", 9, 10**12)
-    assert not other.equal(whole)
+    resumed, again = run("killed", 9, much)
+    assert again == chunks
+    assert f"chunks as before; {chunks}" in capsys.readouterr().out
+    return [whole, resumed, run("other", 9, much)[0]]
+
+
+def test_a_resumed_run_keeps_its_chunks(world, tmp_path, capsys, monkeypatch):
+    """Free memory differs when the run resumes: the chunks, and so the dropout, are those of before."""
+    whole, resumed, other = run_and_resume(world, tmp_path, capsys, monkeypatch, "cpu")
+    assert resumed.equal(whole) and not other.equal(whole)
 
 
 def test_out_of_memory_names_the_knobs(world, tmp_path, monkeypatch):
