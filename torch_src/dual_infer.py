@@ -248,7 +248,7 @@ def encode_passages(job: DualInference, model: DualEncoder, store: VectorStore) 
         return
     if model.query_encoder is not model.passage_encoder:
         del model.query_encoder  # frees its memory for the passages
-    rows = len(store.missing_blocks()) * store.block_rows
+    rows = min(store.rows, len(store.missing_blocks()) * store.block_rows)
     workers = worker_count(job.hp.workers, job.device, rows)
     encode_collection(job.encoder("passage", model), job.collection, store, LOG_SECONDS, workers)
 

@@ -163,6 +163,20 @@ def test_nothing_changes_on_a_cpu(make_encoder, make_scorer):
     assert dtypes(encoder.tower) == dtypes(scorer.model) == {torch.float32}
 
 
+@pytest.mark.parametrize("build", [build_encoder, build_scorer])
+def test_the_size_of_passes_is_set_and_logged(tokenizer, monkeypatch, capsys, build):
+    inference = build(tokenizer, "bert", "fp32")
+    inference.device = torch.device("cuda", 0)  # nothing is computed
+    monkeypatch.setattr(gpu_inference, "free_gpu_memory", lambda device: 5e9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2e9)
+    on_gpu = (encoder_on_gpu if build is build_encoder else scorer_on_gpu)(inference)
+    config = config_of("bert", tokenizer)
+    config._attn_implementation = "sdpa"
+    fits = 1.5e9 / activation_bytes(config, 120, 4)
+    assert on_gpu.tokens_per_batch == min(131072, 2 ** int(np.log2(fits))) and not on_gpu.bf16_weights
+    assert f"{on_gpu.tokens_per_batch:,} tokens per forward pass (3.0 GB" in capsys.readouterr().out
+
+
 def test_forward_passes_follow_the_free_memory():
     per_token = 50_000
     sizes = [tokens_that_fit(int(gb * 1e9), per_token) for gb in (0.0, 1.0, 6.0, 7.0, 13.0, 14.0, 140.0)]

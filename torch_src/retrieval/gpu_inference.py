@@ -20,7 +20,7 @@ from torch_src.runtime.log import log
 
 MIN_COSINE = 0.999  # of a probe's vectors with weights in bf16 and under autocast
 LOGIT_TOLERANCE = 0.05  # difference of a probe's logits, relative to 1 + the largest of them
-MIN_TOKENS, MAX_TOKENS = 32768, 131072  # padded, in a forward pass; more are not faster
+MIN_TOKENS, MAX_TOKENS = 32768, 131072  # padded, in a forward pass
 MEMORY_SHARE = 0.5  # of the free memory, for the activations of a forward pass
 QUESTIONS = ("银杏从小苗到挂果得等多少年", "How many moons does Mars have?")
 PASSAGES = (
