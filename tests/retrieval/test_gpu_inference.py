@@ -35,7 +35,7 @@ from torch_src.retrieval.reranking import PairScorer
 from torch_src.runtime.devices import autocast
 
 CPU = torch.device("cpu")
-TEXTS = [*QUESTIONS, *PASSAGES]
+TEXTS = ["", *QUESTIONS, *PASSAGES]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 CONFIGS = {
     "bert": lambda **more: BertConfig(**SIZES, **more),
@@ -97,7 +97,7 @@ def test_an_encoder_in_bf16_gives_the_vectors_of_fp32(make_encoder, family):
 
 @pytest.mark.parametrize("family", [family for family in CONFIGS if family != "t5"])
 def test_a_scorer_in_bf16_gives_the_logits_of_fp32(make_scorer, family):
-    texts = ([QUESTIONS[0]] * 5, [*PASSAGES])
+    texts = ([QUESTIONS[0]] * 5, ["", *PASSAGES])
     plain = make_scorer(family, precision="fp32")
     expected = plain.score(plain.tokenize(*texts))
     scorer = scorer_in_bf16(make_scorer(family))

@@ -24,7 +24,6 @@ MIN_TOKENS, MAX_TOKENS = 32768, 131072  # padded, in a forward pass
 MEMORY_SHARE = 0.5  # of the free memory, for the activations of a forward pass
 QUESTIONS = ("银杏从小苗到挂果得等多少年", "How many moons does Mars have?")
 PASSAGES = (
-    "",
     "水",
     "银杏生长较慢，在自然条件下从栽种到结果要二十多年，四十年后才能大量结果，因此又称公孙树。",
     "Mars has two small natural satellites, Phobos and Deimos, which were discovered in August 1877.",
