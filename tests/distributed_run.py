@@ -31,7 +31,7 @@ def run(world: str, result: Path, kind: str, **knobs: object) -> None:
     where = dict(data_dir=f"{world}/data", output_dir=str(result), pretrained_model_path=f"{world}/model")
     more = dict(dropout=0.0, max_steps=STEPS, epoch=STEPS, log_every=1, lr=1e-3, threads=1)
     stage = build(settings(**{**COMMON, **where, **more, **knobs}))
-    stage.task.load()
+    stage.load()
     stage.task.model.double()
     trainer, processes = stage.trainer(result, {}), stage.processes
     losses, gradients = [], []

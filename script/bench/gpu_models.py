@@ -83,9 +83,8 @@ def train(bench: Bench) -> None:
     with open(folder / "dual.train.tsv", "w", encoding="utf-8", newline="") as file:
         file.writelines(format_dual_row(DualRow(*row)) for row in rows)
     for number, (texts, tokens) in enumerate(sizes.chunks):
-        name = (
-            "ours, chosen from free memory" if texts < 0 else f"ours, {texts} texts, {tokens} tokens a pass"
-        )
+        size = f"{texts} texts" + (f", {tokens} tokens" if tokens else "") + " a pass"
+        name = "ours, passes chosen from free memory" if texts < 0 else f"ours, {size}"
         work = partial(_our_update, bench, name, texts, tokens, profiled=not number)
         bench.attempt(name, 15 * bench.on_gpu, work)
     for texts in sizes.peer_chunks:

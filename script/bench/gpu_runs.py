@@ -62,7 +62,8 @@ class Sizes:
 
 TINY = Sizes(
     hidden=64, layers=2, dropout=0.0, matmul=128, copy_bytes=1 << 16, train_queries=4, updates=1,
-    chunks=((2, 0),), peer_chunks=(2,), texts=24, tokens=(0,), block_rows=8, pairs=12, peer_batches=(8,),
+    chunks=((-1, 0), (2, 0)), peer_chunks=(2,), texts=24, tokens=(0,), block_rows=8, pairs=12,
+    peer_batches=(8,),
     rows=4000, queries=(8, 24), queries_at_once=8, topk=(10, 20), index="IVF4,SQfp16",
     index_rows=2000,
 )  # fmt: skip

@@ -55,7 +55,7 @@ class DualTrainingSet:
         if batch_size > self.queries:
             raise UserError(
                 f"--batch_size {batch_size}: {self.path} has only {self.queries} distinct queries, "
-                "and a batch never has a query twice"
+                f"and a batch never has a query twice; use at most {self.queries}"
             )
         return self.queries // batch_size
 

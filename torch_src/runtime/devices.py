@@ -178,5 +178,6 @@ def free_memory() -> int:
 def free_gpu_memory(device: torch.device) -> int:
     """Return the bytes of a GPU's memory that are free or already reserved by this process."""
     free, total = torch.cuda.mem_get_info(device)
-    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)  # torch 2.7
+    limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)  # torch 2.7
+    fraction = limit(device.index)  # not the device: it may have no index
     return min(free + torch.cuda.memory_reserved(device), int(fraction * total))
