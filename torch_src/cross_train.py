@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,7 @@ class CrossTask(TrainingTask):
     """Training of the cross-encoder on pairs (pointwise) or on groups of one query (listwise)."""
 
     model: CrossEncoder
+    make_batch: CrossBatches
     unit = "pairs"
 
     def __init__(self, hp: CrossHparams, setup: Setup):
@@ -182,6 +183,11 @@ class CrossTask(TrainingTask):
         """Return the logits of pairs of the greatest length, and their tokens."""
         input_ids, mask = probe_inputs(texts, self.longest, self.device)
         return self.model(input_ids, mask, torch.zeros_like(mask)), input_ids.numel()
+
+    def shrink_batches(self, units: int) -> float:
+        """Make batches of at most `units` groups or pairs; return their share of a whole batch."""
+        self.make_batch = replace(self.make_batch, groups=min(units, self.groups))
+        return self.make_batch.groups / self.groups
 
     def _perturbed_embeddings(self, batch: CrossInputs) -> Tensor:
         """Return word embeddings moved by epsilon g / |g|, g their gradient of all processes' loss (FGM).

@@ -1,6 +1,6 @@
 """do_dual_train.py: train/dual.train.tsv -> output/dual_params.bin, dual_hparams.json, dual_model/."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ class DualTask(TrainingTask):
     """Contrastive training of two towers with in-batch and hard negatives."""
 
     model: DualEncoder
+    make_batch: DualBatches
     accuracy_name = "in-batch"
 
     def __init__(self, hp: DualHparams, setup: Setup):
@@ -167,6 +168,12 @@ class DualTask(TrainingTask):
         """Return the vectors of passages of the greatest length, and their tokens."""
         inputs = probe_inputs(texts, self.longest["passage"], self.device)
         return self.model("passage", *inputs, self.rules["passage"].prompt_tokens), inputs[0].numel()
+
+    def shrink_batches(self, units: int) -> float:
+        """Make batches of at most `units` queries; return their share of a whole batch."""
+        hp = replace(self.hp, batch_size=min(units, self.hp.batch_size))
+        self.make_batch = replace(self.make_batch, hp=hp)
+        return hp.batch_size / self.hp.batch_size
 
     def loss(
         self, queries: Tensor, passages: Tensor, source: DualBatch, shard: slice

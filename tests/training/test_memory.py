@@ -12,10 +12,12 @@ from transformers import BertConfig, BertModel
 
 from torch_src.runtime.errors import UserError
 from torch_src.training import memory
+from torch_src.training import stage as stages
 from torch_src.training.memory import Fit, choose_chunk, measure, probe_inputs, state_bytes
 from torch_src.training.stage import checkpoint_activations
 
 CPU = torch.device("cpu")
+probe = stages.Trainer.probe
 AUTO = dict(grad_cache_chunk=-1, tokens_per_batch=0)
 
 
@@ -171,6 +173,22 @@ def test_a_resumed_run_keeps_its_chunks(world, tmp_path, capsys, monkeypatch):
     """Free memory differs when the run resumes: the chunks, and so the dropout, are those of before."""
     whole, resumed, other = run_and_resume(world, tmp_path, capsys, monkeypatch, "cpu")
     assert resumed.equal(whole) and not other.equal(whole)
+
+
+@pytest.mark.parametrize(
+    ("kind", "free", "units"), [("dual", 10**6, 3), ("dual", 10**12, 6), ("cross", 10**6, 3)]
+)
+def test_a_plan_on_a_cpu_probes_a_part_of_a_batch_in_chunks(world, monkeypatch, kind, free, units):
+    monkeypatch.setattr(memory, "free_memory", lambda: free)
+    monkeypatch.setattr(stages, "PROBED_UNITS", 3)
+    made = stage(world, kind, double=False, batch_size=6, epoch=1, **AUTO)
+    forward, sizes = made.task.forward, []
+    made.task.forward = lambda batch: (sizes.append(len(batch.source.queries)), forward(batch))[1]
+    monkeypatch.setattr(stages.Trainer, "probe", lambda trainer, updates: [probe(trainer, 1)[0] and 2.0] * 2)
+    plan = made.plan()
+    assert sizes == [units]
+    updates = made.trainer(world / "unused", {}).schedule.total_steps
+    assert plan.seconds == pytest.approx(2.0 * updates * 6 / units)
 
 
 def test_out_of_memory_names_the_knobs(world, tmp_path, monkeypatch):

@@ -52,6 +52,7 @@ from torch_src.training.trainer import Trainer, TrainerOptions, TrainingTask
 
 ROWS_IN_ERROR = 40  # of a batch that an error message lists
 PROBED_UPDATES = 3  # that a plan measures, after one warm-up
+PROBED_UNITS = 32  # queries, groups or pairs of such an update on a CPU; a whole batch may take half an hour
 
 # Settings that change paths or log lines, but not the weights of a run. `grad_cache_chunk` and
 # `tokens_per_batch` are stamped as the user gave them; what was chosen for -1 and 0 is in the checkpoint.
@@ -331,12 +332,15 @@ class TrainingStage:
         """Return the time, memory and disk that the training needs, from a short probe."""
         self.load()
         plan, task = Plan(f"do_{self.setup.name}_train.py"), self.task
-        base = memory_gb(self.device)
+        base, share = memory_gb(self.device), 1.0
+        if self.device.type == "cpu" and task.chunking.texts:
+            share = task.shrink_batches(PROBED_UNITS)  # GradCache: time follows the batch, memory does not
         with tempfile.TemporaryDirectory() as folder:
             trainer = self.trainer(folder, {})
             while (seconds := self._probe(trainer)) is None:
                 plan.too_large = True
                 trainer = self.trainer(folder, {})
+        seconds /= share
         chunk = f" with {task.chunking.options}" if plan.too_large else ""
         updates = f"{trainer.schedule.total_steps:,} updates ({seconds:.2f} s each{chunk})"
         plan.add(updates, seconds * trainer.schedule.total_steps)
@@ -345,8 +349,8 @@ class TrainingStage:
             plan.add(name, each * trainer.schedule.evaluations)
         plan.ram_gb, plan.gpu_gb = memory_gb(self.device)
         plan.disk_gb = checkpoint_gb(task.model, bool(self.hp.ema_decay))
-        share = self._share_that_fits(base, (plan.ram_gb, plan.gpu_gb))
-        plan.advice = f"try {task.chunking.scaled(share, task.texts_per_batch).options}"
+        smaller = self._share_that_fits(base, (plan.ram_gb, plan.gpu_gb))
+        plan.advice = f"try {task.chunking.scaled(smaller, task.texts_per_batch).options}"
         if plan.too_large:
             plan.advice = f"out of memory with these settings; {task.chunking.options} fits"
         return plan

@@ -90,6 +90,10 @@ class TrainingTask(ABC):
         """Return the outputs of a forward pass of texts or pairs of the greatest length, and its tokens."""
         raise NotImplementedError
 
+    def shrink_batches(self, units: int) -> float:
+        """Make batches of at most `units` queries, groups or pairs; return their share of a whole batch."""
+        raise NotImplementedError
+
     def evaluation_seconds(self) -> float:
         """Return a measured estimate of one dev evaluation."""
         return 0.0
