@@ -25,7 +25,7 @@ from torch_src.retrieval.vectors import VectorStore, new_manifest
 from torch_src.runtime.devices import free_gpu_memory
 
 GENERATED_ROWS = 65536  # vectors generated, or compared by a peer, at once
-VECTOR_SHARE = 0.35  # of the free GPU memory, for the vectors to search: faiss holds a copy of them
+VECTOR_FRACTION = 0.35  # of the free GPU memory, for the vectors to search: faiss holds a copy of them
 INDEX_QUERIES = 1000
 PROBES = 64  # inverted lists that a query searches
 
@@ -62,7 +62,7 @@ class SearchComparison:
     def __init__(self, bench: Bench):
         self.bench, sizes, self.rows = bench, bench.sizes, bench.sizes.rows
         if bench.on_gpu:
-            room = int(VECTOR_SHARE * free_gpu_memory(bench.device))
+            room = int(VECTOR_FRACTION * free_gpu_memory(bench.device))
             self.rows = min(self.rows, room // (2 * sizes.hidden))
         if self.rows < sizes.rows:
             bench.skip(f"{sizes.rows:,} rows", f"the GPU's memory allows {self.rows:,}")

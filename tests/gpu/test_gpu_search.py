@@ -7,7 +7,7 @@ from retrieval.test_search import (
     WORLDS,
     check,
     check_norms,
-    check_small_pieces,
+    check_small_chunks,
     check_world,
     kinds_on,
     make_store,
@@ -39,7 +39,7 @@ def test_fewer_passages_than_k(tmp_path, rows, topk):
 
 def test_transfers_do_not_race(tmp_path, monkeypatch):
     """Chunks of 64 rows are copied while others are searched: the same result every time."""
-    check_small_pieces(tmp_path, monkeypatch, CUDA, 50)
+    check_small_chunks(tmp_path, monkeypatch, CUDA, 50)
 
 
 def test_chunks_arrive_whole(tmp_path):

@@ -279,9 +279,7 @@ def test_memory_of_a_gpu(monkeypatch):
     gpus.fill(flat, 4, [(0, np.zeros((4, 32), np.float16))])
     assert gpus.faiss.temporary == [3 << 29] * 2
     gpus.spare_bytes = int(0.8 * (48 << 30))
-    assert gpus.missing_memory(flat, 10**6) == "" and "needs about 33.6 GB" in gpus.missing_memory(
-        flat, 10**9
-    )
+    assert gpus.memory_reason(flat, 10**6) == "" and "needs about 33.6 GB" in gpus.memory_reason(flat, 10**9)
 
 
 def test_which_gpus(monkeypatch, capsys):

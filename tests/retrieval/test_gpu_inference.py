@@ -167,8 +167,7 @@ def test_nothing_changes_on_a_cpu(make_encoder, make_scorer):
 def test_the_size_of_passes_is_set_and_logged(tokenizer, monkeypatch, capsys, build):
     inference = build(tokenizer, "bert", "fp32")
     inference.device = torch.device("cuda", 0)  # nothing is computed
-    monkeypatch.setattr(gpu_inference, "free_gpu_memory", lambda device: 5e9)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2e9)
+    monkeypatch.setattr(gpu_inference, "available_gpu_memory", lambda device: 3e9)
     on_gpu = (encoder_on_gpu if build is build_encoder else scorer_on_gpu)(inference)
     config = config_of("bert", tokenizer)
     config._attn_implementation = "sdpa"

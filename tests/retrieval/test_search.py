@@ -99,7 +99,7 @@ def check_world(folder, monkeypatch, world, seed, device):
     check(folder / "2", vectors, queries, 50, 37, kinds, devices)
 
 
-def check_small_pieces(folder, monkeypatch, device, repeats):
+def check_small_chunks(folder, monkeypatch, device, repeats):
     """Search chunks of 64 rows again and again, pairs scored a few at a time: the same result every time."""
     monkeypatch.setitem(module.CHUNK_ROWS, device.type, 64)
     monkeypatch.setitem(module.SCORED_PAIRS, device.type, 50)
@@ -195,7 +195,7 @@ def test_equals_the_full_sort(tmp_path, monkeypatch, world, seed):
 
 
 def test_pairs_scored_a_few_at_a_time(tmp_path, monkeypatch):
-    check_small_pieces(tmp_path, monkeypatch, CPU, 1)
+    check_small_chunks(tmp_path, monkeypatch, CPU, 1)
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e4])
@@ -457,14 +457,14 @@ def test_chunk_size_follows_the_memory_limit():
 
 def test_chunk_size_on_a_gpu_follows_its_free_memory(monkeypatch):
     def rows(free_gb, queries=1000, memory_gb=2.0, cards=1):
-        monkeypatch.setattr(module, "unused_gpu_memory", lambda device: int(free_gb * 1e9))
+        monkeypatch.setattr(module, "available_gpu_memory", lambda device: int(free_gb * 1e9))
         return chunk_rows(queries, 768, memory_gb, [torch.device("cuda", card) for card in range(cards)])
 
     sizes = [rows(free) for free in (2.5, 3, 4, 80)]
     assert sizes == sorted(sizes) and sizes[0] >= 64 and sizes[-1] == module.CHUNK_ROWS["cuda"]
     assert all(size % 64 == 0 for size in sizes)
     fixed, per_row = module._gpu_bytes(1000, 768)
-    assert fixed + sizes[1] * per_row <= module.GPU_SHARE * 3e9
+    assert fixed + sizes[1] * per_row <= module.GPU_FRACTION * 3e9
     # host memory is limited as well: two chunks for each card
     assert 2 * 2 * 768 * rows(80, memory_gb=0.01) <= 0.01e9
     assert rows(80, memory_gb=0.01, cards=2) <= rows(80, memory_gb=0.01) / 2

@@ -10,7 +10,7 @@ from toy_world import make_world, options, train_options
 from torch_src import cross_infer, cross_train, dual_infer, dual_train, inference_plan
 from torch_src.runtime import planning
 from torch_src.runtime.errors import is_out_of_memory
-from torch_src.runtime.planning import Plan, checkpoint_gb, evenly_spaced, fitting_share
+from torch_src.runtime.planning import Plan, checkpoint_gb, evenly_spaced, fitting_fraction
 from torch_src.runtime.program import exit_status
 from torch_src.training import stage as training_stage
 
@@ -83,8 +83,8 @@ def test_arithmetic():
     assert np.isclose(checkpoint_gb(layer, averaged=False), 0.004 * 10)
     assert np.isclose(checkpoint_gb(layer, averaged=True), 0.004 * 13)
     # the whole takes 6 GB above 2, 0.9 x 5 GB leave 2.5
-    assert np.isclose(fitting_share(2.0, 8.0, 5.0), 2.5 / 6)
-    assert fitting_share(2.0, 8.0, 1.0) == 0 and fitting_share(2.0, 8.0, 99.0) == 1
+    assert np.isclose(fitting_fraction(2.0, 8.0, 5.0), 2.5 / 6)
+    assert fitting_fraction(2.0, 8.0, 1.0) == 0 and fitting_fraction(2.0, 8.0, 99.0) == 1
 
 
 @pytest.mark.slow

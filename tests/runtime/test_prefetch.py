@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.prefetch import PARALLEL_TOKENIZERS, one_ahead, one_behind, prepared_by_workers
+from torch_src.runtime.prefetch import PARALLEL_TOKENIZERS, finish_in_thread, one_ahead, prepared_by_workers
 
 
 def prepare(item):
@@ -33,9 +33,9 @@ def test_each_item_is_finished_before_the_second_after_it_is_taken():
             made.append(item)
             yield item
 
-    one_behind(finished.append, items())
+    finish_in_thread(finished.append, items())
     assert made == finished == [0, 1, 2, 3, 4]
-    one_behind(finished.append, [])
+    finish_in_thread(finished.append, [])
 
 
 def test_a_failure_to_finish_ends_the_loop():
@@ -45,7 +45,7 @@ def test_a_failure_to_finish_ends_the_loop():
 
     taken = iter(range(9))
     with pytest.raises(UserError, match="disk full"):
-        one_behind(finish, taken)
+        finish_in_thread(finish, taken)
     assert next(taken) == 3  # item 2 was taken before the failure was seen
 
 

@@ -73,7 +73,7 @@ def test_the_measured_activations_are_those_counted_by_hand():
 
     fit = measure(layer, probe, CPU, "fp32", averaged=False)
     # per token three rows of 8 numbers: x, y and exp(y)
-    assert fit.per_token == pytest.approx(memory.TEMPORARIES * 3 * 8 * 4)
+    assert fit.per_token == pytest.approx(memory.BACKWARD_FACTOR * 3 * 8 * 4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -90,7 +90,7 @@ def test_activations_grow_with_the_tokens_only(precision):
     fit = measure(model, probe, CPU, precision, averaged=False)
     with memory.autocast(CPU, precision):
         large, small = (memory._saved_bytes(model.train(), probe, texts)[0] for texts in (24, 8))
-    assert memory.TEMPORARIES * (large - small) / (16 * 24) == pytest.approx(fit.per_token, rel=0.02)
+    assert memory.BACKWARD_FACTOR * (large - small) / (16 * 24) == pytest.approx(fit.per_token, rel=0.02)
     checkpoint_activations(model)
     assert measure(model, probe, CPU, precision, averaged=False).per_token == fit.per_token
     assert all(layer.gradient_checkpointing for layer in model.encoder.layer)

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from torch_src.retrieval.vectors import VectorStore
-from torch_src.runtime.devices import free_gpu_memory, free_memory
+from torch_src.runtime.devices import USABLE_FRACTION, available_gpu_memory, free_memory
 from torch_src.runtime.prefetch import one_ahead
 
 BUFFERS = 2  # chunks in host memory for each device: one is used, or copied to a GPU, while the next is read
-CACHE_SHARE = 0.6  # maximum share of a GPU's free memory for cached vectors
+CACHE_FRACTION = 0.6  # maximum fraction of a GPU's free memory for cached vectors
 CHECK_ROWS = 16384  # vectors read at once to verify checksums
 
 Chunk = tuple[int, torch.Tensor]  # first row, vectors (C, H) float16 on a device
@@ -143,10 +143,5 @@ class DeviceCache:
 def _cache_room(device: torch.device, memory_gb: float) -> float:
     """Return the bytes that cached vectors may take."""
     if device.type == "cuda":
-        return CACHE_SHARE * unused_gpu_memory(device)
-    return min(memory_gb * 1e9, 0.9 * free_memory())
-
-
-def unused_gpu_memory(device: torch.device) -> int:
-    """Return the bytes of a GPU's memory that new tensors can take."""
-    return free_gpu_memory(device) - torch.cuda.memory_allocated(device)
+        return CACHE_FRACTION * available_gpu_memory(device)
+    return min(memory_gb * 1e9, USABLE_FRACTION * free_memory())

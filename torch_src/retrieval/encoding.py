@@ -18,7 +18,7 @@ from torch_src.retrieval.tokenizing import Span, tokenized_spans
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import log
-from torch_src.runtime.prefetch import one_behind
+from torch_src.runtime.prefetch import finish_in_thread
 from torch_src.runtime.progress import Progress
 from torch_src.runtime.stamps import JsonDict
 
@@ -97,7 +97,7 @@ def encode_collection(
             if first is not None:
                 spans = map(store.block_range, chain([first], blocks))
                 tables = tokenized_spans(tokenize, spans, store.block_rows, workers)
-                one_behind(partial(_write_block, store), _encoded(encoder, store, tables, progress))
+                finish_in_thread(partial(_write_block, store), _encoded(encoder, store, tables, progress))
             else:
                 if not waiting:
                     count = len(store.missing_blocks())

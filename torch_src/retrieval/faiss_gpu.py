@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from torch_src.retrieval.index_options import faiss_reason
+from torch_src.runtime.devices import USABLE_FRACTION
 
 MAX_SELECTED = 2048  # results, or probed lists, of a query: the limit of faiss on a GPU
 FLAT_SHARD_BYTES = 1 << 30  # a flat index moves when it grows, so its last shard takes twice its memory
 # Inverted lists are padded to 32 vectors, and their memory is rounded up to a power of two: on average
 LIST_PADDING, LIST_SLACK = 16, 1.5
 ID_BYTES = 8  # of a vector in an inverted list
-TEMPORARY_BYTES, TEMPORARY_SHARE = 3 << 29, 1 / 16  # faiss's maximum; of the free memory
-USED_SHARE = 0.9  # of the free memory
+TEMPORARY_BYTES, TEMPORARY_FRACTION = 3 << 29, 1 / 16  # faiss's maximum; of the free memory
 
 
 class IndexGpus:
@@ -33,7 +33,7 @@ class IndexGpus:
         self.faiss, self.devices, self.free_bytes = faiss, devices, free_bytes
         self.chunk_rows, self.spare_bytes = chunk_rows, spare_bytes
 
-    def unsupported(self, empty: Any, search_params: str, topk: int) -> str:
+    def unsupported_reason(self, empty: Any, search_params: str, topk: int) -> str:
         """Return why faiss has no GPU version of this empty index or search, "" if it has one."""
         for parameter in filter(None, search_params.split(",")):
             name, _, value = parameter.partition("=")
@@ -49,18 +49,18 @@ class IndexGpus:
             return faiss_reason(error)
         return ""
 
-    def missing_memory(self, index: Any, rows: int) -> str:
+    def memory_reason(self, index: Any, rows: int) -> str:
         """Return why an index of `rows` vectors does not fit, "" if it does."""
         needed = self.bytes_needed(index, rows)
         free = min(map(self.free_bytes, self.devices))
-        if needed + self.spare_bytes <= USED_SHARE * free:
+        if needed + self.spare_bytes <= USABLE_FRACTION * free:
             return ""
         return f"needs about {needed / 1e9:.1f} GB of each GPU's memory, {free / 1e9:.1f} GB are free"
 
     def bytes_needed(self, index: Any, rows: int) -> int:
         """Return the bytes that an index of `rows` vectors takes on each GPU while it is filled."""
         shard_rows, per_gpu = self._layout(index, rows)
-        lists = self._lists(index)
+        lists = self._list_count(index)
         held = min(rows, per_gpu * shard_rows)
         if lists:
             held = int(LIST_SLACK * (held + LIST_PADDING * lists))
@@ -72,11 +72,11 @@ class IndexGpus:
     def vector_bytes(self, index: Any) -> int:
         """Return the bytes of a vector on a GPU, which are those on a CPU but for a flat index (fp16)."""
         inner = self._innermost(index)
-        return inner.code_size + ID_BYTES if self._lists(index) else 2 * inner.d
+        return inner.code_size + ID_BYTES if self._list_count(index) else 2 * inner.d
 
     def saved_bytes(self, index: Any, rows: int) -> int:
         """Return the bytes of the vectors in a copy on the CPU; 0 for a flat index, which needs no copy."""
-        return rows * self.vector_bytes(index) if self._lists(index) else 0
+        return rows * self.vector_bytes(index) if self._list_count(index) else 0
 
     def train(self, index: Any, sample: np.ndarray) -> None:
         """Train an index of the CPU; the k-means of its inverted lists runs on the first GPU."""
@@ -109,13 +109,13 @@ class IndexGpus:
     def set_parameters(self, shard: Any, parameters: str) -> None:
         self.faiss.GpuParameterSpace().set_index_parameters(self._innermost(shard), parameters)
 
-    def joined(self, parts: list[Any], threaded: bool) -> Any:
-        """Return one index over parts with successive rows; several threads must not share a GPU."""
-        if len(parts) == 1:
-            return parts[0]
-        whole = self.faiss.IndexShards(parts[0].d, threaded, True)
-        for part in parts:
-            whole.add_shard(part)
+    def joined(self, shards: list[Any], threaded: bool) -> Any:
+        """Return one index over shards with successive rows; several threads must not share a GPU."""
+        if len(shards) == 1:
+            return shards[0]
+        whole = self.faiss.IndexShards(shards[0].d, threaded, True)
+        for shard in shards:
+            whole.add_shard(shard)
         return whole
 
     def __str__(self) -> str:
@@ -127,12 +127,12 @@ class IndexGpus:
         Inverted lists are one shard per GPU: every shard searches its own centroids.
         """
         shard_rows = math.ceil(rows / len(self.devices))
-        if not self._lists(index):
+        if not self._list_count(index):
             shard_rows = min(shard_rows, FLAT_SHARD_BYTES // self.vector_bytes(index))
         shard_rows = max(1, math.ceil(shard_rows / self.chunk_rows)) * self.chunk_rows
         return shard_rows, math.ceil(math.ceil(rows / shard_rows) / len(self.devices))
 
-    def _lists(self, index: Any) -> int:
+    def _list_count(self, index: Any) -> int:
         inner = self._innermost(index)
         return inner.nlist if isinstance(inner, self.faiss.IndexIVF) else 0
 
@@ -143,7 +143,7 @@ class IndexGpus:
         return index
 
     def _temporary_bytes(self) -> int:
-        return min(TEMPORARY_BYTES, int(TEMPORARY_SHARE * min(map(self.free_bytes, self.devices))))
+        return min(TEMPORARY_BYTES, int(TEMPORARY_FRACTION * min(map(self.free_bytes, self.devices))))
 
     def _resources(self, temporary_bytes: int) -> Any:
         resources = self.faiss.StandardGpuResources()

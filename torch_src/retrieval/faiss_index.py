@@ -16,7 +16,7 @@ from torch_src.retrieval.faiss_gpu import GpuIndex, IndexGpus
 from torch_src.retrieval.index_options import check_factory, check_search_params, faiss_errors, faiss_reason
 from torch_src.retrieval.search import best_first, exact_scores, measured_recall
 from torch_src.retrieval.vectors import VectorStore
-from torch_src.runtime.devices import free_memory
+from torch_src.runtime.devices import USABLE_FRACTION, free_memory
 from torch_src.runtime.errors import UserError, is_out_of_memory
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.log import duration, log, warn
@@ -98,7 +98,8 @@ class FaissSearch:
         elif different:
             log(f"{path}: out of date ({'; '.join(different)}); rebuilding it")
         self.training_gpus, self.gpus = gpus, usable_gpus(gpus, settings, store.hidden, store.rows)
-        self.index = (self.gpus and self._on_gpus(is_current)) or self._on_cpu(is_current)
+        index = self._on_gpus(is_current) if self.gpus else None
+        self.index: Any = self._on_cpu(is_current) if index is None else index
         set_parameters(self.index, settings.factory, settings.search_params)
 
     def _read(self) -> Any:
@@ -139,10 +140,13 @@ class FaissSearch:
         started, free = time.monotonic(), free_memory()
         reason = f"a copy needs {filled.size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
         if not inverted_lists(trained):
-            reason = "a flat index"
-        elif filled.size <= 0.9 * free:
+            reason = "flat index"
+        elif filled.size <= USABLE_FRACTION * free:
             return self._save(filled.to_cpu(), started)
-        log(f"{self.path}: without vectors, which each run adds from {self.store.folder} ({reason})")
+        log(
+            f"{self.path}: saved without vectors; each run adds them from {self.store.folder} "
+            f"(reason: {reason})"
+        )
         self._save(trained, started)
 
     def _on_cpu(self, is_current: bool) -> Any:
@@ -153,7 +157,8 @@ class FaissSearch:
             return index
         factory, started = self.settings.factory, time.monotonic()
         check_memory(factory, estimate(factory, self.store.hidden, self.store.rows)[0])
-        index = index or self._trained()
+        if index is None:
+            index = self._trained()
         for _, chunk in read_chunks(self.store, FILL_ROWS, buffers=3):
             with faiss_errors(factory):
                 index.add(torch.from_numpy(chunk).float().numpy())
@@ -289,7 +294,7 @@ def check_memory(factory: str, needed: int, available: Callable[[], int] | None 
     """UserError when an index of `needed` bytes does not fit into the free memory."""
     free = (available or free_memory)()
     log(f"index {factory}: about {needed / 1e9:.2f} GB of memory, {free / 1e9:.1f} GB free")
-    if needed > 0.9 * free:
+    if needed > USABLE_FRACTION * free:
         raise UserError(
             f"--index {factory}: needs about {needed / 1e9:.1f} GB of memory ({free / 1e9:.1f} GB are free); "
             "use a smaller index (e.g. IVF4096,PQ192x4fs) or none: exact search needs no memory for it"
@@ -297,9 +302,9 @@ def check_memory(factory: str, needed: int, available: Callable[[], int] | None 
 
 
 def index_gpus(devices: list[torch.device], spare_gb: float = 0.0) -> IndexGpus | None:
-    """Return the GPUs for an index, which leaves `spare_gb` of each free; None for a CPU.
+    """Return the GPUs for an index, which leaves `spare_gb` of each free.
 
-    None, too, for a faiss without GPU support.
+    Return None on a CPU or with a faiss without GPU support.
     """
     if devices[0].type != "cuda":
         return None
@@ -321,9 +326,9 @@ def usable_gpus(gpus: IndexGpus | None, settings: IndexSettings, hidden: int, ro
     empty, factory = new_index(settings.factory, hidden), settings.factory
     check_search_params(settings.search_params)
     check_lists(factory, inverted_lists(empty), rows)
-    if reason := gpus.unsupported(empty, settings.search_params, min(settings.topk, rows)):
+    if reason := gpus.unsupported_reason(empty, settings.search_params, min(settings.topk, rows)):
         log(f"index {factory}: on the CPU ({reason})")
-    elif reason := gpus.missing_memory(empty, rows):
+    elif reason := gpus.memory_reason(empty, rows):
         warn(f"index {factory}: on the CPU ({reason})")
     else:
         return gpus

@@ -14,14 +14,14 @@ from torch_src.models.dual_encoder import LAYERS
 from torch_src.retrieval.encoding import Encoder
 from torch_src.retrieval.engines.openvino import smallest_cosine
 from torch_src.retrieval.reranking import PairScorer
-from torch_src.runtime.devices import free_gpu_memory
+from torch_src.runtime.devices import available_gpu_memory
 from torch_src.runtime.errors import first_line
 from torch_src.runtime.log import log
 
 MIN_COSINE = 0.999  # of a probe's vectors with weights in bf16 and under autocast
 LOGIT_TOLERANCE = 0.05  # difference of a probe's logits, relative to 1 + the largest of them
 MIN_TOKENS, MAX_TOKENS = 32768, 131072  # padded, in a forward pass
-MEMORY_SHARE = 0.5  # of the free memory, for the activations of a forward pass
+ACTIVATION_FRACTION = 0.5  # of the free memory, for the activations of a forward pass
 QUESTIONS = ("银杏从小苗到挂果得等多少年", "How many moons does Mars have?")
 PASSAGES = (
     "水",
@@ -118,8 +118,7 @@ def _convertible(model: PreTrainedModel) -> list[tuple[nn.Parameter, Tensor]]:
 
 def _largest_passes(inference: Inference, config: PretrainedConfig) -> Inference:
     """Return `inference` with the token budget that the free memory of the GPU allows; logs it."""
-    device = inference.device
-    free = free_gpu_memory(device) - torch.cuda.memory_allocated(device)
+    free = available_gpu_memory(inference.device)
     element = 2 if inference.bf16_weights else 4
     length = inference.rules.max_tokens(inference.tokenizer)
     tokens = tokens_that_fit(free, activation_bytes(config, length, element))
@@ -130,7 +129,7 @@ def _largest_passes(inference: Inference, config: PretrainedConfig) -> Inference
 
 def tokens_that_fit(free: int, bytes_per_token: int) -> int:
     """Return the padded tokens of a forward pass, a power of two, for this many bytes of free memory."""
-    fitting = max(1, int(MEMORY_SHARE * free) // bytes_per_token)
+    fitting = max(1, int(ACTIVATION_FRACTION * free) // bytes_per_token)
     return min(MAX_TOKENS, max(MIN_TOKENS, 1 << fitting.bit_length() - 1))
 
 

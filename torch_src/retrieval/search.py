@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from torch_src.retrieval.chunks import BUFFERS, Chunk, ChunkReader, DeviceCache, unused_gpu_memory
+from torch_src.retrieval.chunks import BUFFERS, Chunk, ChunkReader, DeviceCache
 from torch_src.retrieval.score_bounds import (
     GROUP,
     KINDS,
@@ -32,6 +32,7 @@ from torch_src.retrieval.score_bounds import (
     int8_is_exact,
 )
 from torch_src.retrieval.vectors import VectorStore
+from torch_src.runtime.devices import available_gpu_memory
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import duration
 
@@ -44,8 +45,8 @@ SCORED_PAIRS = {"cpu": 2048, "cuda": 32768}  # pairs scored before those that en
 # and the fast product leaves little to exclude, none are scored in fp32.
 FP32_PAIRS = {"cpu": 256, "cuda": 0}
 FP64_PAIRS = {"cpu": 512, "cuda": 32768}
-GPU_SHARE = 0.5  # maximum share of a GPU's free memory for the chunks and products of a search
-PAIRS_SHARE = 1 / 128  # maximum share of a chunk's pairs that the fast product may select
+GPU_FRACTION = 0.5  # maximum fraction of a GPU's free memory for the chunks and products of a search
+PAIRS_FRACTION = 1 / 128  # maximum fraction of a chunk's pairs that the fast product may select
 MAX_SKIPPED = 16  # maximum chunks without the fast product after it selected too many pairs
 NO_ROW = torch.iinfo(torch.int64).max
 
@@ -232,7 +233,7 @@ class BatchSearch:
 
     def _fast_pairs(self, passages: Passages) -> Pairs | None:
         """Return the pairs that may enter the top k by the fast product; None when there are too many."""
-        limit = max(64, int(PAIRS_SHARE * len(self.top.scores) * len(passages)))
+        limit = max(64, int(PAIRS_FRACTION * len(self.top.scores) * len(passages)))
         pairs = self.fast.pairs_above(passages, self._floor(), limit)
         self.failures = 0 if pairs is not None else self.failures + 1
         self.skip = 0 if pairs is not None else min(2**self.failures, MAX_SKIPPED)
@@ -296,7 +297,7 @@ def search(
     the fastest; the result is the same. Several devices share the chunks. The vectors are read once, and
     `cache` keeps them on the devices for the next search. `searched` gets the number of passages per chunk.
     Host memory: at most `memory_gb` (10^9 bytes) in addition to the cache, `state_bytes` and the results.
-    GPU memory: the cache, `state_bytes`, and at most GPU_SHARE of what is free.
+    GPU memory: the cache, `state_bytes`, and at most GPU_FRACTION of what is free.
     """
     assert queries.dtype == np.float32 and queries.ndim == 2 and queries.shape[1] == store.hidden
     keep, bs = min(topk, store.rows), min(bs, len(queries))
@@ -354,8 +355,8 @@ def chunk_rows(queries: int, hidden: int, memory_gb: float, devices: list[torch.
         limit, fix = f"--search_memory_gb {memory_gb}", "raise it, or lower --bs"
         needed *= len(devices)
     else:
-        free = min(map(unused_gpu_memory, devices))
-        needed, rows = _rows_within(GPU_SHARE * free, *_gpu_bytes(queries, hidden))
+        free = min(map(available_gpu_memory, devices))
+        needed, rows = _rows_within(GPU_FRACTION * free, *_gpu_bytes(queries, hidden))
         rows = min(rows, _rows_within(host, 0, BUFFERS * 2 * hidden)[1])
         limit, fix = f"{free / 1e9:.1f} GB of GPU memory are free, half of them for the search", "lower --bs"
     if rows < GROUP:

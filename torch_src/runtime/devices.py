@@ -13,6 +13,7 @@ import torch
 from torch_src.runtime.errors import UserError
 
 MAX_WORKERS = 16
+USABLE_FRACTION = 0.9  # of free memory, on a CPU or a GPU; the rest is for libraries and gaps between blocks
 TEXTS_PER_WORKER = 4096  # fewer are tokenized by a thread: a process takes a tenth of a second to start
 
 
@@ -181,3 +182,8 @@ def free_gpu_memory(device: torch.device) -> int:
     limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)  # torch 2.7
     fraction = limit(device.index)  # not the device: it may have no index
     return min(free + torch.cuda.memory_reserved(device), int(fraction * total))
+
+
+def available_gpu_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU's memory that new tensors of this process can take."""
+    return free_gpu_memory(device) - torch.cuda.memory_allocated(device)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torch_src.runtime.devices import free_gpu_memory, free_memory, peak_memory_gb
+from torch_src.runtime.devices import USABLE_FRACTION, free_gpu_memory, free_memory, peak_memory_gb
 from torch_src.runtime.log import duration, log
 
 PROBED_TEXTS = 96  # texts or pairs of the measured forward pass
@@ -108,9 +108,9 @@ def checkpoint_gb(model: torch.nn.Module, averaged: bool) -> float:
     return weights + 3 * weights * (4 if averaged else 3)
 
 
-def fitting_share(base_gb: float, peak_gb: float, free_gb: float) -> float:
+def fitting_fraction(base_gb: float, peak_gb: float, free_gb: float) -> float:
     """Return the share, at most 1, of a forward pass whose peak stays within `free_gb`.
 
     The whole needs `peak_gb`; memory above `base_gb` is assumed to be proportional to its size.
     """
-    return min(1.0, max(0.0, 0.9 * free_gb - base_gb) / max(1e-9, peak_gb - base_gb))
+    return min(1.0, max(0.0, USABLE_FRACTION * free_gb - base_gb) / max(1e-9, peak_gb - base_gb))

@@ -29,7 +29,7 @@ def one_ahead(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Ite
             yield waiting.result()
 
 
-def one_behind(finish: Callable[[Item], object], items: Iterable[Item]) -> None:
+def finish_in_thread(finish: Callable[[Item], object], items: Iterable[Item]) -> None:
     """Call finish(item) for each item in a thread, while the next item is made."""
     with ThreadPoolExecutor(max_workers=1) as executor:
         running: Future[object] | None = None
@@ -51,10 +51,10 @@ def prepared_by_workers(
     # A DataLoader preserves the order and ends its workers with this process.
     loader: Any = DataLoader(
         _Prepared(prepare), sampler=items, batch_size=None, num_workers=workers, prefetch_factor=ahead,
-        collate_fn=_unchanged, worker_init_fn=_leave_stop_signals,
+        collate_fn=_unchanged, worker_init_fn=_ignore_stop_signals,
         timeout=STUCK_SECONDS,
     )  # fmt: skip
-    with _one_thread_per_tokenizer():
+    with _sequential_tokenizers():
         prepared = iter(loader)  # starts the processes
     try:
         for item in prepared:
@@ -85,8 +85,11 @@ class _Prepared(Dataset):
             return UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
-def _leave_stop_signals(_worker: int) -> None:
-    """Leave Ctrl-C and the first SIGTERM, which may reach all processes, to the one that ends the workers."""
+def _ignore_stop_signals(_worker: int) -> None:
+    """Ignore SIGINT and the first SIGTERM.
+
+    They reach every process, and the main process ends the workers.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
@@ -96,8 +99,8 @@ def _unchanged(item: Any) -> Any:
 
 
 @contextmanager
-def _one_thread_per_tokenizer() -> Iterator[None]:
-    """Processes started within inherit the setting; without it tokenizers warns in each of them."""
+def _sequential_tokenizers() -> Iterator[None]:
+    """Set TOKENIZERS_PARALLELISM=false for processes started in this block; tokenizers would warn in each."""
     before = os.getenv(PARALLEL_TOKENIZERS)
     os.environ[PARALLEL_TOKENIZERS] = "false"
     try:

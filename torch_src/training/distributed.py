@@ -70,12 +70,7 @@ class Processes:
                 dist.all_reduce(tensor)
         return tensor
 
-    def sum_of(self, value: Tensor | float) -> float:
-        """Return the sum of a number over all processes, added in fp64."""
-        number = torch.as_tensor(value, device=self.device).detach().double().clone()
-        return self.all_reduce_sum_(number).item()
-
-    def least_of(self, value: int) -> int:
+    def all_reduce_min(self, value: int) -> int:
         """Return the smallest of the processes' values."""
         if self.world == 1:
             return value

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torch_src.runtime.devices import autocast, free_gpu_memory, free_memory
+from torch_src.runtime.devices import USABLE_FRACTION, autocast, available_gpu_memory, free_memory
 
 CPU_TOKENS = 2048  # in a forward pass: its activations should fit into the caches of a CPU
 # On a GPU more tokens keep it busier, up to a point. Fewer than the minimum would be no use anywhere.
 MIN_TOKENS, MAX_TOKENS = 512, 65536
-USABLE = 0.9  # of free memory; the rest is for libraries of CUDA and gaps between blocks of the allocator
 # A backward pass also needs gradients of activations, of about one layer at a time. BERT-base
 # in bf16 on an H200, chunks of 16,384 tokens: 0.47 MB a token at the peak, of which 0.46 MB saved by count.
-TEMPORARIES = 1.15
+BACKWARD_FACTOR = 1.15
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Fit:
     @property
     def tokens(self) -> int:
         """The padded tokens whose activations fit at once."""
-        return max(0, int((USABLE * self.free - self.state) / self.per_token))
+        return max(0, int((USABLE_FRACTION * self.free - self.state) / self.per_token))
 
     def needed(self, tokens: int) -> float:
         """Return the bytes of a run that keeps the activations of this many tokens."""
@@ -70,7 +69,7 @@ def measure(
         (one, tokens), (two, more) = (_saved_bytes(model, probe, texts) for texts in (1, 2))
     model.train(was_training)
     # the difference: copies of the weights in 16 bits are saved once for any number of texts
-    per_token = TEMPORARIES * (two - one) / (more - tokens)
+    per_token = BACKWARD_FACTOR * (two - one) / (more - tokens)
     return Fit(_free(device), state_bytes(model, precision, averaged), per_token)
 
 
@@ -93,7 +92,7 @@ def state_bytes(model: nn.Module, precision: str, averaged: bool) -> int:
 def _free(device: torch.device) -> int:
     """Return the bytes that this process may still allocate."""
     if device.type == "cuda":
-        return free_gpu_memory(device) - torch.cuda.memory_allocated(device)
+        return available_gpu_memory(device)
     return free_memory() // int(os.getenv("LOCAL_WORLD_SIZE", "1"))
 
 

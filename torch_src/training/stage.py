@@ -34,7 +34,7 @@ from torch_src.runtime.files import read_json, require
 from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import duration, log
 from torch_src.runtime.outputs import SETTINGS, Output, check_apart, check_outputs
-from torch_src.runtime.planning import Plan, checkpoint_gb, fitting_share, memory_gb
+from torch_src.runtime.planning import Plan, checkpoint_gb, fitting_fraction, memory_gb
 from torch_src.runtime.stamps import (
     changed_files,
     checksum_files,
@@ -237,7 +237,7 @@ class TrainingStage:
         texts, tokens = choose_chunk(
             hp.grad_cache_chunk,
             hp.tokens_per_batch,
-            self.processes.least_of(fit.tokens),  # a resumed run has the same chunks in all processes
+            self.processes.all_reduce_min(fit.tokens),  # a resumed run has the same chunks in all processes
             task.texts_per_batch,
             task.tokens_per_batch,
             self.device.type == "cuda",
@@ -349,7 +349,7 @@ class TrainingStage:
             plan.add(name, each * trainer.schedule.evaluations)
         plan.ram_gb, plan.gpu_gb = memory_gb(self.device)
         plan.disk_gb = checkpoint_gb(task.model, bool(self.hp.ema_decay))
-        smaller = self._share_that_fits(base, (plan.ram_gb, plan.gpu_gb))
+        smaller = self._fitting_fraction(base, (plan.ram_gb, plan.gpu_gb))
         plan.advice = f"try {task.chunking.scaled(smaller, task.texts_per_batch).options}"
         if plan.too_large:
             plan.advice = f"out of memory with these settings; {task.chunking.options} fits"
@@ -373,7 +373,7 @@ class TrainingStage:
         task.chunking = smaller
         return None
 
-    def _share_that_fits(self, base: tuple[float, float], peak: tuple[float, float]) -> float:
+    def _fitting_fraction(self, base: tuple[float, float], peak: tuple[float, float]) -> float:
         on_gpu = self.device.type == "cuda"
         free = free_gpu_memory(self.device) if on_gpu else free_memory()
-        return fitting_share(base[on_gpu], peak[on_gpu], free / 1e9)
+        return fitting_fraction(base[on_gpu], peak[on_gpu], free / 1e9)
