@@ -169,7 +169,7 @@ class Training(TrainRows, DevAnswers, PlannedJob):
     # advanced
     tokens_per_batch: int = 0  # padded tokens per forward pass; 0: from free GPU memory, 2,048 on a CPU
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
-    deterministic: bool = False  # bitwise reproducible on CUDA, slower; runs on a CPU always are
+    deterministic: bool = False  # bitwise reproducible on CUDA, or an error; slower; runs on a CPU always are
 
     INPUTS = {
         "dev_candidates_path": "candidates", "pretrained_model_path": "model", "vocab_path": "vocabulary",

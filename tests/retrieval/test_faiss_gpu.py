@@ -38,7 +38,7 @@ class FakeFaiss:
         return 2
 
     def StandardGpuResources(self):  # noqa: N802
-        return types.SimpleNamespace(setTempMemory=self.temporary.append)
+        return types.SimpleNamespace(setTempMemory=self.temporary.append, setPinnedMemory=lambda size: None)
 
     GpuClonerOptions = types.SimpleNamespace
     GpuParameterSpace = faiss.ParameterSpace

@@ -252,7 +252,7 @@ def test_deterministic_algorithms_are_enabled(monkeypatch):
     make_deterministic(torch.device("cpu"))
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     make_deterministic(torch.device("cuda"))
-    assert asked == [((True,), {"warn_only": True})] * 2
+    assert asked == [((True,), {"warn_only": on_cpu}) for on_cpu in (True, False)]
 
 
 @pytest.mark.parametrize(
@@ -264,11 +264,12 @@ def test_the_chosen_gpu_is_the_current_device(monkeypatch, name, local, index):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", current.append)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local:
         monkeypatch.setenv("LOCAL_RANK", local)
     device = choose_device(name)
-    assert device.type == "cuda" and (device.index or 0) == index and current == [index]
+    assert device.type == "cuda" and (device.index or 0) == index and current == [index, False]
 
 
 @pytest.mark.parametrize(

@@ -210,3 +210,24 @@ def test_out_of_memory_names_the_knobs(world, tmp_path, monkeypatch):
     monkeypatch.setattr(made.task, "forward", lambda batch: np.zeros(3)[5])
     with pytest.raises(IndexError):
         made.trainer(tmp_path, {}).run()
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        (
+            "put_ does not have a deterministic implementation, but",
+            UserError,
+            r"--deterministic: put_ has no .*",
+        ),
+        ("another error", RuntimeError, "another error"),
+    ],
+)
+def test_a_refused_operation_is_named_in_one_line(world, tmp_path, monkeypatch, text, kind, message):
+    def refuse():
+        raise RuntimeError(text)
+
+    made = stage(world, "dual", output_dir=str(tmp_path), batch_size=6)
+    monkeypatch.setattr(made, "_train", refuse)
+    with pytest.raises(kind, match=f"^{message}$"):
+        made.run()

@@ -13,7 +13,7 @@ from torch_src.runtime.devices import USABLE_FRACTION, available_gpu_memory, fre
 from torch_src.runtime.prefetch import one_ahead
 
 BUFFERS = 2  # chunks in host memory for each device: one is used, or copied to a GPU, while the next is read
-CACHE_FRACTION = 0.6  # maximum fraction of a GPU's free memory for cached vectors
+CACHE_FRACTION = 0.4  # of a GPU's free memory for cached vectors, at most; a search takes half of it
 CHECK_ROWS = 16384  # vectors read at once to verify checksums
 
 Chunk = tuple[int, torch.Tensor]  # first row, vectors (C, H) float16 on a device

@@ -44,7 +44,7 @@ class IndexGpus:
         if topk > MAX_SELECTED:
             return f"topk {topk:,} (at most {MAX_SELECTED:,} on a GPU)"
         try:
-            self._clone(empty, 0, self._resources(0))
+            self._clone(empty, 0, self._resources(0, pinned=False))
         except RuntimeError as error:
             return faiss_reason(error)
         return ""
@@ -82,7 +82,7 @@ class IndexGpus:
         """Train an index of the CPU; the k-means of its inverted lists runs on the first GPU."""
         ivf = self.faiss.extract_index_ivf(index)
         centroids = self.faiss.IndexFlat(ivf.d, ivf.metric_type)
-        on_gpu = self._clone(centroids, 0, self._resources(self._temporary_bytes()), fp16=False)
+        on_gpu = self._clone(centroids, 0, self._resources(self._temporary_bytes(), pinned=False), fp16=False)
         ivf.clustering_index = on_gpu
         on_gpu.thisown = True  # the assignment cleared it, but the index does not delete it
         try:
@@ -145,9 +145,12 @@ class IndexGpus:
     def _temporary_bytes(self) -> int:
         return min(TEMPORARY_BYTES, int(TEMPORARY_FRACTION * min(map(self.free_bytes, self.devices))))
 
-    def _resources(self, temporary_bytes: int) -> Any:
+    def _resources(self, temporary_bytes: int, pinned: bool = True) -> Any:
+        """Return faiss's memory and streams. pinned: with 256 MB of host memory for copies, slow to get."""
         resources = self.faiss.StandardGpuResources()
         resources.setTempMemory(temporary_bytes)
+        if not pinned:
+            resources.setPinnedMemory(0)
         return resources
 
     def _clone(self, index: Any, gpu: int, resources: Any, fp16: bool = True) -> Any:

@@ -37,6 +37,9 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda":
         # the default of calls without a device: seeds, synchronization, NCCL buffers
         torch.cuda.set_device(device.index or 0)
+        # torch may prefer cuDNN's attention, which takes about 30 ms to plan for a shape that is new, as
+        # nearly all of ours are
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -147,10 +150,14 @@ def set_threads(threads: int) -> int:
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Use deterministic operations where torch has them; UserError without cuBLAS's variable on CUDA."""
+    """Use deterministic operations; UserError without cuBLAS's variable on CUDA.
+
+    An operation that has no deterministic form is then an error on CUDA (`nondeterministic_operation`).
+    """
     if device.type == "cuda" and not os.getenv("CUBLAS_WORKSPACE_CONFIG"):
         raise UserError("--deterministic: put CUBLAS_WORKSPACE_CONFIG=:4096:8 in front of the command")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # with warn_only torch leaves the backward pass of its memory-efficient attention nondeterministic
+    torch.use_deterministic_algorithms(True, warn_only=device.type != "cuda")
 
 
 def peak_memory_gb(device: torch.device) -> float:

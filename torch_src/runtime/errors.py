@@ -25,6 +25,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
+def nondeterministic_operation(error: BaseException) -> str:
+    """Return the operation that torch refused because it is not deterministic, "" for any other error."""
+    name, refused, _ = str(error).partition(" does not have a deterministic implementation")
+    return name if refused and isinstance(error, RuntimeError) else ""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of the error's message, or its type when it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

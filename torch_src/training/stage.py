@@ -29,7 +29,7 @@ from torch_src.runtime.devices import (
     set_threads,
     worker_count,
 )
-from torch_src.runtime.errors import UserError, is_out_of_memory
+from torch_src.runtime.errors import UserError, is_out_of_memory, nondeterministic_operation
 from torch_src.runtime.files import read_json, require
 from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import duration, log
@@ -273,11 +273,19 @@ class TrainingStage:
     def run(self) -> None:
         """Train unless the weights are up to date; with --plan print an estimate instead."""
         self.setup.files.check_paths()
-        if self.hp.plan:
-            self.plan().report(self.hp.output_dir, self.device)
-        else:
-            with folder_lock(self.hp.output_dir) if self.processes.is_first else nullcontext():
-                self._train()
+        try:
+            if self.hp.plan:
+                self.plan().report(self.hp.output_dir, self.device)
+            else:
+                with folder_lock(self.hp.output_dir) if self.processes.is_first else nullcontext():
+                    self._train()
+        except RuntimeError as error:
+            if not (operation := nondeterministic_operation(error)):
+                raise
+            raise UserError(
+                f"--deterministic: {operation} has no deterministic form on {self.device}; "
+                "omit --deterministic, or use another model (--pretrained_model_path)"
+            ) from error
         self.processes.close()
 
     def _train(self) -> None:
