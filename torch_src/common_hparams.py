@@ -142,7 +142,7 @@ class Training(TrainRows, DevAnswers, PlannedJob):
     """Training of either model."""
 
     # main options
-    grad_cache_chunk: int = -1  # texts per forward pass (GradCache); -1: as memory needs it; 0: off
+    grad_cache_chunk: int = -1  # texts or pairs per forward pass (GradCache); -1: from free memory; 0: off
 
     # data paths
     dev_candidates: str = ""  # run or .res.tsv; empty: data_dir/auxiliary/dev.retrieval.top50.res.tsv

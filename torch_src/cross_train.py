@@ -1,5 +1,6 @@
 """do_cross_train.py: train/cross.train.tsv -> output/cross_params.bin, cross_hparams.json, cross_model/."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -57,7 +58,7 @@ class CrossInputs:
 
 @dataclass(frozen=True)
 class CrossBatches:
-    """Makes the batches of a process, also in processes of their own."""
+    """Draws and tokenizes the batch of (epoch, step); can be copied to worker processes."""
 
     hp: CrossHparams
     data: CrossTrainingSet
@@ -68,7 +69,7 @@ class CrossBatches:
     processes: Processes
 
     def __call__(self, place: tuple[int, int]) -> CrossInputs:
-        """Draw the batch of (epoch, step) and tokenize this process's shard."""
+        """Return this process's shard of the batch."""
         if self.hp.loss == "listwise":
             source = self.data.group_batch(self.hp.seed, *place, self.groups, self.group_size)
         else:
@@ -98,10 +99,10 @@ class CrossTask(TrainingTask):
         self.groups = hp.groups_per_step if self.listwise else hp.batch_size
         self.group_size = hp.group_size if self.listwise else 1
         self.units_per_batch = self.texts_per_batch = self.groups * self.group_size
-        self.longest = self.rules.max_tokens(setup.tokenizer)
-        groups = -(-self.groups // self.processes.world)
+        self.max_tokens = self.rules.max_tokens(setup.tokenizer)
+        groups = math.ceil(self.groups / self.processes.world)
         passes = 2 if hp.r_drop_alpha else 1
-        self.tokens_per_batch = passes * groups * self.group_size * self.longest
+        self.max_batch_tokens = passes * groups * self.group_size * self.max_tokens
         self.dev: DevReranking | None = None
 
     def inputs(self) -> dict[str, Any]:
@@ -181,11 +182,11 @@ class CrossTask(TrainingTask):
 
     def probe(self, texts: int) -> tuple[Tensor, int]:
         """Return the logits of pairs of the greatest length, and their tokens."""
-        input_ids, mask = probe_inputs(texts, self.longest, self.device)
+        input_ids, mask = probe_inputs(texts, self.max_tokens, self.device)
         return self.model(input_ids, mask, torch.zeros_like(mask)), input_ids.numel()
 
     def shrink_batches(self, units: int) -> float:
-        """Make batches of at most `units` groups or pairs; return their share of a whole batch."""
+        """Make batches of at most `units` groups or pairs; return the fraction of a batch."""
         self.make_batch = replace(self.make_batch, groups=min(units, self.groups))
         return self.make_batch.groups / self.groups
 
@@ -206,7 +207,7 @@ class CrossTask(TrainingTask):
         return perturb(table.detach(), self.processes.all_reduce_sum_(gradient), self.hp.fgm_epsilon)
 
     def loss(self, logits: Tensor, batch: CrossInputs) -> tuple[Tensor, Tensor]:
-        """Return this process's parts of (loss, accuracy)."""
+        """Return (loss, accuracy), each times this process's fraction of the batch."""
         if self.listwise:
             loss, accuracy = listwise_loss(logits, self.hp.group_size)
         else:
@@ -215,7 +216,7 @@ class CrossTask(TrainingTask):
         return loss * self._weight(logits), accuracy * self._weight(logits)
 
     def _weight(self, logits: Tensor) -> float:
-        """Return the share of the batch that these logits are."""
+        """Return the fraction of the batch that these logits are."""
         return len(logits) / self.texts_per_batch
 
     def describe(self, batch: CrossInputs) -> str:

@@ -1,5 +1,6 @@
 """do_dual_train.py: train/dual.train.tsv -> output/dual_params.bin, dual_hparams.json, dual_model/."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -51,7 +52,7 @@ class DualInputs:
 
 @dataclass(frozen=True)
 class DualBatches:
-    """Makes the batches of a process, also in processes of their own."""
+    """Draws and tokenizes the batch of (epoch, step); can be copied to worker processes."""
 
     hp: DualHparams
     data: DualTrainingSet
@@ -60,7 +61,7 @@ class DualBatches:
     processes: Processes
 
     def __call__(self, place: tuple[int, int]) -> DualInputs:
-        """Draw the batch of (epoch, step) and tokenize this process's shard of its queries and passages."""
+        """Return the batch, with the token ids of this process's shard of its queries and passages."""
         source = self.data.batch(self.hp.seed, *place, self.hp.batch_size, self.hp.hard_negatives)
         texts = {"query": source.queries, "passage": source.passages}
         queries, passages = (
@@ -89,12 +90,11 @@ class DualTask(TrainingTask):
         self.rules = {side: setup.rules[knob] for side, knob in LENGTHS.items()}
         if not pools_prompt(setup.config):
             self.rules = {side: exclude_prompt(rules, setup.tokenizer) for side, rules in self.rules.items()}
-        shares = [
-            -(-count // self.processes.world)
-            for count in (hp.batch_size, hp.batch_size * (1 + hp.hard_negatives))
-        ]
-        self.longest = {side: rules.max_tokens(setup.tokenizer) for side, rules in self.rules.items()}
-        self.tokens_per_batch = shares[0] * self.longest["query"] + shares[1] * self.longest["passage"]
+        self.max_tokens = {side: rules.max_tokens(setup.tokenizer) for side, rules in self.rules.items()}
+        texts = {"query": hp.batch_size, "passage": hp.batch_size * (1 + hp.hard_negatives)}
+        self.max_batch_tokens = sum(
+            math.ceil(texts[side] / self.processes.world) * tokens for side, tokens in self.max_tokens.items()
+        )
         log(describe_retriever(asdict(hp), setup.config))
         hidden = vector_width(setup.config)
         self.dims = [*hparams.dimensions("matryoshka_dims", hp.matryoshka_dims, hidden), hidden]
@@ -166,11 +166,11 @@ class DualTask(TrainingTask):
 
     def probe(self, texts: int) -> tuple[Tensor, int]:
         """Return the vectors of passages of the greatest length, and their tokens."""
-        inputs = probe_inputs(texts, self.longest["passage"], self.device)
+        inputs = probe_inputs(texts, self.max_tokens["passage"], self.device)
         return self.model("passage", *inputs, self.rules["passage"].prompt_tokens), inputs[0].numel()
 
     def shrink_batches(self, units: int) -> float:
-        """Make batches of at most `units` queries; return their share of a whole batch."""
+        """Make batches of at most `units` queries; return the fraction of a batch."""
         hp = replace(self.hp, batch_size=min(units, self.hp.batch_size))
         self.make_batch = replace(self.make_batch, hp=hp)
         return hp.batch_size / self.hp.batch_size

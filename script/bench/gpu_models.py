@@ -1,5 +1,6 @@
 """Sections of gpu.py: the rates of the card, and training, encoding and re-ranking against their peers."""
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -264,7 +265,7 @@ def _passages(texts: list[str]) -> Figures:
 def rerank(bench: Bench) -> None:
     """Logits of (query, passage) pairs, tokenizing included; the model alone; the peer."""
     count = bench.sizes.pairs
-    queries = texts_like(QUERY_CHARACTERS, -(-count // DEPTH), 5)
+    queries = texts_like(QUERY_CHARACTERS, math.ceil(count / DEPTH), 5)
     passages = texts_like(PASSAGE_CHARACTERS, count, 4)
     query_of = (np.arange(count) // DEPTH).astype(np.int32)
     rows, scores = np.full(count, -1), np.zeros(count, dtype=np.float32)
@@ -282,7 +283,7 @@ def _our_scoring(bench: Bench, pairs: Candidates) -> tuple[np.ndarray, float]:
         model.to(bench.device), load_tokenizer(bench.model), TextRules(LENGTH), bench.device, bench.precision,
         ROWS, token_budget(0, bench.device),
     )  # fmt: skip
-    head = pairs.head(-(-min(HEAD, len(pairs)) // DEPTH), DEPTH)
+    head = pairs.head(math.ceil(min(HEAD, len(pairs)) / DEPTH), DEPTH)
     tokenized = scorer.tokenize([head.queries[at] for at in head.query_of], head.passages(0, len(head)))
     flops = forward_flops(bench, tokenized.lengths)
 

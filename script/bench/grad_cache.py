@@ -38,7 +38,7 @@ def update(args: argparse.Namespace, batch: int, chunk: int) -> Figures:
         stage = training_stage(hp)
         stage.load()
         trainer = stage.trainer(output, {})
-        before, prepared = unshared_gb(), stage.task.batch(0, 0)
+        before, prepared = unshared_gb(), stage.task.make_batch((0, 0))
         tokens = len(prepared.queries.ids) + len(prepared.passages.ids)
         return {"seconds": trainer.probe(1)[0], "before_gb": round(before, 3), "tokens": tokens}
 

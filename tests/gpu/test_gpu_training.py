@@ -14,7 +14,7 @@ from training.test_memory import AUTO, run_and_resume
 from training.test_workers import trainer_of
 
 from torch_src.runtime.devices import free_gpu_memory
-from torch_src.training.memory import measure
+from torch_src.training.memory import measure_memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -95,10 +95,10 @@ def test_overflowing_updates_are_counted_and_the_run_recovers(world, tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("kind", ["dual", "cross"])
-def test_an_update_waits_once_for_the_gpu(world, tmp_path, monkeypatch, kind, precision):
+def test_an_update_waits_once_besides_attention_masks(world, tmp_path, monkeypatch, kind, precision):
     knobs = dict(batch_size=8, dropout=0.1, grad_cache_chunk=3, precision=precision)
     made = stage(world, kind, double=False, device=CUDA, **knobs)
-    # transformers reads each attention mask, to omit it when all texts of a chunk are equally long
+    # not counted: transformers reads each padded attention mask, one more wait per forward pass
     skip = "transformers.masking_utils._ignore_bidirectional_mask_sdpa"
     monkeypatch.setattr(skip, lambda *_, **__: False, raising=False)
     trainer = made.trainer(tmp_path, {})
@@ -154,7 +154,7 @@ def test_chunks_are_chosen_that_fit(limited, tmp_path):
     assert free_gpu_memory(made.device) <= limit
     made.load()
     chunk = made.task.chunking
-    assert chunk.texts and 512 <= chunk.tokens < made.task.tokens_per_batch
+    assert chunk.texts and 512 <= chunk.tokens < made.task.max_batch_tokens
     made.trainer(tmp_path, {}).run()
     assert torch.cuda.max_memory_allocated() <= limit
 
@@ -172,7 +172,7 @@ def test_the_measured_activations_hold_at_the_peak(world, limited):
     torch.cuda.set_per_process_memory_fraction(1.0)
     made.load()
     task, peaks = made.task, []
-    fit = measure(task.model, task.probe, made.device, "bf16", False)
+    need = measure_memory(task.model, task.probe, made.device, "bf16", False)
     for texts in (8, 24):
         for _ in range(2):  # the first allocates the gradients
             torch.cuda.reset_peak_memory_stats()
@@ -181,7 +181,7 @@ def test_the_measured_activations_hold_at_the_peak(world, limited):
             outputs.sum().backward()
         peaks.append((torch.cuda.max_memory_allocated(), tokens))
     (low, few), (high, many) = peaks
-    assert 0.7 < (high - low) / (many - few) / fit.per_token < 1.1
+    assert 0.7 < (high - low) / (many - few) / need.bytes_per_token < 1.1
 
 
 def test_the_four_programs_agree_with_the_cpu(programs, tmp_path):

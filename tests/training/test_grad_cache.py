@@ -16,8 +16,7 @@ from torch_src.dual_train import training_stage as dual_stage
 from torch_src.models.losses import contrastive_loss, contrastive_scores, listwise_loss, pointwise_loss
 from torch_src.models.tokenization import TokenTable
 from torch_src.runtime.errors import UserError
-from torch_src.training.device_tokens import DeviceTokens
-from torch_src.training.grad_cache import Chunking, seed_of
+from torch_src.training.grad_cache import Chunking, DeviceTokens, seed_of
 
 COMMON = dict(eval_every=-1, precision="fp32", device="cpu", tokens_per_batch=10**6, log_every=100)
 LENGTHS = {"dual": dict(p_max_seq_len=48), "cross": dict(max_seq_len=64)}
@@ -58,7 +57,7 @@ def gradients(task, batches=1) -> torch.Tensor:
     """Return the gradient accumulated over this many batches."""
     task.model.zero_grad(set_to_none=True)
     for at in range(batches):
-        backward(task, task.batch(0, at), 1 / batches)
+        backward(task, task.make_batch((0, at)), 1 / batches)
     return flat(task.model)
 
 
@@ -70,7 +69,7 @@ def one_graph(task, batches=1) -> torch.Tensor:
     """Return the gradient of the plain dual loss, all texts of a side in one forward pass."""
     task.model.zero_grad(set_to_none=True)
     for at in range(batches):
-        batch = task.batch(0, at)
+        batch = task.make_batch((0, at))
         queries, passages = (
             task.model(side, *on_host(ids, task))
             for side, ids in (("query", batch.queries), ("passage", batch.passages))
@@ -131,7 +130,9 @@ def test_with_dropout_and_mixed_precision_the_same_chunks_give_the_same(world, k
         )
         for chunk in (0, 1000)
     )  # fmt: skip
-    chunks = [len(task.embed("passage", b := task.batch(0, 0), b.passages).spans) for task in (kept, cached)]
+    chunks = [
+        len(task.embed("passage", b := task.make_batch((0, 0)), b.passages).spans) for task in (kept, cached)
+    ]
     assert chunks[0] == chunks[1] > 2
     assert apart(gradients(cached), gradients(kept)) < (1e-9 if precision == "fp32" else 1e-5)
     # the same dropout each time: a function of seed, step and place
@@ -140,7 +141,7 @@ def test_with_dropout_and_mixed_precision_the_same_chunks_give_the_same(world, k
 
 def test_dropout_differs_between_steps_sides_and_chunks(world):
     task = load(world, "dual", batch_size=4, dropout=0.5, grad_cache_chunk=2)
-    batch, other = task.batch(0, 0), task.batch(0, 1)
+    batch, other = task.make_batch((0, 0)), task.make_batch((0, 1))
     first = batch.passages.ids[: batch.passages.lengths[0]]
     same_ids = TokenTable(np.tile(first, 4), np.full(4, len(first)))
     outputs = [task.embed(side, b, same_ids).outputs for side in ("query", "passage") for b in (batch, other)]
@@ -154,7 +155,7 @@ def test_cross_gradients_are_those_of_one_graph(world, loss, epsilon):
     knobs = dict(loss=loss, batch_size=6, groups_per_step=3, group_size=3, dropout=0.0, fgm_epsilon=epsilon)
     for chunk in (0, 2):
         task = load(world, "cross", grad_cache_chunk=chunk, **knobs)
-        batch, table = task.batch(0, 0), task.model.word_embeddings
+        batch, table = task.make_batch((0, 0)), task.model.word_embeddings
 
         def plain(task=task, batch=batch):
             logits = task.model(*on_host(batch.pairs, task))
@@ -181,7 +182,7 @@ def test_fgm_keeps_the_accumulated_gradient_of_the_embeddings(world):
     parts = []
     for at in range(2):
         task.model.zero_grad(set_to_none=True)
-        backward(task, task.batch(0, at), 1 / 2)
+        backward(task, task.make_batch((0, at)), 1 / 2)
         parts.append(flat(task.model))
     assert apart(gradients(task, 2), parts[0] + parts[1]) < 1e-9
 
@@ -198,7 +199,7 @@ def test_the_word_embeddings_are_restored_after_an_error_in_fgm(world, monkeypat
 
     monkeypatch.setattr(task.model, "forward", failing)
     with pytest.raises(MemoryError):
-        backward(task, task.batch(0, 0))
+        backward(task, task.make_batch((0, 0)))
     assert calls == [True] * 4 + [False] * 4 and task.model.word_embeddings.equal(before)
 
 
@@ -298,7 +299,7 @@ def test_matryoshka_is_the_mean_over_its_dimensions(world, share):
     task = load(world, "dual", matryoshka_dims="4,16", grad_cache_chunk=3, **knobs)
     found = gradients(task)
     task.model.zero_grad(set_to_none=True)
-    batch = task.batch(0, 0)
+    batch = task.make_batch((0, 0))
     queries, passages = (
         task.model(side, *on_host(ids, task))
         for side, ids in (("query", batch.queries), ("passage", batch.passages))
@@ -329,7 +330,7 @@ def test_r_drop_with_cached_gradients(world):
         )
         for chunk in (0, 1000)
     )  # fmt: skip
-    assert len(kept.logits(kept.batch(0, 0), 0).spans) > 2
+    assert len(kept.logits(kept.make_batch((0, 0)), 0).spans) > 2
     assert apart(gradients(cached), gradients(kept)) < 1e-9
 
 

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 from torch_src.runtime.errors import UserError
 from torch_src.training import memory
 from torch_src.training import stage as stages
-from torch_src.training.memory import Fit, choose_chunk, measure, probe_inputs, state_bytes
+from torch_src.training.memory import MemoryNeed, choose_chunk, measure_memory, probe_inputs, state_bytes
 from torch_src.training.stage import checkpoint_activations
 
 CPU = torch.device("cpu")
@@ -49,9 +49,9 @@ def test_the_rule(texts, tokens, fitting, on_gpu, expected):
 
 
 def test_what_fits():
-    fit = Fit(free=1000, state=300, per_token=2.0)
-    assert fit.tokens == 300 and fit.needed(100) == 500  # 0.9 x 1,000 - 300 leave 600
-    assert Fit(free=100, state=300, per_token=2.0).tokens == 0
+    need = MemoryNeed(free_bytes=1000, state_bytes=300, bytes_per_token=2.0)
+    assert need.fitting_tokens == 300 and need.total_bytes(100) == 500  # 0.9 x 1,000 - 300 leave 600
+    assert MemoryNeed(free_bytes=100, state_bytes=300, bytes_per_token=2.0).fitting_tokens == 0
 
 
 def test_state_of_a_run():
@@ -71,9 +71,9 @@ def test_the_measured_activations_are_those_counted_by_hand():
         y = layer(x)
         return (y * y.exp()).sum(), texts * 5
 
-    fit = measure(layer, probe, CPU, "fp32", averaged=False)
+    need = measure_memory(layer, probe, CPU, "fp32", averaged=False)
     # per token three rows of 8 numbers: x, y and exp(y)
-    assert fit.per_token == pytest.approx(memory.BACKWARD_FACTOR * 3 * 8 * 4)
+    assert need.bytes_per_token == pytest.approx(memory.BACKWARD_FACTOR * 3 * 8 * 4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -87,12 +87,16 @@ def test_activations_grow_with_the_tokens_only(precision):
         inputs = probe_inputs(texts, tokens, CPU)
         return model(*inputs)[0], inputs[0].numel()
 
-    fit = measure(model, probe, CPU, precision, averaged=False)
+    need = measure_memory(model, probe, CPU, precision, averaged=False)
     with memory.autocast(CPU, precision):
         large, small = (memory._saved_bytes(model.train(), probe, texts)[0] for texts in (24, 8))
-    assert memory.BACKWARD_FACTOR * (large - small) / (16 * 24) == pytest.approx(fit.per_token, rel=0.02)
+    assert memory.BACKWARD_FACTOR * (large - small) / (16 * 24) == pytest.approx(
+        need.bytes_per_token, rel=0.02
+    )
     checkpoint_activations(model)
-    assert measure(model, probe, CPU, precision, averaged=False).per_token == fit.per_token
+    assert (
+        measure_memory(model, probe, CPU, precision, averaged=False).bytes_per_token == need.bytes_per_token
+    )
     assert all(layer.gradient_checkpointing for layer in model.encoder.layer)
 
 
@@ -124,13 +128,13 @@ def test_no_line_where_the_user_named_the_chunks(world, capsys):
 def test_the_most_tokens_of_a_batch(world):
     dual = load(world, "dual", batch_size=6, hard_negatives=2, q_max_seq_len=16, query_prefix="问：")
     around = dual.setup.tokenizer.tokenize("问：")
-    assert dual.tokens_per_batch == 6 * (16 + len(around)) + 18 * 48 and dual.texts_per_batch == 24
+    assert dual.max_batch_tokens == 6 * (16 + len(around)) + 18 * 48 and dual.texts_per_batch == 24
     pairs = dict(batch_size=6, loss="pointwise")
-    assert load(world, "cross", **pairs).tokens_per_batch == 6 * 64
-    assert load(world, "cross", r_drop_alpha=1.0, **pairs).tokens_per_batch == 2 * 6 * 64
+    assert load(world, "cross", **pairs).max_batch_tokens == 6 * 64
+    assert load(world, "cross", r_drop_alpha=1.0, **pairs).max_batch_tokens == 2 * 6 * 64
     task = load(world, "cross", loss="listwise", groups_per_step=3, group_size=4)
     outputs, tokens = task.probe(2)
-    assert task.tokens_per_batch == 12 * 64 and outputs.shape == (2,) and tokens == 2 * 64
+    assert task.max_batch_tokens == 12 * 64 and outputs.shape == (2,) and tokens == 2 * 64
 
 
 def run_and_resume(world, folder, capsys, monkeypatch, device) -> list[torch.Tensor]:
@@ -140,7 +144,7 @@ def run_and_resume(world, folder, capsys, monkeypatch, device) -> list[torch.Ten
     """
 
     def run(name, until, free):
-        monkeypatch.setattr(memory, "_free", lambda _: free)
+        monkeypatch.setattr(memory, "_free_bytes", lambda _: free)
         knobs = dict(batch_size=6, dropout=0.3, max_steps=4, device=device, **AUTO)
         made = stage(world, "dual", double=False, **knobs)
         made.load()
@@ -165,7 +169,7 @@ def run_and_resume(world, folder, capsys, monkeypatch, device) -> list[torch.Ten
     capsys.readouterr()
     resumed, again = run("killed", 9, much)
     assert again == chunks
-    assert f"chunks as before; {chunks}" in capsys.readouterr().out
+    assert f"the chunks of the checkpoint: {chunks}" in capsys.readouterr().out
     return [whole, resumed, run("other", 9, much)[0]]
 
 
@@ -178,13 +182,18 @@ def test_a_resumed_run_keeps_its_chunks(world, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "free", "units"), [("dual", 10**6, 3), ("dual", 10**12, 6), ("cross", 10**6, 3)]
 )
-def test_a_plan_on_a_cpu_probes_a_part_of_a_batch_in_chunks(world, monkeypatch, kind, free, units):
+def test_a_plan_on_a_cpu_probes_a_fraction_of_a_batch_in_chunks(world, monkeypatch, kind, free, units):
     monkeypatch.setattr(memory, "free_memory", lambda: free)
     monkeypatch.setattr(stages, "PROBED_UNITS", 3)
     made = stage(world, kind, double=False, batch_size=6, epoch=1, **AUTO)
     forward, sizes = made.task.forward, []
     made.task.forward = lambda batch: (sizes.append(len(batch.source.queries)), forward(batch))[1]
-    monkeypatch.setattr(stages.Trainer, "probe", lambda trainer, updates: [probe(trainer, 1)[0] and 2.0] * 2)
+
+    def two_seconds(trainer, updates):
+        probe(trainer, 1)  # one real update, whose time is not used
+        return [2.0] * updates
+
+    monkeypatch.setattr(stages.Trainer, "probe", two_seconds)
     plan = made.plan()
     assert sizes == [units]
     updates = made.trainer(world / "unused", {}).schedule.total_steps

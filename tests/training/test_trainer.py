@@ -37,7 +37,8 @@ class Toy(TrainingTask):
         step = self.trainer.optimizer.step
         self.trainer.optimizer.step = lambda: (self.gradients.append(self.gradient()), step())
 
-    def batch(self, epoch, step):
+    def make_batch(self, place):
+        epoch, step = place
         self.drawn.append((epoch, step))
         if self.fail_at == (epoch, step):
             raise ConnectionError("stopped by the test")
@@ -160,7 +161,7 @@ def test_accumulation_gives_the_mean_gradient(tmp_path):
     both = Toy(tmp_path, epochs=1, micro_steps=2, accumulation_steps=2, dropout=0.0, max_grad_norm=1e9)
     parts, losses = [], []
     for micro in range(2):
-        loss, _ = both.loss(both.batch(0, micro))
+        loss, _ = both.loss(both.make_batch((0, micro)))
         losses.append(loss.item())
         parts.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, both.model.parameters())]))
     assert (parts[0] - parts[1]).norm() > 0.1
@@ -357,7 +358,7 @@ def test_tokenizing_ahead_is_not_disturbed_by_an_evaluation(tmp_path, monkeypatc
     stage = training_stage(hp)
     task, kind, drawn = stage.task, type(stage.setup.tokenizer), {}
     evaluated = threading.Event()
-    real_set, real_batch = kind.set_truncation_and_padding, task.batch
+    real_set = kind.set_truncation_and_padding
 
     def delayed(self, *args, **kwargs):
         real_set(self, *args, **kwargs)
@@ -369,17 +370,18 @@ def test_tokenizing_ahead_is_not_disturbed_by_an_evaluation(tmp_path, monkeypatc
         evaluated.set()
         return {}
 
-    def batch(epoch, step):
+    def make_batch(place):
         evaluated.clear()
-        drawn[epoch, step] = real_batch(epoch, step)
-        return drawn[epoch, step]
+        drawn[place] = real_batch(place)
+        return drawn[place]
 
     monkeypatch.setattr(kind, "set_truncation_and_padding", delayed)
     monkeypatch.setattr("torch_src.dual_train.open_dev_retrieval", lambda *_: None)
     task.load()
-    task.evaluate, task.batch = evaluate, batch
+    real_batch = task.make_batch
+    task.evaluate, task.make_batch = evaluate, make_batch
     stage.trainer(tmp_path, {}).run()
     for place, found in drawn.items():
-        again = real_batch(*place)
+        again = real_batch(place)
         for side in ("queries", "passages"):
             assert getattr(found, side).ids.tolist() == getattr(again, side).ids.tolist()

@@ -1,5 +1,6 @@
 """Training data of the cross-encoder, pairs or groups: a batch is a pure function of (seed, epoch, step)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -90,5 +91,5 @@ class CrossTrainingSet:
 
 def draw_negatives(negatives: np.ndarray, count: int, random: np.random.Generator) -> list[int]:
     """Return `count` of the rows in random order; a row repeats only after all have been drawn."""
-    rounds = [random.permutation(negatives) for _ in range(-(-count // len(negatives)))]
+    rounds = [random.permutation(negatives) for _ in range(math.ceil(count / len(negatives)))]
     return np.concatenate(rounds)[:count].tolist()

@@ -1,5 +1,6 @@
 """Token ids of blocks of texts or pairs, tokenized ahead of the model by a thread or by processes."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
@@ -13,12 +14,12 @@ Span = tuple[int, int]  # (first row, last row + 1)
 
 
 def tokenized_spans(
-    tokenize: Callable[[int, int], TokenTable], spans: Iterable[Span], longest: int, workers: int = 0
+    tokenize: Callable[[int, int], TokenTable], spans: Iterable[Span], max_rows: int, workers: int = 0
 ) -> Iterator[tuple[Span, TokenTable]]:
     """Yield each span of rows with its token ids, tokenize(first row, last row + 1), in order.
 
-    A thread tokenizes the next rows while a span is used; or `workers` processes, to which `tokenize` is
-    copied, the next span. `longest`: rows of the longest span.
+    A thread tokenizes the next rows while a span is used. With `workers` > 0 that many processes tokenize
+    the next span; `tokenize` must be picklable. `max_rows`: of a span.
     """
 
     size = TEXTS_PER_TASK if workers else TOKENIZE_AHEAD
@@ -30,7 +31,7 @@ def tokenized_spans(
 
     prepare = partial(_tokenize, tokenize)
     if workers:
-        ahead = max(2, 1 + -(-longest // (size * workers)))  # a whole span
+        ahead = max(2, 1 + math.ceil(max_rows / (size * workers)))  # a whole span
         ready = prepared_by_workers(prepare, chunks(), workers, ahead)
     else:
         ready = one_ahead(prepare, chunks())

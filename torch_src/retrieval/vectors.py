@@ -1,6 +1,7 @@
 """Arrays on disk in blocks of rows with a manifest: passage vectors (fp16) and re-ranking scores (fp32)."""
 
 import errno
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -93,7 +94,7 @@ class VectorStore:
 
     @property
     def block_count(self) -> int:
-        return -(-self.rows // self.block_rows)
+        return math.ceil(self.rows / self.block_rows)
 
     def block_path(self, block: int) -> Path:
         return self.folder / f"block-{block:05d}.npy"

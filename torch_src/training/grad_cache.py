@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_src.models.tokenization import TokenTable, length_sorted_batches
-from torch_src.runtime.devices import autocast
-from torch_src.training.device_tokens import DeviceTokens
+from torch_src.runtime.devices import autocast, tensors_to
 
 # Padded [input ids, attention mask(, segment ids)], each (B, L) int64, to outputs (B, ...).
 Forward = Callable[..., Tensor]
@@ -37,10 +36,10 @@ class Chunking:
             return f"GradCache: chunks of at most {self.texts:,} texts and {self.tokens:,} tokens"
         return f"no GradCache: all activations of a batch are kept; chunks of at most {self.tokens:,} tokens"
 
-    def scaled(self, share: float, batch_texts: int) -> "Chunking":
-        """Return GradCache with chunks of this share of the size; 0 texts where less than one is left."""
+    def scaled(self, fraction: float, batch_texts: int) -> "Chunking":
+        """Return GradCache with chunks of this fraction of the size; 0 texts where less than one is left."""
         texts = self.texts or batch_texts
-        return replace(self, texts=int(texts * share), tokens=int(self.tokens * share))
+        return replace(self, texts=int(texts * fraction), tokens=int(self.tokens * fraction))
 
     @property
     def options(self) -> str:
@@ -55,6 +54,32 @@ class Chunking:
         on_device = DeviceTokens(tokens, np.concatenate(chunks), pad_id, self.device)
         seed = (self.seed, *map(int, place), self.rank)
         return ChunkedForward(self, forward, on_device, [len(rows) for rows in chunks], seed)
+
+
+class DeviceTokens:
+    """A TokenTable on a device with its texts in another order, for chunks of neighbors in that order.
+
+    All arrays are copied in one transfer. No method waits for a GPU.
+    """
+
+    def __init__(self, table: TokenTable, order: np.ndarray, pad_id: int, device: torch.device):
+        """order: (N,), the row at each position."""
+        self.pad_id, self.lengths = pad_id, table.lengths[order]
+        arrays = [table.ids, table.starts[order], self.lengths, order, np.argsort(order)]
+        arrays += [] if table.types is None else [table.types]
+        (packed,) = tensors_to(device, np.concatenate([array.astype(np.int64) for array in arrays]))
+        self.ids, self.starts, self.counts, self.order, self.inverse_order, *self.types = packed.split(
+            [len(array) for array in arrays]
+        )
+
+    def padded(self, first: int, last: int) -> list[Tensor]:
+        """Return [input ids, attention mask(, segment ids)], each (B, L) int64, of positions first:last."""
+        columns = torch.arange(int(self.lengths[first:last].max()), device=self.ids.device)
+        padding = columns >= self.counts[first:last, None]
+        at = (self.starts[first:last, None] + columns).masked_fill_(padding, 0)
+        input_ids = self.ids[at].masked_fill_(padding, self.pad_id)
+        types = [types[at].masked_fill_(padding, 0) for types in self.types]
+        return [input_ids, (~padding).long(), *types]
 
 
 class ChunkedForward:
@@ -85,7 +110,9 @@ class ChunkedForward:
         with autocast(chunking.device, chunking.precision), torch.set_grad_enabled(not self.cached):
             found = [self._run(at) for at in range(len(sizes))]
         self.graphs = [] if self.cached else found
-        self.outputs = torch.cat([output.detach() for output in found])[self.tokens.places].requires_grad_()
+        self.outputs = torch.cat([output.detach() for output in found])[
+            self.tokens.inverse_order
+        ].requires_grad_()
 
     def _run(self, at: int) -> Tensor:
         # torch.manual_seed takes 2.5 ms without a GPU (it keeps a stack trace): seed the generators directly.
@@ -101,9 +128,8 @@ class ChunkedForward:
         with autocast(device, self.chunking.precision):
             for at, (first, last) in enumerate(self.spans):
                 output = self._run(at) if self.cached else self.graphs[at]
-                with torch.autocast(
-                    device.type, enabled=False
-                ):  # gradients have the types of the forward pass
+                # the backward pass computes in the types of the forward pass
+                with torch.autocast(device.type, enabled=False):
                     torch.autograd.backward(output, gradient[first:last], inputs=inputs)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_src.runtime.devices import USABLE_FRACTION, autocast, available_gpu_memory, free_memory
 
 CPU_TOKENS = 2048  # in a forward pass: its activations should fit into the caches of a CPU
-# On a GPU more tokens keep it busier, up to a point. Fewer than the minimum would be no use anywhere.
+# On a GPU more tokens keep it busier, up to a point. Below MIN_TOKENS a GPU is mostly idle.
 MIN_TOKENS, MAX_TOKENS = 512, 65536
 # A backward pass also needs gradients of activations, of about one layer at a time. BERT-base
 # in bf16 on an H200, chunks of 16,384 tokens: 0.47 MB a token at the peak, of which 0.46 MB saved by count.
@@ -19,21 +19,22 @@ BACKWARD_FACTOR = 1.15
 
 
 @dataclass(frozen=True)
-class Fit:
-    """`free` bytes, of which the state of a run takes `state`, and each token that is kept `per_token`."""
+class MemoryNeed:
+    """Free memory and what training needs of it, in bytes."""
 
-    free: int
-    state: int
-    per_token: float
+    free_bytes: int
+    state_bytes: int  # gradients, moments and copies of the weights
+    bytes_per_token: float  # of the activations of a padded token
 
     @property
-    def tokens(self) -> int:
+    def fitting_tokens(self) -> int:
         """The padded tokens whose activations fit at once."""
-        return max(0, int((USABLE_FRACTION * self.free - self.state) / self.per_token))
+        usable = USABLE_FRACTION * self.free_bytes
+        return max(0, int((usable - self.state_bytes) / self.bytes_per_token))
 
-    def needed(self, tokens: int) -> float:
+    def total_bytes(self, tokens: int) -> float:
         """Return the bytes of a run that keeps the activations of this many tokens."""
-        return self.state + self.per_token * tokens
+        return self.state_bytes + self.bytes_per_token * tokens
 
 
 def choose_chunk(
@@ -45,32 +46,33 @@ def choose_chunk(
     batch_texts, batch_tokens: of the largest batch. A chunk is a power of two of tokens.
     """
     if not tokens:
-        most = MAX_TOKENS if on_gpu else CPU_TOKENS
-        tokens = min(most, max(MIN_TOKENS, 1 << max(1, fitting).bit_length() - 1))
+        limit = MAX_TOKENS if on_gpu else CPU_TOKENS
+        tokens = min(limit, max(MIN_TOKENS, 1 << max(1, fitting).bit_length() - 1))
     if texts < 0:
         texts = 0 if batch_tokens <= fitting else batch_texts
     return texts, tokens
 
 
-def measure(
+def measure_memory(
     model: nn.Module,
     probe: Callable[[int], tuple[Tensor, int]],
     device: torch.device,
     precision: str,
     averaged: bool,
-) -> Fit:
-    """Return what fits beside the loaded model. probe(n) is a forward pass of n texts: (outputs, tokens).
+) -> MemoryNeed:
+    """Return what training needs beside the loaded model.
 
-    `averaged`: the run keeps an exponential moving average of the weights.
+    probe(n): a forward pass of n texts, (outputs, tokens). `averaged`: the run keeps an exponential moving
+    average of the weights.
     """
     was_training = model.training
     model.train()
     with autocast(device, precision), _without_checkpointing(model):
-        (one, tokens), (two, more) = (_saved_bytes(model, probe, texts) for texts in (1, 2))
+        (one, one_tokens), (two, two_tokens) = (_saved_bytes(model, probe, texts) for texts in (1, 2))
     model.train(was_training)
     # the difference: copies of the weights in 16 bits are saved once for any number of texts
-    per_token = BACKWARD_FACTOR * (two - one) / (more - tokens)
-    return Fit(_free(device), state_bytes(model, precision, averaged), per_token)
+    bytes_per_token = BACKWARD_FACTOR * (two - one) / (two_tokens - one_tokens)
+    return MemoryNeed(_free_bytes(device), state_bytes(model, precision, averaged), bytes_per_token)
 
 
 def probe_inputs(texts: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -89,7 +91,7 @@ def state_bytes(model: nn.Module, precision: str, averaged: bool) -> int:
     return 3 * sum(trained) + averaged * sum(sizes) + low + max(trained, default=0)
 
 
-def _free(device: torch.device) -> int:
+def _free_bytes(device: torch.device) -> int:
     """Return the bytes that this process may still allocate."""
     if device.type == "cuda":
         return available_gpu_memory(device)

@@ -47,7 +47,7 @@ from torch_src.runtime.stamps import (
 from torch_src.training.checkpoints import delete_checkpoints, save_tensors
 from torch_src.training.distributed import Processes
 from torch_src.training.grad_cache import Chunking
-from torch_src.training.memory import CPU_TOKENS, choose_chunk, measure
+from torch_src.training.memory import CPU_TOKENS, choose_chunk, measure_memory
 from torch_src.training.trainer import Trainer, TrainerOptions, TrainingTask
 
 ROWS_IN_ERROR = 40  # of a batch that an error message lists
@@ -233,19 +233,21 @@ class TrainingStage:
         task.load()
         if hp.grad_cache_chunk >= 0 and (hp.tokens_per_batch or self.device.type == "cpu"):
             return
-        fit = measure(task.model, task.probe, self.device, self.setup.precision, bool(hp.ema_decay))
+        need = measure_memory(task.model, task.probe, self.device, self.setup.precision, bool(hp.ema_decay))
         texts, tokens = choose_chunk(
             hp.grad_cache_chunk,
             hp.tokens_per_batch,
-            self.processes.all_reduce_min(fit.tokens),  # a resumed run has the same chunks in all processes
+            self.processes.all_reduce_min(
+                need.fitting_tokens
+            ),  # a resumed run has the same chunks in all processes
             task.texts_per_batch,
-            task.tokens_per_batch,
+            task.max_batch_tokens,
             self.device.type == "cuda",
         )
         task.chunking = dataclasses.replace(task.chunking, texts=texts, tokens=tokens)
         if self.processes.is_first:
-            needed = fit.needed(tokens if texts else task.tokens_per_batch)
-            log(f"{task.chunking} ({needed / 1e9:.1f} GB of {fit.free / 1e9:.1f} GB free)")
+            needed = need.total_bytes(tokens if texts else task.max_batch_tokens) / 1e9
+            log(f"{task.chunking} (needs about {needed:.1f} GB; {need.free_bytes / 1e9:.1f} GB are free)")
 
     def trainer(self, folder: str | Path, stamp: dict[str, Any]) -> Trainer:
         """Return the trainer of the loaded task, with checkpoints and curves in `folder`."""
@@ -340,15 +342,15 @@ class TrainingStage:
         """Return the time, memory and disk that the training needs, from a short probe."""
         self.load()
         plan, task = Plan(f"do_{self.setup.name}_train.py"), self.task
-        base, share = memory_gb(self.device), 1.0
+        base, fraction = memory_gb(self.device), 1.0
         if self.device.type == "cpu" and task.chunking.texts:
-            share = task.shrink_batches(PROBED_UNITS)  # GradCache: time follows the batch, memory does not
+            fraction = task.shrink_batches(PROBED_UNITS)  # GradCache: time follows the batch, memory does not
         with tempfile.TemporaryDirectory() as folder:
             trainer = self.trainer(folder, {})
             while (seconds := self._probe(trainer)) is None:
                 plan.too_large = True
                 trainer = self.trainer(folder, {})
-        seconds /= share
+        seconds /= fraction
         chunk = f" with {task.chunking.options}" if plan.too_large else ""
         updates = f"{trainer.schedule.total_steps:,} updates ({seconds:.2f} s each{chunk})"
         plan.add(updates, seconds * trainer.schedule.total_steps)

@@ -43,19 +43,16 @@ class TrainingTask(ABC):
     """Data, loss and dev evaluation of one model: the interface for Trainer and TrainingStage."""
 
     model: nn.Module
-    make_batch: Callable[[tuple[int, int]], Any]  # (epoch, step) to a batch, both from 0; copied to workers
+    # (epoch, step), both from 0, to a batch read and tokenized: called in a thread or copied to workers
+    make_batch: Callable[[tuple[int, int]], Any]
     chunking: Chunking
     batches_per_epoch: int
     unit = "queries"  # of the rate in the log
     units_per_batch = 1
     texts_per_batch = 1  # texts or pairs in the forward passes of a batch
-    tokens_per_batch = 1  # padded tokens, at most, whose activations a batch of this process needs at once
+    max_batch_tokens = 1  # padded tokens whose activations a batch of this process needs at once
     accuracy_name = "accuracy"  # in the log
     peak_lr: dict[str, float] = {}  # parameter name -> peak learning rate that replaces the common one
-
-    def batch(self, epoch: int, step: int) -> Any:
-        """Read and tokenize a batch, both numbers from 0; runs ahead in a thread."""
-        return self.make_batch((epoch, step))
 
     @abstractmethod
     def forward(self, batch: Any) -> Output:
@@ -91,7 +88,7 @@ class TrainingTask(ABC):
         raise NotImplementedError
 
     def shrink_batches(self, units: int) -> float:
-        """Make batches of at most `units` queries, groups or pairs; return their share of a whole batch."""
+        """Make batches of at most `units` queries, groups or pairs; return the fraction of a batch."""
         raise NotImplementedError
 
     def evaluation_seconds(self) -> float:
@@ -163,7 +160,7 @@ class Schedule:
     @property
     def evaluations(self) -> int:
         """The number of dev evaluations, with the one before the first update."""
-        return 0 if self.eval_every < 0 else 1 + -(-self.total_steps // self.eval_every)
+        return 0 if self.eval_every < 0 else 1 + math.ceil(self.total_steps / self.eval_every)
 
     def evaluation_due(self, progress: TrainingProgress) -> bool:
         """Return whether the run evaluates after this step and has not done so."""
@@ -224,7 +221,7 @@ class Trainer:
                         f"early stop: {options.early_stop} evaluations without a better {MAIN_METRIC}"
                     )
                     break
-                with self._out_of_memory_named(step):
+                with out_of_memory_named(self, step):
                     update = self.update(step, islice(batches, options.accumulation_steps))
                 self.progress.step = step + 1
                 self.log.update(update)
@@ -245,7 +242,7 @@ class Trainer:
         """Yield the batches of these (epoch, step), in order, prepared ahead."""
         if self.options.workers:
             return prepared_by_workers(self.task.make_batch, places, self.options.workers)
-        return one_ahead(lambda place: self.task.batch(*place), places)
+        return one_ahead(self.task.make_batch, places)
 
     def _batches(self) -> Generator[Any, None, None]:
         """Yield the batches from the current step on."""
@@ -259,7 +256,8 @@ class Trainer:
     def update(self, step: int, batches: Iterable[Any]) -> Update:
         """Make one update from `accumulation_steps` batches.
 
-        A GPU works ahead of this process, which waits for it only once, before the weights change.
+        A GPU works ahead of this process, which waits for it once, before the weights change; and
+        transformers reads each padded attention mask, one more wait per forward pass.
         """
         begun, count, used, sums = time.perf_counter(), self.options.accumulation_steps, [], []
         lr = self._set_lr(step)
@@ -280,10 +278,10 @@ class Trainer:
         losses, accuracies = figures[::2], figures[1::2]
         for batch, loss in zip(used, losses, strict=True):
             if not math.isfinite(loss):
-                raise self._not_finite(f"the loss is {loss}", [batch], step, lr)
+                raise not_finite(self, f"the loss is {loss}", [batch], step, lr)
         finite = math.isfinite(norm_value)
         if not finite and not self.scaler.is_enabled():
-            raise self._not_finite("the gradient is not finite", used, step, lr)
+            raise not_finite(self, "the gradient is not finite", used, step, lr)
         if finite:  # in fp16 a gradient may overflow: the scaler lowers its scale, the weights stay
             self.optimizer.step()
         self.scaler.update()
@@ -293,7 +291,7 @@ class Trainer:
         self.progress.skipped = 0 if finite else self.progress.skipped + 1
         self.progress.skipped_total += not finite
         if self.progress.skipped >= MAX_SKIPS:
-            raise self._not_finite(f"fp16: {MAX_SKIPS} updates in a row overflowed, the last", used, step, lr)
+            raise not_finite(self, f"fp16: {MAX_SKIPS} updates in a row overflowed, the last", used, step, lr)
         loss, accuracy = (sum(values) / count for values in (losses, accuracies))
         return Update(loss, accuracy, lr, time.perf_counter() - begun, stop > 0)
 
@@ -353,7 +351,7 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         """Save all that a resumed run needs: the last weights, not the best ones.
 
-        No state of random generators: every draw is a function of seed, step and place in the batch.
+        No state of random generators: every draw is a function of seed, step and position in the batch.
         """
         self.saved_at, self.saved_step = time.monotonic(), self.progress.step
         if self.processes.is_first:
@@ -371,7 +369,7 @@ class Trainer:
     def _resume(self) -> None:
         """Continue from the checkpoint when it belongs to this run."""
         state = load_checkpoint(self.checkpoint)
-        if state is not None and (reason := self._reason_to_restart(state)):
+        if state is not None and (reason := reason_to_restart(self, state)):
             if self.processes.is_first:
                 log(f"{self.checkpoint}: {reason}; starting from the beginning")
             state = None
@@ -401,51 +399,56 @@ class Trainer:
         # free memory may differ now, and the dropout of a text depends on its chunk
         chunking = replace(self.task.chunking, **state["chunk"])
         if chunking != self.task.chunking and self.processes.is_first:
-            log(f"{self.checkpoint}: chunks as before; {chunking}")
+            log(f"{self.checkpoint}: keeping the chunks of the checkpoint: {chunking}")
         self.task.chunking = chunking
         if self.processes.is_first:
             log(f"{self.checkpoint}: resuming after step {self.progress.step} of {self.schedule.total_steps}")
 
-    def _reason_to_restart(self, state: dict[str, Any]) -> str | None:
-        """Return why the run cannot resume from this checkpoint, None when it can."""
-        if state["stamp"] != self.stamp:
-            return f"its settings differ ({'; '.join(differences(state['stamp'], self.stamp))})"
-        progress, on_disk = TrainingProgress(**state["progress"]), self.task.saved_checksum()
-        # A run killed between saving the best weights and the checkpoint that follows repeats the evaluation
-        # and saves the same weights again.
-        repeats = on_disk is not None and self.schedule.evaluation_due(progress)
-        if progress.best_weights and progress.best_weights != on_disk and not repeats:
-            return "the best weights of its run are missing or replaced"
-        return None
 
-    @contextmanager
-    def _out_of_memory_named(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            chunking, resumes = self.task.chunking, "starts over"
-            if self.saved_step > 0:
-                resumes = f"resumes after step {self.saved_step}"
-            smaller = chunking.scaled(0.5, self.task.texts_per_batch).options
-            raise UserError(
-                f"out of memory at step {step + 1} ({first_line(error).split('. ')[0]}; {chunking}); free "
-                f"memory and repeat the command, which {resumes}; or start over with {smaller}"
-            ) from error
+def reason_to_restart(trainer: Trainer, state: dict[str, Any]) -> str | None:
+    """Return why the run cannot resume from this checkpoint, None when it can."""
+    if state["stamp"] != trainer.stamp:
+        return f"its settings differ ({'; '.join(differences(state['stamp'], trainer.stamp))})"
+    progress, on_disk = TrainingProgress(**state["progress"]), trainer.task.saved_checksum()
+    # A run killed between saving the best weights and the checkpoint that follows repeats the evaluation
+    # and saves the same weights again.
+    repeats = on_disk is not None and trainer.schedule.evaluation_due(progress)
+    if progress.best_weights and progress.best_weights != on_disk and not repeats:
+        return "the best weights of its run are missing or replaced"
+    return None
 
-    def _not_finite(self, what: str, batches: list[Any], step: int, lr: float) -> UserError:
-        rows = "; ".join(map(self.task.describe, batches))
-        kept = []
-        if self.progress.best_step > 0:
-            kept.append(f"the best weights (step {self.progress.best_step}) are saved")
-        if self.saved_step > 0:
-            kept.append(f"the last checkpoint is of step {self.saved_step}")
-        saved = " and ".join(kept) or "no weights are saved"
-        return UserError(
-            f"{what} at step {step + 1}, lr {lr:.2g}, {rows}; {saved}; "
-            "try a lower --lr or --precision fp32, or check those rows"
-        )
+
+@contextmanager
+def out_of_memory_named(trainer: Trainer, step: int) -> Iterator[None]:
+    """Turn out of memory in update `step` into a UserError that names knobs."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        chunking, resumes = trainer.task.chunking, "starts over"
+        if trainer.saved_step > 0:
+            resumes = f"resumes after step {trainer.saved_step}"
+        smaller = chunking.scaled(0.5, trainer.task.texts_per_batch).options
+        raise UserError(
+            f"out of memory at step {step + 1} ({first_line(error).split('. ')[0]}; {chunking}); free "
+            f"memory and repeat the command, which {resumes}; or start over with {smaller}"
+        ) from error
+
+
+def not_finite(trainer: Trainer, what: str, batches: list[Any], step: int, lr: float) -> UserError:
+    """Return the error of a loss or gradient of these batches that is not finite."""
+    rows = "; ".join(map(trainer.task.describe, batches))
+    kept = []
+    if trainer.progress.best_step > 0:
+        kept.append(f"the best weights (step {trainer.progress.best_step}) are saved")
+    if trainer.saved_step > 0:
+        kept.append(f"the last checkpoint is of step {trainer.saved_step}")
+    saved = " and ".join(kept) or "no weights are saved"
+    return UserError(
+        f"{what} at step {step + 1}, lr {lr:.2g}, {rows}; {saved}; "
+        "try a lower --lr or --precision fp32, or check those rows"
+    )
 
 
 class TrainingLog:
