@@ -232,13 +232,13 @@ def _score_blocks(job: CrossInference, store: VectorStore, model: CrossEncoder) 
     workers = worker_count(-1, job.device, total)
     scored = scorer.score_candidates(job.candidates, spans, workers, progress.add)
     for block, (_, last) in zip(missing, spans, strict=True):
-        parts: list[np.ndarray] = []
+        logits: list[np.ndarray] = []
         for span, values, pairs in scored:
-            parts.append(values[:, None])
-            progress.cut += pairs.cut
+            logits.append(values[:, None])
+            progress.add_truncated(pairs.cut)
             if span[1] == last:
                 break
-        store.write_block(block, np.concatenate(parts))
+        store.write_block(block, np.concatenate(logits))
     progress.close()
 
 

@@ -271,7 +271,7 @@ def _exact_search(job: DualInference, store: VectorStore) -> SearchFunction:
             store, queries, job.topk, devices, kind, memory_gb, bs=job.bs, searched=progress.add
         )
         progress.close()
-        log(f"searched {len(queries):,} queries {stats}")
+        log(f"{len(queries):,} queries: {stats}")
         return rows, scores
 
     return find

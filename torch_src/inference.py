@@ -336,7 +336,7 @@ class Retriever:
             (hp.batch_size, token_budget(0, self.device), hp.vector_dims),
         )
         how = (self.source.tokenizer, self.rules[side], *pooling, self.device, self.precision)
-        encoder = encoder_on_gpu(Encoder(tower, *how, *limits))
+        encoder = encoder_on_gpu(Encoder(tower, *how, *limits), f"{side} encoder")
         return self._compiled(encoder) if side == "passage" and hp.encoder_engine == OPENVINO else encoder
 
     def _compiled(self, plain: Encoder) -> Encoder:

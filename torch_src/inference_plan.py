@@ -62,6 +62,8 @@ def plan_retrieval(
     plan.ram_gb = max(encoding_ram, ram + index_bytes / 1e9) + UNPROBED_GB
     plan.disk_gb = (rows * (2 * width + 8) + saved_bytes) / 1e9
     plan.advice = "lower --search_memory_gb, --bs or --block_rows"
+    if retriever.device.type == "cuda":  # the search takes its GPU memory from what is free
+        plan.advice = "lower --bs or --block_rows"
     if hp.index:
         plan.advice = "use a smaller --index, or none: exact search needs no memory for it"
     return plan
@@ -72,7 +74,7 @@ def _plan_encoding(plan: Plan, retriever: Retriever) -> tuple[float, float]:
     rows = len(retriever.collection)
     encoder = retriever.encoder("passage", load_dual_model(retriever.source))
     texts = [retriever.collection[row] for row in _probes(rows, retriever.device)]
-    seconds, tokens = _seconds_per_text(retriever.device, encoder.tokenize, encoder.encode_tokens, texts)
+    seconds, tokens = _seconds_and_tokens(retriever.device, encoder.tokenize, encoder.encode_tokens, texts)
     plan.add(
         f"encode {rows:,} passages ({tokens:.0f} tokens, {tokens / seconds:,.0f} tokens/s)", seconds * rows
     )
@@ -91,7 +93,7 @@ def _probes(count: int, device: torch.device) -> list[int]:
     return evenly_spaced(count, PROBED_ON_GPU if device.type == "cuda" else PROBED_TEXTS)
 
 
-def _seconds_per_text(
+def _seconds_and_tokens(
     device: torch.device,
     tokenize: Callable[[list[Any]], TokenTable],
     compute: Callable[[TokenTable], object],
@@ -136,7 +138,7 @@ def plan_reranking(scorer: PairScorer, candidates: Candidates, pairs: int) -> Pl
 
     plan = Plan("do_cross_infer.py")
     rows = _probes(len(candidates), scorer.device)
-    seconds, tokens = _seconds_per_text(scorer.device, tokenize, scorer.score, rows)
+    seconds, tokens = _seconds_and_tokens(scorer.device, tokenize, scorer.score, rows)
     plan.add(
         f"score {pairs:,} pairs ({tokens:.0f} tokens, {tokens / seconds:,.0f} tokens/s)", seconds * pairs
     )

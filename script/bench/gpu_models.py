@@ -207,7 +207,7 @@ def _our_encoding(bench: Bench, texts: list[str]) -> tuple[np.ndarray, float]:
 
     if bench.on_gpu:  # before the weights are converted
         bench.attempt("autocast", 5, partial(alone, "autocast, 32768 tokens", encoder))
-    encoder = encoder_on_gpu(encoder)
+    encoder = encoder_on_gpu(encoder, "passage encoder")
     vectors = alone(f"{encoder.tokens_per_batch} tokens", encoder)
     bench.profile(lambda: encoder.encode_tokens(table))
     whole_flops = flops * len(texts) / len(head)

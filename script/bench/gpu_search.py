@@ -125,7 +125,7 @@ class OurSearch:
     def find(self, queries: torch.Tensor, topk: int) -> tuple[np.ndarray, str]:
         asked, devices = queries.float().cpu().numpy(), [self.device]
         rows, _, stats = search(self.store, asked, topk, devices, self.kind, cache=self.cache, bs=self.bs)
-        return rows, f"{self.kind} {stats}"
+        return rows, f"{self.kind}: {stats}"
 
 
 def resident(bench: Bench, vectors: torch.Tensor) -> OurSearch:

@@ -465,10 +465,10 @@ def test_chunks_are_joined_in_order(model, tokenizer, monkeypatch):
     usual = scorer(model, tokenizer).score_all(candidates)
     monkeypatch.setattr("torch_src.retrieval.reranking.TOKENIZE_AHEAD", 4)
     monkeypatch.setattr("torch_src.retrieval.tokenizing.TOKENIZE_AHEAD", 4)
-    pieces = list(scorer(model, tokenizer).score_candidates(candidates, [(3, 20), (20, 30)]))
+    chunks = list(scorer(model, tokenizer).score_candidates(candidates, [(3, 20), (20, 30)]))
     spans = [(3, 7), (7, 11), (11, 15), (15, 19), (19, 20), (20, 24), (24, 28), (28, 30)]
-    assert [span for span, _, _ in pieces] == spans
-    assert np.abs(np.concatenate([logits for _, logits, _ in pieces]) - usual[3:30]).max() < 1e-4
+    assert [span for span, _, _ in chunks] == spans
+    assert np.abs(np.concatenate([logits for _, logits, _ in chunks]) - usual[3:30]).max() < 1e-4
     assert np.abs(scorer(model, tokenizer).score_all(candidates) - usual).max() < 1e-4
 
 

@@ -53,9 +53,9 @@ def test_cached_chunks_have_memory_of_their_own(tmp_path, vectors):
     cache, reader = DeviceCache([CPU]), ChunkReader(make_store(tmp_path, vectors, 50), 30)
     for _ in range(2):  # the second time replaces the first
         reader.next = 0
-        list(cache.fill(0, reader.chunks(CPU, keep=True)))
+        list(cache.keep(0, reader.chunks(CPU, keep=True)))
     assert sum(len(chunk) for _, chunk in cache.chunks[0]) == 230
-    for first, chunk in cache.pieces(0, 16):
+    for first, chunk in cache.split(0, 16):
         assert len(chunk) <= 16 and np.array_equal(chunk, vectors[first : first + len(chunk)])
 
 

@@ -200,7 +200,8 @@ def test_progress_lines(capsys):
     progress = Progress(400, 10, clock=lambda: now[0])
     for seconds, lines in ((5.0, 0), (4.75, 0), (0.25, 1), (9.75, 0), (0.25, 1)):
         now[0] += seconds
-        progress.add(50, 500, 5)
+        progress.add(50, 500)
+        progress.add_truncated(5)
         printed = capsys.readouterr().out.splitlines()
         assert len(printed) == lines
     assert [line[9:] for line in printed] == [
@@ -218,11 +219,10 @@ def test_progress_without_tokens(capsys):
     now[0] += 10
     progress.add(100)
     progress.close()
-    lines = [line[9:] for line in capsys.readouterr().out.splitlines()]
-    assert lines == [
-        "searched 100/400 passages (25.0%)  10 passages/s  eta 30.0s",
-        "searched 100 passages in 10.0s  10 passages/s",
-    ]
+    line, closing = capsys.readouterr().out.splitlines()
+    assert "100/400 passages (25.0%)" in line and "eta 30.0s" in line
+    assert "100 passages" in closing and "10 passages/s" in closing
+    assert "token" not in line + closing and "truncated" not in line + closing
 
 
 @pytest.mark.parametrize("value", [65520.0, -65520.0, 1e30, np.inf, np.nan])

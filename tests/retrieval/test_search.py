@@ -268,15 +268,15 @@ def test_errors_are_within_the_bound(hidden):
     for scale in (np.ones(hidden), 10.0 ** draw.integers(-4, 4, size=hidden)):
         q = (draw.normal(size=(20, hidden)) * scale).astype(np.float32)
         p = (draw.normal(size=(20, hidden)) * np.minimum(1 / scale, 6e4)).astype(np.float16)
-        longest = float(np.linalg.norm(p.astype(np.float64), axis=1).max())
-        bounds = fp32_error(hidden) * np.linalg.norm(q.astype(np.float64), axis=1) * longest
+        largest_norm = float(np.linalg.norm(p.astype(np.float64), axis=1).max())
+        bounds = fp32_error(hidden) * np.linalg.norm(q.astype(np.float64), axis=1) * largest_norm
         products = q * p.astype(np.float32)
         for at in range(20):
             true = math.fsum(float(a) * float(b) for a, b in zip(q[at], p[at], strict=True))
             sums = [np.cumsum(order, dtype=np.float32)[-1] for order in (products[at], products[at, ::-1])]
             sums += [q[at] @ p[at].astype(np.float32)]
             assert all(abs(float(total) - true) <= bounds[at] for total in sums)
-            assert bounds[at] <= 2 * (hidden + 2) * 2.0**-23 * float(np.linalg.norm(q[at])) * longest
+            assert bounds[at] <= 2 * (hidden + 2) * 2.0**-23 * float(np.linalg.norm(q[at])) * largest_norm
 
 
 def test_the_error_bound_holds_when_all_roundings_have_one_sign():
@@ -469,7 +469,7 @@ def test_chunk_size_on_a_gpu_follows_its_free_memory(monkeypatch):
     assert 2 * 2 * 768 * rows(80, memory_gb=0.01) <= 0.01e9
     assert rows(80, memory_gb=0.01, cards=2) <= rows(80, memory_gb=0.01) / 2
     assert rows(24, queries=1) == module.CHUNK_ROWS["cuda"]
-    with pytest.raises(UserError, match="GPU memory .*lower --bs"):
+    with pytest.raises(UserError, match="1.5 GB of free GPU memory.*lower --bs"):
         rows(1.5)
 
 
@@ -537,13 +537,22 @@ def test_without_the_int8_operators_search_falls_back(tmp_path, monkeypatch, mis
     check(tmp_path, draw.normal(size=(400, 24)), draw.normal(size=(3, 24)), 5, 100, kinds=["int8"])
 
 
-def test_products_have_full_precision_during_a_search():
-    flags = torch.backends.cuda.matmul
-    before = {name: getattr(flags, name) for name in score_bounds.REDUCED_PRECISION}
-    assert before["allow_fp16_reduced_precision_reduction"]
-    with score_bounds.full_precision():
-        assert not any(getattr(flags, name) for name in before)
-    assert before == {name: getattr(flags, name) for name in before}
+def test_products_have_full_precision_during_a_search(tmp_path, monkeypatch):
+    def reduced():
+        flags = torch.backends.cuda.matmul
+        return {name: getattr(flags, name) for name in score_bounds.REDUCED_PRECISION}
+
+    before, seen, pairs_above = reduced(), [], Float32.pairs_above
+
+    def recorded(*given):
+        seen.append(reduced())
+        return pairs_above(*given)
+
+    monkeypatch.setattr(Float32, "pairs_above", recorded)
+    store = make_store(tmp_path, np.ones((9, 8), np.float16), 9)
+    search(store, np.ones((2, 8), np.float32), 3, [CPU], "fp32")
+    assert before["allow_fp16_reduced_precision_reduction"] and reduced() == before
+    assert seen and not any(flag for flags in seen for flag in flags.values())
 
 
 def test_fp32_scores_are_within_their_bound():
@@ -551,7 +560,7 @@ def test_fp32_scores_are_within_their_bound():
     passages = Passages(torch.from_numpy(draw.normal(size=(200, 768)).astype(np.float16)), Scratch())
     queries = Queries(draw.normal(size=(20, 768)).astype(np.float32), CPU)
     found = queries.scaled @ passages.float32.T
-    error = found.double() - queries.scaled.double() @ passages.half.double().T
+    error = found.double() - queries.scaled.double() @ passages.float16.double().T
     assert (error.abs() <= Float32(queries).bound(passages)[:, None]).all()
 
 
@@ -577,22 +586,22 @@ def test_vectors_that_stay_on_the_devices_are_read_once(tmp_path, monkeypatch, d
     draw = np.random.default_rng(3)
     vectors = draw.normal(size=(500, 8)).astype(np.float16)
     rounds = [draw.normal(size=(count, 8)).astype(np.float32) for count in (9, 9, 4)]
-    store, places = make_store(tmp_path / "v", vectors, 90), [CPU] * devices
-    cache = DeviceCache(places)
+    store, cpus = make_store(tmp_path / "v", vectors, 90), [CPU] * devices
+    cache = DeviceCache(cpus)
     for number, queries in enumerate(rounds):
-        found, scores, _ = search(store, queries, 10, places, cache=cache)
+        found, scores, _ = search(store, queries, 10, cpus, cache=cache)
         expected, values = full_sort(vectors, queries, 10)
         assert np.array_equal(found, expected) and np.array_equal(scores, values)
         if not number:
             for path in (tmp_path / "v").glob("*.npy"):
                 path.unlink()
     assert sum(len(chunk) for kept in cache.chunks for _, chunk in kept) == 500
-    assert DeviceCache.if_it_fits(store, places) is None  # no GPU
-    share = 500 * 8 * 2 / devices / 1e9
-    assert DeviceCache.if_it_fits(store, places, 1.01 * share)  # requested
-    assert DeviceCache.if_it_fits(store, places, 0.99 * share) is None
-    monkeypatch.setattr(chunks, "free_memory", lambda: 1.05 * 1e9 * share)  # but there is not enough
-    assert DeviceCache.if_it_fits(store, places, 1.01 * share) is None
+    assert DeviceCache.if_it_fits(store, cpus) is None  # no GPU
+    size_gb = 500 * 8 * 2 / devices / 1e9
+    assert DeviceCache.if_it_fits(store, cpus, 1.01 * size_gb)  # requested
+    assert DeviceCache.if_it_fits(store, cpus, 0.99 * size_gb) is None
+    monkeypatch.setattr(chunks, "free_memory", lambda: 1.05 * 1e9 * size_gb)  # but there is not enough
+    assert DeviceCache.if_it_fits(store, cpus, 1.01 * size_gb) is None
 
 
 def test_many_pending_pairs_of_one_query_keep_its_best():

@@ -282,7 +282,7 @@ def _encodings(
 ) -> Iterator[Encoding]:
     """Yield what the tokenizer's backend makes of each text or pair.
 
-    As tokenizer(...) does, but without character offsets: a third faster.
+    As tokenizer(...) does, but without character offsets, which takes less time.
     """
     fast: Any = tokenizer  # of class TokenizersBackend
     backend = fast.backend_tokenizer
@@ -403,7 +403,7 @@ class TokenTable:
         return inputs
 
     def _tokens_of(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return the places in `ids` of all tokens of these rows."""
+        """Return the positions in `ids` of all tokens of these rows."""
         lengths = self.lengths[rows]
         ends = np.cumsum(lengths)
         return np.arange(ends[-1]) + np.repeat(self.starts[rows] - (ends - lengths), lengths)
@@ -444,7 +444,7 @@ class BatchedInference:
     bf16_weights: bool  # weights are in bf16 already, so that no autocast is needed
 
     @torch.inference_mode()
-    def fill(
+    def write_outputs(
         self,
         outputs: Tensor,
         table: TokenTable,
@@ -455,8 +455,8 @@ class BatchedInference:
         """Set outputs[rows] to forward(inputs of `rows`) for batches that cover the table.
 
         The inputs are those of TokenTable.padded, on the device. `model` is in eval mode meanwhile. Calls
-        done(rows, tokens) after each batch. Waits for no result: the length of a GPU's queue bounds how far
-        batches are prepared ahead.
+        done(rows, tokens) after each batch. Waits for no result (the length of a GPU's queue bounds how far
+        batches are prepared ahead), but transformers reads each padded attention mask: one wait per batch.
         """
         was_training = model.training
         model.eval()
@@ -482,12 +482,12 @@ class BatchedInference:
             for batch in length_sorted_batches(lengths[order[done:]], self.batch_size, self.tokens_per_batch):
                 rows = order[done : done + len(batch)]  # `order` is sorted already: batches are slices of it
                 if not _fits_in_memory(forward, rows):
-                    self._halve_tokens(longest=int(lengths[rows[0]]))
+                    self._halve_tokens(row_tokens=int(lengths[rows[0]]))
                     break
                 done += len(batch)
 
-    def _halve_tokens(self, longest: int) -> None:
-        if self.tokens_per_batch // 2 < max(MIN_TOKENS_PER_BATCH, longest):
+    def _halve_tokens(self, row_tokens: int) -> None:
+        if self.tokens_per_batch // 2 < max(MIN_TOKENS_PER_BATCH, row_tokens):
             raise UserError(
                 f"{self.device}: out of memory at {self.tokens_per_batch} tokens per forward pass, the "
                 "minimum; use a smaller model or a shorter length, or free memory on the device"

@@ -123,17 +123,17 @@ class DeviceCache:
         cls, store: VectorStore, devices: list[torch.device], memory_gb: float = 0.0
     ) -> "DeviceCache | None":
         """Return a cache on the GPUs, or on a CPU within `memory_gb`; None when the vectors are too large."""
-        share = store.rows * store.hidden * 2 / len(devices)
-        return cls(devices) if all(share < _cache_room(device, memory_gb) for device in devices) else None
+        size = store.rows * store.hidden * 2 / len(devices)
+        return cls(devices) if all(size < _cache_room(device, memory_gb) for device in devices) else None
 
-    def fill(self, at: int, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    def keep(self, at: int, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         """Yield the chunks of device number `at`, and keep them."""
         self.chunks[at].clear()  # left by a search that failed
         for chunk in chunks:
             self.chunks[at].append(chunk)
             yield chunk
 
-    def pieces(self, at: int, rows: int) -> Iterator[Chunk]:
+    def split(self, at: int, rows: int) -> Iterator[Chunk]:
         """Yield the vectors of device number `at`, in chunks of at most `rows`."""
         for first, chunk in self.chunks[at]:
             for start in range(0, len(chunk), rows):

@@ -63,9 +63,9 @@ class Encoder(BatchedInference):
         return self.encode_on_device(table, dtype, done).cpu().numpy()
 
     def encode_on_device(self, table: TokenTable, dtype: torch.dtype, done: Callable | None) -> Tensor:
-        """Return what encode_tokens does, on the device and perhaps not computed yet (CUDA)."""
+        """Return the vectors (N, H) of `dtype` on the device; on CUDA the kernels may still be running."""
         vectors = torch.empty((len(table), self.width), dtype=dtype, device=self.device)
-        self.fill(vectors, table, self.tower, self._embed, done)
+        self.write_outputs(vectors, table, self.tower, self._embed, done)
         return vectors
 
     def _embed(self, input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def _encoded(
     """Yield (block, its vectors on the device, the settings for its stamp)."""
     for span, table in tables:
         vectors = encoder.encode_on_device(table, torch.float16, progress.add)
-        progress.cut += table.cut
+        progress.add_truncated(table.cut)
         settings = {
             "threads": torch.get_num_threads(), "batch_size": encoder.batch_size,
             "tokens_per_batch": encoder.tokens_per_batch, "torch": torch.__version__,

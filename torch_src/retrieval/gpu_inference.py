@@ -33,18 +33,21 @@ PASSAGES = (
 Inference = TypeVar("Inference", Encoder, PairScorer)
 
 
-def encoder_on_gpu(encoder: Encoder) -> Encoder:
-    """Return the encoder as it runs fastest on its device; on a CPU unchanged. The tower may be converted."""
+def encoder_on_gpu(encoder: Encoder, name: str = "encoder") -> Encoder:
+    """Return the encoder as it runs fastest on its device; on a CPU unchanged. The tower may be converted.
+
+    name: for the log.
+    """
     if encoder.device.type != "cuda":
         return encoder
-    return _largest_passes(encoder_in_bf16(encoder), encoder.tower.config)
+    return _largest_passes(encoder_in_bf16(encoder), encoder.tower.config, name)
 
 
 def scorer_on_gpu(scorer: PairScorer) -> PairScorer:
     """Return the scorer as it runs fastest on its device; on a CPU unchanged. The model may be converted."""
     if scorer.device.type != "cuda":
         return scorer
-    return _largest_passes(scorer_in_bf16(scorer), scorer.model.model.config)
+    return _largest_passes(scorer_in_bf16(scorer), scorer.model.model.config, "re-ranker")
 
 
 # Weights in bf16: no casts in a forward pass, half the memory traffic
@@ -116,14 +119,15 @@ def _convertible(model: PreTrainedModel) -> list[tuple[nn.Parameter, Tensor]]:
 # Size of a forward pass
 
 
-def _largest_passes(inference: Inference, config: PretrainedConfig) -> Inference:
+def _largest_passes(inference: Inference, config: PretrainedConfig, name: str) -> Inference:
     """Return `inference` with the token budget that the free memory of the GPU allows; logs it."""
     free = available_gpu_memory(inference.device)
     element = 2 if inference.bf16_weights else 4
     length = inference.rules.max_tokens(inference.tokenizer)
     tokens = tokens_that_fit(free, activation_bytes(config, length, element))
     weights = "weights in bf16" if inference.bf16_weights else inference.precision
-    log(f"{weights}; at most {tokens:,} tokens per forward pass ({free / 1e9:.1f} GB of GPU memory free)")
+    free_gb = f"{free / 1e9:.1f} GB of GPU memory free"
+    log(f"{name}: {weights}; at most {tokens:,} tokens per forward pass ({free_gb})")
     return replace(inference, tokens_per_batch=tokens)
 
 

@@ -37,7 +37,7 @@ class PairScorer(BatchedInference):
         Calls done(pairs, tokens) after each forward pass.
         """
         on_device = torch.empty(len(pairs), device=self.device)
-        self.fill(on_device, pairs, self.model, self.model, done)
+        self.write_outputs(on_device, pairs, self.model, self.model, done)
         logits = on_device.cpu().numpy()  # one copy, so that CUDA does not wait after each batch
         if not np.isfinite(logits).all():
             raise UserError("the scores are not finite; check the weights, or use --precision fp32")
@@ -46,18 +46,18 @@ class PairScorer(BatchedInference):
     def score_candidates(
         self, candidates: Candidates, spans: Sequence[Span], workers: int = 0, done: Callable | None = None
     ) -> Iterator[tuple[Span, np.ndarray, TokenTable]]:
-        """Yield (span, its logits, its pairs) for parts of these spans of pairs, in order.
+        """Yield (span, its logits, its pairs) for chunks of these spans of pairs, in order.
 
         A thread, or `workers` processes, tokenizes ahead. `done`: as in score.
         """
         # Many passes' worth of pairs are sorted by length; more than a thread would tokenize in time.
         size = max(TOKENIZE_AHEAD, self.tokens_per_batch) if workers else TOKENIZE_AHEAD
-        parts = [
+        chunks = [
             (start, min(last, start + size)) for first, last in spans for start in range(first, last, size)
         ]
         tokenize = partial(_tokenize, self.tokenizer, self.rules, candidates)
-        longest = max((last - first for first, last in parts), default=0)
-        for span, pairs in tokenized_spans(tokenize, parts, longest, workers):
+        max_rows = max((last - first for first, last in chunks), default=0)
+        for span, pairs in tokenized_spans(tokenize, chunks, max_rows, workers):
             yield span, self.score(pairs, done), pairs
 
     def score_rows(self, candidates: Candidates, rows: list[int]) -> tuple[np.ndarray, TokenTable]:

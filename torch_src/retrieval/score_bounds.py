@@ -87,30 +87,30 @@ class Passages:
     `scratch`: the conversions are valid until those of the next chunk.
     """
 
-    def __init__(self, half: Tensor, scratch: Scratch):
-        self.half, self.scratch = half, scratch  # (C, H) fp16
+    def __init__(self, float16: Tensor, scratch: Scratch):
+        self.float16, self.scratch = float16, scratch  # (C, H) fp16
 
     def __len__(self) -> int:
-        return len(self.half)
+        return len(self.float16)
 
-    def pieces(self, rows: int) -> Iterator[tuple[int, "Passages"]]:
+    def split(self, rows: int) -> Iterator[tuple[int, "Passages"]]:
         """Yield (position, passages): at most `rows` at once; each is valid until the next one."""
         if len(self) <= rows:
             yield 0, self
             return
         scratch = Scratch()
         for start in range(0, len(self), rows):
-            yield start, Passages(self.half[start : start + rows], scratch)
+            yield start, Passages(self.float16[start : start + rows], scratch)
 
     @cached_property
     def float32(self) -> Tensor:
         """(C, H) fp32"""
-        return self.scratch.like(self.half, "float32").copy_(self.half)
+        return self.scratch.like(self.float16, "float32").copy_(self.float16)
 
     @cached_property
-    def longest(self) -> Tensor:
+    def largest_norm(self) -> Tensor:
         """() fp64, an upper bound of the largest norm"""
-        return norms(self.half if self.half.is_cuda else self.float32).max()
+        return norms(self.float16 if self.float16.is_cuda else self.float32).max()
 
     @cached_property
     def bfloat16(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,25 +121,25 @@ class Passages:
 
     @cached_property
     def int8(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(levels (C, H) uint8 from 1 to 2L + 1, unit (C,) fp32, off (C,) fp64, longest () fp64).
+        """(levels (C, H) uint8, unit (C,) fp32, residual norms (C,) fp64, largest norm () fp64)
 
-        L is `int8_levels`. A vector is the mean + (levels - L - 1) * unit + an error with a norm of at most
-        `off`; `longest` is the largest norm of the second term. The mean is that of the first chunk: trained
+        Levels are 1 to 2L + 1, where L is `int8_levels`. A vector is the mean + (levels - L - 1) * unit + a
+        residual; the largest norm is that of the second term. The mean is that of the first chunk: trained
         vectors share a large mean that wastes range.
         """
         scratch = self.scratch
         if scratch.mean is None:
             scratch.mean = self.float32.mean(0)
-        scaled = torch.sub(self.float32, scratch.mean, out=scratch.like(self.half, "scaled"))
-        limit = int8_levels(self.half.shape[1])
+        scaled = torch.sub(self.float32, scratch.mean, out=scratch.like(self.float16, "scaled"))
+        limit = int8_levels(self.float16.shape[1])
         unit = torch.maximum(scaled.amax(1), -scaled.amin(1)).clamp_min_(1e-30).div_(limit)
         scaled *= (1 / unit)[:, None]
-        levels = torch.round(scaled, out=scratch.like(self.half, "levels"))
-        off = norms(scaled.sub_(levels)) * unit
-        longest = (norms(levels) * unit).max()
-        levels = scratch.like(self.half, "int8", torch.int8).copy_(levels).view(torch.uint8)
+        levels = torch.round(scaled, out=scratch.like(self.float16, "levels"))
+        residual_norms = norms(scaled.sub_(levels)) * unit
+        largest_norm = (norms(levels) * unit).max()
+        levels = scratch.like(self.float16, "int8", torch.int8).copy_(levels).view(torch.uint8)
         # -L..L, read as uint8, plus L + 1 wraps around to 1..2L + 1
-        return levels.add_(limit + 1), unit, off, longest
+        return levels.add_(limit + 1), unit, residual_norms, largest_norm
 
 
 class ScoreBounds:
@@ -189,7 +189,7 @@ class Float32(ScoreBounds):
 
     def bound(self, passages: Passages) -> Tensor:
         """Return (B,) fp64, the largest error that a score of this chunk can have."""
-        return SLACK * self.queries.error * self.queries.norms * passages.longest
+        return SLACK * self.queries.error * self.queries.norms * passages.largest_norm
 
     def kth_score(self, passages: Passages, keep: int) -> Tensor:
         """Return (B,) fp64, a score that at least `keep` passages of this chunk reach."""
@@ -219,17 +219,17 @@ class Float16(ScoreBounds):
 
     def pairs_above(self, passages: Passages, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
         # q.p - q'.p = (q - q').p, bounded by the product of the norms (Cauchy-Schwarz); the error of the sum
-        bound = (self.rounding_norms + self.queries.error * self.rounded_norms) * passages.longest
+        bound = (self.rounding_norms + self.queries.error * self.rounded_norms) * passages.largest_norm
         # A sum that reaches the threshold, rounded to fp16, reaches the threshold rounded down to fp16:
         # rounding never reorders numbers, not even large ones, which become infinite or the largest of fp16.
         lowest = round_down(floor - SLACK * bound, torch.float16)
-        return select_pairs(self._scores(passages.half), lowest, limit)
+        return select_pairs(self._scores(passages.float16), lowest, limit)
 
-    def _scores(self, half: Tensor) -> Tensor:
-        """Return (C, B) fp16."""
-        if half.is_cuda:
-            return half @ self.rounded.T
-        return (half.float() @ self.rounded.float().T).half()
+    def _scores(self, vectors: Tensor) -> Tensor:
+        """Return (C, B) fp16 of vectors (C, H) fp16."""
+        if vectors.is_cuda:
+            return vectors @ self.rounded.T
+        return (vectors.float() @ self.rounded.float().T).half()
 
 
 class Bfloat16(ScoreBounds):
@@ -244,11 +244,11 @@ class Bfloat16(ScoreBounds):
         self.rounded_norms = norms(self.rounded.float())
 
     def pairs_above(self, passages: Passages, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
-        rounded, rounding_norm, longest = passages.bfloat16
+        rounded, rounding_norm, largest_norm = passages.bfloat16
         # q.p - q'.p' = q.(p - p') + (q - q').p', each bounded by the product of the norms (Cauchy-Schwarz)
-        bound = self.queries.norms * rounding_norm + self.rounding_norms * longest
+        bound = self.queries.norms * rounding_norm + self.rounding_norms * largest_norm
         # the sum, and rounding it to bf16
-        bound += (self.queries.error + 2.0**-8) * self.rounded_norms * longest
+        bound += (self.queries.error + 2.0**-8) * self.rounded_norms * largest_norm
         lowest = round_down(floor - SLACK * bound, torch.float32)
         return select_pairs(rounded @ self.rounded.T, lowest, limit)
 
@@ -273,7 +273,7 @@ class Int8(ScoreBounds):
         self.from_mean: Tensor | None = None
 
     def pairs_above(self, passages: Passages, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
-        levels, unit, off, longest = passages.int8
+        levels, unit, residual_norms, largest_norm = passages.int8
         mean = passages.scratch.mean
         assert mean is not None  # set by passages.int8
         if self.from_mean is None:
@@ -282,12 +282,13 @@ class Int8(ScoreBounds):
         scores = self.product(levels)
         if scores is None:
             return None
-        # q.p = q.mean + q'.p' + (q - q').p' + q.(p - mean - p'). The last term is at most size * off; it is
-        # added per passage, because for a few passages it is far larger than for the others.
-        scores = torch.addcmul((SLACK * off).float()[:, None], scores, unit[:, None], out=scores)
-        bound = self.rounding_norms * longest
+        # q.p = q.mean + q'.p' + (q - q').p' + q.(p - mean - p'). The last term is at most size * residual
+        # norm; it is added per passage, because for a few passages it is far larger than for the others.
+        scores = torch.addcmul((SLACK * residual_norms).float()[:, None], scores, unit[:, None], out=scores)
+        bound = self.rounding_norms * largest_norm
         # the rounding of each term
-        bound += self.queries.error * self.queries.norms * (longest + off.max() + 2 * self.mean_norm)
+        total_norm = largest_norm + residual_norms.max() + 2 * self.mean_norm
+        bound += self.queries.error * self.queries.norms * total_norm
         threshold = (floor - self.from_mean - SLACK * bound) / self.size
         return select_pairs(scores, round_down(threshold, torch.float32), limit)
 
@@ -371,8 +372,8 @@ def fastest_kind(hidden: int, device: torch.device) -> tuple[str, dict[str, floa
 def _seconds(bounds: ScoreBounds, passages: Passages, floor: Tensor) -> float:
     started = time.perf_counter()
     bounds.pairs_above(passages, floor, 1)
-    if passages.half.is_cuda:
-        torch.cuda.synchronize(passages.half.device)
+    if passages.float16.is_cuda:
+        torch.cuda.synchronize(passages.float16.device)
     return time.perf_counter() - started
 
 

@@ -87,11 +87,11 @@ class TopK:
         order = torch.sort(scores, descending=True, stable=True).indices
         order = order[torch.sort(query[order], stable=True).indices]
         query, rows, scores = query[order], rows[order], scores[order]
-        place = torch.arange(len(query), device=query.device) - torch.searchsorted(query, query)
+        position = torch.arange(len(query), device=query.device) - torch.searchsorted(query, query)
         count, keep = self.scores.shape
-        width = min(keep, int(place.max()) + 1)
+        width = min(keep, int(position.max()) + 1)
         # A table row for each query: its top k so far, its best new pairs, and a column that takes the rest.
-        column = keep + place.clamp_(max=width)
+        column = keep + position.clamp_(max=width)
         table = self.scores.new_full((count, keep + width + 1), -torch.inf)
         table_rows = self.rows.new_full(table.shape, NO_ROW)
         table[:, :keep], table_rows[:, :keep] = self.scores, self.rows
@@ -156,7 +156,7 @@ class SearchStats:
 
     def __str__(self) -> str:
         pairs = f"{self.selected_pairs:,} pairs selected, {self.fp64_pairs:,} scored in fp64"
-        return f"({pairs}, {self.fp32_chunks}/{self.chunks} chunks by fp32 alone)"
+        return f"{pairs}; fp32 product for {self.fp32_chunks:,} of {self.chunks:,} (chunk, batch) pairs"
 
 
 class DeviceSearch:
@@ -215,11 +215,11 @@ class BatchSearch:
             self._score(first, passages, *pairs)
             return
         self.stats.fp32_chunks += 1
-        for start, piece in passages.pieces(_product_rows(len(self.top.scores), self.device.type)):
-            self._score(first + start, piece, *self._fp32_pairs(piece))
+        for start, chunk in passages.split(_product_rows(len(self.top.scores), self.device.type)):
+            self._score(first + start, chunk, *self._fp32_pairs(chunk))
             if not self.full:
                 self.top.flush()
-            self.seen += len(piece)
+            self.seen += len(chunk)
 
     def _use_fast_product(self) -> bool:
         if self.fast is self.fp32 or not self.full:
@@ -258,7 +258,7 @@ class BatchSearch:
             q, c = query[start : start + step], column[start : start + step]
             if lowest is not None:
                 q, c = _selected(self._fp32_scores(passages.float32, q, c).double() >= lowest[q], q, c)
-            scores = self.exact.scores(q, passages.half, c)
+            scores = self.exact.scores(q, passages.float16, c)
             self.stats.fp64_pairs += len(q)
             # Equal is not enough: the rows so far are lower.
             self.top.add(*_selected(scores > self.top.thresholds[q], q, c + first, scores))
@@ -305,12 +305,12 @@ def search(
     searches = [DeviceSearch(queries, bs, keep, kind, device) for device in devices]
     rows = chunk_rows(bs, store.hidden, memory_gb, devices)
     if cache and cache.complete:
-        sources = [cache.pieces(at, rows) for at in range(len(devices))]
+        sources = [cache.split(at, rows) for at in range(len(devices))]
     else:
         reader = ChunkReader(store, rows)
         sources = [reader.chunks(device, keep=cache is not None) for device in devices]
         if cache:
-            sources = [cache.fill(at, chunks) for at, chunks in enumerate(sources)]
+            sources = [cache.keep(at, chunks) for at, chunks in enumerate(sources)]
     with full_precision():
         _run(searches, sources, searched or (lambda passages: None))
     if cache:
@@ -352,15 +352,17 @@ def chunk_rows(queries: int, hidden: int, memory_gb: float, devices: list[torch.
     host = memory_gb * 1e9 / len(devices)
     if devices[0].type == "cpu":
         needed, rows = _rows_within(host, *_cpu_bytes(queries, hidden))
-        limit, fix = f"--search_memory_gb {memory_gb}", "raise it, or lower --bs"
+        limit, fix = f"--search_memory_gb {memory_gb}:", "raise it, or lower --bs"
         needed *= len(devices)
     else:
         free = min(map(available_gpu_memory, devices))
-        needed, rows = _rows_within(GPU_FRACTION * free, *_gpu_bytes(queries, hidden))
+        budget = GPU_FRACTION * free
+        needed, rows = _rows_within(budget, *_gpu_bytes(queries, hidden))
         rows = min(rows, _rows_within(host, 0, BUFFERS * 2 * hidden)[1])
-        limit, fix = f"{free / 1e9:.1f} GB of GPU memory are free, half of them for the search", "lower --bs"
+        limit = f"the search may use {budget / 1e9:.1f} of {free / 1e9:.1f} GB of free GPU memory, but"
+        fix = "lower --bs"
     if rows < GROUP:
-        raise UserError(f"{limit}: {queries:,} queries at once need {needed / 1e9:.1f} GB; {fix}")
+        raise UserError(f"{limit} {queries:,} queries at once need {needed / 1e9:.1f} GB; {fix}")
     return min(rows, CHUNK_ROWS[devices[0].type])
 
 
@@ -379,7 +381,7 @@ def _cpu_bytes(queries: int, hidden: int) -> tuple[int, int]:
     # per pair to score: both vectors in fp32, in 16 bits and in fp64; per query: its conversions
     fixed = hidden * (FP32_PAIRS["cpu"] * 2 * 4 + FP64_PAIRS["cpu"] * (4 + 2 + 2 * 8) + queries * 16)
     # per passage: its vector in fp16, in fp32 (3: as is, minus the mean, scaled) and int8; per pair: its
-    # score and, at worst, its place in the list of selected pairs
+    # score and, at worst, its indices in the list of selected pairs
     return fixed, hidden * (BUFFERS * 2 + 3 * 4 + 1) + queries * (4 + 4 + 4 * 8)
 
 

@@ -26,14 +26,18 @@ class Progress:
         self.texts = self.tokens = self.cut = 0
         self.bar = tqdm(total=total, unit=f" {unit}") if sys.stderr.isatty() else None
 
-    def add(self, texts: int, tokens: int = 0, cut: int = 0) -> None:
-        """Count finished texts, their tokens, and how many of them were truncated."""
-        self.texts, self.tokens, self.cut = self.texts + texts, self.tokens + tokens, self.cut + cut
+    def add(self, texts: int, tokens: int = 0) -> None:
+        """Count finished texts and their tokens."""
+        self.texts, self.tokens = self.texts + texts, self.tokens + tokens
         if self.bar is not None:
             self.bar.update(texts)
         elif self.clock() - self.logged >= self.log_every:
             self.logged = self.clock()
             log(self._line())
+
+    def add_truncated(self, texts: int) -> None:
+        """Count truncated texts."""
+        self.cut += texts
 
     def _line(self) -> str:
         seconds = max(self.clock() - self.started, 1e-9)
