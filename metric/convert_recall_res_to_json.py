@@ -164,7 +164,7 @@ def warn_about(path: str, queries: int, rankings: dict[str, Ranking], topk: int,
 def convert(query2id: str, para2id: str, model_output: str, topk: int, output: str | None = None) -> None:
     """Check the run and write its JSON. On any error nothing is written."""
     inputs = (query2id, para2id, model_output)
-    check_kinds({query2id: QUERY_MAP, para2id: PASSAGE_MAP, model_output: RUN})
+    check_kinds((query2id, QUERY_MAP), (para2id, PASSAGE_MAP), (model_output, RUN))
     output = check_paths(model_output, output, inputs)
     check_map(model_output, para2id)
     qid_of = read_q2qid(query2id)

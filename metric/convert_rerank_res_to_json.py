@@ -49,7 +49,7 @@ def rank(scores: dict[str, float]) -> list[str]:
 
 def convert(score_file: str, id_map: str, output: str | None = None) -> None:
     """Check both files and write the JSON. On any error nothing is written."""
-    check_kinds({score_file: SCORES, id_map: ID_MAP})
+    check_kinds((score_file, SCORES), (id_map, ID_MAP))
     default = os.path.join(os.path.dirname(score_file), "cross_res.json")
     output = check_result_path(output, default, (score_file, id_map))
     check_same_candidates(score_file, id_map)

@@ -82,7 +82,7 @@ def warn_about(path: FilePath, reference: Reference, result: Result) -> None:
 
 def evaluate(reference_path: FilePath, result_path: FilePath) -> None:
     """Print the measures as one JSON line."""
-    check_kinds({reference_path: ANSWERS, result_path: RESULT})
+    check_kinds((reference_path, ANSWERS), (result_path, RESULT))
     reference, result = load_reference(reference_path), load_result(result_path)
     warn_if_stale(result_path)
     try:

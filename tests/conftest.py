@@ -132,6 +132,20 @@ def trained_copy(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "world"))
 
 
+@pytest.fixture
+def host_copies(monkeypatch) -> list[str]:
+    """Names of the methods by which tensors are read on the host from here on, in order."""
+    import torch
+
+    copies: list[str] = []
+    for name in ("cpu", "item", "tolist", "numpy"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda tensor, real=real, name=name: copies.append(name) or real(tensor)
+        )
+    return copies
+
+
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """Return the path of Chromium; the test is skipped on a machine without it."""

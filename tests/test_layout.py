@@ -88,7 +88,9 @@ print("quiet")
 
 def test_cuda_visible_devices_is_never_written():
     for path in [*MODULES, *ROOT.glob("do_*.py")]:
-        text = path.read_text(encoding="utf-8").replace("environ[PARALLEL_TOKENIZERS]", "")
+        text = path.read_text(encoding="utf-8")
+        if path.name == "prefetch.py":
+            text = text.replace("environ[PARALLEL_TOKENIZERS]", "")
         assert not re.search(r"\b(environ|putenv)\b", text), path
 
 

@@ -39,7 +39,14 @@ def test_what_may_be_anything_passes(tmp_path, content):
     path = tmp_path / "file"
     path.write_text(content, encoding="utf-8")
     for kind in (kinds.QUERY_MAP, kinds.PASSAGE_MAP, kinds.RUN):
-        kinds.check_kinds({path: kind, tmp_path / "missing": kind})
+        kinds.check_kinds((path, kind), (tmp_path / "missing", kind))
+
+
+def test_a_file_given_twice_is_refused(tmp_path):
+    path = tmp_path / "file"
+    path.write_text(CONTENT[kinds.RESULT], encoding="utf-8")
+    with pytest.raises(UserError, match="file: a result"):
+        kinds.check_kinds((path, kinds.ANSWERS), (path, kinds.RESULT))
 
 
 def test_every_other_order_of_the_arguments_is_refused(tmp_path):
@@ -48,9 +55,9 @@ def test_every_other_order_of_the_arguments_is_refused(tmp_path):
     for path, kind in zip(paths, expected, strict=True):
         path.write_text(CONTENT[kind], encoding="utf-8")
     for order in itertools.permutations(paths):
-        given = dict(zip(order, expected, strict=True))
+        given = zip(order, expected, strict=True)
         if list(order) == paths:
-            kinds.check_kinds(given)
+            kinds.check_kinds(*given)
         else:
             with pytest.raises(UserError, match="order"):
-                kinds.check_kinds(given)
+                kinds.check_kinds(*given)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from token_lists import table_of
 
 from torch_src.models import tokenization
 from torch_src.models.tokenization import (
@@ -172,12 +173,6 @@ def test_vocab_without_the_special_tokens_is_a_user_error(tmp_path, content):
     path.write_text(content)
     with pytest.raises(UserError):
         load_tokenizer("", str(path))
-
-
-def table_of(sequences, types=None):
-    flat = [np.array([token for text in texts for token in text]) for texts in (sequences, types or [])]
-    lengths = np.array([len(text) for text in sequences])
-    return TokenTable(flat[0].astype(np.uint32), lengths, 0, flat[1].astype(np.uint8) if types else None)
 
 
 def test_rows_are_padded_to_the_longest_with_the_pad_id():

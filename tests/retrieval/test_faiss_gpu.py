@@ -93,7 +93,7 @@ def open_index(world, path, factory, gpus, params="nprobe=2", topk=10, **options
     )
 
 
-def share_found(rows: np.ndarray, expected: np.ndarray) -> float:
+def fraction_found(rows: np.ndarray, expected: np.ndarray) -> float:
     return float(
         np.mean([len(set(a) & set(b)) for a, b in zip(rows.tolist(), expected.tolist(), strict=True)]) / 10
     )
@@ -111,7 +111,7 @@ def check_flat(world, gpus: IndexGpus, path) -> FaissSearch:
     index = open_index(world, path, "Flat", gpus)
     rows, scores = index.search(world[2], 10)
     expected, expected_scores = full_sort(world[1], world[2], 10)
-    assert is_on_gpus(index) and share_found(rows, expected) >= 0.99
+    assert is_on_gpus(index) and fraction_found(rows, expected) >= 0.99
     same = rows == expected
     assert np.array_equal(scores[same], expected_scores[same]) and (rows >= 0).all()
     assert faiss.read_index(str(path)).ntotal == 0
@@ -121,7 +121,7 @@ def check_flat(world, gpus: IndexGpus, path) -> FaissSearch:
 
 
 def check_lists(world, factory: str, gpus: IndexGpus, folder, slack: float = 0.02) -> FaissSearch:
-    """An index of inverted lists finds what the CPU's finds, but for a share of `slack`.
+    """An index of inverted lists finds what the CPU's finds, but for a fraction of `slack`.
 
     Its file serves both, and later runs.
     """
@@ -131,14 +131,14 @@ def check_lists(world, factory: str, gpus: IndexGpus, folder, slack: float = 0.0
     index = open_index(world, path, factory, gpus)
     rows, scores = index.search(world[2], 10)
     assert is_on_gpus(index) and not is_on_gpus(on_cpu)
-    assert share_found(rows, expected) >= share_found(on_cpu.search(world[2], 10)[0], expected) - slack
+    assert fraction_found(rows, expected) >= fraction_found(on_cpu.search(world[2], 10)[0], expected) - slack
     assert (np.diff(scores, axis=1) <= 0).all()
     saved = faiss.read_index(str(path))
     assert saved.ntotal == len(world[1]) and faiss.extract_index_ivf(saved).nprobe == 1
     made = path.stat().st_mtime_ns
     for where in (gpus, None):
         reloaded = open_index(world, path, factory, where)
-        assert share_found(reloaded.search(world[2], 10)[0], rows) >= 1 - slack
+        assert fraction_found(reloaded.search(world[2], 10)[0], rows) >= 1 - slack
     assert path.stat().st_mtime_ns == made
     return index
 
@@ -153,7 +153,7 @@ def check_falls_back(world, factory: str, params: str, topk: int, gpus: IndexGpu
 
 FALLBACKS = [
     ("HNSW8", "", 10, "not implemented on GPU"),
-    ("IVF8,PQ8x4fs,Refine(SQfp16)", "nprobe=2", 10, "not implemented on GPU"),
+    ("IVF8,PQ2x4fs,Refine(SQfp16)", "nprobe=2", 10, "not implemented on GPU"),
     ("IVF8,Flat", "max_codes=99", 10, "max_codes"), ("IVF8,Flat", "nprobe=2049", 10, "nprobe=2049"),
     ("Flat", "", 2049, "topk 2,049"),
 ]  # fmt: skip

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from token_lists import table_of
 from toy_world import lines, make_world, write
 
 from torch_src.cross_hparams import CrossHparams
@@ -272,20 +273,15 @@ def test_seeds_are_apart():
     assert len(seeds) == 625 and all(0 <= seed < 2**63 for seed in seeds)
 
 
-def table_of(*rows, types=None) -> TokenTable:
-    lengths = np.array([len(row) for row in rows])
-    return TokenTable(np.concatenate(rows), lengths, 0, None if types is None else np.array(types))
-
-
 def test_outputs_are_in_the_order_of_the_texts():
     chunking = Chunking(2, 100, 0, torch.device("cpu"), "fp32")
-    texts = table_of([7], [5, 5, 5], [6, 6], [8, 8, 8, 8])
+    texts = table_of([[7], [5, 5, 5], [6, 6], [8, 8, 8, 8]])
     forward = chunking.run(lambda ids, mask: (ids * mask).amax(1).float(), texts, 9, (0,))
     assert forward.outputs.tolist() == [7, 5, 6, 8] and len(forward.spans) == 2
 
 
 def test_chunks_are_padded_as_on_the_host():
-    table, order = table_of([7], [5, 4, 3], [6, 2], types=[0, 0, 1, 1, 0, 1]), np.array([1, 2, 0])
+    table, order = table_of([[7], [5, 4, 3], [6, 2]], [[0], [0, 1, 1], [0, 1]]), np.array([1, 2, 0])
     tokens = DeviceTokens(table, order, 9, torch.device("cpu"))
     assert [t.tolist() for t in tokens.padded(1, 3)] == [[[6, 2], [7, 9]], [[1, 1], [1, 0]], [[0, 1], [0, 0]]]
     for first, last in ((0, 2), (2, 3), (0, 3)):

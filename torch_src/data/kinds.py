@@ -32,9 +32,9 @@ def kind_of(path: FilePath) -> str:
     return next((kind for kind, is_kind in HEADS.items() if is_kind(path)), "")
 
 
-def check_kinds(expected: dict[FilePath, str], hint: str = "check the order of the arguments") -> None:
-    """UserError when a file is clearly of another kind than {path: kind} says; unknown ones pass."""
-    for path, kind in expected.items():
+def check_kinds(*expected: tuple[FilePath, str]) -> None:
+    """UserError when a file is clearly of another kind than its pair (path, kind) says; unknown ones pass."""
+    for path, kind in expected:
         found = kind_of(path)
         if found not in ("", kind):
-            raise UserError(f"{path}: {found} (expected {kind}); {hint}")
+            raise UserError(f"{path}: {found} (expected {kind}); check the order of the arguments")
