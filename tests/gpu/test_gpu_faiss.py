@@ -77,7 +77,7 @@ def test_too_little_memory_is_seen_beforehand(world, tmp_path, capsys, gpus):
 def test_out_of_memory_while_filling_falls_back_and_frees_the_memory(world, tmp_path, capsys, gpus):
     """Other tensors take the memory that was free when it was checked."""
     free = torch.cuda.mem_get_info(0)[0]
-    taken = torch.empty(free - (200 << 20), dtype=torch.uint8, device="cuda:0")
+    taken = torch.empty(free - (400 << 20), dtype=torch.uint8, device="cuda:0")
     gpus.free_bytes = lambda gpu: 16 << 30  # temporary memory of 1 GiB does not fit
     index = open_index(world, tmp_path / "i", "IVF8,Flat", gpus)
     assert not is_on_gpus(index) and "out of" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from gpu.memory import limited_memory
-from gpu.test_gpu_encoding import large_world, plan_words
+from gpu.test_gpu_encoding import large_world, one_pass_too_large, plan_words
 from models.test_cross_encoder import listed
 from retrieval.test_gpu_inference import CONFIGS, build_scorer, dtypes
 
@@ -14,7 +14,7 @@ from torch_src.retrieval.gpu_inference import scorer_on_gpu
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 FAMILIES = [family for family in CONFIGS if family != "t5"]
-__all__ = ["large_world"]  # a fixture
+__all__ = ["large_world", "one_pass_too_large"]  # fixtures
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -37,9 +37,9 @@ def test_weights_in_bf16_give_the_logits_of_the_cpu(tokenizer, family):
 
 def test_transfers_do_not_race(tokenizer):
     scorer, pairs = build_scorer(tokenizer, "bert", "fp32", CUDA), listed(tokenizer, 8, 40)
-    first = scorer.score_all(pairs)
+    first, table = scorer.score_rows(pairs, list(range(len(pairs))))
     for _ in range(50):
-        assert scorer.score_all(pairs).tobytes() == first.tobytes()
+        assert scorer.score(table).tobytes() == first.tobytes()
 
 
 def test_worker_processes_give_the_same_logits(tokenizer):
@@ -61,9 +61,8 @@ def test_out_of_memory_halves_the_batch(tokenizer):
     assert scorer.tokens_per_batch < 10**7 and np.abs(logits - expected).max() < 1e-3
 
 
-def test_a_plan_halves_the_batch_when_out_of_memory(large_world, tmp_path, capsys):
+def test_a_plan_halves_the_batch_when_out_of_memory(large_world, one_pass_too_large, tmp_path, capsys):
     words = [*plan_words(large_world, tmp_path), "--cross_params", "none"]
-    with limited_memory(400e6):
-        assert cross_infer.main(words) == 0
+    assert cross_infer.main(words) == 0
     printed = capsys.readouterr()
     assert "halved to" in printed.err and "plan of do_cross_infer.py" in printed.out

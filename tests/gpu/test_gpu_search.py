@@ -44,7 +44,7 @@ def test_transfers_do_not_race(tmp_path, monkeypatch):
 
 def test_chunks_arrive_whole(tmp_path):
     """Every chunk equals its vectors, though its buffer is refilled while the GPU is busy."""
-    vectors = np.random.default_rng(0).standard_normal((40_000, 64), dtype=np.float32).astype(np.float16)
+    vectors = np.random.default_rng(0).standard_normal((20_000, 64), dtype=np.float32).astype(np.float16)
     store, expected = make_store(tmp_path, vectors, 5_000), torch.from_numpy(vectors).to(CUDA)
     busy, wrong = torch.randn(2048, 2048, device=CUDA), torch.zeros((), dtype=torch.int64, device=CUDA)
     for _ in range(10):
@@ -54,14 +54,20 @@ def test_chunks_arrive_whole(tmp_path):
     assert wrong.item() == 0
 
 
-@pytest.mark.parametrize("kind", [*kinds_on(CUDA), "auto"])
-def test_cuda_equals_cpu_on_many_passages(tmp_path, kind):
+@pytest.fixture(scope="module")
+def many_passages(tmp_path_factory):
+    """Return (store, queries, what the CPU finds)."""
     draw = np.random.default_rng(1)
     vectors = draw.standard_normal((200_000, 256), dtype=np.float32).astype(np.float16)
     queries = draw.standard_normal((300, 256), dtype=np.float32)
-    store = make_store(tmp_path / "vectors", vectors, 65_536)
+    store = make_store(tmp_path_factory.mktemp("many") / "vectors", vectors, 65_536)
+    return store, queries, search(store, queries, 50, [CPU])
+
+
+@pytest.mark.parametrize("kind", kinds_on(CUDA))
+def test_cuda_equals_cpu_on_many_passages(many_passages, kind):
+    store, queries, (expected, expected_scores, _) = many_passages
     rows, scores, stats = search(store, queries, 50, [CUDA], kind, bs=128)
-    expected, expected_scores, _ = search(store, queries, 50, [CPU])
     assert np.array_equal(rows, expected) and np.array_equal(scores, expected_scores)
     if kind == "fp16":
         assert stats.fp32_chunks < stats.chunks and stats.selected_pairs < 1.5 * stats.fp64_pairs
