@@ -168,12 +168,18 @@ def test_the_size_of_passes_is_set_and_logged(tokenizer, monkeypatch, capsys, bu
     inference = build(tokenizer, "bert", "fp32")
     inference.device = torch.device("cuda", 0)  # nothing is computed
     monkeypatch.setattr(gpu_inference, "available_gpu_memory", lambda device: 3e9)
-    on_gpu = (encoder_on_gpu if build is build_encoder else scorer_on_gpu)(inference)
+    if build is build_encoder:
+        name, on_gpu = "query encoder", encoder_on_gpu(inference, "query encoder")
+    else:
+        name, on_gpu = "re-ranker", scorer_on_gpu(inference)
     config = config_of("bert", tokenizer)
     config._attn_implementation = "sdpa"
     fits = 1.5e9 / activation_bytes(config, 120, 4)
     assert on_gpu.tokens_per_batch == min(131072, 2 ** int(np.log2(fits))) and not on_gpu.bf16_weights
-    assert f"{on_gpu.tokens_per_batch:,} tokens per forward pass (3.0 GB" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert (
+        f"{name}: " in printed and f"{on_gpu.tokens_per_batch:,} tokens per forward pass (3.0 GB" in printed
+    )
 
 
 def test_forward_passes_follow_the_free_memory():

@@ -1,6 +1,7 @@
 """--plan: its output and arithmetic, and that it changes no file."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,6 +76,17 @@ def test_a_plan_that_does_not_fit_gives_advice(monkeypatch, tmp_path):
     assert "memory           8.00 GB of 5.0 GB free" in lines[-3] and plan.seconds == 90
     plan.ram_gb = 5
     assert plan.lines(str(tmp_path), CPU)[-1] == "  it fits"
+
+
+@pytest.mark.parametrize(("device", "in_host_memory"), [("cpu", True), ("cuda", False)])
+def test_the_advice_for_a_search_names_the_knobs_of_its_device(monkeypatch, device, in_host_memory):
+    monkeypatch.setattr(inference_plan, "_plan_encoding", lambda plan, retriever: (1.0, 0.5))
+    monkeypatch.setattr(inference_plan, "memory_gb", lambda device: (1.0, 0.25))
+    retriever = SimpleNamespace(
+        hp=SimpleNamespace(index=""), width=8, collection=range(9), device=torch.device(device)
+    )
+    advice = inference_plan.plan_retrieval(retriever, 0, 10, 10).advice
+    assert "--bs" in advice and ("--search_memory_gb" in advice) == in_host_memory
 
 
 def test_arithmetic():

@@ -66,5 +66,5 @@ def faiss_errors(factory: str) -> Iterator[None]:
 
 
 def faiss_reason(error: RuntimeError) -> str:
-    """Return the message of an error of faiss without the place in its source."""
+    """Return the message of an error of faiss without the location in its source."""
     return re.sub(r"^Error in .* at \S+:\d+: (Error: )?", "", first_line(error))[-200:]

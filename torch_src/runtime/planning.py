@@ -109,7 +109,7 @@ def checkpoint_gb(model: torch.nn.Module, averaged: bool) -> float:
 
 
 def fitting_fraction(base_gb: float, peak_gb: float, free_gb: float) -> float:
-    """Return the share, at most 1, of a forward pass whose peak stays within `free_gb`.
+    """Return the fraction, at most 1, of a forward pass whose peak stays within `free_gb`.
 
     The whole needs `peak_gb`; memory above `base_gb` is assumed to be proportional to its size.
     """
