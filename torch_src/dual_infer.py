@@ -4,6 +4,7 @@ import gc
 import os
 import shlex
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -156,8 +157,9 @@ class DualInference(Retriever):
             }
         return stamp
 
+    @cached_property
     def index_gpus(self) -> IndexGpus | None:
-        """Return the GPUs for an index; some memory of each is left to the exact search."""
+        """The GPUs for an index; some memory of each is left to the exact search."""
         return index_gpus(self.search_devices, self.hp.search_memory_gb)
 
     @property
@@ -167,7 +169,7 @@ class DualInference(Retriever):
 
     def usable_gpus(self) -> IndexGpus | None:
         """Return the GPUs that can hold the index, None where it is on the CPU."""
-        return usable_gpus(self.index_gpus(), self.index_settings, self.width, len(self.collection))
+        return usable_gpus(self.index_gpus, self.index_settings, self.width, len(self.collection))
 
     def check_search(self) -> None:
         """UserError for search settings that would fail after the encoding."""
@@ -280,7 +282,7 @@ def _exact_search(job: DualInference, store: VectorStore) -> SearchFunction:
 def _index_search(job: DualInference, queries: np.ndarray, store: VectorStore) -> SearchFunction:
     hp = job.hp
     path, stamp = job.output / INDEX, {**store.manifest, "stage": "index"}
-    index = FaissSearch(store, job.index_settings, path, stamp, hp.force, gpus=job.index_gpus())
+    index = FaissSearch(store, job.index_settings, path, stamp, hp.force, gpus=job.index_gpus)
     if hp.recall_queries:
         log(index.recall(queries, job.topk, job.device, hp.recall_queries))
     return _in_batches(job.bs, lambda queries: index.search(queries, job.topk))

@@ -318,3 +318,9 @@ def test_the_program_on_gpus(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert "recall@10 1.0000" in printed.out and printed.out.count(" on 1 GPU: ") == 2
     assert "para.index: out of date" in printed.out and "WARNING index" not in printed.err
+    (tmp_path / "out/para.index").unlink()
+    gpus.free_bytes = lambda gpu: 1
+    assert (
+        dual_infer.main([*words, "--index", "Flat", "--topk", "5"]) == 0
+    )  # checks it before it encodes, too
+    assert capsys.readouterr().err.count("index Flat: on the CPU (needs about") == 1

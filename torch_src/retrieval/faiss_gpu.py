@@ -32,6 +32,7 @@ class IndexGpus:
         """faiss: the module. chunk_rows: vectors added at once. spare_bytes: to leave free on each GPU."""
         self.faiss, self.devices, self.free_bytes = faiss, devices, free_bytes
         self.chunk_rows, self.spare_bytes = chunk_rows, spare_bytes
+        self.reported = ""  # the last log line on why an index is not on them
 
     def unsupported_reason(self, empty: Any, search_params: str, topk: int) -> str:
         """Return why faiss has no GPU version of this empty index or search, "" if it has one."""

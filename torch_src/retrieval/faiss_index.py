@@ -320,16 +320,20 @@ def index_gpus(devices: list[torch.device], spare_gb: float = 0.0) -> IndexGpus 
 
 
 def usable_gpus(gpus: IndexGpus | None, settings: IndexSettings, hidden: int, rows: int) -> IndexGpus | None:
-    """Return `gpus` if they can hold the index; else log why not and return None."""
+    """Return `gpus` if they can hold the index; else log why not, once, and return None."""
     if gpus is None:
         return None
     empty, factory = new_index(settings.factory, hidden), settings.factory
     check_search_params(settings.search_params)
     check_lists(factory, inverted_lists(empty), rows)
     if reason := gpus.unsupported_reason(empty, settings.search_params, min(settings.topk, rows)):
-        log(f"index {factory}: on the CPU ({reason})")
+        report = log
     elif reason := gpus.memory_reason(empty, rows):
-        warn(f"index {factory}: on the CPU ({reason})")
+        report = warn
     else:
         return gpus
+    line = f"index {factory}: on the CPU ({reason})"
+    if line != gpus.reported:
+        report(line)
+    gpus.reported = line
     return None
