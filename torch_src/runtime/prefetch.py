@@ -1,10 +1,12 @@
 """Prepare the next items, or finish the previous one, while the current one is used."""
 
+import atexit
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
@@ -56,6 +58,9 @@ def prepared_by_workers(
     )  # fmt: skip
     with _sequential_tokenizers():
         prepared = iter(loader)  # starts the processes
+    end = partial(_end_workers, prepared)
+    # multiprocessing waits for them at exit, when the traceback of an error may still keep this generator
+    atexit.register(end)
     try:
         for item in prepared:
             if isinstance(item, UserError):
@@ -69,7 +74,15 @@ def prepared_by_workers(
             "is there enough memory? the same command resumes"
         ) from error
     finally:
-        del prepared  # ends the processes; the traceback of an error would keep them
+        atexit.unregister(end)
+        end()
+
+
+def _end_workers(prepared: Any) -> None:
+    """End the processes of a DataLoader's iterator, also those that are stuck."""
+    prepared._shutdown_workers()
+    for process in prepared._workers:
+        process.kill()
 
 
 class _Prepared(Dataset):
