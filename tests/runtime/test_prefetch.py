@@ -2,9 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
+from toy_world import ROOT
 
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.prefetch import PARALLEL_TOKENIZERS, finish_in_thread, one_ahead, prepared_by_workers
@@ -76,7 +79,7 @@ def test_workers_tokenize_in_one_thread_without_a_warning(monkeypatch, capfd):
 def test_a_killed_worker_ends_the_iteration_in_one_line():
     found = prepared_by_workers(kill_at_two, range(9), 1)
     assert next(found) == 0
-    with pytest.raises(UserError, match="a process .* has ended") as caught:
+    with pytest.raises(UserError, match="killed") as caught:
         list(found)
     assert "\n" not in str(caught.value)
 
@@ -85,3 +88,18 @@ def kill_at_two(item):
     if item == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return item
+
+
+UNCAUGHT = """
+from torch_src.runtime.prefetch import prepared_by_workers
+
+for item in prepared_by_workers(str, range(1000), workers=2):
+    raise LookupError(item)  # its traceback keeps the iterator, and so the workers, until the process ends
+"""
+
+
+@pytest.mark.slow
+def test_an_uncaught_error_ends_the_program_and_its_workers():
+    command = [sys.executable, "-c", UNCAUGHT]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "LookupError: 0" in done.stderr

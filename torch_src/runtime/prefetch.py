@@ -70,8 +70,8 @@ def prepared_by_workers(
         if not first_line(error).startswith("DataLoader"):
             raise
         raise UserError(
-            f"a process that prepares the next texts has ended or is stuck ({first_line(error)}); "
-            "is there enough memory? the same command resumes"
+            f"a process that prepares the next texts was killed or gave nothing for {STUCK_SECONDS} s "
+            f"({first_line(error)}); free main memory and repeat the command, which resumes"
         ) from error
     finally:
         atexit.unregister(end)
