@@ -226,9 +226,9 @@ def score_candidates(job: CrossInference) -> np.ndarray:
 
 def _score_blocks(job: CrossInference, store: VectorStore, model: CrossEncoder) -> None:
     scorer, missing = job.scorer(model), store.missing_blocks()
-    total = sum(last - first for first, last in map(store.block_range, missing))
-    progress = Progress(total, LOG_SECONDS, "scored", "pairs")
     spans = list(map(store.block_range, missing))
+    total = sum(last - first for first, last in spans)
+    progress = Progress(total, LOG_SECONDS, "scored", "pairs")
     workers = worker_count(-1, job.device, total)
     scored = scorer.score_candidates(job.candidates, spans, workers, progress.add)
     for block, (_, last) in zip(missing, spans, strict=True):

@@ -1,4 +1,4 @@
-"""Mining of negatives in hand-worked cases: which passages it drops, chooses and writes."""
+"""Mining of negatives in cases worked by hand: the passages that are dropped, chosen and written."""
 
 import json
 

@@ -201,21 +201,27 @@ class Float32(ScoreBounds):
         return select_pairs(scores, round_down(floor - self.bound(passages), torch.float32), limit)
 
 
-class Float16(ScoreBounds):
+class RoundedQueries(ScoreBounds):
+    """The queries rounded to 16 bits, and norms (B,) fp64 of the rounded queries and of their errors."""
+
+    dtype: torch.dtype
+
+    def __init__(self, queries: Queries):
+        super().__init__(queries)
+        self.rounded = queries.scaled.to(self.dtype)
+        # The difference is exact in fp32: a value below the range of 16 bits becomes 0 and is all error.
+        self.rounding_norms = norms(queries.scaled - self.rounded.float())
+        self.rounded_norms = norms(self.rounded.float())
+
+
+class Float16(RoundedQueries):
     """Products with queries rounded to fp16, summed in fp32 and rounded to fp16 at the end (tensor cores).
 
     The passages are stored in fp16: they need no conversion and have no rounding error. On a CPU, where torch
     does not promise how fp16 is summed, the product is computed in fp32; only tests use it there.
     """
 
-    name = "fp16"
-
-    def __init__(self, queries: Queries):
-        super().__init__(queries)
-        self.rounded = queries.scaled.half()
-        # The difference is exact in fp32: a query value below fp16's range becomes 0 and is all error.
-        self.rounding_norms = norms(queries.scaled - self.rounded.float())
-        self.rounded_norms = norms(self.rounded.float())
+    name, dtype = "fp16", torch.float16
 
     def pairs_above(self, passages: Passages, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
         # q.p - q'.p = (q - q').p, bounded by the product of the norms (Cauchy-Schwarz); the error of the sum
@@ -232,16 +238,10 @@ class Float16(ScoreBounds):
         return (vectors.float() @ self.rounded.float().T).half()
 
 
-class Bfloat16(ScoreBounds):
+class Bfloat16(RoundedQueries):
     """Products of operands rounded to bf16, summed in fp32 and rounded to bf16 at the end."""
 
-    name = "bf16"
-
-    def __init__(self, queries: Queries):
-        super().__init__(queries)
-        self.rounded = queries.scaled.bfloat16()
-        self.rounding_norms = norms(queries.scaled - self.rounded.float())
-        self.rounded_norms = norms(self.rounded.float())
+    name, dtype = "bf16", torch.bfloat16
 
     def pairs_above(self, passages: Passages, floor: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
         rounded, rounding_norm, largest_norm = passages.bfloat16

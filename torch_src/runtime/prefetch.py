@@ -52,10 +52,15 @@ def prepared_by_workers(
     """
     # A DataLoader preserves the order and ends its workers with this process.
     loader: Any = DataLoader(
-        _Prepared(prepare), sampler=items, batch_size=None, num_workers=workers, prefetch_factor=ahead,
-        collate_fn=_unchanged, worker_init_fn=_ignore_stop_signals,
+        _Prepared(prepare),
+        sampler=items,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=ahead,
+        collate_fn=_unchanged,
+        worker_init_fn=_ignore_stop_signals,
         timeout=STUCK_SECONDS,
-    )  # fmt: skip
+    )
     with _sequential_tokenizers():
         prepared = iter(loader)  # starts the processes
     end = partial(_end_workers, prepared)
