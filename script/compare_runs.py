@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 import numpy as np
 
 from metric.evaluation import MEASURES, Reference, compute_metrics, per_query
+from script.lib.paired_test import SEED, compare
 from script.lib.trec_files import read_grades, read_ranking
 from torch_src.data.kinds import RESULT, RUN, kind_of
 from torch_src.runtime.errors import UserError
@@ -36,9 +37,6 @@ from torch_src.runtime.program import exit_status
 
 TREC = ("RR@10", "nDCG@10", "AP@50", "R@50", "Success@50")
 PER_QUERY = begins(rb'\{"qid": "(\\.|[^"\\])*", "MRR@10": \[')  # a file of --per_query
-DRAWS = 10_000  # of the randomization test
-BOOTSTRAPS = 2000
-
 
 Grades = dict[str, dict[str, int]]  # qid -> pid -> grade, from 1
 
@@ -78,38 +76,17 @@ def all_values(
     return {**dureader, **trec_values(known, result, min_grade)}
 
 
-def randomization_p(differences: np.ndarray, seed: int) -> float:
-    """Return the two-sided p of the mean difference, with random signs per query."""
-    generator = np.random.default_rng([seed, 1])
-    extreme, observed = 0, abs(differences.sum())
-    for start in range(0, DRAWS, 500):
-        signs = generator.integers(0, 2, (min(500, DRAWS - start), len(differences))) * 2 - 1
-        extreme += int((np.abs(signs @ differences) >= observed - 1e-12).sum())
-    return (extreme + 1) / (DRAWS + 1)
-
-
-def interval(differences: np.ndarray, seed: int) -> tuple[float, float]:
-    """Return the 95 % interval of the mean difference, by bootstrap over queries."""
-    generator = np.random.default_rng([seed, 2])
-    count = len(differences)
-    means = [differences[generator.integers(0, count, count)].mean() for _ in range(BOOTSTRAPS)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
 def table(first: dict[str, np.ndarray], second: dict[str, np.ndarray], seed: int) -> list[str]:
     """Return the lines of the table."""
     lines = [f"{'':11} {'A':>8} {'B':>8} {'B - A':>8} {'95 % interval':>19} {'p':>7}  better/worse/same"]
     for name in first:
         if name == TREC[0]:
             lines.append("trec_eval:")
-        differences = second[name] - first[name]
-        low, high = interval(differences, seed)
-        won, lost = int((differences > 0).sum()), int((differences < 0).sum())
+        found = compare(first[name], second[name], seed)
         lines.append(
-            f"{name:11} {first[name].mean():8.4f} {second[name].mean():8.4f} {differences.mean():+8.4f} "
-            f"[{low:+.4f}, {high:+.4f}] {randomization_p(differences, seed):8.4f}  "
-            f"{won}/{lost}/{len(differences) - won - lost}"
+            f"{name:11} {found.first:8.4f} {found.second:8.4f} {found.mean:+8.4f} "
+            f"[{found.low:+.4f}, {found.high:+.4f}] {found.p:8.4f}  "
+            f"{found.better}/{found.worse}/{found.same}"
         )
     return lines
 
@@ -154,7 +131,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--reference", required=True, help="dev.json, or qrels")
     parser.add_argument("--min_grade", type=positive_int, default=1, help="of a relevant passage")
     parser.add_argument("--per_query", default="", help="file to write, one JSON line per query")
-    parser.add_argument("--seed", type=seed, default=42, help="of the test and the interval")
+    parser.add_argument("--seed", type=seed, default=SEED, help="of the test and the interval")
     args = parser.parse_args(argv)
     return exit_status(lambda: run(args))
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from script import compare_runs
-from script.compare_runs import all_values, interval, randomization_p
+from script.compare_runs import all_values
+from script.lib.paired_test import compare, interval, randomization_p
 
 REFERENCE = {"q1": {"a", "b"}, "q2": {"c"}, "q3": {"d"}}
 RESULT = {"q1": ["x", "a", "b"], "q2": ["c"]}
@@ -48,6 +49,14 @@ def test_the_interval_holds_the_mean():
     differences = np.random.default_rng(1).normal(0.1, 1, 300)
     low, high = interval(differences, 1)
     assert low < differences.mean() < high and high - low == pytest.approx(2 * 1.96 / 300**0.5, rel=0.2)
+
+
+def test_a_difference_by_hand():
+    found = compare(np.array([0.0, 1.0, 0.5, 0.5]), np.array([1.0, 0.5, 1.0, 0.5]))
+    assert (found.first, found.second, found.mean) == (0.5, 0.75, 0.25)
+    assert (found.better, found.worse, found.same) == (2, 1, 1)
+    # of the 8 sign patterns of 1, .5 and .5, six have a sum of at least 1
+    assert found.p == pytest.approx(6 / 8, abs=0.02) and not found.is_significant
 
 
 @pytest.mark.tools
