@@ -16,30 +16,33 @@ mean 0 and variance 1 within its query.
 import argparse
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
-import numpy as np
-
-from script.lib.terms import PIECES, is_single, single_characters, terms
 from torch_src.data.collection import PassageCollection, collection_files
 from torch_src.data.formats import RunRow, format_run_row, read_query_texts, run_by_query
 from torch_src.data.results import common_collection
-from torch_src.runtime.errors import UserError, first_line
-from torch_src.runtime.files import atomic_folder, atomic_write
-from torch_src.runtime.libraries import import_library
+from torch_src.retrieval.bm25 import (
+    ENGINE,
+    IS_MARK,
+    MARK,
+    MEMORY_MB,
+    READ_ROWS,
+    Bm25Index,
+    build_index,
+    index_stamp,
+    is_index_of,
+)
+from torch_src.retrieval.fusion import fuse_rankings
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import atomic_write
 from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import duration, log, warn
 from torch_src.runtime.options import OptionParser, integer, number, positive_int
-from torch_src.runtime.outputs import RUN, Output, begins, check_apart, check_outputs, never
+from torch_src.runtime.outputs import RUN, Output, check_apart, check_outputs, never
 from torch_src.runtime.program import exit_status
 from torch_src.runtime.stamps import (
-    JsonDict,
     checksum_files,
     checksum_text,
     clear_stamp,
@@ -49,46 +52,7 @@ from torch_src.runtime.stamps import (
     write_stamp,
 )
 
-READ_ROWS = 4096  # passages in memory at a time
-RRF_OFFSET = 60  # reciprocal rank fusion scores a rank by 1 / (60 + rank)
-MARK = "tokens.txt"  # the file of the index folder with the stamp
-IS_MARK = begins(rb"[0-9]+ passages\n")
-TERMS, CHARACTERS = "terms", "characters"  # fields of the index
-MEMORY_MB = (15, 4000)  # the engine's own limits
-
-
-def import_tantivy() -> Any:
-    """Return the module; UserError if it cannot be imported."""
-    return import_library("tantivy", "requirements-tools.txt")
-
-
-@contextmanager
-def engine_errors(folder: Path) -> Iterator[None]:
-    """Turn what tantivy raises (ValueError, or a panic that is no Exception) into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except BaseException as error:
-        panic = type(error).__name__ == "PanicException"
-        if not panic and not isinstance(error, ValueError | OverflowError):
-            raise
-        fix = "is the disk full? else delete the folder and run `bm25.py index` again"
-        raise UserError(f"{folder}: the search engine failed ({first_line(error)[:200]}); {fix}") from error
-
-
-def make_schema(tantivy: Any) -> Any:
-    """Return the schema of the index: terms and characters separated by spaces, and the row."""
-    builder = tantivy.SchemaBuilder()
-    for field in (TERMS, CHARACTERS):
-        builder.add_text_field(field, stored=False, tokenizer_name="whitespace", index_option="freq")
-    builder.add_integer_field("row", stored=True)
-    return builder.build()
-
-
-def index_stamp(collection: PassageCollection) -> JsonDict:
-    """Return the stamp of the index of a collection."""
-    return {"stage": "bm25", "collection": collection.checksum, "terms": f"NFKC {PIECES.pattern}"}
+MEMORY_LIMITS = (15, 4000)  # MB, the engine's own
 
 
 def check_index_folder(folder: Path, passage_dir: str) -> None:
@@ -105,129 +69,80 @@ def index(args: argparse.Namespace) -> None:
     """Write the index of the collection unless it is up to date."""
     check_index_folder(args.index, args.passage_dir)
     collection_files(args.passage_dir)  # UserError before a folder is made
-    with folder_lock(args.index), engine_errors(args.index):
+    with folder_lock(args.index):
         write_index(args)
 
 
 def write_index(args: argparse.Namespace) -> None:
     collection = PassageCollection(args.passage_dir, args.index / "cache")
-    stamp, mark = index_stamp(collection), args.index / MARK
-    if up_to_date(mark, stamp, log):
+    if up_to_date(args.index / MARK, index_stamp(collection), log):
         return log(f"{args.index}: up to date")
-    tantivy, start_time = import_tantivy(), time.monotonic()
-    clear_stamp(mark)  # first: an incomplete index must not have a stamp
-    with atomic_folder(args.index / "tantivy") as folder:
-        writer = tantivy.Index(make_schema(tantivy), path=str(folder)).writer(args.memory_mb << 20, 1)
-        for start in range(0, len(collection), READ_ROWS):
-            for row, text in enumerate(collection[start : start + READ_ROWS], start):
-                writer.add_document(document(tantivy, text, row))
-            if start and start % (64 * READ_ROWS) == 0:
-                speed = start / (time.monotonic() - start_time)
-                log(f"indexed {start:,}/{len(collection):,} passages  {speed:,.0f} passages/s")
-        writer.commit()
-        writer.wait_merging_threads()
-    with atomic_write(mark) as file:
-        file.write(f"{len(collection)} passages\n")
-    write_stamp(mark, stamp)
-    log(f"wrote {args.index} ({len(collection):,} passages) in {duration(time.monotonic() - start_time)}")
+    start_time = time.monotonic()
 
+    def indexed(rows: int) -> None:
+        if rows % (64 * READ_ROWS) == 0:
+            speed = rows / (time.monotonic() - start_time)
+            log(f"indexed {rows:,}/{len(collection):,} passages  {speed:,.0f} passages/s")
 
-def document(tantivy: Any, text: str, row: int) -> Any:
-    """Return the entry of a passage."""
-    fields = {TERMS: " ".join(terms(text)), CHARACTERS: " ".join(single_characters(text))}
-    return tantivy.Document(row=row, **fields)
+    build_index(args.index, collection, args.memory_mb, indexed)
 
 
 def search(args: argparse.Namespace) -> None:
     """Write the run of the queries."""
     own = never if args.run_option else RUN  # without a stamp
-    parts = [args.index / name for name in (MARK, "tantivy", "cache")]
+    parts = [args.index / name for name in (MARK, ENGINE, "cache")]
     check_outputs([Output(args.run, own, ("bm25",))], [args.dev_q, args.passage_dir, *parts])
-    found = read_stamp(args.index / MARK)
-    collection = PassageCollection(args.passage_dir, args.index / "cache") if found else None
-    stamp = index_stamp(collection) if collection else {}
-    if not found or not collection or not stamp.items() <= found.items():
+    finished = read_stamp(args.index / MARK) is not None
+    collection = PassageCollection(args.passage_dir, args.index / "cache") if finished else None
+    if not collection or not is_index_of(args.index, collection):
         raise UserError(f"{args.index}: no finished index of this collection; run `bm25.py index` first")
     queries = read_query_texts(args.dev_q)
-    tantivy = import_tantivy()
-    schema = make_schema(tantivy)
+    opened = Bm25Index(args.index)
     start, empty, depth = time.monotonic(), 0, min(args.topk, len(collection))
-    with engine_errors(args.index):
-        searcher = tantivy.Index.open(str(args.index / "tantivy")).searcher()
-        clear_stamp(args.run)
-        with atomic_write(args.run) as file:
-            for query in queries:
-                hits = best_rows(tantivy, schema, searcher, query, depth)
-                empty += not hits
-                for rank, (score, row) in enumerate(hits, start=1):
-                    file.write(format_run_row(RunRow(query, row, rank, score)))
-    write_stamp(args.run, {**stamp, "queries": checksum_text("\n".join(queries)), "topk": args.topk})
+    clear_stamp(args.run)
+    with atomic_write(args.run) as file:
+        for query in queries:
+            hits = opened.search(query, depth)
+            empty += not hits
+            for rank, (row, score) in enumerate(hits, start=1):
+                file.write(format_run_row(RunRow(query, row, rank, score)))
+    made_from = {"queries": checksum_text("\n".join(queries)), "topk": args.topk}
+    write_stamp(args.run, {**index_stamp(collection), **made_from})
     if empty:
         log(f"{empty} queries share no term with the collection: they are not in the run")
     log(f"wrote {args.run} ({len(queries):,} queries) in {duration(time.monotonic() - start)}")
 
 
-def best_rows(tantivy: Any, schema: Any, searcher: Any, query: str, topk: int) -> list[tuple[float, int]]:
-    """Return (score, row), best first, ties by row. A term that the query repeats counts each time.
-
-    A single character is compared with all characters of a passage, not with its pairs.
-    """
-    clauses = [
-        (tantivy.Occur.Should, tantivy.Query.term_query(schema, field, term, index_option="freq"))
-        for term in terms(query)
-        for field in [CHARACTERS if is_single(term) else TERMS]
-    ]
-    if not clauses:
-        return []
-    hits = searcher.search(tantivy.Query.boolean_query(clauses), topk).hits
-    return sorted(((score, searcher.doc(at)["row"][0]) for score, at in hits), key=lambda h: (-h[0], h[1]))
-
-
 def fuse(args: argparse.Namespace) -> None:
     """Write a run that combines several."""
-    weights = args.weights or [1.0] * len(args.runs)
     if len(args.runs) < 2 or not args.run_option:
         raise UserError("fuse needs --runs A B ... and --run for the result")
     check_outputs([Output(args.run, never, ("fuse",))], args.runs)
-    if len(weights) != len(args.runs):
-        raise UserError(f"--weights: {len(weights)} values for {len(args.runs)} runs")
-    if not any(weights):
+    if args.weights and len(args.weights) != len(args.runs):
+        raise UserError(f"--weights: {len(args.weights)} values for {len(args.runs)} runs")
+    if args.weights and not any(args.weights):
         raise UserError("--weights: all are 0; at least one must be above 0")
     collection = common_collection(args.runs)
-    scores: dict[str, dict[int, float]] = {}
-    runs_with: Counter[str] = Counter()  # query -> number of runs that contain it
-    for path, weight in zip(args.runs, weights, strict=True):
+    rankings: dict[str, list[list[tuple[int, float]]]] = {}  # query -> its ranking in each run, if any
+    for at, path in enumerate(args.runs):
         for query, rows in run_by_query(path):
-            runs_with[query] += 1
-            if args.weights:
-                values = weight * standardized(np.array([row.score for row in rows]))
-            else:
-                values = np.array([1 / (RRF_OFFSET + row.rank) for row in rows])
-            fused = scores.setdefault(query, {})
-            floor = float(values.min()) if args.weights else 0.0  # the score of passages not in this run
-            for line, value in zip(rows, values.tolist(), strict=True):
-                fused[line.row] = fused.get(line.row, 0.0) + value - floor
-    partial = sum(count < len(args.runs) for count in runs_with.values())
-    if partial == len(runs_with):
+            found = rankings.setdefault(query, [[] for _ in args.runs])
+            found[at] = [(row.row, row.score) for row in rows]
+    partial = sum(not all(found) for found in rankings.values())
+    if partial == len(rankings):
         raise UserError(f"{' '.join(args.runs)}: no query is in all runs (expected runs of one data set)")
     if partial:
-        warn(f"{partial:,} of {len(runs_with):,} queries are not in all runs")
+        warn(f"{partial:,} of {len(rankings):,} queries are not in all runs")
     clear_stamp(args.run)
     with atomic_write(args.run) as file:
-        for query, fused in scores.items():
-            best = sorted(fused.items(), key=lambda pair: (-pair[1], pair[0]))[: args.topk]
+        for query, found in rankings.items():
+            best = fuse_rankings(found, args.weights)[: args.topk]
             for rank, (row, score) in enumerate(best, start=1):
                 file.write(format_run_row(RunRow(query, row, rank, score)))
     made_from = {"runs": checksum_files(args.runs), "weights": args.weights, "topk": args.topk}
     searched = {"collection": collection} if collection else {}
     write_stamp(args.run, {"stage": "fuse", **made_from, **searched})
-    log(f"wrote {args.run} ({len(scores):,} queries of {len(args.runs)} runs)")
-
-
-def standardized(values: np.ndarray) -> np.ndarray:
-    """Return the values at mean 0 and variance 1; zeros if they are all equal."""
-    spread = values.std()
-    return (values - values.mean()) / spread if spread > 1e-12 else np.zeros_like(values)
+    log(f"wrote {args.run} ({len(rankings):,} queries of {len(args.runs)} runs)")
 
 
 def main(argv: list[str]) -> int:
@@ -241,7 +156,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--run", default="", help="run to write; default: index/res.topK")
     parser.add_argument("--topk", type=positive_int, default=50, help="passages per query")
     parser.add_argument(
-        "--memory_mb", type=integer(*MEMORY_MB), default=256, help="memory for indexing, 15 to 4000"
+        "--memory_mb", type=integer(*MEMORY_LIMITS), default=MEMORY_MB, help="memory for indexing, 15 to 4000"
     )
     parser.add_argument("--runs", nargs="+", default=[], help="runs to fuse")
     parser.add_argument(

@@ -20,9 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
-from script.lib.terms import places, terms
 from torch_src import hparams
 from torch_src.data.formats import read_query_texts
+from torch_src.data.terms import places, terms
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.libraries import import_library
 from torch_src.runtime.log import log, warn

@@ -288,3 +288,20 @@ def test_integer_ids_and_grades_of_dev_json(file):
         path = file(json.dumps({"question_id": 1, "answer_paragraphs": answers}))
         if grade is not True:  # equals 1
             refused(lambda path=path: formats.read_dev(path, texts=False), f"{path}:1", "grade")
+
+
+def test_feedback_round_trip(file):
+    shown = formats.FeedbackHit("p1", 3, '第一段\u2028 "引号"')
+    row = formats.FeedbackRow(
+        "2026-11-26T14:02:31Z", "问题", formats.FeedbackHit("", 0, "答案"), True, "dense", 2, [shown]
+    )
+    path = file(formats.format_feedback(row) + formats.format_feedback(row._replace(relevant=False)))
+    assert list(formats.read_feedback(path)) == [row, row._replace(relevant=False)]
+
+
+@pytest.mark.parametrize("change", [{"relevant": 1}, {"row": "3"}, {"above": [{}]}, {"query": None}])
+def test_malformed_feedback(file, change):
+    hit = {"pid": "p", "row": 1, "passage": "答案"}
+    good = {"time": "", "query": "问", **hit, "relevant": True, "column": "bm25", "rank": 1, "above": [hit]}
+    path = file("".join(json.dumps(entry) + "\n" for entry in (good, {**good, **change})))
+    refused(lambda: list(formats.read_feedback(path)), f"{path}:2")

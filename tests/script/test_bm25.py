@@ -7,15 +7,7 @@ from toy_world import lines, make_world, write
 
 from metric import convert_recall_res_to_json
 from script import bm25
-
-
-@pytest.mark.parametrize(("text", "expected"), [
-    ("清蒸鱼", ["清蒸", "蒸鱼"]), ("鱼", ["鱼"]), ("", []), ("，。！", []),
-    ("用 iPhone15 拍照", ["用", "iphone15", "拍照"]),
-    ("a-b 3.5", ["a", "b", "3", "5"]), ("清。蒸鱼", ["清", "蒸鱼"]), ("𠮷野家", ["𠮷野", "野家"]),
-])  # fmt: skip
-def test_terms(text, expected):
-    assert bm25.terms(text) == expected
+from torch_src.data.terms import terms
 
 
 def collection(tmp_path, texts: list[str]):
@@ -36,12 +28,12 @@ def test_scores_are_bm25s(tmp_path):
     """k1 1.2, b 0.75; texts short enough that the engine stores their lengths exactly."""
     texts = ["清蒸鱼", "清蒸鱼的味汁", "红烧肉", "清蒸 清蒸 rice", "米饭 rice rice"]
     rows = search(tmp_path, collection(tmp_path, texts), ["清蒸rice"])
-    documents = [bm25.terms(text) for text in texts]
+    documents = [terms(text) for text in texts]
     mean = sum(map(len, documents)) / len(documents)
 
     def score(document):
         total = 0.0
-        for term in bm25.terms("清蒸rice"):
+        for term in terms("清蒸rice"):
             holding = sum(term in other for other in documents)
             idf = math.log(1 + (len(documents) - holding + 0.5) / (holding + 0.5))
             count = document.count(term)
@@ -108,18 +100,6 @@ def test_fusing_runs_of_other_queries(tmp_path, capsys):
     assert fuse("a", "b") == 0 and "1 of 2 queries" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("ＡＢＣ １２", ["abc", "12"]), ("カレー", ["カレ", "レー"]), ("ｶﾞｽ", ["ガス"]),
-    ("서울 물", ["서울", "물"]),
-    ("Привет, МИР", ["привет", "мир"]), ("Café CAFE\u0301", ["café", "café"]), ("कहानी", ["कहानी"]),
-    ("مرحبا", ["مرحبا"]), ("١٢٣", ["١٢٣"]), ("C语言", ["c", "语言"]),
-    ("人々〇", ["人々", "々〇"]), ("½ ①", ["1", "2", "1"]),
-    ("a_b", ["a", "b"]), ("😀", []),
-])  # fmt: skip
-def test_terms_of_every_script(text, expected):
-    assert bm25.terms(text) == expected
-
-
 @pytest.mark.tools
 @pytest.mark.parametrize(("query", "rows"), [
     ("鱼", {0, 1}), ("清", {0}), ("물", {3}), ("ア", {4}), ("C", {5}), ("c语", {5}), ("ｉＰｈｏｎｅ", {2}),
@@ -167,7 +147,7 @@ def test_what_the_engine_raises_is_one_line(tmp_path, monkeypatch, capsys, damag
         def full(*_):
             raise ValueError("An IO error occurred: 'No space left on device (os error 28)'\nmore")
 
-        monkeypatch.setattr(bm25, "document", full)
+        monkeypatch.setattr("torch_src.retrieval.bm25._document", full)
         assert bm25.main(["index", *words]) == 2
         assert not (tmp_path / "i/tantivy").exists()
     else:
@@ -179,7 +159,7 @@ def test_what_the_engine_raises_is_one_line(tmp_path, monkeypatch, capsys, damag
         else:
             panic = type("PanicException", (BaseException,), {})
             monkeypatch.setattr(
-                bm25, "best_rows", lambda *_: (_ for _ in ()).throw(panic("assertion failed"))
+                "torch_src.retrieval.bm25.terms", lambda _: (_ for _ in ()).throw(panic("assertion failed"))
             )
         assert bm25.main(["search", *words]) == 2
         assert not (tmp_path / "i/res.top50").exists()

@@ -15,7 +15,7 @@ from script.lib.report import curves as report_curves
 from script.lib.report import data as report_data
 from script.lib.report import page as report_page
 from script.lib.report.hparams import ReportHparams
-from script.lib.terms import PIECES, terms
+from torch_src.data.terms import PIECES, terms
 from torch_src.runtime import program
 
 HOSTILE = (
@@ -340,7 +340,7 @@ def test_no_lengths_without_valid_model_settings(world, tokenizer):
 
 
 def marks(text: str, query: str) -> list[str]:
-    """Return the parts of a text that terms of the query cover, by script/lib/terms.py."""
+    """Return the parts of a text that terms of the query cover, by torch_src/data/terms.py."""
     wanted, covered = set(terms(query)), [False] * len(text)
     for piece in PIECES.finditer(text.lower()):
         size = 2 if not piece[0][0].isascii() and len(piece[0]) > 1 else len(piece[0])

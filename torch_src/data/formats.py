@@ -3,9 +3,10 @@
 docs/formats.md describes the files. A malformed line is a FormatError that names file and line.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch_src.data.json_pairs import read_json_pairs
 from torch_src.data.lines import (
@@ -73,6 +74,26 @@ class CandidateRow(NamedTuple):
     pid: str
     query: str
     passage: str
+
+
+class FeedbackHit(NamedTuple):
+    """A passage of the collection that the search page showed."""
+
+    pid: str  # empty where the collection has no ids
+    row: int  # global, 0-based
+    passage: str
+
+
+class FeedbackRow(NamedTuple):
+    """One line of feedback.jsonl: a passage marked as the answer on the search page."""
+
+    time: str  # ISO 8601, UTC
+    query: str
+    hit: FeedbackHit
+    relevant: bool  # False retracts an earlier line with the same query and row
+    column: str  # bm25, dense, hybrid or reranked
+    rank: int  # in that column, from 1
+    above: list[FeedbackHit]  # shown above it, best first: likely negatives
 
 
 # ---- training rows and passages
@@ -394,3 +415,43 @@ def read_scores(path: FilePath) -> Iterator[float]:
         if score is None:
             raise FormatError(path, line, f"{shown(text)} (expected one finite number)")
         yield score
+
+
+# ---- feedback of the search page
+
+
+def format_feedback(row: FeedbackRow) -> str:
+    """Return one line of feedback.jsonl."""
+    above = [hit._asdict() for hit in row.above]
+    given = {"relevant": row.relevant, "column": row.column, "rank": row.rank, "above": above}
+    entry = {"time": row.time, "query": row.query, **row.hit._asdict(), **given}
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def read_feedback(path: FilePath) -> Iterator[FeedbackRow]:
+    """Yield the lines of feedback.jsonl, oldest first."""
+    for line, text in read_lines(path):
+        yield parse_feedback(text, path, line)
+
+
+def parse_feedback(text: str, path: FilePath, line: int) -> FeedbackRow:
+    """Return the row of one line of feedback.jsonl."""
+    entry = parse_json(text, path, line)
+    try:
+        hit, above = _feedback_hit(entry), [_feedback_hit(other) for other in entry["above"]]
+        row = FeedbackRow(
+            entry["time"], entry["query"], hit, entry["relevant"], entry["column"], entry["rank"], above
+        )
+    except (KeyError, TypeError) as error:
+        message = f"not a line of the search page's feedback; missing or malformed: {error}"
+        raise FormatError(path, line, message) from None
+    if not _are_strings(row.time, row.query, row.column) or type(row.relevant) is not bool:
+        raise FormatError(path, line, "time, query, column (expected strings), relevant (true or false)")
+    return row
+
+
+def _feedback_hit(entry: dict[str, Any]) -> FeedbackHit:
+    hit = FeedbackHit(entry["pid"], entry["row"], entry["passage"])
+    if not _are_strings(hit.pid, hit.passage) or type(hit.row) is not int:
+        raise TypeError("pid, passage (expected strings), row (expected a number)")
+    return hit

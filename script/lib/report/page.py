@@ -11,7 +11,7 @@ from metric.evaluation import MEASURES, compute_metrics
 from script.lib.report import curves, data, plots
 from script.lib.report.data import Passages, Report
 from script.lib.report.hparams import ReportHparams
-from script.lib.terms import IS_UNSPACED, PIECES
+from torch_src.data.terms import IS_UNSPACED, PIECES
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json
 from torch_src.runtime.log import duration
