@@ -2,6 +2,7 @@
 
     python script/convert_dataset.py jsonl passages.jsonl --queries queries.jsonl --to D
     python script/convert_dataset.py jsonl passages.tsv --queries queries.tsv --qrels qrels.txt --to D
+    python script/convert_dataset.py auto passages.csv --to D
     python script/convert_dataset.py beir FOLDER --to D
     python script/convert_dataset.py t2ranking FOLDER --to D
     python script/convert_dataset.py msmarco FOLDER --to D
@@ -14,6 +15,8 @@
     python script/convert_dataset.py to_trec dual_res.json --reference qrels.txt --to FOLDER
     python script/convert_dataset.py from_trec run.txt --to dual_res.json
 
+auto: any of the layouts below, recognized by its files, or passages alone: JSON lines, TSV, CSV or text (a
+    passage a line, or paragraphs between blank lines). Columns are guessed and printed; ids may be missing.
 jsonl: your own passages (id, text, optionally title) and queries (id, text, positives: [id, ...], optionally
     negatives and split), in JSON lines; or both as JSON lines, TSV or CSV with judgments in files of their
     own: TREC qrels, or qid, pid, grade. --train_qrels FILE for training.
@@ -25,16 +28,18 @@ flagembedding, tevatron, dpr, hub, dureader: rows of a query and its passages, i
     {question, positive_ctxs, hard_negative_ctxs}; {question_id, question, answer_paragraphs};
     {anchor, positive, negative}.
 
-Files may be gzipped. Headers are recognized; --columns names the columns of a corpus without one. The dev set
-is the split dev, validation or test, the first that exists, or the one that --split names. An id that is not
-in the corpus is an error, or with --skip_dangling its judgment is dropped. A passage id that occurs twice is
-an error, or with --skip_duplicates the second one is dropped if its text is the same. A title is written
-before its text, and also to titles.tsv, so that to_beir can restore it. TABs and line breaks in a text become
-spaces. A training query without negatives gets random passages (--seed); mine better ones with
-script/mine_negatives.py.
+Files may be gzipped, and in UTF-8, UTF-16 or GB18030 (GBK); --encoding names another. Headers are recognized;
+--columns names the columns of a corpus: text=NAME,title=NAME,id=NAME by their names (also of JSON fields), or
+all in their order without a header: id,-,text. The dev set is the split dev, validation or test, the first
+that exists, or the one that --split names. An id that is not in the corpus is an error, or with
+--skip_dangling its judgment is dropped. A passage id that occurs twice is an error, or with --skip_duplicates
+the second one is dropped if its text is the same. A title is written before its text, and also to titles.tsv,
+so that to_beir can restore it. TABs and line breaks in a text become spaces. A training query without
+negatives gets random passages (--seed); mine better ones with script/mine_negatives.py.
 """
 
 import argparse
+import codecs
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -43,9 +48,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
-from script.lib.foreign_datasets import TRAIN, Conversion, data_files, find_corpus, read_passages
+from script.lib.foreign_datasets import (
+    TRAIN,
+    Conversion,
+    data_files,
+    find_corpus,
+    read_passages,
+    read_plain_text,
+)
 from script.lib.foreign_files import Counts, Source, is_json
 from script.lib.foreign_judgments import folder_queries, judged_queries
+from script.lib.foreign_layouts import (
+    GUESSED,
+    OFFICIAL,
+    PASSAGES,
+    TEXT,
+    guess_columns,
+    plain_files,
+    recognize,
+)
 from script.lib.foreign_rows import ROWS, row_files, row_passages, row_queries
 from script.lib.official_layout import TITLES, OfficialLayoutWriter, Passage, Query
 from script.lib.trec_files import read_grades, read_ranking
@@ -66,23 +87,25 @@ from torch_src.runtime.stamps import clear_stamp
 READ_ROWS = 4096  # passages in memory at a time
 JUDGED = ("beir", "msmarco", "t2ranking")
 IN_ROWS = ("flagembedding", "tevatron", "dpr", "hub", "dureader")
-CONVERTED = ("jsonl", *JUDGED, *IN_ROWS)
+CONVERTED = ("auto", "jsonl", *JUDGED, *IN_ROWS)
 # option -> the kinds that read it
 OPTIONS = {
     "queries": ("jsonl",),
     "qrels": ("jsonl",),
     "train_qrels": ("jsonl",),
-    "corpus": (*JUDGED, *IN_ROWS),
-    "dev": IN_ROWS,
+    "corpus": ("auto", *JUDGED, *IN_ROWS),
+    "dev": ("auto", *IN_ROWS),
     "split": CONVERTED,
     "skip_dangling": CONVERTED,
     "skip_duplicates": CONVERTED,
-    "min_grade": ("jsonl", *JUDGED),
+    "min_grade": ("auto", "jsonl", *JUDGED),
     "columns": CONVERTED,
     "quotes": CONVERTED,
+    "encoding": CONVERTED,
     "reference": ("to_trec",),
 }
 DPR_COLUMNS = ("id", "text", "title")  # in CSV quotes
+KNOWN_AS = {PASSAGES: "passages", TEXT: "plain text", "flagembedding": "rows of a query and its passages"}
 T2RANKING_GRADE = 2  # from 0 to 3; the authors count 2 and 3 as relevant
 
 
@@ -97,18 +120,25 @@ def new_folder(args: argparse.Namespace) -> Iterator[Path]:
 
 def to_official(args: argparse.Namespace) -> None:
     """Convert another data set to the official layout."""
-    path, columns = Path(args.source), columns_of(args)
+    path = Path(args.source)
     if args.split == TRAIN:
         raise UserError(f"--split {TRAIN}: the dev set cannot be the training queries; name another split")
     is_dpr = args.kind == "dpr"
-    source = Source(columns, DPR_COLUMNS if is_dpr else (), args.quotes or ("csv" if is_dpr else ""))
+    columns, names = columns_of(args)
+    quotes = args.quotes or ("csv" if is_dpr else "")
+    source = Source(columns, DPR_COLUMNS if is_dpr else (), names, quotes, args.encoding or "")
+    if args.kind == "auto":
+        args.kind, path = recognize(path, source)
+        if args.kind == OFFICIAL:
+            raise UserError(f"{path}: is in the official layout already; use it as --data_dir {path}")
+        log(f"{path}: recognized as {KNOWN_AS.get(args.kind, args.kind)}")
     min_grade = args.min_grade or (T2RANKING_GRADE if args.kind == "t2ranking" else 1)
     with new_folder(args) as folder:
         layout = OfficialLayoutWriter(folder, args.seed, source.counts, min_grade, args.skip_duplicates)
         conversion = Conversion(source, layout, args.split, args.skip_dangling, min_grade)
         passages, queries = records_of(args, path, conversion)
         layout.write_collection(passages, path)
-        dev = layout.write_queries(queries, args.queries or path)
+        dev = layout.write_queries(queries, args.queries or path) if queries != () else 0
         if args.split and not dev:
             raise UserError(f"--split {args.split}: no query of this split has a positive passage")
         source.counts.log()
@@ -116,22 +146,28 @@ def to_official(args: argparse.Namespace) -> None:
     log(f"wrote {args.to}")
 
 
-def columns_of(args: argparse.Namespace) -> tuple[str, ...]:
-    """Return the columns that --columns names, empty for those that are not read."""
-    columns = args.columns.split(",") if args.columns else []
-    named = [column for column in columns if column != "-"]
-    required = {"text"} if args.kind in IN_ROWS else {"id", "text"}
-    if columns and not (required <= {*named} <= {"id", "title", "text"} and len(named) == len({*named})):
-        raise UserError(
-            f"--columns {args.columns}: expected id, text and title, each once, or - for another column"
-        )
-    return tuple(column.replace("-", "") for column in columns)
+def columns_of(args: argparse.Namespace) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return what --columns says: the columns in order, empty for those not read; or {value: its column}."""
+    words = args.columns.split(",") if args.columns else []
+    named = [word for word in words if word != "-"]
+    names = dict(word.split("=", 1) for word in named) if all("=" in word for word in named) else {}
+    values = {*names} if names else {*named}
+    required = {"text"} if args.kind in ("auto", *IN_ROWS) else {"id", "text"}
+    if words and not (required <= values <= {"id", "title", "text"} and len(named) == len(values)):
+        expected = f"{' and '.join(sorted(required))}, each once; id, title, - for another column"
+        raise UserError(f"--columns {args.columns}: expected {expected}; or by name, text=NAME,title=NAME")
+    return ((), names) if names else (tuple(word.replace("-", "") for word in words), {})
 
 
 def records_of(
     args: argparse.Namespace, path: Path, conversion: Conversion
 ) -> tuple[Iterator[Passage], Iterable[Query]]:
     """Return the passages and the queries of a data set; nothing is read yet."""
+    if args.kind == TEXT:
+        return read_plain_text(plain_files(path), conversion.source), ()
+    if args.kind == PASSAGES:
+        source = guess_columns(path, conversion.source)
+        return read_passages(path, source, need_ids=False, fields=GUESSED, line_ids=True), ()
     if args.kind == "jsonl":
         check_no_rows(path, conversion.source)
         return read_passages(path, conversion.source), own_queries(args, conversion)
@@ -149,9 +185,7 @@ def records_of(
     if corpus is None:
         if args.columns:
             raise UserError("--columns: there is no corpus file whose columns it could name; omit it")
-        log("no corpus file: the collection is the passages of the rows")
-        if any(split == "dev" for _, split in conversion.files):
-            warn("dev figures over so small a collection will be too high; --corpus FILE names the full one")
+        log("no corpus file: the collection is the passages of the rows (--corpus names the full one)")
         return row_passages(conversion), row_queries(conversion)
     return read_passages(corpus, conversion.source, need_ids=False), row_queries(conversion)
 
@@ -334,6 +368,15 @@ KINDS = dict.fromkeys(CONVERTED, to_official) | {
 }
 
 
+def encoding(text: str) -> str:
+    """Return the name of an encoding; ArgumentTypeError for an unknown one."""
+    try:
+        "".encode(text)  # LookupError also for codecs that are not of texts
+        return codecs.lookup(text).name
+    except LookupError:
+        raise argparse.ArgumentTypeError(f"{text} (expected for example utf-8, gb18030, big5)") from None
+
+
 def check_options(args: argparse.Namespace) -> None:
     """UserError for an option that this kind does not read."""
     for name, kinds in OPTIONS.items():
@@ -358,7 +401,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--skip_dangling", action="store_true", help="drop judgments of unknown ids")
     parser.add_argument("--skip_duplicates", action="store_true", help="drop repeated passages: id and text")
     parser.add_argument("--min_grade", type=positive_int, help="of a positive; default 1, for t2ranking 2")
-    parser.add_argument("--columns", default="", help="of a corpus without header, such as id,text,title")
+    parser.add_argument("--columns", default="", help="of a corpus: text=NAME,id=NAME or in order: id,text,-")
+    parser.add_argument("--encoding", type=encoding, help="of the files; default: as found")
     parser.add_argument(
         "--quotes", choices=("", "csv", "none"), default="", help="of tables; default: as found"
     )

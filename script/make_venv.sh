@@ -1,4 +1,4 @@
-# Sourced by test.sh and quickstart.sh from the repository root: creates .venv when it is missing, and installs the
+# Sourced by test.sh, quickstart.sh and try.sh from the repository root: creates .venv when it is missing, and installs the
 # requirements that fit this machine and the requirement files in $more, each once. Sets $python.
 if [ ! -x .venv/bin/python ]; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "ERROR: needs python3, version 3.10 or later" >&2; exit 2; }

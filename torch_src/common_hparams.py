@@ -65,7 +65,7 @@ class Queries(DataFolder):
     """The queries of a result."""
 
     # data paths
-    dev_q: str = ""  # dev.q.format, test1.json, .jsonl, qid TAB query; empty: data_dir/dev/dev.q.format
+    dev_q: str = ""  # dev.q.format, .jsonl, qid TAB query; empty: data_dir/dev/dev.q.format; none: no search
 
     INPUTS = {"dev_q_path": "queries"}
 

@@ -77,7 +77,8 @@ def run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
         gpus = job.usable_gpus() if hp.index else None
         return plan_retrieval(job, len(job.queries), topk, bs, gpus).report(hp.output_dir, job.device)
     with folder_lock(hp.output_dir, shared=True):
-        encode_and_search(DualInference(hp, topk, bs))
+        job = DualInference(hp, topk, bs)
+        encode_only(job) if hp.dev_q == hparams.NONE else encode_and_search(job)
 
 
 def check_paths(hp: InferenceDeHparams, topk: int) -> None:
@@ -103,7 +104,7 @@ class DualInference(Retriever):
 
     def __init__(self, hp: InferenceDeHparams, topk: int, bs: int):
         self.topk, self.bs = topk, bs
-        self.queries = list(read_query_ids(hp))
+        self.queries = [] if hp.dev_q == hparams.NONE else list(read_query_ids(hp))
         super().__init__(hp)
         self.milvus = self._open_milvus() if hp.engine == "milvus" else None
         self.run_path = self.output / f"res.top{topk}"
@@ -185,6 +186,19 @@ class DualInference(Retriever):
             chunk_rows(at_once, self.width, hp.search_memory_gb, self.search_devices)
 
 
+def encode_only(job: DualInference) -> None:
+    """Write the passage vectors unless they are up to date, without a search."""
+    job.passage_ids()  # raises UserError before the encoding
+    if rank() == 0:
+        for found in job.truncation([]):
+            found.report()
+        save_settings(job)  # first: the search page reads them while the passages are encoded
+    model, store = load_dual_model(job.source), open_store(job, job.hp.force)
+    encode_passages(job, model, store)
+    if rank() == 0:
+        log(f"{store.folder}: vectors of {store.rows:,} passages; no search (--dev_q none)")
+
+
 def encode_and_search(job: DualInference) -> None:
     """Write res.top{k} unless it is up to date; with several processes, only the first searches."""
     path, passages = job.run_path, len(job.collection)
@@ -225,13 +239,17 @@ def encode(job: DualInference, force: bool) -> tuple[np.ndarray | None, VectorSt
     model = load_dual_model(job.source)
     if job.milvus:
         return encode_queries(job, model), job.milvus.store
-    shape, shared = (len(job.collection), job.width, job.hp.block_rows), bool(job.hp.para_emb)
-    store = VectorStore.create_or_continue(
-        job.hp.para_emb_path, job.passage_stamp(), *shape, log, force, shared
-    )
+    store = open_store(job, force)
     queries = encode_queries(job, model) if rank() == 0 else None
     encode_passages(job, model, store)
     return queries, store
+
+
+def open_store(job: DualInference, force: bool) -> VectorStore:
+    """Return the passage vectors on disk: those of this run, or new ones."""
+    shape, shared = (len(job.collection), job.width, job.hp.block_rows), bool(job.hp.para_emb)
+    folder, stamp = job.hp.para_emb_path, job.passage_stamp()
+    return VectorStore.create_or_continue(folder, stamp, *shape, log, force, shared)
 
 
 def encode_queries(job: DualInference, model: DualEncoder) -> np.ndarray:
@@ -325,6 +343,11 @@ def write_run(job: DualInference, queries: np.ndarray, find: SearchFunction) -> 
             for number, (row, score) in enumerate(ranked, start=1):
                 if row >= 0:  # an index may find fewer than topk: the missing ones come last, as -1
                     file.write(format_run_row(RunRow(query, row, number, score)))
-    settings = {"topk": job.topk, "bs": job.bs, "fixed_by_weights": job.source.settings}
-    hparams.save(job.hp, Path(job.hp.saved_to), **settings)
+    save_settings(job)
     write_stamp(job.run_path, job.run_stamp())  # last: marks the run as complete
+
+
+def save_settings(job: DualInference) -> None:
+    """Write dual_infer_hparams.json."""
+    settings = {"topk": job.topk, "bs": job.bs, "fixed_by_weights": job.source.settings}
+    hparams.save(job.hp, job.hp.saved_to, **settings)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from torch_src.common_hparams import DevAnswers, PlannedJob, QueryIds
-from torch_src.hparams import under
+from torch_src.hparams import NONE, under
+from torch_src.runtime.errors import UserError
 from torch_src.runtime.options import AT_MOST_ALL, COUNT, FROM_0, PAIR_LENGTH
 
 
@@ -36,6 +37,11 @@ class InferenceCrossHparams(QueryIds, DevAnswers, PlannedJob):
         "topk": AT_MOST_ALL, "batch_size": COUNT, "fuse_retriever_weight": FROM_0,
         "max_seq_len": PAIR_LENGTH, "block_pairs": AT_MOST_ALL,
     }  # fmt: skip
+
+    def check(self) -> None:
+        super().check()
+        if self.dev_q == NONE:
+            raise UserError("--dev_q none: re-ranking needs the queries of its candidates")
 
     @property
     def retrieval_result_path(self) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from torch_src.common_hparams import PlannedJob, QueryIds, TrainedRetriever
-from torch_src.hparams import POOLINGS, under
+from torch_src.hparams import NONE, POOLINGS, under
 from torch_src.retrieval import index_options
 from torch_src.retrieval.engines import milvus_options
 from torch_src.runtime.errors import UserError
@@ -86,6 +86,8 @@ class InferenceDeHparams(RetrieverHparams, QueryIds, PlannedJob):
         super().check()
         if self.search_params and not self.index and self.engine != "milvus":
             raise UserError("--search_params requires --index or --engine milvus")
+        if self.dev_q == NONE and (self.index or self.engine != "exact"):
+            raise UserError("--dev_q none encodes the passages only: omit --index and --engine")
         if self.engine == "milvus":
             milvus_options.check_milvus_uri(self.milvus_uri_path)
             milvus_options.check_search_params(self.milvus_uri_path, self.search_params)

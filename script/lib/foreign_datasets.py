@@ -1,12 +1,13 @@
 """What the layouts of other data sets share: names of fields, splits, files of a folder, passages."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import xxhash
 
-from script.lib.foreign_files import NO_TITLES, Fields, Source, id_of, is_json, plain_name, text_of
+from script.lib.foreign_files import NO_TITLES, Fields, Source, id_of, is_json, plain_name, text_of, uncounted
 from script.lib.official_layout import OfficialLayoutWriter, Passage, Query
 from torch_src.data.formats import EMPTY_TITLES
 from torch_src.data.lines import FormatError, archive_errors, open_file, shown
@@ -17,6 +18,8 @@ TRAIN = "train"
 # the first that exists is the dev set; MS MARCO has dev.small
 DEV_SPLITS = ("dev", "dev.small", "validation", "valid", "val", "test")
 SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".txt", ".qrels")
+LONGEST_PARAGRAPH = 20  # lines on average: in longer ones a blank line here or there is an accident
+SENTENCE_ENDS = ("。", "！", "？", "；", "”", ".", "!", "?", ";")
 CORPORA = ("corpus", "collection", "passage_collection", "passages", "psgs_w100")
 
 PIDS = (
@@ -151,15 +154,22 @@ def count_lines(path: Path) -> int:
 # ---- passages
 
 
-def read_passages(path: Path, source: Source, need_ids: bool = True) -> Iterator[Passage]:
+def read_passages(
+    path: Path, source: Source, need_ids: bool = True, fields: Fields = PASSAGE, line_ids: bool = False
+) -> Iterator[Passage]:
     """Yield the passages of a corpus: JSON lines, or a table with columns id, text and title.
 
-    Without `need_ids` a passage may lack an id: a checksum of its text takes its place.
+    Without `need_ids` a passage may lack an id: a checksum of its text takes its place, or with `line_ids`
+    NAME:LINE.
     """
-    fields = PASSAGE if need_ids else Fields(PASSAGE.names, ("text",), {1: ("text",), **PASSAGE.orders})
+    if not need_ids:
+        fields = replace(fields, required=("text",), orders={1: ("text",), **fields.orders})
+    if source.names:
+        names: dict[str, tuple[str, ...]] = {value: (name,) for value, name in source.names.items()}
+        fields = replace(fields, names=names, header=True)
     empty_titles = EMPTY_TITLES if is_json(path) else NO_TITLES
     if source.columns and is_json(path):
-        raise UserError(f"--columns: {path} is JSON, whose fields have names; omit it")
+        raise UserError(f"--columns: the fields of JSON have names; pass text=FIELD,id=FIELD for {path}")
     for line, record in source.records(path, fields, source.columns):
         title = text_of(record.get("title"), path, line, "title")
         text = text_of(record["text"], path, line, "text")
@@ -167,9 +177,50 @@ def read_passages(path: Path, source: Source, need_ids: bool = True) -> Iterator
             source.counts.add("titles such as null or nan: read as empty", path, line, count=bool(title))
             title = ""
         found = record.get("id")
-        known = need_ids or found is not None
-        pid = id_of(found, path, line, source.counts, "passage id") if known else text_id(title, text)
+        if need_ids or found is not None:
+            pid = id_of(found, path, line, source.counts, "passage id")
+        else:
+            pid = f"{path.name}:{line}" if line_ids else text_id(title, text)
         yield Passage(pid, title, text, path, line)
+
+
+def read_plain_text(paths: list[Path], source: Source) -> Iterator[Passage]:
+    """Yield the passages of text files: paragraphs between blank lines, or else each line.
+
+    A paragraph's lines are joined. The id is NAME:LINE.
+    """
+    for path in paths:
+        paragraphs = has_paragraphs(path, source)
+        log(f"{path}: {'paragraphs between blank lines' if paragraphs else 'each line'} as passages")
+        taken: list[str] = []
+        first = 0
+        for line, text in chain(source.lines(path), [(0, "")]):
+            if text.strip():
+                first = first if taken else line
+                taken.append(text.strip())
+            if taken and not (paragraphs and text.strip()):
+                yield Passage(f"{path.name}:{first}", "", join_lines(taken), path, first)
+                taken = []
+
+
+def has_paragraphs(path: Path, source: Source) -> bool:
+    """Return whether blank lines separate paragraphs of several lines, which mostly end within a sentence."""
+    groups = lines = sentences = 0
+    last = ""  # the line before, of the same group
+    for _, raw in uncounted(source).lines(path):
+        text = raw.strip()
+        groups, lines = groups + bool(text and not last), lines + bool(text)
+        sentences += bool(text and last.endswith(SENTENCE_ENDS))
+        last = text
+    return 1 < groups < lines <= LONGEST_PARAGRAPH * groups and 2 * sentences < lines - groups
+
+
+def join_lines(lines: list[str]) -> str:
+    """Return wrapped lines as one, with a space where Latin words meet."""
+    text = lines[0]
+    for line in lines[1:]:
+        text += line if ord(text[-1]) > 0x2E7F or ord(line[0]) > 0x2E7F else f" {line}"
+    return text
 
 
 def text_id(title: str, text: str) -> str:

@@ -1,18 +1,20 @@
 """Files of other tools as records: JSON lines, a JSON array, TSV or CSV; gzipped or not.
 
-What the readers of the official files refuse is accepted here and counted: a byte order mark, `\\r\\n`, blank
-lines, CSV quotes, further columns.
+What the readers of the official files refuse is accepted here and counted or logged: a byte order mark,
+`\\r\\n`, blank lines, CSV quotes, further columns, GB18030 and UTF-16.
 """
 
 import codecs
 import csv
+import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from torch_src.data.formats import EMPTY_TITLES
 from torch_src.data.lines import (
@@ -33,11 +35,19 @@ READ_SIZE = 1 << 16  # characters of a JSON array read at a time
 BEGINS_FIELD = re.compile(r'(?:^|\t)"')
 QUOTED, DOUBLED = re.compile(r'"([^"]|"")*"'), '""'
 NO_TITLES = (*EMPTY_TITLES, "None", "nan", "NaN")  # of tables written by pandas
+PANDAS = "write it as JSON lines, with pandas: to_json(path, orient='records', lines=True)"
+OFFICE = "save it as CSV or as text"
 UNREADABLE = {
-    b"PAR1": "a Parquet file",
-    b"PK\x03\x04": "a zip archive or an Excel file",
-    b"ARRO": "an Arrow file",
+    b"PAR1": ("a Parquet file", PANDAS),
+    b"ARRO": ("an Arrow file", PANDAS),
+    b"PK\x03\x04": ("an Excel or Word file, or a zip archive", f"{OFFICE}; unpack an archive"),
+    b"\xd0\xcf\x11\xe0": ("an old Excel or Word file", OFFICE),
+    b"%PDF": ("a PDF file", "save it as text"),
 }
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# The 3,755 characters that GB2312 lists as common begin with these bytes; they are most of any Chinese text.
+COMMON_BYTES = {bytes([first]) for first in range(0xB0, 0xD8)}
+MIN_COMMON = 0.7  # share of them in text that is GB18030; in Big5 and damaged UTF-8 it is below a half
 
 
 class Counts:
@@ -64,6 +74,7 @@ class Fields:
     required: tuple[str, ...]
     orders: dict[int, tuple[str, ...]]  # number of columns -> their values in a table without header
     blanks: bool = False  # blanks separate columns where there is no TAB
+    header: bool = False  # whether a table surely has a header
 
 
 @dataclass
@@ -72,17 +83,31 @@ class Source:
 
     columns: tuple[str, ...] = ()  # of a passage table without header; empty: the usual ones
     usual: tuple[str, ...] = ()  # three columns, if the usual ones are not id, title, text
+    names: dict[str, str] = field(default_factory=dict)  # value -> column or field of a passage, by option
     quotes: str = ""  # csv, none, or empty: decided by the file
+    encoding: str = ""  # empty: decided by the file
     counts: Counts = field(default_factory=Counts)
     opened: set[Path] = field(default_factory=set)
 
+    def open(self, path: Path) -> BinaryIO:
+        """Return the open file as UTF-8, whatever its encoding; UserError for a file that is not text."""
+        with open_file(path) as file, archive_errors(path):
+            head = file.read(READ_SIZE)
+        _require_text(head, path)
+        encoding = self.encoding or encoding_of(head, path)
+        if encoding != "utf-8" and path not in self.opened:
+            log(f"{path}: read as {encoding.upper()} (--encoding names another)")
+        self.opened.add(path)
+        file = open_file(path)
+        if encoding == "utf-8":
+            return file
+        return cast(BinaryIO, io.BufferedReader(_AsUtf8(file, encoding, path)))
+
     def lines(self, path: Path) -> Iterator[tuple[int, str]]:
         """Yield (line, text without byte order mark and line end)."""
-        self.opened.add(path)
-        with open_file(path) as file:
+        with self.open(path) as file:
             for line, raw in raw_lines(file, path):
                 if line == 1:
-                    _require_text(raw, path)
                     raw = raw.removeprefix(BOM)
                 if not raw.endswith(b"\n") and not is_json(path):
                     self.counts.add("tables end without a line break: is the last line complete?", path, line)
@@ -94,11 +119,10 @@ class Source:
 
     def entries(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (line, object) of JSON lines or of one JSON array."""
-        self.opened.add(path)
-        with open_file(path) as file, archive_errors(path):
+        with self.open(path) as file, archive_errors(path):
             head = file.read(READ_SIZE)
-        _require_text(head, path)
-        found = _array(path) if head.removeprefix(BOM).lstrip()[:1] == b"[" else self._json_lines(path)
+        is_array = head.removeprefix(BOM).lstrip()[:1] == b"["
+        found = _array(self.open(path), path) if is_array else self._json_lines(path)
         for line, value in found:
             if not isinstance(value, dict):
                 raise FormatError(path, line, f"expected a JSON object, found {type(value).__name__}")
@@ -130,8 +154,9 @@ class Source:
             }
             for value in fields.required:
                 if value not in record:
-                    names, present = ", ".join(fields.names[value]), shown(", ".join(entry))
-                    raise FormatError(path, line, f"expected one of the fields {names}, found {present}")
+                    names, present = ", ".join(fields.names[value][:6]), shown(", ".join(entry))
+                    what = f"expected one of the fields {names}, found {present}"
+                    raise FormatError(path, line, f"{what}; --columns {value}=FIELD names another")
             yield line, record
         if unread:
             log(f"{path}: fields not read: {', '.join(sorted(unread))}")
@@ -142,7 +167,7 @@ class Source:
         order, longer_titles, rows = columns, 0, 0
         guessed = False
         for number, (line, row) in enumerate(self.rows(path, fields)):
-            if not number and looks_like_header(row, fields):
+            if not number and (fields.header or looks_like_header(row, fields)):
                 order = header_order(row, fields, path, line)
                 if columns and columns != order:
                     raise FormatError(path, line, f"header {shown(' | '.join(row))} contradicts --columns")
@@ -238,6 +263,11 @@ class Source:
                 self.counts.add("texts in quotation marks: kept (--quotes csv removes them)", path, line)
 
 
+def uncounted(source: Source) -> Source:
+    """Return a source for looking into files, which are counted when they are read."""
+    return replace(source, counts=Counts())
+
+
 def plain_name(path: Path) -> str:
     """Return the lower-case name without .gz."""
     return path.name.lower().removesuffix(".gz")
@@ -255,18 +285,78 @@ def is_json(path: Path) -> bool:
 
 
 def _require_text(head: bytes, path: Path) -> None:
-    for magic, what in UNREADABLE.items():
+    for magic, (what, fix) in UNREADABLE.items():
         if head.startswith(magic):
-            fix = "write it as JSON lines, with pandas: to_json(path, orient='records', lines=True)"
             raise UserError(f"{path}: {what} (expected JSON lines, TSV or CSV); {fix}")
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise FormatError(path, 1, "UTF-16 (expected UTF-8); convert it with `iconv -f UTF-16 -t UTF-8`")
 
 
-def _array(path: Path) -> Iterator[tuple[int, Any]]:
+def encoding_of(head: bytes, path: Path) -> str:
+    """Return the encoding of a file by its first bytes: utf-8, gb18030 or utf-16; FormatError for others.
+
+    Almost any bytes decode as GB18030, so it is accepted only where the result reads like Chinese.
+    """
+    if head.startswith(UTF16):
+        return "utf-16"
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+        return "utf-8"
+    except UnicodeDecodeError as error:
+        line = head.count(b"\n", 0, error.start) + 1
+    try:
+        text = codecs.getincrementaldecoder("gb18030")().decode(head)
+        plausible = _share_of_common_han(text) >= MIN_COMMON
+    except UnicodeDecodeError:
+        plausible = False
+    if plausible:
+        return "gb18030"
+    fix = "pass --encoding NAME (such as big5), or convert the file to UTF-8"
+    raise FormatError(path, line, f"neither UTF-8 nor Chinese text in GB18030; {fix}")
+
+
+def _share_of_common_han(text: str) -> float:
+    """Return the share of common Chinese characters among all letters beyond ASCII."""
+    counts = Counter(text)
+    foreign = {char: count for char, count in counts.items() if char > "\x7f" and char.isalnum()}
+    common = sum(n for char, n in foreign.items() if char.encode("gb2312", "ignore")[:1] in COMMON_BYTES)
+    return common / max(1, sum(foreign.values()))
+
+
+class _AsUtf8(io.RawIOBase):
+    """A text file of another encoding, read as UTF-8."""
+
+    def __init__(self, file: BinaryIO, encoding: str, path: Path):
+        self.file, self.encoding, self.path = file, encoding, path
+        self.decoder, self.ready, self.line = codecs.getincrementaldecoder(encoding)(), b"", 1
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            raw = self.file.read(READ_SIZE)
+            try:
+                text = self.decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError as error:
+                line = self.line + error.object[: error.start].count(b"\n")
+                fix = "pass --encoding NAME, or convert the file to UTF-8"
+                raise FormatError(self.path, line, f"not {self.encoding.upper()}; {fix}") from None
+            if not raw and not text:
+                return 0
+            self.line += text.count("\n")
+            self.ready = text.encode()
+        count = min(len(buffer), len(self.ready))
+        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
+        return count
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def _array(file: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line, element) of one JSON array, read a chunk at a time."""
     decoder, text_of = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
-    with open_file(path) as file, archive_errors(path):
+    with file, archive_errors(path):
         text, line, begun = "", 1, False
         while True:
             raw = file.read(max(READ_SIZE, len(text)))
@@ -317,11 +407,11 @@ def first_of(entry: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 def column_values(row: list[str], fields: Fields) -> tuple[str, ...]:
     """Return the value that each column name means; empty for an unknown name."""
-    value_of = {_plain(name): value for value, names in fields.names.items() for name in names}
-    return tuple(value_of.get(_plain(name), "") for name in row)
+    value_of = {plain_column(name): value for value, names in fields.names.items() for name in names}
+    return tuple(value_of.get(plain_column(name), "") for name in row)
 
 
-def _plain(name: str) -> str:
+def plain_column(name: str) -> str:
     """Return a column name in lower case, without quotes, with one kind of separator."""
     return name.strip().strip('"').lower().replace(" ", "_").replace("-", "_")
 

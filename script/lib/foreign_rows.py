@@ -25,7 +25,7 @@ from script.lib.foreign_datasets import (
     only,
     text_id,
 )
-from script.lib.foreign_files import Counts, first_of, id_of, is_json, text_of
+from script.lib.foreign_files import first_of, id_of, is_json, text_of, uncounted
 from script.lib.official_layout import Passage, Query, joined
 from torch_src.data.formats import EMPTY_TITLES
 from torch_src.data.lines import FormatError, finite_number, shown
@@ -97,8 +97,8 @@ def row_passages(conversion: Conversion) -> Iterator[Passage]:
     Counts nothing: the rows are read again for their queries.
     """
     seen: dict[str, tuple[int, Path, int]] = {}
-    uncounted = replace(conversion, source=replace(conversion.source, counts=Counts()))
-    for path, line, row in read_rows(uncounted, silent=True):
+    quiet = replace(conversion, source=uncounted(conversion.source))
+    for path, line, row in read_rows(quiet, silent=True):
         for reference in (*row.positives, *row.negatives):
             pid, title, text, _ = reference
             if text is None:

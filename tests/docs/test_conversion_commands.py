@@ -55,6 +55,7 @@ def in_three_files(folder: Path) -> None:
     table(folder / "msmarco/qrels.train.tsv", (qid, "0", yes, "1"), (qid, "0", no, "0"))
     table(folder / "msmarco/qrels.dev.tsv", (dev, "0", answer, "1"))
     table(folder / "passages.tsv", ("id", "text"), *items)
+    write(folder / "passages.csv", ["id,text", *(",".join(item) for item in items)])
     table(folder / "queries.tsv", *pairs)
     write(folder / "train.qrels.txt", [f"{qid} 0 {yes} 1", f"{qid} 0 {no} 0"])
     write(folder / "qrels.txt", [f"{dev} 0 {answer} 2"])
@@ -130,6 +131,9 @@ def run(words: list[str]) -> str:
         assert lines(target / "qrels.txt") == [f"{DEV[0]} 0 3 2"]
     elif words[0] == "to_beir":
         assert lines(target / "qrels/dev.tsv")[1].startswith(f"{DEV[0]}\t3\t")
+    elif words[0] == "auto":
+        texts = [line.split("\t")[2] for line in lines(target / "passage-collection/part-00")]
+        assert texts == [*TEXTS.values()]
     else:
         check_converted(target)
     return words[0]

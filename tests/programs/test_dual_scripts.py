@@ -55,6 +55,19 @@ def test_the_run_does_not_depend_on_the_queries_at_once(world, capsys):
     assert capsys.readouterr().out.count("vectors up to date") == 2  # only searched
 
 
+def test_passages_are_encoded_without_queries(world, capsys):
+    """With `--dev_q none` the vectors are those of a search, and no run is written."""
+    expected = content(world / "output/para_emb")
+    shutil.rmtree(world / "output/para_emb")
+    run = (world / "output/res.top10").read_bytes()
+    shutil.rmtree(world / "data/dev")
+    assert infer(world, "--dev_q", "none") == 0
+    assert content(world / "output/para_emb") == expected and (world / "output/res.top10").read_bytes() == run
+    assert infer(world, "--dev_q", "none") == 0
+    assert "vectors up to date" in capsys.readouterr().out
+    refused(capsys, world, infer(world, "--dev_q", "none", "--index", "Flat"), "--dev_q none")
+
+
 @pytest.mark.slow
 def test_scripts_run_as_in_the_readme(tmp_path):
     """The four commands as subprocesses, from the repository root."""

@@ -148,8 +148,10 @@ def test_columns_option(convert, tmp_path, columns, expected):
     ("c.tsv", table("1|a", "1|b"), "c.tsv:2: "),
     ("c.tsv", table("1|a", "1|a"), "c.tsv:2: "),
     ("c.tsv", "", "c.tsv: "),
-    ("c.tsv", b"1\t\xc4\xe3\n", "c.tsv:1: "),  # GBK
-    ("c.tsv", "1\ta\n".encode("utf-16"), "c.tsv:1: "),
+    ("c.tsv", f"1\t{FISH}\n".encode() + "2\t國立臺灣大學".encode("big5"), "c.tsv:2: "),
+    ("c.tsv", f"1\t{FISH}\n".encode() * 9 + FISH.encode()[:-1] + b"\n", "c.tsv:10: "),  # a cut character
+    ("c.tsv", "1\tcaf\xe9s \xe9lan\n".encode("latin-1"), "c.tsv:1: "),
+    ("c.tsv", f"1\t{FISH}\n".encode("gbk") * 9 + b"2\t\xff\n", "c.tsv:1: "),
     ("c.parquet", b"PAR1....", "c.parquet: "),
     ("c.csv", 'id,text\n1,"a\n2,b\n', "c.csv:2: "),  # the quotes do not end
     ("c.csv", 'id,text\n1,a\n2,"b"c\n', "c.csv:3: "),

@@ -1,0 +1,117 @@
+"""script/try_file.py: a file is converted once, the page is served, the encoder runs beside it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from script import try_file
+from torch_src.data.collection import PassageCollection
+
+# A page that answers, and ends when the file `end` exists.
+PAGE = """
+import http.server, pathlib, sys, threading, time
+server = http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), type(
+    "H", (http.server.BaseHTTPRequestHandler,),
+    {"do_GET": lambda self: self.send_response(200) or self.end_headers(), "log_message": lambda *_: None}))
+threading.Thread(target=server.serve_forever, daemon=True).start()
+while not pathlib.Path("end").exists(): time.sleep(0.01)
+"""
+
+
+@pytest.fixture
+def trials(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(try_file, "TRIALS", tmp_path / "try")
+    monkeypatch.setattr(try_file, "POLL_SECONDS", 0.02)
+    return tmp_path / "try"
+
+
+def convert(source: Path, model: str = "models/small") -> try_file.Trial:
+    return try_file.convert(source, model, "", "")
+
+
+def test_a_file_is_converted_once(trials, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "notes.csv"
+    source.write_text("id,text\n1,清蒸鱼\n2,红烧肉\n")
+    trial = convert(source)
+    assert trial == (trials / "notes/data", trials / "notes/small")
+    assert PassageCollection(trial.data / "passage-collection")[0:2] == ["清蒸鱼", "红烧肉"]
+    monkeypatch.setattr(try_file.convert_dataset, "main", lambda _: pytest.fail("converted again"))
+    assert convert(source, "owner/other").output == trials / "notes/other"
+    monkeypatch.undo()
+    monkeypatch.setattr(try_file, "TRIALS", trials)
+    source.write_text("id,text\n1,清蒸鱼\n3,米饭\n")
+    assert PassageCollection(convert(source).data / "passage-collection")[1] == "米饭"
+    assert "out of date" in capsys.readouterr().out
+
+
+def test_two_files_of_one_name(trials, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}/notes.txt").write_text(f"{name}\n")
+    first, second = (convert(tmp_path / f"{name}/notes.txt") for name in ("a", "b"))
+    assert first.data != second.data and convert(tmp_path / "a/notes.txt") == first
+
+
+def test_the_official_layout_is_used_as_it_is(trials, tmp_path):
+    (tmp_path / "own/passage-collection").mkdir(parents=True)
+    assert convert(tmp_path / "own").data == tmp_path / "own" and not trials.exists()
+
+
+def test_rows_give_example_questions(trials, tmp_path):
+    source = tmp_path / "train.jsonl"
+    source.write_text(json.dumps({"query": "怎么蒸鱼", "pos": ["清蒸鱼"], "neg": ["红烧肉"]}) + "\n")
+    assert (convert(source).data / "dev/dev.q.format").read_text() == "怎么蒸鱼\t-\t-\t0\n"
+
+
+def test_a_wrong_file_ends_with_one_line(trials, tmp_path, capsys):
+    (tmp_path / "empty.csv").write_text("")
+    for name in ("gone.csv", "empty.csv"):
+        assert try_file.main([str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert " ERROR " in error[-1] and name in error[-1]
+
+
+@pytest.fixture
+def stand_ins(trials, tmp_path, monkeypatch):
+    """Serve a stand-in of the page; return a function that starts it with a stand-in of the encoder."""
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script/demo.py").write_text(PAGE)
+    monkeypatch.setattr(try_file, "ROOT", tmp_path)
+    trial = try_file.Trial(tmp_path / "data", tmp_path / "output")
+
+    def serve(encoder: str) -> int:
+        (tmp_path / "encoder.py").write_text(encoder)
+        return try_file.serve(trial, free_port(), ["encoder.py"])
+
+    return serve
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_the_encoder_runs_beside_the_page(stand_ins, tmp_path, capsys):
+    assert stand_ins("print('done'); open('end', 'w')") == 0
+    assert (tmp_path / "output/encode.log").read_text() == "done\n"
+
+
+def test_a_failed_encoding_is_reported(stand_ins, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(try_file, "error", lambda line: (tmp_path / "end").write_text(line))
+    assert stand_ins("print('12:00:00 ERROR no such model'); raise SystemExit(2)") == 0
+    assert (tmp_path / "end").read_text().endswith(": no such model")
+
+
+def test_the_encoder_ends_with_the_page(stand_ins, tmp_path):
+    stand_ins(f"""
+import os, time
+open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
+open("end", "w")
+time.sleep(60)
+""")
+    pid = (tmp_path / "pid").read_text()
+    assert not Path(f"/proc/{pid}").exists()
