@@ -8,11 +8,14 @@ Settings: torch_src/inference_cross_hparams.py, or `--name value`; `--help` list
 
 import sys
 
+from torch_src.hparams import parse
+from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.runtime.program import exit_with
 
 
 def enter() -> int:
-    from torch_src import cross_infer  # imported here: Ctrl-C during the slow imports gives no traceback
+    parse(InferenceCrossHparams, sys.argv[1:])  # --help and errors come before the slow imports
+    from torch_src import cross_infer
 
     return cross_infer.main(sys.argv[1:])
 

@@ -8,11 +8,14 @@ Settings: torch_src/cross_hparams.py, or `--name value`; `--help` lists them.
 
 import sys
 
+from torch_src.cross_hparams import CrossHparams
+from torch_src.hparams import parse
 from torch_src.runtime.program import exit_with
 
 
 def enter() -> int:
-    from torch_src import cross_train  # imported here: Ctrl-C during the slow imports gives no traceback
+    parse(CrossHparams, sys.argv[1:])  # --help and errors come before the slow imports
+    from torch_src import cross_train
 
     return cross_train.main(sys.argv[1:])
 

@@ -8,12 +8,15 @@ Settings: torch_src/inference_de_hparams.py, or `--name value`; `--help` lists t
 
 import sys
 
+from torch_src.hparams import parse
+from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.runtime.program import exit_with
 
 
 def enter(topk: int = 50, bs: int = 1000) -> int:
     """Keep topk passages per query, search bs queries at once; the options --topk and --bs win."""
-    from torch_src import dual_infer  # imported here: Ctrl-C during the slow imports gives no traceback
+    parse(InferenceDeHparams, sys.argv[1:])  # --help and errors come before the slow imports
+    from torch_src import dual_infer
 
     return dual_infer.main(sys.argv[1:], topk=topk, bs=bs)
 

@@ -8,11 +8,14 @@ Settings: torch_src/dual_hparams.py, or `--name value`; `--help` lists them.
 
 import sys
 
+from torch_src.dual_hparams import DualHparams
+from torch_src.hparams import parse
 from torch_src.runtime.program import exit_with
 
 
 def enter() -> int:
-    from torch_src import dual_train  # imported here: Ctrl-C during the slow imports gives no traceback
+    parse(DualHparams, sys.argv[1:])  # --help and errors come before the slow imports
+    from torch_src import dual_train
 
     return dual_train.main(sys.argv[1:])
 

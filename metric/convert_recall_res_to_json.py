@@ -16,6 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
 
+import torch_src  # noqa: F401 (first: it reports missing packages)
+
+# isort: split
+
 import numpy as np
 
 from torch_src.data.collection import PassageCollection, collection_files

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
@@ -28,7 +28,9 @@ from torch_src.runtime.libraries import import_library
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.program import exit_status, exit_with
 from torch_src.tools.demo_hparams import DemoHparams
-from torch_src.tools.search_service import LONGEST_QUESTION, Answer, Hit, SearchService
+
+if TYPE_CHECKING:
+    from torch_src.tools.search_service import Answer, Hit, SearchService
 
 REQUIREMENTS = "requirements-demo.txt"
 MAX_SHOWN = 2000  # characters of a passage
@@ -91,7 +93,7 @@ def marked(text: str, wanted: set[str]) -> str:
     return "".join(parts)
 
 
-def passage(hit: Hit, wanted: set[str], reranked: bool) -> str:
+def passage(hit: "Hit", wanted: set[str], reranked: bool) -> str:
     """Return one hit as a list item."""
     moved = ""
     if reranked:
@@ -109,13 +111,13 @@ def passage(hit: Hit, wanted: set[str], reranked: bool) -> str:
     )
 
 
-def column(title: str, hits: list[Hit], wanted: set[str], reranked: bool) -> str:
+def column(title: str, hits: "list[Hit]", wanted: set[str], reranked: bool) -> str:
     """Return one ranking as a column."""
     items = "".join(passage(hit, wanted, reranked) for hit in hits)
     return f"<section><h3>{title}</h3><ol>{items}</ol></section>"
 
 
-def answer_html(answer: Answer, waiting: bool = False) -> str:
+def answer_html(answer: "Answer", waiting: bool = False) -> str:
     """Return the times and both rankings; `waiting`: the re-ranker is still running."""
     wanted = set(terms(answer.question))
     times = [f"<span>{step} <b>{1000 * took:,.1f} ms</b></span>" for step, took in answer.seconds.items()]
@@ -132,7 +134,7 @@ def answer_html(answer: Answer, waiting: bool = False) -> str:
     return f'<div class="search-times">{head}</div><div class="search-columns">{body}</div>'
 
 
-def respond(service: SearchService, question: str) -> Iterator[str]:
+def respond(service: "SearchService", question: str) -> Iterator[str]:
     """Yield the answer as HTML, first without the slow re-ranker; an error becomes one line."""
     try:
         answer = service.retrieve(question or "")
@@ -155,11 +157,13 @@ def example_questions(hp: DemoHparams) -> list[str]:
     return short[:EXAMPLES]
 
 
-def build_page(service: SearchService, examples: list[str]) -> Any:
+def build_page(service: "SearchService", examples: list[str]) -> Any:
     """Return the gradio page."""
     gradio = load_gradio()
     rows = len(service.retriever.collection)
     reranker = "" if service.scorer else " · no re-ranker"
+    from torch_src.tools.search_service import LONGEST_QUESTION
+
     with gradio.Blocks(title="Passage search", analytics_enabled=False) as page:
         truncated = "".join(f" · {found}" for found in service.truncation if not found.is_tolerated)
         gradio.Markdown(f"## Passage search\n{rows:,} passages · {service.how}{reranker}{truncated}")
@@ -255,6 +259,8 @@ def serve(app: Any, listening: socket.socket) -> None:
 def run(hp: DemoHparams) -> None:
     """Load everything, answer a trial question, and serve the page."""
     load_gradio()
+    from torch_src.tools.search_service import SearchService  # here: --help takes no second
+
     listening = bind(hp.host, hp.port)  # first: a port in use is reported before a minute of loading
     service = SearchService(hp)
     if not service.scorer:

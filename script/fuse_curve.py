@@ -13,12 +13,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
+import torch_src  # noqa: F401 (first: it reports missing packages)
+
+# isort: split
+
 import numpy as np
 
 from metric.evaluation import compute_metrics, load_reference
 from torch_src.data.formats import read_id_map, read_run, read_scores
 from torch_src.data.results import check_same_candidates
-from torch_src.retrieval.reranking import fused_scores
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.options import OptionParser
 from torch_src.runtime.program import exit_status
@@ -49,6 +52,8 @@ def mrr_by_weight(
     reference: dict[str, set[str]],
 ) -> list[tuple[float, float]]:
     """Return (weight, MRR@10) for each weight. The pairs of a query are adjacent."""
+    from torch_src.retrieval.reranking import fused_scores  # here: --help takes no second
+
     starts = [at for at in range(len(qids)) if not at or qids[at] != qids[at - 1]]
     spans = [slice(a, b) for a, b in zip(starts, [*starts[1:], len(qids)], strict=True)]
     points = []

@@ -16,14 +16,17 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
+
+import torch_src  # noqa: F401 (first: it reports missing packages)
+
+# isort: split
 
 import numpy as np
 
 from torch_src.data.passage_ids import check_length, read_passage_ids
-from torch_src.retrieval.engines.milvus import Collection, fill
 from torch_src.retrieval.engines.milvus_options import (
     check_index,
     check_milvus_file,
@@ -37,6 +40,9 @@ from torch_src.runtime.log import duration, log
 from torch_src.runtime.options import OptionParser
 from torch_src.runtime.program import exit_status, exit_with
 from torch_src.runtime.stamps import changes, checksum_text
+
+if TYPE_CHECKING:
+    from torch_src.retrieval.engines.milvus import Collection
 
 
 def open_vectors(folder: str) -> VectorStore:
@@ -63,7 +69,7 @@ def read_pids(args: argparse.Namespace, rows: int) -> np.ndarray | None:
     return pids
 
 
-def prepare(collection: Collection, record: dict[str, Any], pid_bytes: int, force: bool) -> None:
+def prepare(collection: "Collection", record: dict[str, Any], pid_bytes: int, force: bool) -> None:
     """Create the Milvus collection for this record, unless it exists."""
     if collection.exists():
         old = collection.stamp()
@@ -84,6 +90,8 @@ def prepare(collection: Collection, record: dict[str, Any], pid_bytes: int, forc
 
 def run(args: argparse.Namespace) -> None:
     """Create the collection and its index, and load the missing vectors."""
+    from torch_src.retrieval.engines.milvus import Collection, fill  # here: --help takes no second
+
     check_milvus_uri(args.milvus_uri)
     check_index(args.milvus_uri, args.milvus_index, args.milvus_params)
     check_milvus_file(args.milvus_uri)

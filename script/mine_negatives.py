@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
-from torch_src import cross_infer, dual_infer, hparams
+from torch_src import hparams
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import read_scores
 from torch_src.data.passage_ids import check_length, read_passage_ids
@@ -37,6 +37,8 @@ OUTPUTS = ("dual.train.tsv", "cross.train.tsv", mining.SIDECAR)
 
 def retrieve(hp: MiningHparams, queries: Path) -> Path:
     """Return the run of the training queries: --retrieval_result, or that of do_dual_infer.py."""
+    from torch_src import dual_infer  # here: --help takes no second
+
     if hp.retrieval_result:
         fix = f"search the queries of {queries} first (script/bm25.py search --dev_q)"
         return Path(require(hp.retrieval_result, "a run of the training queries", fix))
@@ -56,6 +58,8 @@ def retrieve(hp: MiningHparams, queries: Path) -> Path:
 
 def rerank(hp: MiningHparams, queries: Path, run: Path) -> Path:
     """Score the candidates with do_cross_infer.py; return the file of their logits."""
+    from torch_src import cross_infer
+
     settings = InferenceCrossHparams(
         retrieval_result=str(run), cross_params=hp.cross_params, topk=hp.topk, data_dir=hp.data_dir,
         dev_q=str(queries), dev_q2qid=hparams.NONE, dev_set=hparams.NONE, passage_dir=hp.passage_dir_path,

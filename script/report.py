@@ -16,7 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
-from script.lib.report import data, page, plots
+import torch_src  # noqa: F401 (first: it reports missing packages)
+
+# isort: split
+
 from script.lib.report.hparams import ReportHparams
 from torch_src import hparams
 from torch_src.runtime.files import atomic_write
@@ -29,6 +32,8 @@ PAGE = begins(rb"(?s)<!DOCTYPE html>.*<title>Report of ")
 
 def run(hp: ReportHparams) -> None:
     """Read the run and write the page."""
+    from script.lib.report import data, page, plots  # here: --help takes no second
+
     check_outputs([Output(hp.to_path, PAGE)], hp.inputs)
     plots.matplotlib()  # first: a missing library is reported before a minute of reading
     start, report = time.monotonic(), data.read_report(hp)

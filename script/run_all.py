@@ -24,11 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result
 from torch_src import hparams
 from torch_src.cross_hparams import CrossHparams
-from torch_src.data.collection import PassageCollection
-from torch_src.data.formats import read_dev
-from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.dual_hparams import DualHparams
-from torch_src.inference import read_query_ids
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.runtime.errors import UserError
@@ -73,6 +69,11 @@ def has_knob(settings: type[hparams.Hparams], knob: str) -> bool:
 
 def check_data(train_sets: list[str], hp: InferenceDeHparams, dev_set: str) -> None:
     """UserError unless the input files exist and their ids fit together; check_data.py checks every line."""
+    from torch_src.data.collection import PassageCollection  # here: --help takes no second
+    from torch_src.data.formats import read_dev
+    from torch_src.data.passage_ids import check_length, read_passage_ids
+    from torch_src.inference import read_query_ids
+
     for path in train_sets:
         require(path, "training rows", "get it with `sh script/download.sh`")
     queries = read_query_ids(hp)

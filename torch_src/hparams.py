@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import tyro
-
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import write_json
 from torch_src.runtime.log import error, log
@@ -116,6 +114,8 @@ def parse(
 
 def parse_options(settings: type[Hparams], argv: list[str]) -> dict[str, Any]:
     """Return {knob: value} of the options in `argv` alone."""
+    import tyro
+
     check_utf8(argv)
     kinds = {field.name: field.type for field in dataclasses.fields(settings)}
     flags = {name for name, kind in kinds.items() if kind in (bool, bool | None)}

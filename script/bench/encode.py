@@ -22,6 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root
 
+import torch_src  # noqa: F401 (first: it reports missing packages)
+
+# isort: split
+
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel

@@ -20,6 +20,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root
 
+import torch_src  # noqa: F401 (first: it reports missing packages)
+
+# isort: split
+
 from script.bench.common import run_program
 from script.bench.synthetic import fill_random, open_store, write_id_map, write_model
 from torch_src.data.formats import format_passage, format_query, read_run

@@ -17,6 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root
 
+import torch_src  # noqa: F401 (first: it reports missing packages)
+
+# isort: split
+
 from script.bench.common import (
     Figures,
     Variant,

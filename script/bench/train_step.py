@@ -20,6 +20,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root
 
+import torch_src  # noqa: F401 (first: it reports missing packages)
+
+# isort: split
+
 import torch
 
 from script.bench.common import Figures, Variant, add_model, compare, make_parser

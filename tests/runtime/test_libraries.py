@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.libraries import import_library
+from torch_src.runtime.libraries import describe_missing, import_library
 
 
 @pytest.fixture
@@ -55,3 +55,21 @@ def test_a_library_that_is_installed_but_fails_says_why(fake, text, named):
     fake(text)
     message = reason()
     assert "not installed; run" not in message and named in message
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (ModuleNotFoundError("No module named 'safetensors'", name="safetensors"), "safetensors is not in"),
+        (ModuleNotFoundError("No module named 'tantivy'", name="tantivy"), "requirements-tools.txt"),
+        (ModuleNotFoundError("No module named 'ir_measures'", name="ir_measures"), "requirements-tools.txt"),
+        (ImportError("cannot import name 'x' from 'transformers'", name="transformers"), "'x'"),
+    ],
+)
+def test_a_missing_package_names_the_fitting_requirements(error, named):
+    assert named in describe_missing(error) and "pip install -r requirements" in describe_missing(error)
+
+
+@pytest.mark.parametrize("name", ["torch_src.data.lost", "script.lib.lost", "json.lost", None])
+def test_a_missing_module_of_this_project_is_a_traceback(name):
+    assert describe_missing(ModuleNotFoundError(name=name)) == ""

@@ -145,8 +145,8 @@ def fail_with(error):
     return program
 
 
-def test_success_is_status_0_without_output(capsys):
-    assert program.exit_status(lambda: 7) == 0
+def test_success_is_silent_and_status_0_or_the_one_returned(capsys):
+    assert (program.exit_status(lambda: None), program.exit_status(lambda: 7)) == (0, 7)
     assert capsys.readouterr() == ("", "")
 
 

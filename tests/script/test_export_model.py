@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from script import export_model
+from script.lib import export
 from torch_src import cross_infer, cross_train, dual_infer, dual_train
 from torch_src.models.model_folder import read_model_folder
 from torch_src.models.tokenization import load_tokenizer
@@ -261,7 +262,7 @@ def test_a_failed_export_leaves_nothing(exported, monkeypatch, capsys):
     def fail(*_):
         raise OSError(28, "No space left on device", "README.md")
 
-    monkeypatch.setattr(export_model, "write_card", fail)
+    monkeypatch.setattr(export, "write_card", fail)
     before = sorted(path.name for path in world.iterdir())
     words = ["dual", "--output_dir", str(world / "out"), "--to", str(world / "failed")]
     assert export_model.main(words) == 2

@@ -13,6 +13,16 @@ from typing import IO, Any
 
 from torch_src.runtime.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]  # the repository
+
+
+def from_root(path: str) -> str:
+    """Return a path of the repository as seen from the current directory, in its shortest form."""
+    if os.path.isabs(path):
+        return path
+    absolute = str(ROOT / path)
+    return min(os.path.relpath(absolute), absolute, key=len)
+
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w", keep_old: str | Path | None = None) -> Iterator[IO[Any]]:

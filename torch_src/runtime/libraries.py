@@ -1,9 +1,20 @@
-"""Optional libraries: imported where they are needed, with an error that says why one cannot be."""
+"""Libraries that are missing or cannot be imported: one line that says how to install them."""
 
+import re
+import shutil
+import sys
 from importlib import import_module
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from torch_src.runtime import log
 from torch_src.runtime.errors import UserError, first_line
+from torch_src.runtime.files import ROOT, from_root
+
+OWN = {"torch_src", "metric", "script"}
+GPU_REQUIREMENTS, CPU_REQUIREMENTS = "requirements.txt", "requirements-cpu.txt"
+VENV = ".venv/bin/python"  # made by script/quickstart.sh
 
 
 def import_library(name: str, requirements: str, package: str = "") -> Any:
@@ -22,3 +33,44 @@ def import_library(name: str, requirements: str, package: str = "") -> Any:
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"[:300]
         raise UserError(f"{package or name} is installed but cannot be imported ({reason})") from error
+
+
+def report_missing_package(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Log a missing package as one line and end with status 2 (a sys.excepthook)."""
+    if isinstance(error, ImportError) and (line := describe_missing(error)):
+        log.escape_unprintable()
+        log.error(line)
+        sys.exit(2)
+    sys.__excepthook__(kind, error, trace)
+
+
+def describe_missing(error: ImportError) -> str:
+    """Return which package is missing, or does not fit, and how to install it; empty for our own bug."""
+    package = (error.name or "").partition(".")[0]
+    if not package or package in OWN or package in sys.stdlib_module_names:
+        return ""
+    reason = "is not installed" if error.name == package and isinstance(error, ModuleNotFoundError) else ""
+    reason = reason or f"is installed, but does not have what is needed ({first_line(error)})"
+    return f"{package} {reason} in {sys.executable}; {how_to_install(package)}"
+
+
+def how_to_install(package: str) -> str:
+    """Return the commands that install a package: the environment of the quick start, or pip."""
+    file = requirements_of(package)
+    pip = f"{sys.executable} -m pip install -r {from_root(file)}"
+    if (ROOT / VENV).exists() and Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():
+        return f"run it with {from_root(VENV)}, or {pip}"
+    is_main = file in (GPU_REQUIREMENTS, CPU_REQUIREMENTS)
+    return f"run sh {from_root('script/quickstart.sh')}, or {pip}" if is_main else f"run {pip}"
+
+
+def requirements_of(package: str) -> str:
+    """Return the requirements file that names a package; of the two main ones the one for this machine."""
+    name = re.compile(rf"(?mi)^{package.replace('_', '[-_]')}\b")
+    for path in [*sorted(ROOT.glob("requirements-*.txt")), ROOT / "script/bench/requirements.txt"]:
+        is_main = path.name in ("requirements-base.txt", CPU_REQUIREMENTS)
+        if not is_main and name.search(path.read_text(encoding="utf-8")):
+            return str(path.relative_to(ROOT))
+    return GPU_REQUIREMENTS if shutil.which("nvidia-smi") else CPU_REQUIREMENTS

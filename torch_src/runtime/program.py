@@ -14,16 +14,16 @@ INTERRUPTED = 128 + signal.SIGINT
 RESUMES = "interrupted; the same command, without --force, resumes"
 
 
-def exit_status(program: Callable[[], object], *user_errors: type[Exception]) -> int:
+def exit_status(program: Callable[[], int | None], *user_errors: type[Exception]) -> int:
     """Run `program()` and return the exit status of the process.
 
-    0: success. 2: UserError, OSError, `user_errors` or out of memory, logged as one line. 128 + signal:
-    stopped or interrupted.
+    What `program` returns, else 0. 2: UserError, OSError, `user_errors` or out of memory, logged as one line.
+    128 + signal: stopped or interrupted.
     """
     log.escape_unprintable()
     expected: tuple[type[Exception], ...] = (UserError, *user_errors)
     try:
-        program()
+        return program() or 0
     except expected as error:
         log.error(str(error))
         return 2
@@ -33,6 +33,9 @@ def exit_status(program: Callable[[], object], *user_errors: type[Exception]) ->
         fix = "lower --grad_cache_chunk (training) or --batch_size (inference); --plan suggests a number"
         log.error(f"out of memory ({first_line(error).split('. ')[0]}); {fix}")
         return 2
+    except BrokenPipeError:  # `--help | head`: nobody reads the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
@@ -44,11 +47,10 @@ def exit_status(program: Callable[[], object], *user_errors: type[Exception]) ->
     except KeyboardInterrupt:
         log.warn(RESUMES)
         return INTERRUPTED
-    return 0
 
 
 def exit_with(program: Callable[[], int]) -> NoReturn:
-    """Run `program()` and end the process with the exit status that it returns.
+    """Run `program()` and end the process with its exit status.
 
     SIGINT ends the process at once, even during imports and C code: files are written atomically, so there
     is nothing to clean up. Training installs its own handler.
@@ -63,4 +65,4 @@ def exit_with(program: Callable[[], int]) -> NoReturn:
             os._exit(INTERRUPTED)
 
     signal.signal(signal.SIGINT, interrupted)
-    sys.exit(program())
+    sys.exit(exit_status(program))

@@ -1,0 +1,41 @@
+"""How programs start: options are parsed before slow imports, a missing package is one line."""
+
+import subprocess
+import sys
+
+import pytest
+from doc_commands import ROOT
+
+FOLDERS = (ROOT, ROOT / "metric", ROOT / "script")
+PROGRAMS = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in folder.glob("*.py"))
+SLOW = {"torch", "transformers", "faiss", "tensorboard", "sentence_transformers", "gradio", "matplotlib"}
+
+
+def test_help_and_wrong_values_need_no_slow_import():
+    """One process for all programs: importing numpy takes time."""
+    code = f"""
+import contextlib, io, runpy, sys
+for program, *words in [*([name, "--help"] for name in {PROGRAMS!r}), ["do_dual_train.py", "--lr", "0"]]:
+    sys.argv = [program, *words]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        try:
+            runpy.run_path(program, run_name="__main__")
+        except SystemExit as ended:
+            assert (ended.code or 0) == (0 if words == ["--help"] else 2), (program, ended.code)
+    assert len(out.getvalue().splitlines()) > 3 or words != ["--help"], program
+    assert not {SLOW!r} & set(sys.modules), program
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["do_cross_infer.py", "metric/evaluation.py a b", "script/compare_runs.py", "script/run_all.py --debug"],
+)
+def test_a_missing_package_is_one_line(words):
+    """-S: without the installed packages."""
+    done = subprocess.run([sys.executable, "-S", *words.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert "is not installed" in done.stderr and "requirements" in done.stderr
+    assert done.stderr.count("\n") == 1
