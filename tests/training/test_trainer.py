@@ -11,6 +11,7 @@ from torch import nn
 from torch_src.dual_hparams import DualHparams
 from torch_src.dual_train import training_stage
 from torch_src.runtime.errors import UserError
+from torch_src.training import trainer
 from torch_src.training.checkpoints import save_checkpoint
 from torch_src.training.distributed import Processes
 from torch_src.training.grad_cache import Chunking, seed_of
@@ -207,6 +208,37 @@ def test_resuming_gives_the_bytes_of_the_uninterrupted_run(tmp_path, eval_every,
     finished = Toy(tmp_path / "broken", **knobs)
     finished.run()
     assert finished.weights() == whole.weights() and finished.gradients == []
+
+
+@pytest.mark.parametrize("fail_at", [(0, 2), (1, 0), (1, 2), (2, 1)])
+def test_the_curves_of_a_resumed_run_have_every_point_once(tmp_path, monkeypatch, fail_at):
+    boards = {}
+
+    class Board:
+        """Keeps points as TensorBoard shows them: those from `purge_step` on are dropped."""
+
+        def __init__(self, folder, purge_step):
+            kept = [point for point in boards.get(folder, []) if point[1] < purge_step]
+            self.points = boards[folder] = kept
+
+        def add_scalar(self, tag, value, step):
+            self.points.append((tag, step, pytest.approx(value, abs=1e-5)))
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(trainer, "SummaryWriter", Board)
+    scores = [0.0, 0.3, 0.9, 0.1]
+    Toy(tmp_path / "whole", metrics=scores).run()
+    broken = Toy(tmp_path / "broken", metrics=scores)
+    broken.fail_at = fail_at
+    with pytest.raises(ConnectionError):
+        broken.run()
+    resumes = (tmp_path / "broken/checkpoint.pt").exists()
+    Toy(tmp_path / "broken", metrics=broken.metrics if resumes else scores).run()
+    whole, resumed = (boards[tmp_path / name / "tensorboard/checkpoint"] for name in ("whole", "broken"))
+    assert len(whole) == 3 * 12 + 4
+    assert sorted(resumed, key=lambda point: point[:2]) == sorted(whole, key=lambda point: point[:2])
 
 
 def test_a_checkpoint_of_other_settings_is_not_continued(tmp_path, capsys):

@@ -459,8 +459,12 @@ class TrainingLog:
         self.recent: list[Update] = []  # since the last line
         self.board: SummaryWriter | None = None
         if trainer.processes.is_first:
-            folder = trainer.checkpoint.parent / "tensorboard"
+            folder = trainer.checkpoint.parent / "tensorboard" / trainer.checkpoint.stem.partition("_")[0]
+            # a killed run may have written points after its checkpoint, which the resumed run writes again
             self.board = SummaryWriter(folder, purge_step=self.first_step)
+            for entry in trainer.progress.history:
+                if entry["step"] == self.first_step:  # purged as well
+                    self._plot("train" if "loss" in entry else "dev", entry)
 
     def update(self, update: Update) -> None:
         """Log the means since the last line, every `log_every` updates and after the last one."""
@@ -501,7 +505,8 @@ class TrainingLog:
     def _plot(self, group: str, values: dict[str, float]) -> None:
         if self.board is not None:
             for name, value in values.items():
-                self.board.add_scalar(f"{group}/{name}", value, self.trainer.progress.step)
+                if name != "step":
+                    self.board.add_scalar(f"{group}/{name}", value, self.trainer.progress.step)
 
     def line(self, line: str) -> None:
         """Log a line once for all processes."""
