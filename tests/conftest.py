@@ -11,7 +11,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may use the network
 
 ROOT = Path(__file__).resolve().parents[1]
-VOCAB = ROOT / "script/sample_data/tiny_bert/vocab.txt"
+VOCAB = ROOT / "tests/tiny_bert/vocab.txt"
 PACKAGES = {
     "tools": ("sentence_transformers", "ir_measures", "tantivy", "matplotlib", "openvino"),
     "browser": ("gradio", "playwright"),
@@ -52,6 +52,12 @@ def tokenizer():
     from torch_src.models.tokenization import load_tokenizer
 
     return load_tokenizer("", str(VOCAB))
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder() -> Path:
+    """The folder of the encoder in the sample data."""
+    return ROOT / "script/sample_data/tiny_encoder"
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def make_collection(folder: Path, dev: list[dict], passages: int) -> None:
 
 def make_model(folder: Path, hidden: int = 32) -> None:
     """Write the vocabulary and configuration of a one-layer BERT without weights; a seed draws them."""
-    tiny = SAMPLE / "tiny_bert"
+    tiny = ROOT / "tests/tiny_bert"
     config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
     small = {"hidden_size": hidden, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     write(folder / "config.json", [json.dumps(config | small)])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from torch_src.common_hparams import Training
-from torch_src.hparams import NONE, TINY_MODEL, under
+from torch_src.hparams import NONE, TINY_ENCODER, under
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.options import AT_MOST_ALL, COUNT, FROM_0, PAIR_LENGTH
 
@@ -41,8 +41,9 @@ class CrossHparams(Training):
 
     TRAIN_FILE = "train/cross.train.tsv"
     DEBUG = {
-        "pretrained_model_path": TINY_MODEL, "precision": "fp32", "epoch": 8, "lr": 1e-3, "loss": "listwise",
-        "group_size": 7, "max_seq_len": 160, "dropout": 0.0, "dev_queries": 90,
+        "pretrained_model_path": TINY_ENCODER, "precision": "fp32", "epoch": 1, "lr": 2e-4,
+        "loss": "listwise", "group_size": 4, "groups_per_step": 8, "max_seq_len": 216, "dropout": 0.0,
+        "dev_queries": 60, "dev_depth": 20,
     }  # fmt: skip
     INPUTS = {"dual_params": "trained retriever"}
     CHOICES = {"loss": ("pointwise", "listwise")}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from torch_src.common_hparams import Training
-from torch_src.hparams import NONE, POOLINGS, TINY_MODEL, under
+from torch_src.hparams import NONE, POOLINGS, TINY_ENCODER, under
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.options import ABOVE_0, FROM_0, LENGTH
 
@@ -48,10 +48,10 @@ class DualHparams(Training):
     dev_random_passages: int = 20000  # random passages added to those of dev_candidates
 
     DEBUG = {
-        # Mean pooling and a temperature: random layers learn little from unscaled [CLS] products.
-        "share_encoder": True, "pooling": "mean", "normalize": True, "temperature": 0.05,
-        "pretrained_model_path": TINY_MODEL, "precision": "fp32",
-        "epoch": 10, "batch_size": 32, "lr": 1e-3, "p_max_seq_len": 160,
+        # the prefixes are those of the model's folder
+        "pretrained_model_path": TINY_ENCODER, "share_encoder": True, "pooling": "mean", "normalize": True,
+        "temperature": 0.02, "hard_negatives": 0, "p_max_seq_len": 208, "dropout": 0.0,
+        "precision": "fp32", "epoch": 2, "batch_size": 32, "lr": 2e-4,
     }  # fmt: skip
     CHOICES = {"pooling": POOLINGS, "distill_loss": (NONE, "kl", "margin_mse")}
     RANGES = {

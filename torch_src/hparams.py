@@ -25,7 +25,7 @@ from torch_src.runtime.options import check_range, check_utf8, limit_text
 
 NONE = "none"  # value that turns a path or model option off
 SAMPLE_DIR = "script/sample_data"
-TINY_MODEL = f"{SAMPLE_DIR}/tiny_bert"  # a configuration without weights, which are drawn from the seed
+TINY_ENCODER = f"{SAMPLE_DIR}/tiny_encoder"  # a retriever and a re-ranker in one file
 POOLINGS = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "pooler")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
@@ -47,7 +47,7 @@ class Hparams:
 
     # main options
     output_dir: str = "output"  # folder of the results
-    debug: bool = False  # small run on a CPU without a download: sample data, small random model
+    debug: bool = False  # small run on a CPU without a download: sample data, small encoder
 
     # Subclasses extend these four with attributes of the same name.
     DEBUG: ClassVar[dict[str, Any]] = {"output_dir": "output/debug"}  # defaults with --debug; options win

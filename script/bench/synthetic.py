@@ -19,8 +19,8 @@ PASSAGE_CHARACTERS, QUERY_CHARACTERS = (331.0, 0.8), (9.5, 0.37)
 
 
 def write_model(folder: Path, **sizes: int) -> None:
-    """Write a BERT over the vocabulary of the sample, without weights (a seed initializes them)."""
-    tiny = ROOT / "script/sample_data/tiny_bert"
+    """Write a BERT over a vocabulary of single characters, without weights (a seed initializes them)."""
+    tiny = ROOT / "tests/tiny_bert"
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | sizes), encoding="utf-8")

@@ -43,7 +43,7 @@ def copy_of_the_repository(folder: Path) -> Path:
     world = make_world(folder / "world")
     for name in ("script/sample_data", "dureader-retrieval-baseline-dataset"):
         shutil.copytree(world / "data", folder / name)
-    for name in ("script/sample_data/tiny_bert", "torch_pretrained_models/ernie-gram-zh", "hub"):
+    for name in ("script/sample_data/tiny_encoder", "torch_pretrained_models/ernie-gram-zh", "hub"):
         shutil.copytree(world / "model", folder / name)
     own_files(folder)
     return folder

@@ -20,7 +20,7 @@ from torch_src.models.tokenization import (
 from torch_src.runtime.errors import UserError
 
 STEADY = settings(derandomize=True, deadline=None)  # the same examples each time, on a slow machine too
-MODEL = Path(__file__).resolve().parents[2] / "script" / "sample_data" / "tiny_bert"
+MODEL = Path(__file__).resolve().parents[1] / "tiny_bert"
 RULES = TextRules(32)
 CONTROLS = ["", " ", "\x00\x01\x02", "\x0b\x0c\x1c\x1d\x1e\x85", "\u2028\u2029", "\ufeff\x7f", "\ufffd"]
 

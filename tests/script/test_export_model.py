@@ -158,7 +158,7 @@ def test_cross_encoder_scores_are_the_same(tmp_path):
 
 def model_with(folder: Path, kind: str) -> Path:
     """Write a tiny pretrained model with the sample's vocabulary."""
-    tokenizer = load_tokenizer("", str(SAMPLE / "tiny_bert/vocab.txt"))
+    tokenizer = load_tokenizer("", str(SAMPLE.parents[1] / "tests/tiny_bert/vocab.txt"))
     tokenizer.chat_template = "{% for m in messages %}x {{ m.content }}{% endfor %}"  # not for this use
     sizes = {
         "vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -20,6 +20,7 @@ from torch_src.training.trainer import Output, Trainer, TrainerOptions, Training
 
 CPU = torch.device("cpu")
 SAMPLE = Path(__file__).resolve().parents[2] / "script" / "sample_data"
+MODEL = Path(__file__).resolve().parents[1] / "tiny_bert"
 
 
 class Toy(TrainingTask):
@@ -383,7 +384,7 @@ def test_tokenizing_ahead_is_not_disturbed_by_an_evaluation(tmp_path, monkeypatc
     # The thread that prepares the next batch waits between setting its length limit and tokenizing, until the
     # evaluation has tokenized to another limit, or for 0.3 s when the two never meet.
     hp = DualHparams(
-        data_dir=str(SAMPLE), pretrained_model_path=str(SAMPLE / "tiny_bert"), output_dir=str(tmp_path),
+        data_dir=str(SAMPLE), pretrained_model_path=str(MODEL), output_dir=str(tmp_path),
         batch_size=2, q_max_seq_len=8, p_max_seq_len=40, max_steps=2, eval_every=1, precision="fp32",
         device="cpu",
     )  # fmt: skip
