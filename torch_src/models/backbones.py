@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_src.models.hub import is_hub_name, local_folder
+from torch_src.models.known_encoders import SETTINGS, known_encoder, log_known
 from torch_src.models.model_folder import (
     ModelFolder,
     is_decoder,
@@ -166,7 +168,8 @@ def read_config(tower: str, path: str) -> PretrainedConfig:
 def folder_settings(path: str, longest: dict[str, int] | None = None) -> dict[str, Any]:
     """Return the knobs of a retriever that its folder or hub name sets.
 
-    Without modules.json only a decoder sets any: its last token has seen the whole text. Lengths are at most
+    What the folder does not say is filled in for the published encoders of known_encoders.json. Of others
+    without modules.json only a decoder sets any: its last token has seen the whole text. Lengths are at most
     what the model has positions for. `longest`: lengths above which the folder's general limit is not used.
     """
     if not os.path.isdir(path) and not is_hub_name(path):
@@ -176,7 +179,12 @@ def folder_settings(path: str, longest: dict[str, int] | None = None) -> dict[st
     if folder.unused_prompts:
         names = ", ".join(folder.unused_prompts)
         warn(f"{path}: its prompts {names} are not used; pass --query_prefix and --passage_prefix")
-    if not folder.has_modules:
+    known = known_encoder(path)
+    used = {name: known[name] for name in SETTINGS if known and getattr(folder, name) is None}
+    if used:
+        log_known(path, known["family"], tuple(used.items()))
+        folder = replace(folder, **used)
+    elif not folder.has_modules:
         return {"pooling": "lasttoken"} if config and is_decoder(config) else {}
     knobs = folder.knobs()
     if folder.separate:
