@@ -11,6 +11,7 @@
     python script/convert_dataset.py dpr FOLDER --to D
     python script/convert_dataset.py hub FOLDER --to D
     python script/convert_dataset.py dureader FOLDER --to D
+    python script/convert_dataset.py feedback feedback.jsonl --data_dir D --to FOLDER
     python script/convert_dataset.py to_beir D --to FOLDER
     python script/convert_dataset.py to_trec dual_res.json --reference qrels.txt --to FOLDER
     python script/convert_dataset.py from_trec run.txt --to dual_res.json
@@ -27,6 +28,9 @@ flagembedding, tevatron, dpr, hub, dureader: rows of a query and its passages, i
     pos_scores and neg_scores; {query_id, query, positive_passages, negative_passages};
     {question, positive_ctxs, hard_negative_ctxs}; {question_id, question, answer_paragraphs};
     {anchor, positive, negative}.
+feedback: the clicks on script/demo.py's page (feedback.jsonl in its output folder) over the collection of
+    --data_dir, which is linked, not copied. Marked passages are positives, others above them negatives.
+    --dev_share of the queries, by a hash of the query, become the dev set.
 
 Files may be gzipped, and in UTF-8, UTF-16 or GB18030 (GBK); --encoding names another. Headers are recognized;
 --columns names the columns of a corpus: text=NAME,title=NAME,id=NAME by their names (also of JSON fields), or
@@ -52,6 +56,7 @@ import torch_src  # noqa: F401 (first: it reports missing packages)
 
 # isort: split
 
+from script.lib.feedback import feedback_queries
 from script.lib.foreign_datasets import (
     TRAIN,
     Conversion,
@@ -83,11 +88,12 @@ from torch_src.data.row_file import text_hash
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_folder, atomic_write
 from torch_src.runtime.log import log, warn
-from torch_src.runtime.options import OptionParser, positive_int, seed
+from torch_src.runtime.options import OptionParser, number, positive_int, seed
 from torch_src.runtime.outputs import check_new_folder
 from torch_src.runtime.program import exit_status
 from torch_src.runtime.stamps import clear_stamp
 
+DEV_SHARE = 0.3  # of the queries with feedback
 READ_ROWS = 4096  # passages in memory at a time
 JUDGED = ("beir", "msmarco", "t2ranking")
 IN_ROWS = ("flagembedding", "tevatron", "dpr", "hub", "dureader")
@@ -106,6 +112,8 @@ OPTIONS = {
     "columns": CONVERTED,
     "quotes": CONVERTED,
     "encoding": CONVERTED,
+    "data_dir": ("feedback",),
+    "dev_share": ("feedback",),
     "reference": ("to_trec",),
 }
 DPR_COLUMNS = ("id", "text", "title")  # in CSV quotes
@@ -116,8 +124,8 @@ T2RANKING_GRADE = 2  # from 0 to 3; the authors count 2 and 3 as relevant
 @contextmanager
 def new_folder(args: argparse.Namespace) -> Iterator[Path]:
     """Yield a folder that becomes --to when the block ends without an error; --to must be new or empty."""
-    inputs = (args.source, args.queries, args.qrels, args.train_qrels, args.corpus, args.dev, args.reference)
-    check_new_folder(args.to, inputs)
+    names = ("source", "queries", "qrels", "train_qrels", "corpus", "dev", "data_dir", "reference")
+    check_new_folder(args.to, [getattr(args, name) for name in names])
     with atomic_folder(args.to) as folder:
         yield folder
 
@@ -230,6 +238,23 @@ def log_unread(path: Path, source: Source) -> None:
         log(f"{path}: files not read: {', '.join(unread)}")
 
 
+def from_feedback(args: argparse.Namespace) -> None:
+    """Write the clicks on the search page as training and dev files, beside a link to the collection."""
+    source = Path(args.source)
+    if not args.data_dir:
+        raise UserError("feedback needs the data folder that was searched; pass --data_dir")
+    collection = Path(args.data_dir) / "passage-collection"
+    counts = Counts()
+    share = DEV_SHARE if args.dev_share is None else args.dev_share
+    passages, queries = feedback_queries(source, collection, share, args.seed, counts)
+    with new_folder(args) as folder:
+        layout = OfficialLayoutWriter(folder, args.seed, counts)
+        layout.link_collection(collection, passages)
+        layout.write_queries(queries, source)
+        counts.log()
+    log(f"wrote {args.to}")
+
+
 # ---- from the official layout
 
 
@@ -245,8 +270,8 @@ def to_beir(args: argparse.Namespace) -> None:
     prefix = "train"
     while any(query.qid.startswith(prefix) for query in dev):
         prefix += "_"
-    for number, query in enumerate(train):
-        query.qid = f"{prefix}{number}"
+    for at, query in enumerate(train):
+        query.qid = f"{prefix}{at}"
     known = set(ids)
     unknown = [(query.qid, pid) for query in dev for pid in query.answers if pid not in known]
     if unknown:
@@ -366,6 +391,7 @@ def from_trec(args: argparse.Namespace) -> None:
 # ---- the command line
 
 KINDS = dict.fromkeys(CONVERTED, to_official) | {
+    "feedback": from_feedback,
     "to_beir": to_beir,
     "to_trec": to_trec,
     "from_trec": from_trec,
@@ -410,6 +436,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--quotes", choices=("", "csv", "none"), default="", help="of tables; default: as found"
     )
+    parser.add_argument("--data_dir", default="", help="data folder that was searched, for feedback")
+    parser.add_argument("--dev_share", type=number(0, 1), help="of the queries, for feedback; default 0.3")
     parser.add_argument("--reference", default="", help="dev.json or qrels, for to_trec")
     parser.add_argument("--seed", type=seed, default=42, help="for random negatives")
     args = parser.parse_args(argv)

@@ -35,6 +35,7 @@ from torch_src.runtime.log import log, warn
 
 TITLES = "titles.tsv"  # beside the collection: row and title of each passage that had a title
 MERGED = "merged_qids.tsv"  # in dev/: qid of a query with the text of an earlier one, qid of that one
+Texts = PassageCollection | list[str]  # by row
 RANDOM_NEGATIVES = 4  # of a training query without negatives
 
 
@@ -96,6 +97,7 @@ class OfficialLayoutWriter:
         self.hashes = array("Q")  # of the text of each row
         self.row_by_text: dict[int, int] = {}  # filled when it is needed
         self.pids: list[str] = []
+        self.texts: list[str] = []  # of a collection that is linked
         self.empty: set[int] = set()  # rows without a text that training accepts
         self.random = 0
 
@@ -166,9 +168,15 @@ class OfficialLayoutWriter:
 
     # ---- queries
 
+    def link_collection(self, folder: Path, passages: Iterable[Passage]) -> None:
+        """Link an existing collection instead of writing one; of its passages only these are known."""
+        (self.folder / "passage-collection").symlink_to(folder.resolve(), target_is_directory=True)
+        for passage in passages:
+            self.texts.append(self._add_passage(passage, len(self.rows)) or "")
+
     def write_queries(self, queries: Iterable[Query], source: Path | str = "the queries") -> int:
         """Write train/ and dev/, with the texts of the collection written before; return the dev queries."""
-        collection = PassageCollection(self.folder / "passage-collection")
+        collection: Texts = self.texts or PassageCollection(self.folder / "passage-collection")
         found: dict[str, dict[str, Query]] = {"train": {}, "dev": {}}  # split -> text -> query
         line_of: dict[tuple[str, str], Query] = {}
         merged: list[tuple[str, str]] = []
@@ -253,7 +261,7 @@ class OfficialLayoutWriter:
 
     # ---- training files
 
-    def _write_train(self, queries: list[Query], collection: PassageCollection) -> None:
+    def _write_train(self, queries: list[Query], collection: Texts) -> None:
         folder, has_logits = self.folder / "train", any(query.logits for query in queries)
         with ExitStack() as stack:
             names = ("dual.train.tsv", "cross.train.tsv", SIDECAR)
@@ -265,7 +273,7 @@ class OfficialLayoutWriter:
             (folder / SIDECAR).unlink()
 
     def _write_training_rows(
-        self, dual: IO[str], cross: IO[str], sidecar: IO[str], collection: PassageCollection, query: Query
+        self, dual: IO[str], cross: IO[str], sidecar: IO[str], collection: Texts, query: Query
     ) -> None:
         positives = [pid for pid, grade in query.grades.items() if grade >= self.min_grade]
         negatives = [pid for pid, grade in query.grades.items() if grade < self.min_grade]
@@ -300,9 +308,7 @@ class OfficialLayoutWriter:
 
     # ---- dev files
 
-    def _write_dev(
-        self, queries: list[Query], collection: PassageCollection, merged: list[tuple[str, str]]
-    ) -> None:
+    def _write_dev(self, queries: list[Query], collection: Texts, merged: list[tuple[str, str]]) -> None:
         folder = self.folder / "dev"
         with atomic_write(folder / "dev.json") as file:
             for query in queries:
@@ -317,7 +323,7 @@ class OfficialLayoutWriter:
             with atomic_write(folder / MERGED) as file:
                 file.writelines(f"{qid}\t{kept}\n" for qid, kept in merged)
 
-    def _answer(self, pid: str, grade: int, collection: PassageCollection) -> dict[str, object]:
+    def _answer(self, pid: str, grade: int, collection: Texts) -> dict[str, object]:
         """Return a positive as dev.json holds it, with a grade above 1."""
         answer: dict[str, object] = {"paragraph_id": pid, "paragraph_text": collection[self.rows[pid]]}
         return answer | ({"grade": grade} if grade > 1 else {})

@@ -94,6 +94,10 @@ def in_rows(folder: Path) -> None:
            for split, (qid, query, yes, no) in (("train", TRAIN), ("dev", DEV))]  # fmt: skip
     json_lines(folder / "queries.jsonl", own)
     write(folder / "run.txt", [f"{DEV[0]} Q0 {pid} {rank} {9 - rank} x" for rank, pid in enumerate("132", 1)])
+    sides = [{"pid": pid, "row": int(pid) - 1, "passage": TEXTS[pid]} for pid in DEV[2:]]
+    click = {"time": "t", "query": DEV[1], **sides[0], "relevant": True, "column": "dense", "rank": 2}
+    for name in ("feedback.jsonl", "output/my/feedback.jsonl"):
+        json_lines(folder / name, [{**click, "above": sides[1:]}])
     (folder / "dual_res.json").write_text(json.dumps({DEV[0]: ["3", "1"]}))
 
 
@@ -131,6 +135,8 @@ def run(words: list[str]) -> str:
         assert lines(target / "qrels.txt") == [f"{DEV[0]} 0 3 2"]
     elif words[0] == "to_beir":
         assert lines(target / "qrels/dev.tsv")[1].startswith(f"{DEV[0]}\t3\t")
+    elif words[0] == "feedback":
+        assert {path.name for path in target.iterdir()} == {"passage-collection", "train"}
     elif words[0] == "auto":
         texts = [line.split("\t")[2] for line in lines(target / "passage-collection/part-00")]
         assert texts == [*TEXTS.values()]
@@ -152,8 +158,8 @@ def test_the_commands_of_the_help(sources, capsys):
     shown = re.findall(r"^    python script/convert_dataset.py (.*)", capsys.readouterr().out, re.MULTILINE)
     kinds = []
     for number, line in enumerate(shown):
-        kind, source, *rest = line.split()
-        source = {"FOLDER": FOLDERS.get(kind, source), "D": "out0"}.get(source, source)
+        kind, source, *rest = ("out0" if word == "D" else word for word in line.split())
+        source = FOLDERS.get(kind, source) if source == "FOLDER" else source
         at = rest.index("--to") + 1
         rest[at] = f"out{number}" if kind not in FOLDERS else f"out/{kind}"
         kinds.append(run([kind, source, *rest]))
