@@ -16,7 +16,7 @@ done
 wanted=$(echo "$markers" | sed 's/not  *[a-z]*//g')
 more=requirements-test.txt
 case "$wanted" in *tools*) more="$more requirements-tools.txt requirements-openvino.txt" ;; esac
-case "$wanted" in *browser*) more="$more requirements-demo.txt requirements-test-browser.txt" ;; esac
+case "$wanted" in *browser*) more="$more requirements-test-browser.txt" ;; esac
 case "$wanted" in *milvus*) more="$more requirements-milvus.txt" ;; esac
 . script/make_venv.sh
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VOCAB = ROOT / "tests/tiny_bert/vocab.txt"
 PACKAGES = {
     "tools": ("sentence_transformers", "ir_measures", "tantivy", "matplotlib", "openvino"),
-    "browser": ("gradio", "playwright"),
+    "browser": ("playwright",),
     "milvus": ("pymilvus", "milvus_lite"),
 }
 
@@ -133,9 +133,9 @@ def trained(tmp_path_factory) -> Path:
 @pytest.fixture
 def trained_copy(trained, tmp_path) -> Path:
     """A copy of the trained world that a test may change."""
-    import shutil
+    from toy_world import copy_world
 
-    return Path(shutil.copytree(trained, tmp_path / "world"))
+    return copy_world(trained, tmp_path / "world")
 
 
 @pytest.fixture

@@ -32,6 +32,15 @@ def make_world(folder: Path, dev_queries: int = 6, train_queries: int = 24, pass
     return folder
 
 
+def copy_world(world: Path, target: Path) -> Path:
+    """Copy a world to `target`; the settings saved in it name the copy. Return `target`."""
+    shutil.copytree(world, target)
+    for saved in target.glob("output/*_hparams.json"):
+        text = saved.read_text(encoding="utf-8")
+        saved.write_text(text.replace(str(world), str(target)), encoding="utf-8")
+    return target
+
+
 def first_queries(path: Path, count: int) -> list[str]:
     rows = lines(path)
     queries = list(dict.fromkeys(row.split("\t")[0] for row in rows))[:count]

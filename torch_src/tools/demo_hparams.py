@@ -1,37 +1,125 @@
 """Settings of script/demo.py. Edit a default here, or pass `--name value`."""
 
-from dataclasses import dataclass
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from torch_src.common_hparams import Queries, Run
+from torch_src.dual_hparams import MODEL_SETTINGS
 from torch_src.hparams import NONE, under
-from torch_src.inference_de_hparams import RetrieverHparams
+from torch_src.inference_cross_hparams import InferenceCrossHparams
+from torch_src.inference_de_hparams import InferenceDeHparams, RetrieverHparams
 from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import read_json
+from torch_src.runtime.options import FROM_0
+
+SAVED = (
+    "dual_infer_hparams.json", "dual_hparams.json", "cross_infer_hparams.json", "cross_hparams.json",
+)  # fmt: skip
+DATA = (
+    "data_dir",
+    "passage_dir",
+    "passage_ids",
+    "debug",
+)  # read from any of these files, the first that exists
+# Of this machine or of the run, not of the vectors.
+NOT_SAVED = ("output_dir", "device", "precision", "threads", "topk", "search_memory_gb")
+# Other values of these than the saved ones do not fit the vectors.
+FIXED = ("data_dir", "passage_dir", "dual_params", "para_emb", "pretrained_model_path", *MODEL_SETTINGS)
+RERANKER = ("pretrained_model_path", "vocab_path", "max_seq_len", "remove_spaces")
 
 
 @dataclass(frozen=True)
 class DemoHparams(RetrieverHparams, Queries, Run):
-    """Search page on this machine: trained models and passage vectors -> a page at http://127.0.0.1:7860."""
+    """Search page on this machine: what the programs wrote to output_dir -> a page at http://127.0.0.1:7860."""
 
     # main options
     topk: int = 50  # passages retrieved for a question, and re-ranked
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: other machines can send queries
     port: int = 7860  # port to listen on; 0: any free one
     cross_params: str = ""  # trained re-ranker; empty: output_dir/cross_params.bin; none: no re-ranker
+    reranker: str = ""  # folder or hub name of a re-ranker that was not trained here; empty: cross_params
 
-    RANGES = {"topk": (1, 1000), "port": (0, 65535), "search_memory_gb": (0,)}
+    # search
+    bm25: str = ""  # folder of bm25.py; empty: output_dir/bm25, else output_dir/cache/bm25; none: no BM25
+    fuse_retriever_weight: float | None = None  # as for do_cross_infer.py; unset: as saved there, else 1
+
+    RANGES = {
+        "topk": (1, 1000), "port": (0, 65535), "search_memory_gb": (0,), "fuse_retriever_weight": FROM_0,
+    }  # fmt: skip
 
     @property
     def cross_params_path(self) -> str:
         return under(self.output_dir, self.cross_params, "cross_params.bin")
 
-    @property
-    def reranks(self) -> bool:
-        """Return whether there is a re-ranker, or an option names one."""
-        named = bool(self.cross_params) or Path(self.cross_params_path).exists()
-        return named and self.cross_params != NONE
 
-    def check(self) -> None:
-        super().check()
-        if self.search_params and not self.index:
-            raise UserError("--search_params is for an approximate --index")
+def demo_settings(options: Mapping[str, Any]) -> DemoHparams:
+    """Return the settings: options, else what the programs saved in output_dir, else the defaults."""
+    plain = DemoHparams.defaults(options.get("debug", False))
+    folder = options.get("output_dir", plain.output_dir)
+    saved = {name: read_saved(folder, name) for name in SAVED}
+    found: dict[str, Any] = {}
+    for name in reversed(SAVED):
+        found |= {knob: saved[name][knob] for knob in DATA if knob in saved[name]}
+    search, rerank = saved["dual_infer_hparams.json"], saved["cross_infer_hparams.json"]
+    known = {knob.name for knob in fields(InferenceDeHparams)} & {knob.name for knob in fields(DemoHparams)}
+    found |= {name: search[name] for name in known - {*NOT_SAVED} if name in search}
+    if search.get("engine") == "milvus":
+        found["search_params"] = ""  # for the index there
+    if rerank:
+        found["fuse_retriever_weight"] = rerank["fuse_retriever_weight"]
+        if rerank["cross_params"] != NONE:
+            found["cross_params"] = rerank["cross_params"]
+        elif "cross_params" not in options:
+            found["reranker"] = rerank["pretrained_model_path"] or ""
+    hp = replace(plain, **{**found, **options})
+    hp.check()
+    if hp.search_params and not hp.index:
+        raise UserError("--search_params is for an approximate --index")
+    return hp
+
+
+def read_saved(output_dir: str, name: str) -> dict[str, Any]:
+    """Return the settings that a program saved in its output folder; empty without the file."""
+    path = Path(output_dir) / name
+    return read_json(path) if path.exists() else {}
+
+
+def reranker_settings(hp: DemoHparams) -> InferenceCrossHparams | None:
+    """Return the settings of do_cross_infer.py for the re-ranker; None without one."""
+    saved = read_saved(hp.output_dir, "cross_infer_hparams.json")
+    common: dict[str, Any] = {"seed": hp.seed, "debug": hp.debug}
+    if hp.reranker and hp.reranker != NONE:
+        same = {name: saved[name] for name in RERANKER if name in saved and saved["cross_params"] == NONE}
+        more = same if same.get("pretrained_model_path") == hp.reranker else {}
+        return InferenceCrossHparams(
+            cross_params=NONE, **{**more, "pretrained_model_path": hp.reranker}, **common
+        )
+    named = bool(hp.cross_params) or Path(hp.cross_params_path).exists()
+    if not named or hp.cross_params == NONE:
+        return None
+    return InferenceCrossHparams(cross_params=hp.cross_params_path, **common)
+
+
+def command(hp: DemoHparams) -> str:
+    """Return the command line of do_dual_infer.py that writes the vectors for these settings."""
+    plain = DemoHparams.defaults(hp.debug)
+    words = ["--debug"] if hp.debug else []
+    for name in (knob.name for knob in fields(InferenceDeHparams) if hasattr(plain, knob.name)):
+        value = getattr(hp, name)
+        if value != getattr(plain, name) and name not in ("debug", "topk", "search_memory_gb"):
+            words += [f"--{name}", str(value)]
+    return shlex.join(["python", "do_dual_infer.py", *words])
+
+
+def how_to_fix(hp: DemoHparams) -> str:
+    """Return what to do about vectors that do not fit; never a command that would replace good ones."""
+    saved = read_saved(hp.output_dir, "dual_infer_hparams.json")
+    if not saved:
+        return "name the model and settings that they were made with (--dual_params, --pooling, ...)"
+    changed = [name for name in FIXED if name in saved and getattr(hp, name) != saved[name]]
+    if changed:
+        return f"omit {' '.join(f'--{name}' for name in changed)}"
+    return f"run {command(hp)} again"

@@ -1,49 +1,49 @@
-"""Search for one question at a time with both stages, using models and vectors on disk.
+"""Search of a collection for one question at a time: BM25, the retriever, both, and the re-ranker.
 
-Writes nothing but caches. Missing vectors or indexes, or those of other weights, are errors.
+Writes nothing but caches.
 """
 
-import shlex
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
-from torch_src.data.candidates import Candidates
-from torch_src.dual_hparams import MODEL_SETTINGS
+from torch_src.data.collection import PassageCollection
+from torch_src.data.formats import read_query_texts
+from torch_src.data.passage_ids import check_length, read_passage_ids
+from torch_src.data.terms import places, terms
 from torch_src.hparams import NONE
-from torch_src.inference import (
-    Retriever,
-    find_cross_model,
-    load_cross_model,
-    load_dual_model,
-    pair_rules,
-    pair_scorer,
-)
-from torch_src.inference_cross_hparams import InferenceCrossHparams
-from torch_src.inference_de_hparams import InferenceDeHparams
-from torch_src.models.backbones import check_fits
-from torch_src.models.cross_encoder import describe_reranker
-from torch_src.retrieval.chunks import DeviceCache
-from torch_src.retrieval.faiss_index import INDEX, FaissSearch, IndexSettings, index_gpus
-from torch_src.retrieval.reranking import PairScorer, rank_pairs
-from torch_src.retrieval.score_bounds import Float16, Float32
+from torch_src.retrieval.fusion import Ranking, fuse_rankings, standardized
 from torch_src.retrieval.score_checks import collapsed
-from torch_src.retrieval.search import search
-from torch_src.retrieval.vectors import NOT_COMPARED, VectorStore
-from torch_src.runtime.devices import choose_device, search_devices
-from torch_src.runtime.errors import UserError
-from torch_src.runtime.files import read_json, require
-from torch_src.runtime.log import log
-from torch_src.runtime.stamps import changes, read_stamp
-from torch_src.tools.demo_hparams import DemoHparams
+from torch_src.runtime.errors import UserError, first_line
+from torch_src.runtime.files import require
+from torch_src.runtime.log import warn
+from torch_src.runtime.stamps import JsonDict, checksum_text, read_checked_json, write_checked_json
+from torch_src.tools.demo_hparams import DemoHparams, demo_settings
+from torch_src.tools.search_parts import (
+    READY,
+    WORKING,
+    Bm25Part,
+    DensePart,
+    Loaded,
+    Part,
+    RerankerPart,
+)
 
 LONGEST_QUESTION = 10_000  # characters; the models read far fewer
+POLL_SECONDS = 1.0  # between looks at the files of a part
+COLUMNS = ("bm25", "dense", "hybrid", "reranked")
+HYBRID_WEIGHTS = (1.0, 1.0)  # of dense and BM25 scores, each standardized; better than ranks on two data sets
+RERANKER_WEIGHT = 1.0  # of the candidates' standardized scores beside the logits
+KEPT_RANKINGS = 256  # of recent questions
+CALIBRATION_QUERIES, CALIBRATION_BATCH = 200, 16  # dev queries, and those encoded at a time
+OFF_TOPIC_SHARE = 0.05  # of dev queries have a "low" best score
+COMMON, FEW = 0.2, 2  # a term in a larger share of the passages, and in more than FEW, is not marked
 
 
 @dataclass(frozen=True)
@@ -53,125 +53,260 @@ class Hit:
     rank: int  # from 1
     row: int  # global, 0-based
     pid: str  # empty with --passage_ids none
-    score: float  # inner product of the retriever, or logit of the re-ranker
+    score: float  # by which the column is sorted
     text: str
-    recall_rank: int  # rank of the retriever, from 1
+    ranks: dict[str, int]  # its rank in the columns from which this one is computed, where it has one
+    logit: float | None = None  # of the re-ranker
 
 
 @dataclass
 class Answer:
-    """The results of both stages for a question."""
+    """The passages that one column ranks highest for a question."""
 
     question: str
-    cut: bool = False  # truncated for the retriever
-    recall: list[Hit] = field(default_factory=list)  # best first
-    reranked: list[Hit] | None = None  # the same passages, best first; None without a re-ranker
-    warning: str | None = None  # when the re-ranker's scores are all alike
-    seconds: dict[str, float] = field(default_factory=dict)  # encode, search, read (passages), re-rank
+    column: str
+    hits: list[Hit]  # best first
+    seconds: dict[str, float]  # of each step
+    cut: bool = False  # the question is truncated for the retriever
+    off_topic: bool = False  # the retriever's best score is lower than those of most dev queries
+    warning: str = ""  # when the re-ranker's logits are all alike
 
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        """Record the seconds of the `with` block."""
-        begun = time.perf_counter()
-        yield
-        self.seconds[step] = time.perf_counter() - begun
+
+@dataclass(frozen=True)
+class Ranked:
+    """One column's ranking of a question."""
+
+    ranking: Ranking
+    seconds: dict[str, float] = field(default_factory=dict)
+    cut: bool = False
+    ranks: dict[int, dict[str, int]] = field(default_factory=dict)  # by row
+    logits: dict[int, float] = field(default_factory=dict)  # by row
+    warning: str = ""
 
 
 class SearchService:
-    """Models in memory and vectors in memory or on disk; one step of one question runs at a time."""
+    """The parts of a search, and answers from those that are ready. Usable from several threads."""
 
-    def __init__(self, hp: DemoHparams):
-        """UserError when a part is missing or does not belong to the others."""
-        self.hp, self.lock = hp, threading.Lock()
-        manifest_path = Path(hp.para_emb_path) / "manifest.json"
-        manifest = read_json(manifest_path) if manifest_path.exists() else {}
-        self.settings = dual_settings(hp, manifest)
-        self.retriever = Retriever(self.settings)
-        self.store = open_vectors(hp, self.retriever)
-        self.ids = self.retriever.passage_ids()
-        self.encoder = self.retriever.encoder("query", load_dual_model(self.retriever.source))
-        self.scorer = open_scorer(hp, self.retriever) if hp.reranks else None
-        self.truncation = self.retriever.truncation([])
-        self.how, self.find = self._make_search()
+    def __init__(self, options: Mapping[str, Any]):
+        """`options`: settings that override those saved in the output folder. UserError without passages."""
+        self.hp = hp = demo_settings(options)
+        self.cache = Path(hp.output_dir) / "cache"
+        self.collection = PassageCollection(hp.passage_dir_path, self.cache)
+        self.ids = self._passage_ids()
+        self.queries = dev_queries(hp)
+        self.bm25 = Bm25Part(options, self.collection)
+        self.dense = DensePart(options, self.collection)
+        self.reranker = RerankerPart(options, self.collection)
+        self.parts: dict[str, Part[Any]] = {
+            "bm25": self.bm25, "dense": self.dense, "reranker": self.reranker,
+        }  # fmt: skip
+        self.best_scores: list[float] = []  # of dev queries with the model `calibrated`, ascending
+        self.calibrated: object = None
+        self.recent: dict[tuple, Ranked] = {}
+        self.locks = {name: threading.Lock() for name in COLUMNS}
+        self.stopped = threading.Event()
 
-    def _make_search(self) -> tuple[str, Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]]:
-        """Return (its description, search(queries, topk) -> (rows, scores))."""
-        hp, store = self.hp, self.store
-        devices = search_devices(hp.device, self.retriever.device)
-        if hp.index:
-            index = open_index(hp, store, devices)
-            return f"approximate search ({hp.index})", index.search
-        cache = DeviceCache.if_it_fits(store, devices, hp.search_memory_gb)
-        # without a conversion of the passages, which takes longer than the product of one query
-        kind = Float16.name if devices[0].type == "cuda" else Float32.name
+    def _passage_ids(self) -> np.ndarray | None:
+        if self.hp.passage_ids == NONE:
+            return None
+        path = require(self.hp.passage_ids_path, "row -> pid", "pass --passage_ids none to omit pids")
+        ids = read_passage_ids(path, self.cache)
+        check_length(path, len(ids), len(self.collection))
+        return ids
 
-        def find(queries: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
-            return search(store, queries, topk, devices, kind, cache=cache)[:2]
+    # ---- parts
 
-        mb = store.rows * store.hidden * 2 / 1e6
-        size = f"{mb / 1000:,.1f} GB of vectors" if mb >= 1000 else f"{mb:,.1f} MB of vectors"
-        place = "kept in memory" if cache else "read from disk for every question"
-        return f"exact search, {size} {place}", find
+    def refresh(self) -> None:
+        """Load every part whose files are there."""
+        for part in self.parts.values():
+            self._refresh(part)
 
-    def answer(self, question: str, topk: int | None = None) -> Answer:
-        """Return the results of both stages; UserError for an empty or too long question."""
-        return self.rerank(self.retrieve(question, topk))
+    def _refresh(self, part: Part) -> None:
+        part.refresh()
+        if part is self.dense and self.dense.loaded is not self.calibrated:
+            self._calibrate()
 
-    def retrieve(self, question: str, topk: int | None = None) -> Answer:
-        """Return the results of the retriever; UserError as in `answer`, and for vectors replaced on disk."""
-        answer = Answer(clean(question))
-        with self.lock:
-            with answer.timed("encode"):
-                vectors = self.encoder.encode([answer.question])
-            answer.cut = bool(self.encoder.tokenize([answer.question]).cut)
-            with answer.timed("search"), self._same_vectors():
-                rows, scores = self.find(vectors, topk or self.hp.topk)
-            found = rows[0] >= 0  # an index may find fewer than topk
-            with answer.timed("read"):
-                answer.recall = self._hits(rows[0][found].tolist(), scores[0][found].tolist())
-        return answer
+    def start(self) -> None:
+        """Load the parts in threads of their own, and again whenever their files change."""
+        for name, part in self.parts.items():
+            threading.Thread(target=self._watch, args=[part], name=name, daemon=True).start()
 
-    def rerank(self, answer: Answer) -> Answer:
-        """Add the re-ranked results to the answer, where there is a re-ranker."""
-        if self.scorer and answer.recall:
-            with self.lock, answer.timed("re-rank"):
-                answer.reranked = reranked(self.scorer, answer.question, answer.recall)
-            logits = np.array([hit.score for hit in answer.reranked])
-            answer.warning = collapsed(logits, [slice(0, len(logits))])
-        return answer
+    def stop(self) -> None:
+        self.stopped.set()
 
-    @contextmanager
-    def _same_vectors(self) -> Iterator[None]:
-        """UserError unless the manifest on disk is the one that was opened, before and after a search.
+    def _watch(self, part: Part) -> None:
+        while not self.stopped.is_set():
+            self._refresh(part)
+            self.stopped.wait(POLL_SECONDS)
 
-        Nothing locks the vectors: do_dual_infer.py may replace them at any time, with those of other weights
-        than the model in memory. Checked also after an error: a missing file may mean replaced vectors.
-        """
-        self._check_manifest()
+    def _calibrate(self) -> None:
+        """Learn which best scores are low, after the retriever is ready for questions."""
+        dense, self.best_scores = self.dense.loaded, []
         try:
-            yield
-        finally:
-            self._check_manifest()
+            self.best_scores = self._best_scores() if dense else []
+        except (UserError, OSError) as error:  # a hint less
+            warn(f"no hint for questions off the topic: {first_line(error)}")
+        self.calibrated = dense
 
-    def _check_manifest(self) -> None:
-        try:
-            same = read_json(self.store.manifest_path) == self.store.manifest
-        except UserError:  # missing, while the vectors are replaced
-            same = False
-        if not same:
-            where = self.store.folder
-            raise UserError(f"{where}: the vectors were replaced after this page was started; restart it")
+    def _best_scores(self) -> list[float]:
+        """Return the best scores of some dev queries, ascending; they are cached."""
+        dense = require_ready(self.dense, "dense")
+        step = max(1, len(self.queries) // CALIBRATION_QUERIES)
+        queries = self.queries[::step][:CALIBRATION_QUERIES]
+        if not queries:
+            return []
+        path = self.cache / "best_scores.json"
+        how = {"vectors": dense.store.manifest_checksum, "query": dense.retriever.vector_stamp("query")}
+        stamp = {**how, "index": dense.hp.index, "queries": checksum_text("\n".join(queries))}
+        known: JsonDict = read_checked_json(path) or {}
+        if stamp.items() <= known.items():
+            return known["scores"]
+        scores: list[float] = []
+        for at in range(0, len(queries), CALIBRATION_BATCH):  # a question need not wait for all
+            scores += dense.best_scores(queries[at : at + CALIBRATION_BATCH])
+        scores.sort()
+        write_checked_json(path, {**stamp, "scores": scores})
+        return scores
 
-    def _hits(self, rows: list[int], scores: list[float]) -> list[Hit]:
-        pids = [""] * len(rows) if self.ids is None else [pid.decode() for pid in self.ids[rows]]
-        texts = [self.retriever.collection[row] for row in rows]
-        columns = zip(rows, pids, scores, texts, strict=True)
-        return [Hit(rank, *columns, rank) for rank, columns in enumerate(columns, start=1)]
+    def status(self) -> dict[str, Any]:
+        """Return what is searched, by what, and the state of each column, as JSON."""
+        dense, reranker = self.dense.loaded, self.reranker.loaded
+        return {
+            "passages": len(self.collection),
+            "data_dir": self.hp.data_dir,
+            "output_dir": self.hp.output_dir,
+            "topk": self.hp.topk,
+            "retriever": dense.name if dense else "",
+            "search": dense.how if dense else "",
+            "normalized": bool(dense and dense.retriever.source.settings["normalize"]),
+            "reranker": reranker.name if reranker else "",
+            "reranker_weight": self.reranker_weight,
+            "calibration_queries": len(self.best_scores),
+            "columns": {name: self._column_status(name) for name in COLUMNS},
+            "version": sum(part.version for part in self.parts.values()),
+        }
+
+    def _column_status(self, name: str) -> dict[str, Any]:
+        if name == "hybrid":
+            states = [self.bm25.state, self.dense.state]
+            waits_for = next((state for state in states if state != READY), READY)
+            return {"state": waits_for, "message": "", "done": 0, "total": 0}
+        state = self.parts["reranker" if name == "reranked" else name].describe()
+        if name == "reranked" and self.reranker.loaded and not (self.bm25.loaded or self.dense.loaded):
+            return {**state, "state": WORKING}
+        return state
+
+    @property
+    def reranker_weight(self) -> float:
+        """Weight of the candidates' standardized scores beside the re-ranker's logits."""
+        hp = self.reranker.loaded.hp if self.reranker.loaded else self.hp
+        weight = hp.fuse_retriever_weight
+        return RERANKER_WEIGHT if weight is None else weight
+
+    # ---- answers
+
+    def answer(self, question: str, column: str, topk: int = 0) -> Answer:
+        """Return the best passages of a column; UserError when it is not ready, and for a bad question."""
+        if column not in COLUMNS:
+            raise UserError(f"column {column!r}: expected one of {', '.join(COLUMNS)}")
+        question = clean(question)
+        ranked = self._ranked(question, column)
+        began = time.perf_counter()
+        hits = self._hits(ranked, topk or self.hp.topk)
+        seconds = {**ranked.seconds, "read": time.perf_counter() - began}
+        off_topic = column != "bm25" and self._off_topic(question)
+        return Answer(question, column, hits, seconds, ranked.cut, off_topic, ranked.warning)
+
+    def _ranked(self, question: str, column: str) -> Ranked:
+        key = (question, column, *(part.version for part in self.parts.values()))
+        ranked = self.recent.get(key)
+        if ranked is None:
+            with self.locks[column]:  # a question that is asked twice at once is computed once
+                ranked = self.recent.get(key) or getattr(self, f"_rank_{column}")(question)
+                self.recent[key] = ranked
+                for old in list(self.recent)[:-KEPT_RANKINGS]:
+                    self.recent.pop(old, None)
+        return ranked
+
+    def _rank_bm25(self, question: str) -> Ranked:
+        index, began = require_ready(self.bm25, "bm25"), time.perf_counter()
+        return Ranked(index.search(question, self.hp.topk), {"bm25": time.perf_counter() - began})
+
+    def _rank_dense(self, question: str) -> Ranked:
+        seconds: dict[str, float] = {}
+        ranking, cut = require_ready(self.dense, "dense").search(question, self.hp.topk, seconds)
+        return Ranked(ranking, seconds, cut)
+
+    def _rank_hybrid(self, question: str) -> Ranked:
+        parts = {name: self._ranked(question, name) for name in ("dense", "bm25")}
+        fused = fuse_rankings([part.ranking for part in parts.values()], HYBRID_WEIGHTS)[: self.hp.topk]
+        seconds = {**parts["bm25"].seconds, **parts["dense"].seconds}
+        return Ranked(fused, seconds, parts["dense"].cut, ranks_in(parts))
+
+    def _rank_reranked(self, question: str) -> Ranked:
+        """Rank the best list that is ready: the logits plus the weighted, standardized scores of the list."""
+        reranker = require_ready(self.reranker, "reranked")
+        lists = [name for name in ("bm25", "dense") if self.parts[name].loaded]
+        name = "hybrid" if len(lists) > 1 else next(iter(lists), "dense")
+        first = self._ranked(question, name)
+        began = time.perf_counter()
+        rows, scores = [row for row, _ in first.ranking], np.array([score for _, score in first.ranking])
+        logits = reranker.logits(question, [self.collection[row] for row in rows]) if rows else np.zeros(0)
+        fused = logits.astype(np.float64) + self.reranker_weight * standardized(scores)
+        order = np.argsort(-fused, kind="stable").tolist()
+        ranking = [(rows[at], float(fused[at])) for at in order]
+        seconds = {**first.seconds, "re-rank": time.perf_counter() - began}
+        by_row = dict(zip(rows, logits.tolist(), strict=True))
+        warning = collapsed(logits, [slice(0, len(logits))]) or ""
+        return Ranked(ranking, seconds, first.cut, ranks_in({name: first}), by_row, warning)
+
+    def _hits(self, ranked: Ranked, topk: int) -> list[Hit]:
+        hits = []
+        for rank, (row, score) in enumerate(ranked.ranking[:topk], start=1):
+            ranks, logit = ranked.ranks.get(row, {}), ranked.logits.get(row)
+            hits.append(Hit(rank, row, self.pid(row), score, self.collection[row], ranks, logit))
+        return hits
+
+    def pid(self, row: int) -> str:
+        """Return the id of a passage; empty with --passage_ids none."""
+        return "" if self.ids is None else self.ids[row].decode()
+
+    def _off_topic(self, question: str) -> bool:
+        if not self.best_scores or not self.dense.loaded:
+            return False
+        low = self.best_scores[int(OFF_TOPIC_SHARE * len(self.best_scores))]
+        ranking = self._ranked(question, "dense").ranking
+        return bool(ranking) and ranking[0][1] < low
+
+    def marked_terms(self, question: str) -> set[str]:
+        """Return the terms of a question that are worth marking: not those that most passages contain."""
+        index, found = self.bm25.loaded, set(terms(question))
+        if index is None:
+            return {term for term in found if len(term) > 1} or found
+        most = max(COMMON, FEW / len(self.collection))
+        return {term for term in found if index.share(term) <= most}
+
+
+def require_ready(part: Part[Loaded], column: str) -> Loaded:
+    """Return what the part has loaded; UserError before that."""
+    if part.loaded is None:
+        raise UserError(f"{column} is not ready" + (f": {part.message}" if part.message else ""))
+    return part.loaded
+
+
+def ranks_in(columns: Mapping[str, Ranked]) -> dict[int, dict[str, int]]:
+    """Return {row: {column: rank}}."""
+    found: dict[int, dict[str, int]] = {}
+    for name, ranked in columns.items():
+        for rank, (row, _) in enumerate(ranked.ranking, start=1):
+            found.setdefault(row, {})[name] = rank
+    return found
 
 
 def clean(question: str) -> str:
-    """Return the question without surrounding white space; UserError for an empty or too long one."""
-    question = question.encode("utf-8", "replace").decode().strip()  # a lone surrogate has no UTF-8 form
+    """Return the question on one line, without surrounding white space; UserError if empty or too long."""
+    question = question.encode("utf-8", "replace").decode()  # a lone surrogate has no UTF-8 form
+    question = re.sub(r"[\t\r\n\0]+", " ", question).strip()
     if not question:
         raise UserError("the question is empty")
     if len(question) > LONGEST_QUESTION:
@@ -179,81 +314,25 @@ def clean(question: str) -> str:
     return question
 
 
-def reranked(scorer: PairScorer, question: str, hits: list[Hit]) -> list[Hit]:
-    """Return the hits sorted by the re-ranker's logits; ties keep their order."""
-    rows, scores = np.array([hit.row for hit in hits]), np.array([hit.score for hit in hits], np.float32)
-    query_of, texts = np.zeros(len(hits), np.int32), [hit.text for hit in hits]
-    candidates = Candidates([question], query_of, rows, scores, None, None, texts)
-    logits = scorer.score_all(candidates)
-    ((_, order),) = rank_pairs(candidates, logits)
-    ranked = enumerate(order.tolist(), start=1)
-    return [replace(hits[at], rank=rank, score=float(logits[at])) for rank, at in ranked]
+def marks(text: str, wanted: set[str]) -> list[tuple[int, int]]:
+    """Return the (start, end) of the characters that the terms in `wanted` cover, joined where they touch."""
+    found: list[tuple[int, int]] = []
+    for begin, end, term in places(text):
+        if term not in wanted:
+            continue
+        if found and begin <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((begin, end))
+    return found
 
 
-def dual_settings(hp: DemoHparams, manifest: dict) -> InferenceDeHparams:
-    """Return the settings of do_dual_infer.py for these vectors."""
-    fixed = {name: getattr(hp, name) for name in MODEL_SETTINGS}
-    precision, same = hp.precision, manifest.get("device") == choose_device(hp.device).type
-    if precision == "auto" and same:
-        precision = manifest.get("precision", "auto")
-    return InferenceDeHparams(
-        dual_params=hp.dual_params_path if hp.dual_params != NONE else hp.dual_params,
-        pretrained_model_path=hp.pretrained_model_path, data_dir=hp.data_dir, passage_dir=hp.passage_dir,
-        passage_ids=hp.passage_ids, para_emb=hp.para_emb_path, output_dir=hp.output_dir,
-        vector_dims=manifest.get("vector_dims", 0), precision=precision, device=hp.device,
-        threads=hp.threads, seed=hp.seed, debug=hp.debug, **fixed,
-    )  # fmt: skip
-
-
-def open_vectors(hp: DemoHparams, retriever: Retriever) -> VectorStore:
-    """Return the passage vectors; UserError when they are missing, incomplete, or of other weights, settings
-    or passages.
-    """
-    folder = Path(hp.para_emb_path)
-    fix = f"run {command(hp)} (with --force if it logs `up to date`)"
-    manifest = read_json(require(folder / "manifest.json", "passage vectors", fix))
-    stamp = {name: value for name, value in retriever.passage_stamp().items() if name not in NOT_COMPARED}
-    shape = {"rows": len(retriever.collection), "hidden": retriever.width}
-    block_rows = manifest.get("block_rows", 0)
-    different = changes(manifest, {**manifest, **stamp, **shape, "block_rows": block_rows})
-    if different:
-        raise UserError(
-            f"{folder}: vectors of other weights, settings or passages ({'; '.join(different)}); {fix}"
-        )
-    store = VectorStore(folder, manifest)
-    if missing := store.missing_blocks():
-        raise UserError(
-            f"{folder}: {len(missing)} of {store.block_count} blocks are missing or incomplete; {fix}"
-        )
-    return store
-
-
-def open_index(hp: DemoHparams, store: VectorStore, devices: list[torch.device]) -> FaissSearch:
-    """Return the index that do_dual_infer.py wrote; UserError when it is missing or of other settings."""
-    path = Path(hp.output_dir) / INDEX
-    stamp = read_stamp(path) or {}
-    memory_gb, seed = stamp.get("memory_gb", 0.0), stamp.get("seed", 0)
-    settings = IndexSettings(hp.index, hp.search_params, memory_gb, seed, hp.topk)
-    stamp, gpus = {**store.manifest, "stage": "index"}, index_gpus(devices)
-    return FaissSearch(store, settings, path, stamp, build=False, gpus=gpus)
-
-
-def open_scorer(hp: DemoHparams, retriever: Retriever) -> PairScorer:
-    """Return the re-ranker on the retriever's device; UserError when its weights are missing."""
-    settings = InferenceCrossHparams(cross_params=hp.cross_params_path, seed=hp.seed, debug=hp.debug)
-    source = find_cross_model(settings)
-    log(describe_reranker(source.settings, source.config))
-    check_fits(source.config, source.tokenizer, {"max_seq_len": pair_rules(source)}, source.path)
-    model = load_cross_model(source)
-    return pair_scorer(source, model, settings.batch_size, retriever.device, retriever.precision)
-
-
-def command(hp: DemoHparams) -> str:
-    """Return the command line of do_dual_infer.py that writes the vectors for these settings."""
-    plain = DemoHparams.defaults(hp.debug)
-    words = ["--debug"] if hp.debug else []
-    for name in (knob.name for knob in fields(InferenceDeHparams) if hasattr(plain, knob.name)):
-        value = getattr(hp, name)
-        if value != getattr(plain, name) and name not in ("debug", "topk", "search_memory_gb"):
-            words += [f"--{name}", str(value)]
-    return shlex.join(["python", "do_dual_infer.py", *words])
+def dev_queries(hp: DemoHparams) -> list[str]:
+    """Return the dev queries; empty without such a file."""
+    if hp.dev_q == NONE or not Path(hp.dev_q_path).exists():
+        return []
+    try:
+        return read_query_texts(hp.dev_q_path)
+    except UserError as error:
+        warn(f"no example questions: {error}")
+        return []

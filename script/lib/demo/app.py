@@ -1,0 +1,142 @@
+"""The search page as an ASGI application: one static page, and the JSON that it asks for.
+
+GET /status, GET /search?q=&column=&topk=, POST /feedback.
+"""
+
+import base64
+import hashlib
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from pydantic import BaseModel, Field
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from torch_src.runtime.errors import UserError
+from torch_src.tools.feedback import Feedback
+from torch_src.tools.search_service import LONGEST_QUESTION, Answer, Hit, SearchService, marks
+
+PAGE = Path(__file__).with_name("page.html")
+MAX_SHOWN = 2000  # characters of a passage
+EXAMPLES, MAX_EXAMPLE = 5, 24  # example questions; characters of one
+LARGEST_BODY = 1 << 20  # bytes of a request
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ALL_ADDRESSES = ("0.0.0.0", "::")  # with these --host values the page answers to any host name
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+Column = Literal["bm25", "dense", "hybrid", "reranked"]
+
+
+class Mark(BaseModel):
+    """A click on "This is the answer"."""
+
+    query: str
+    row: int
+    relevant: bool
+    column: Column
+    rank: int
+    above: list[int] = Field(max_length=1000)
+
+
+def build_app(service: SearchService, feedback: Feedback, host: str) -> FastAPI:
+    """Return the application.
+
+    Requests with other Host headers are refused: otherwise a foreign page whose name resolves to 127.0.0.1
+    (DNS rebinding) could read the answers.
+    """
+    page = PAGE.read_text(encoding="utf-8")
+    examples = [query for query in service.queries if len(query) <= MAX_EXAMPLE][:EXAMPLES]
+    headers = {**HEADERS, "Content-Security-Policy": policy(page)}
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts(host), www_redirect=False)
+
+    @app.middleware("http")
+    async def protect(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        refused = request.method == "POST" and not is_same_origin(request)
+        reply = JSONResponse({"error": "refused"}, 403) if refused else await call_next(request)
+        reply.headers.update(headers)
+        return reply
+
+    @app.exception_handler(UserError)
+    async def user_error(_: Request, error: UserError) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, 400)
+
+    @app.get("/")
+    async def show_page() -> HTMLResponse:
+        return HTMLResponse(page)
+
+    @app.get("/status")
+    def status() -> dict[str, Any]:
+        return {**service.status(), "examples": examples, "feedback": str(feedback.path)}
+
+    @app.get("/search")
+    def search(
+        q: Annotated[str, Query(max_length=2 * LONGEST_QUESTION)],
+        column: Column,
+        topk: Annotated[int, Query(ge=0, le=1000)] = 0,
+    ) -> dict[str, Any]:
+        answer = service.answer(q, column, topk)
+        return {**answer_json(service, answer), "marked": feedback.marked(answer.question)}
+
+    @app.post("/feedback")
+    def mark(given: Mark) -> dict[str, Any]:
+        return {
+            "marked": feedback.add(
+                given.query, given.row, given.relevant, given.column, given.rank, given.above
+            )
+        }
+
+    return app
+
+
+def answer_json(service: SearchService, answer: Answer) -> dict[str, Any]:
+    """Return an answer with the places of the question's words, its passages shortened for the page."""
+    wanted = service.marked_terms(answer.question)
+
+    def hit_json(hit: Hit) -> dict[str, Any]:
+        text = hit.text[:MAX_SHOWN]
+        return {**vars(hit), "text": text, "more": len(hit.text) - len(text), "marks": marks(text, wanted)}
+
+    return {**vars(answer), "hits": [hit_json(hit) for hit in answer.hits]}
+
+
+def is_same_origin(request: Request) -> bool:
+    """Return whether a POST is JSON that no page of another site can have sent."""
+    headers = request.headers
+    is_json = headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "same-origin")
+    own = origin is None or urlsplit(origin).netloc == headers.get("host")
+    return is_json and own and site == "same-origin" and 0 < body_bytes(request) <= LARGEST_BODY
+
+
+def body_bytes(request: Request) -> int:
+    """Return the length of the body that the request states, 0 if none."""
+    length = request.headers.get("content-length", "")
+    return int(length) if re.fullmatch(r"[0-9]{1,12}", length) else 0
+
+
+def policy(page: str) -> str:
+    """Return the content security policy: only the page's own style and script, and only this server."""
+    hashes = []
+    for element in ("style", "script"):
+        (content,) = re.findall(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        hashes.append(f"{element}-src 'sha256-{digest}'")
+    rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    return f"default-src 'none'; {'; '.join(hashes)}; {rest}"
+
+
+def allowed_hosts(host: str) -> list[str]:
+    """Return the accepted values of the Host header for a page on --host, without ports."""
+    if host in ALL_ADDRESSES:
+        return ["*"]
+    return [f"[{name}]" if ":" in name else name for name in dict.fromkeys((host, *LOOPBACK))]

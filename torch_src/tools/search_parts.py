@@ -1,0 +1,195 @@
+"""What the columns of a search need: the BM25 index, the retriever with its vectors, the re-ranker.
+
+A part is loaded as soon as its files are there, and again when they are replaced, so a search can start with
+what exists and grow while do_dual_infer.py or a training runs beside it.
+"""
+
+import traceback
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from torch_src.data.collection import PassageCollection
+from torch_src.hparams import NONE
+from torch_src.retrieval.bm25 import MARK, Bm25Index, build_index, import_tantivy, is_index_of
+from torch_src.retrieval.vectors import VectorStore
+from torch_src.runtime.errors import UserError, first_line
+from torch_src.runtime.files import read_json
+from torch_src.runtime.locks import folder_lock
+from torch_src.runtime.log import warn
+from torch_src.runtime.stamps import stamp_path
+from torch_src.tools.demo_hparams import (
+    SAVED,
+    DemoHparams,
+    command,
+    demo_settings,
+    read_saved,
+    reranker_settings,
+)
+
+if TYPE_CHECKING:  # both import torch, which takes seconds; the threads that load them import them
+    from torch_src.tools.search_models import DenseSearch, Reranker
+
+BM25_ROWS = 1_000_000  # larger collections are not indexed unasked
+# States: a part works; is being made; lacks a file; failed; was turned off.
+READY, WORKING, MISSING, FAILED, OFF = "ready", "working", "missing", "error", "off"
+
+Loaded = TypeVar("Loaded")
+
+
+class NotReady(Exception):
+    """The part cannot be loaded yet: why, and how far its files are (blocks or passages)."""
+
+    def __init__(self, state: str, message: str = "", done: int = 0, total: int = 0):
+        super().__init__(message)
+        self.state, self.done, self.total = state, done, total
+
+
+class Part(Generic[Loaded]):
+    """Something that columns need. Only one thread calls refresh()."""
+
+    def __init__(self, options: Mapping[str, Any], collection: PassageCollection):
+        self.options, self.collection = options, collection
+        self.loaded: Loaded | None = None
+        self.version = 0  # of `loaded`
+        self.seen: Hashable = None  # state of the files at the last refresh
+        self.set_state(WORKING)
+
+    def files(self, hp: DemoHparams) -> Hashable:
+        """Return a value that changes with the files of the part."""
+        raise NotImplementedError
+
+    def load(self, hp: DemoHparams) -> Loaded:
+        """Return what the files hold; NotReady or UserError where that cannot be."""
+        raise NotImplementedError
+
+    def set_state(self, state: str, message: str = "", done: int = 0, total: int = 0) -> None:
+        self.state, self.message, self.done, self.total = state, message, done, total
+
+    def refresh(self) -> None:
+        """Load the part if its files have changed since the last call."""
+        try:
+            hp = demo_settings(self.options)  # the programs may save theirs after the search has started
+            files = self.files(hp)
+            if files == self.seen:
+                return
+            self.seen = files
+            if self.loaded is None:
+                self.set_state(WORKING)
+            loaded = self.load(hp)
+        except NotReady as why:
+            return self._set(None, why.state, str(why), why.done, why.total)
+        except (UserError, OSError) as error:
+            return self._fail(first_line(error))
+        except Exception as error:  # the other columns go on working
+            traceback.print_exc()
+            return self._fail(f"{type(error).__name__}: {first_line(error)}")
+        self._set(loaded, READY)
+
+    def _fail(self, message: str) -> None:
+        if (self.state, self.message) != (FAILED, message):
+            warn(message)
+        self._set(None, FAILED, message)
+
+    def _set(self, loaded: Loaded | None, state: str, *more: Any) -> None:
+        if loaded is not self.loaded:
+            self.loaded, self.version = loaded, self.version + 1
+        self.set_state(state, *more)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the state as JSON."""
+        return {"state": self.state, "message": self.message, "done": self.done, "total": self.total}
+
+
+class Bm25Part(Part[Bm25Index]):
+    """The index that an option names, or output_dir/bm25, or one in output_dir/cache that is built here."""
+
+    def _folder(self, hp: DemoHparams) -> Path:
+        if hp.bm25:
+            return Path(hp.bm25)
+        beside = Path(hp.output_dir) / "bm25"
+        return beside if is_index_of(beside, self.collection) else Path(hp.output_dir) / "cache/bm25"
+
+    def files(self, hp: DemoHparams) -> Hashable:
+        folder = self._folder(hp)
+        return folder, file_state(stamp_path(folder / MARK))
+
+    def load(self, hp: DemoHparams) -> Bm25Index:
+        if hp.bm25 == NONE:
+            raise NotReady(OFF)
+        try:
+            import_tantivy()
+        except UserError as error:
+            raise NotReady(MISSING, str(error)) from None
+        folder = self._folder(hp)
+        if not is_index_of(folder, self.collection):
+            self._build(hp, folder)
+        return Bm25Index(folder)
+
+    def _build(self, hp: DemoHparams, folder: Path) -> None:
+        rows = len(self.collection)
+        program = f"run python script/bm25.py index --data_dir {hp.data_dir} --index"
+        if hp.bm25:
+            raise UserError(f"{folder}: no BM25 index of these passages; {program} {folder}")
+        if rows > BM25_ROWS:
+            beside = Path(hp.output_dir) / "bm25"
+            raise NotReady(MISSING, f"{rows:,} passages take long to index; {program} {beside}")
+        self.set_state(WORKING, "", 0, rows)
+        with folder_lock(folder):
+            build_index(folder, self.collection, indexed=lambda done: self.set_state(WORKING, "", done, rows))
+        self.seen = self.files(hp)
+
+
+class DensePart(Part["DenseSearch"]):
+    """The retriever, once all blocks of its vectors are there."""
+
+    def files(self, hp: DemoHparams) -> Hashable:
+        folder, output = Path(hp.para_emb_path), Path(hp.output_dir)
+        manifest = file_state(folder / "manifest.json")
+        if self.loaded and isinstance(self.seen, tuple) and manifest == self.seen[0]:
+            return self.seen  # newer weights are not those of these vectors
+        blocks = len(list(folder.glob("block-*.json"))) if folder.is_dir() else 0
+        saved = [file_state(output / name) for name in (*SAVED[:2], "dual_params.bin")]
+        return manifest, blocks, *saved
+
+    def load(self, hp: DemoHparams) -> "DenseSearch":
+        folder = Path(hp.para_emb_path)
+        if not (folder / "manifest.json").exists():
+            raise NotReady(MISSING, f"no vectors in {folder} yet; {command(hp)} writes them")
+        store = VectorStore(folder, read_json(folder / "manifest.json"))
+        done = store.block_count - len(store.missing_blocks())
+        saved = read_saved(hp.output_dir, SAVED[0])
+        is_known = saved or "dual_params" in self.options or Path(hp.dual_params_path).exists()
+        if done < store.block_count or not is_known:  # do_dual_infer.py saves its settings after the search
+            raise NotReady(WORKING, "", done, store.block_count)
+        from torch_src.tools.search_models import DenseSearch
+
+        return DenseSearch(hp)
+
+
+class RerankerPart(Part["Reranker"]):
+    """The re-ranker: trained weights, or a model folder."""
+
+    def files(self, hp: DemoHparams) -> Hashable:
+        paths = [Path(hp.output_dir) / name for name in SAVED[2:]]
+        return hp.reranker, *map(file_state, [*paths, Path(hp.cross_params_path)])
+
+    def load(self, hp: DemoHparams) -> "Reranker":
+        settings = reranker_settings(hp)
+        if settings is None and hp.cross_params == NONE:
+            raise NotReady(OFF)
+        if settings is None:
+            fix = "do_cross_train.py writes it, or pass --reranker FOLDER"
+            raise NotReady(MISSING, f"{hp.cross_params_path} does not exist yet; {fix}")
+        from torch_src.tools.search_models import Reranker
+
+        return Reranker(hp, settings)
+
+
+def file_state(path: Path) -> Hashable:
+    """Return a value that changes when the file is written; None without it."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_mtime_ns, state.st_size, state.st_ino
