@@ -38,7 +38,7 @@ def run(hp: ReportHparams) -> None:
     plots.matplotlib()  # first: a missing library is reported before a minute of reading
     start, report = time.monotonic(), data.read_report(hp)
     for line in report.notes:
-        log(line)
+        log(line.en)
     with atomic_write(hp.to_path) as file:
         file.writelines(page.render(hp, report))
     size, took = Path(hp.to_path).stat().st_size / 1e6, duration(time.monotonic() - start)

@@ -10,6 +10,7 @@ import inspect
 import io
 import re
 import shutil
+import subprocess
 import sys
 import textwrap
 import typing
@@ -23,6 +24,7 @@ from torch_src.runtime.files import write_json
 from torch_src.runtime.log import error, log
 from torch_src.runtime.options import check_range, check_utf8, limit_text
 
+ROOT = Path(__file__).resolve().parents[1]
 NONE = "none"  # value that turns a path or model option off
 SAMPLE_DIR = "script/sample_data"
 TINY_ENCODER = f"{SAMPLE_DIR}/tiny_encoder"  # a retriever and a re-ranker in one file
@@ -220,7 +222,18 @@ def describe(hp: Hparams) -> list[str]:
 
 def save(hp: Hparams, path: str | Path, **more: object) -> None:
     """Write all settings (and `more`) as JSON beside the result."""
-    write_json(path, {**dataclasses.asdict(hp), **more})
+    write_json(path, {**dataclasses.asdict(hp), **more, "commit": commit()})
+
+
+def commit() -> str:
+    """Return git's name of this checkout's commit, with -dirty for local changes; empty without git."""
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), "describe", "--always", "--dirty", "--tags"]
+    if not (ROOT / ".git").exists():  # a repository around an unpacked archive would be another one
+        return ""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def dimensions(name: str, text: str, hidden: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Two results compared: metrics by hand, the test of their difference."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -49,6 +50,13 @@ def test_the_interval_holds_the_mean():
     differences = np.random.default_rng(1).normal(0.1, 1, 300)
     low, high = interval(differences, 1)
     assert low < differences.mean() < high and high - low == pytest.approx(2 * 1.96 / 300**0.5, rel=0.2)
+
+
+def test_the_interval_of_a_share_is_that_of_the_binomial_distribution():
+    """A resample of 40 values with 10 ones has a binomial number of ones."""
+    chances = np.cumsum([math.comb(40, ones) * 0.25**ones * 0.75 ** (40 - ones) for ones in range(41)])
+    exact = [np.searchsorted(chances, share) / 40 for share in (0.025, 0.975)]
+    assert interval(np.repeat([1.0, 0.0], [10, 30]), 3) == pytest.approx(exact, abs=1 / 40)
 
 
 def test_a_difference_by_hand():

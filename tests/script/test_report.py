@@ -4,19 +4,29 @@ import json
 import re
 import runpy
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from toy_world import ROOT, write
 
-from script import report
+from metric.evaluation import per_query
+from script import compare_runs, report
+from script.lib.paired_test import Difference
 from script.lib.report import curves as report_curves
 from script.lib.report import data as report_data
+from script.lib.report import findings, verdict
 from script.lib.report import page as report_page
 from script.lib.report.hparams import ReportHparams
+from script.lib.report.origin import read_origin
+from script.lib.report.words import Both, text
 from torch_src.data.terms import PIECES, terms
 from torch_src.runtime import program
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import write_json
+from torch_src.runtime.stamps import stamp_path, write_stamp
 
 HOSTILE = (
     '苹果</script><script>document.title="x"</script><!--<script>\u2028\u2029\x0b\x85 "\'\\ &amp; <b>'
@@ -72,7 +82,7 @@ def make(world, *options: str) -> str:
 
 
 class Parsed(HTMLParser):
-    """The JSON scripts of a page by id, and its text without scripts and styles."""
+    """The JSON scripts of a page by id, and its English text without scripts and styles."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -81,6 +91,8 @@ class Parsed(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.inside = dict(attributes).get("id", tag) if tag in ("script", "style") else None
+        if dict(attributes).get("class") == "zh":
+            self.inside = "zh"
 
     def handle_endtag(self, tag):
         self.inside = None
@@ -115,15 +127,154 @@ def test_outcomes_ranks_and_items_by_hand(world):
 
 def test_a_change_below_rank_10_is_neither_lost_nor_gained():
     hit = {"recall@50": 1.0, "MRR@10": 0.0}
-    assert report_data.outcome(hit, hit) == "" and report_data.outcome(hit, None) == ""
+    assert report_data.outcome(hit, hit) == ""
     assert report_data.outcome({**hit, "recall@50": 0.0}, hit) == "missed"
+
+
+def test_figures_by_length_by_hand(world):
+    found = findings.find(report_data.read_report(settings(world)))
+    # lengths 2, 6, 7 and 15: q4, q1, q3 and q2
+    assert [(each.shortest, each.longest, each.queries) for each in found.by_query] == [
+        (2, 2, 1), (6, 6, 1), (7, 7, 1), (15, 15, 1)]  # fmt: skip
+    assert [each.mrr for each in found.by_query] == [
+        [1, 1], [1, pytest.approx(1 / 3)], [0, 0], [pytest.approx(1 / 3), 1]]  # fmt: skip
+    assert [each.found for each in found.by_query] == [1, 1, 0, 1]
+    # gold passages of 2 (q4), 8 (q3: the other is not in the collection), 16 (q2) and 17 characters
+    assert [each.longest for each in found.by_passage] == [len(PASSAGES[row]) for row in (4, 6, 2, 1)]
+    assert [each.mrr[0] for each in found.by_passage] == [1, 0, pytest.approx(1 / 3), 1]
+
+
+def test_equal_lengths_are_in_one_group():
+    values = {"MRR@10": np.arange(8) / 8, "recall@50": np.ones(8)}
+    found = findings.Findings([values], [None], 0, [], 0.0)
+    lengths = dict(enumerate([5, 5, 5, 5, 5, 5, 9, 30]))
+    groups = findings.buckets(lengths, found)
+    assert [(each.shortest, each.longest, each.queries) for each in groups] == [(5, 5, 6), (9, 30, 2)]
+    assert groups[0].mrr == [pytest.approx(15 / 48)] and groups[0].low < 15 / 48 < groups[0].high
+    assert findings.buckets({}, found) == []
+
+
+def test_passages_that_are_probably_right_by_hand(world):
+    found = report_data.read_report(settings(world))
+    right, mrr = findings.probably_right(found, found.stages[0])
+    # gold passages in first place score 1; so do rows 3 and 0, above the gold ones; row 4 scores .5
+    assert [(each.qid, each.row, each.rows) for each in right] == [("q2", 3, [3, 2]), ("q3", 0, [0, 6])]
+    assert mrr == 1.0  # of 1, 1/3, 0 and 1
+    for row in (1, 4):  # no gold passage in first place: no score to compare with
+        found.reference = {qid: pids - {f"p{row}"} | {"none"} for qid, pids in found.reference.items()}
+    assert findings.probably_right(found, found.stages[0])[0] == []
+
+
+def test_the_figures_are_those_of_compare_runs(world):
+    found = report_data.read_report(settings(world))
+    known = findings.find(found)
+    results = [found.result(stage) for stage in found.stages]
+    values = [[per_query(found.reference, result)[qid]["MRR@10"] for qid in GOLD] for result in results]
+    line = compare_runs.table(*({"MRR@10": np.array(each)} for each in values), seed=42)[1]
+    difference = known.differences[1]
+    shown = f"[{difference.low:+.4f}, {difference.high:+.4f}]   {difference.p:.4f}  1/1/2"
+    assert line.endswith(shown) and known.differences[0] is None
+
+
+def verdict_on(difference: Difference, *, missed: int = 0, unlabeled: int = 0) -> verdict.Verdict:
+    """Return the verdict on a re-ranked run of 200 queries."""
+    values = {"MRR@10": np.ones(200), "recall@50": np.arange(200) >= missed}
+    right = [findings.Unlabeled("q", f"{at}", 1, 1.0, 2) for at in range(unlabeled)]
+    found = findings.Findings([values, values], [None, difference], 1, right, 1.0)
+    stages = [report_data.Stage(name, ROOT, {}) for name in (report_data.RETRIEVER, report_data.RERANKER)]
+    return verdict.judge(report_data.Report(None, stages, {}, {}), found, "output")
+
+
+def test_the_verdict_follows_the_test():
+    better = Difference(0.5, 0.6, 0.1, 0.05, 0.15, 0.001, 50, 20, 130)
+    good = verdict_on(better)
+    assert good.kind == "good" and len(good.steps) == 1
+    assert good.sentences[0].en == (
+        "Re-ranking raises MRR@10 from 0.5000 to 0.6000 "
+        "(+0.1000, 95 % interval +0.0500 to +0.1500, p 0.0010)."
+    )
+    worse = verdict_on(replace(better, second=0.4, mean=-0.1, low=-0.15, high=-0.05))
+    assert worse.kind == "bad" and "lowers MRR@10" in worse.sentences[0].en
+    assert "keep the retriever's order" in worse.steps[0].en
+    same = verdict_on(replace(better, p=0.2, low=-0.02), missed=20, unlabeled=3)
+    assert same.kind == "open" and "no proven difference" in same.sentences[0].en
+    assert "20 of 200 queries (10 %)" in same.steps[1].en and "(3 queries)" in same.steps[2].en
+    assert len(verdict_on(better, missed=10).steps) == 1  # 5 %: recall is not the limit
+    for each in (good, worse, same):
+        assert all(word.zh and word.zh != word.en for word in (*each.sentences, *each.steps))
+
+
+def test_other_runs_are_found_if_they_are_of_the_same_data(world):
+    def names() -> list[str]:
+        return [stage.name.en for stage in report_data.read_report(settings(world)).stages]
+
+    run = world.output / "bm25/res.top50"
+    write(run, run_lines(DUAL))
+    assert names() == ["retriever", "re-ranker"]  # no stamp: nobody knows its collection
+    collection = report_data.read_report(settings(world)).collection.checksum
+    write_stamp(run, {"stage": "bm25", "collection": collection})
+    assert names() == ["retriever", "re-ranker", "BM25"]
+    other = world.output.parent / "hybrid/res.top50"
+    write(other, run_lines(CROSS))
+    write_stamp(other, {"stage": "fuse", "collection": "of another data set"})
+    assert names() == ["retriever", "re-ranker", "BM25"]
+    stamp_path(other).unlink()
+    named = settings(world, fused_run=str(other), bm25_run="none")
+    found = report_data.read_report(named)
+    assert [stage.name.en for stage in found.stages] == ["retriever", "re-ranker", "fused"]
+    entry = report_data.query_entries(found, report_data.Passages(), depth=2)[0]
+    assert entry["first"] == [1, 3, 3] and entry["items"][0] == [0, 1, 1.0, 3, 0.33333, 3, 0.33333, 1]
+    with pytest.raises(UserError, match="gone"):
+        report_data.read_report(settings(world, bm25_run=str(other.with_name("gone"))))
+
+
+def test_the_browser_has_the_queries_with_an_error_first(world):
+    found = report_data.read_report(settings(world))
+    known = findings.find(found)
+    queries = list(QUERIES)
+    assert (
+        findings.chosen_queries(found, known, 0) is None and findings.chosen_queries(found, known, 4) is None
+    )
+    assert findings.chosen_queries(found, known, 3) == {*queries[:3]}  # the last one has no error
+    assert findings.chosen_queries(found, known, 2) == {queries[1], queries[2]}  # missing labels first
+    assert findings.chosen_queries(found, None, 1) == {queries[0]}
+    entries = report_data.query_entries(found, report_data.Passages(), 2, {queries[1]})
+    assert [entry["qid"] for entry in entries] == ["q2"]
+    assert "3 of 4 queries" in report_page.shown_queries(settings(world, max_queries=3), found).en
+
+
+def test_the_header_names_models_commit_and_changed_settings(world):
+    found = report_data.read_report(settings(world))
+    facts = dict(read_origin(settings(world), found).facts)
+    assert "retriever" not in {name.en for name in facts} and len(facts) >= 2  # nothing is saved
+    write_json(world.output / "dual_infer_hparams.json", {
+        "dual_params": "none", "pretrained_model_path": "m3e<b>", "normalize": True, "commit": "v1-3-gabc",
+        "output_dir": "elsewhere", "unknown": 1})  # fmt: skip
+    write_json(
+        world.output / "cross_hparams.json", {"pretrained_model_path": "bge", "epoch": 2, "debug": True}
+    )
+    origin = read_origin(settings(world), found)
+    facts = {name.en: value.en for name, value in origin.facts}
+    assert facts["retriever"] == "m3e<b>, not fine-tuned" and facts["commit of the runs"] == "v1-3-gabc"
+    assert facts["re-ranker"] == "bge, fine-tuned (2 epochs)" and "4 queries, 7 passages" in facts["data"]
+    shown = {tuple(row[:3]) for row in origin.settings}
+    assert ("do_dual_infer.py", "normalize", "True") in shown
+    assert not {"output_dir", "unknown", "commit", "debug"} & {name for _, name, _ in shown}
+    (world.output / "dual_infer_hparams.json").write_text("[")
+    assert "retriever" not in {name.en for name, _ in read_origin(settings(world), found).facts}
+
+
+def test_texts_in_both_languages():
+    assert text(Both("a<", "甲")) == '<span class="en">a&lt;</span><span class="zh">甲</span>'
+    assert text(Both("BM25", "BM25")) == "BM25" and text(7) == "7"
+    assert text("<\ud800&\"'") == "&lt;?&amp;&quot;&#x27;"
 
 
 @pytest.mark.tools
 def test_metrics_and_hit_rates_by_hand(world):
     page = Parsed(make(world))
-    row = "0.5833 0.5000 0.7500 4"  # (1 + 1/3 + 0 + 1) / 4; both stages, in another order
-    assert f"retriever {row} {world.output / 'res.top50'} re-ranker {row}" in page.text()
+    row = "0.5833 0.5000 0.7500"  # (1 + 1/3 + 0 + 1) / 4; both stages, in another order
+    assert f"retriever {row} 4 re-ranker {row} +0.0000 -0.5000 … +0.5000 1.0000 1 / 1 / 2 4" in page.text()
     found = report_data.read_report(settings(world))
     rates = report_data.hit_rates(report_data.first_ranks(found, found.stages[0]))
     assert rates[:3] == [0.5, 0.5, 0.75] and rates[3:] == [0.75] * 47
@@ -141,7 +292,6 @@ def test_hostile_texts_are_unchanged(world):
     halves = ["\ud800</script>", "\U0002f800", "\x00\r"]
     assert json.loads(report_page.as_json(halves)) == halves
     report_page.as_json(halves).encode("utf-8")
-    assert report_page.text("<\ud800&\"'") == "&lt;?&amp;&quot;&#x27;"
 
 
 @pytest.mark.tools
@@ -156,7 +306,8 @@ def test_each_passage_once_and_truncated(world):
 @pytest.mark.tools
 def test_the_page_needs_no_network_and_is_reproducible(world):
     first = make(world)
-    assert not re.search(r"https?://|@import|src=|<link", first)
+    assert re.findall(r"https?://[^\s\"<]*", first) == ["http://127.0.0.1:7860/?q="]  # a link, if clicked
+    assert not re.search(r"@import|src=|<link", first)
     assert first.count("<svg") == first.count('role="img"') == 3  # hit rates, scores of both stages
     assert make(world) == first
 
@@ -167,7 +318,7 @@ def test_the_retriever_alone(world, capsys):
     page = Parsed(make(world))
     assert "No re-ranked run" in page.text()
     data = page.json("data")
-    assert data["stages"] == ["retriever"] and data["queries"][0]["items"][0] == [0, 1, 1.0, 1]
+    assert data["stages"] == [["retriever", "检索"]] and data["queries"][0]["items"][0] == [0, 1, 1.0, 1]
     assert [query["kind"] for query in data["queries"]] == ["", "", "missed", ""]
     assert "No re-ranked run" in capsys.readouterr().out
     assert report.main(["--data_dir", str(world.data), "--output_dir", str(world.output),
@@ -182,9 +333,9 @@ def test_without_a_reference(world):
     assert page.json("data")["scored"] is False and "kind" not in page.json("data")["queries"][0]
     other = '{"question_id": "z", "answer_paragraphs": [{"paragraph_id": "p"}]}'
     write(world.data / "dev/dev.json", [other])
-    assert "dev.json contains none of these queries" in report_data.read_report(settings(world)).notes[0]
+    assert "dev.json contains none of these queries" in report_data.read_report(settings(world)).notes[0].en
     (world.data / "dev/dev.json").unlink()
-    assert "dev.json does not exist" in report_data.read_report(settings(world)).notes[0]
+    assert "dev.json does not exist" in report_data.read_report(settings(world)).notes[0].en
 
 
 @pytest.mark.tools
@@ -214,7 +365,7 @@ def test_times(world):
 
 def test_a_re_ranked_run_with_other_candidates_gives_a_note(world):
     write(world.output / "res.rerank50.stamp.json", ['{"candidates": "0123456789abcdef"}'])
-    assert "was not made from" in report_data.read_report(settings(world)).notes[0]
+    assert "was not made from" in report_data.read_report(settings(world)).notes[0].en
 
 
 @pytest.mark.tools
@@ -232,11 +383,15 @@ def test_user_errors_are_one_line(world, capsys, monkeypatch):
 
 
 def train(folder, name: str, losses: dict[int, float], from_step: int = 0) -> None:
-    """Write the files of a training run: an event file of the steps from `from_step` on, and a checkpoint."""
+    """Write the files of a training run: an event file of the steps from `from_step` on, and a checkpoint.
+
+    `name` is the model, or old: of an earlier retriever.
+    """
     import torch
     from torch.utils.tensorboard import SummaryWriter
 
-    board = SummaryWriter(folder / "tensorboard", filename_suffix=f".{name}{from_step}")
+    model = "cross" if name == "cross" else "dual"
+    board = SummaryWriter(folder / "tensorboard" / model, filename_suffix=f".{name}{from_step}")
     for step, loss in losses.items():
         if step >= from_step:
             board.add_scalar("train/loss", loss, step)
@@ -257,7 +412,7 @@ def test_event_files_sort_by_age(tmp_path):
     assert [path.name for path in found] == names
 
 
-def test_event_files_of_two_models_in_one_folder(tmp_path):
+def test_event_files_of_several_runs(tmp_path):
     train(tmp_path, "old", {1: 9.0, 2: 8.0})  # an earlier run without its checkpoint
     train(tmp_path, "dual", {1: 3.0, 2: 2.0, 3: 1.9})
     train(tmp_path, "dual", {1: 3.0, 2: 2.0, 3: 1.8, 4: 1.7}, from_step=3)  # killed and resumed after step 2
@@ -268,7 +423,9 @@ def test_event_files_of_two_models_in_one_folder(tmp_path):
     cross, _ = report_curves.read_curves(tmp_path, "cross")
     assert cross.points["dev/MRR@10"] == pytest.approx({1: 0.07, 2: 0.05})
     (tmp_path / "cross_checkpoint.pt").write_bytes(b"torn")
-    assert "without cross_checkpoint.pt" in report_curves.read_curves(tmp_path, "cross")[1]
+    assert report_curves.read_curves(tmp_path, "cross")[0].best_step == 0  # a lone file needs none
+    (tmp_path / "dual_checkpoint.pt").unlink()
+    assert "without dual_checkpoint.pt" in report_curves.read_curves(tmp_path, "dual")[1]
     none, why = report_curves.read_curves(tmp_path / "gone", "dual")
     assert none is None and "no event files with curves in" in why
 
@@ -276,15 +433,12 @@ def test_event_files_of_two_models_in_one_folder(tmp_path):
 def test_a_truncated_event_file(tmp_path):
     train(tmp_path, "dual", {1: 3.0, 2: 2.0, 3: 1.9})
     (tmp_path / "dual_checkpoint.pt").unlink()  # a lone file needs none
-    (path,) = (tmp_path / "tensorboard").iterdir()
+    (path,) = (tmp_path / "tensorboard/dual").iterdir()
     path.write_bytes(path.read_bytes()[:-10])
-    (tmp_path / "tensorboard/events.out.tfevents.0.noise").write_bytes(bytes(range(256)))
+    (tmp_path / "tensorboard/dual/events.out.tfevents.0.noise").write_bytes(bytes(range(256)))
     curves, _ = report_curves.read_curves(tmp_path, "dual")
     assert curves.points["train/loss"] == pytest.approx({1: 3.0, 2: 2.0, 3: 1.9})
     assert list(curves.points["dev/MRR@10"]) == [1, 2] and curves.best_step == 0
-    for name in ("dual", "cross"):
-        (tmp_path / f"{name}_params.bin").touch()
-    assert "without dual_checkpoint.pt" in report_curves.read_curves(tmp_path, "dual")[1]
 
 
 @pytest.mark.tools
@@ -294,7 +448,7 @@ def test_a_damaged_event_file_is_reported(world):
     train(folder, "dual", {step: 3.0 / step for step in range(1, 21)})
     train(folder, "cross", {1: 0.7, 2: 0.5})
     assert "Curves of the retriever: " not in make(world)
-    path = next((folder / "tensorboard").glob("*.dual0"))
+    path = next((folder / "tensorboard/dual").glob("*.dual0"))
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -302,10 +456,10 @@ def test_a_damaged_event_file_is_reported(world):
     data[10] ^= 1  # in the first record: no value is readable
     path.write_bytes(data)
     page = make(world)
-    assert f"dual_checkpoint.pt; {path}: no readable values" in page
+    assert f"No curves of the retriever: {path}: no readable values" in page
     path.unlink()
     path.mkdir()
-    assert f"dual_checkpoint.pt; {path}: Is a directory" in make(world)
+    assert f"No curves of the retriever: {path}: Is a directory" in make(world)
 
 
 @pytest.mark.tools
@@ -325,18 +479,19 @@ def test_lengths_and_the_truncated_share(world, tokenizer, monkeypatch):
     assert "queries 3 of 4" in Parsed(make(world)).text()
 
 
-@pytest.mark.tools
 def test_no_lengths_without_valid_model_settings(world, tokenizer):
     (world.output / "dual_model").mkdir()
     record = world.output / "dual_hparams.json"
     whole = {"query_prefix": "", "passage_prefix": "", "remove_spaces": False, "q_max_seq_len": 8,
              "p_max_seq_len": 9}  # fmt: skip
     odd = [{}, {**whole, "query_prefix": None}, {**whole, "p_max_seq_len": "9"}]
-    for text in ["torn", "{}", *(json.dumps({"fixed_by_weights": fixed}) for fixed in odd)]:
-        record.write_text(text)
-        assert f"Omitted: {record}: " in Parsed(make(world)).text()
+    found = report_data.read_report(settings(world))
+    for content in ["torn", "{}", *(json.dumps({"fixed_by_weights": fixed}) for fixed in odd)]:
+        record.write_text(content)
+        assert f"Omitted: {record}: " in Parsed(report_page.lengths_section(found)).text()
     record.write_text(json.dumps({"fixed_by_weights": whole}))
-    assert f"Omitted: {world.output / 'dual_model'}: " in Parsed(make(world)).text()  # an empty folder
+    empty = Parsed(report_page.lengths_section(found)).text()
+    assert f"Omitted: {world.output / 'dual_model'}: " in empty
 
 
 def marks(text: str, query: str) -> list[str]:
@@ -388,6 +543,7 @@ def test_in_a_browser(world, browser):
     page.goto(world.page.as_uri())
     assert page.locator("#filters button").all_inner_texts() == [
         "all (4)", "lost by re-ranking (1)", "gained by re-ranking (1)", "missed by recall (1)",
+        "probably unlabeled (2)",
     ]  # fmt: skip
     page.get_by_role("button", name="lost by re-ranking (1)").click()
     assert page.locator("#list button").count() == 1
@@ -414,6 +570,7 @@ def test_in_a_browser(world, browser):
     assert gold.locator("mark").all_inner_texts() == ["香蕉", "Vitamin", "C", "含量"]
     page.locator("#search").fill("q3")
     page.locator("#list button").click()
+    assert page.evaluate("location.hash") == "#q3"
     detail = page.locator("#detail").inner_text()
     assert "pid absent<pid>: not in the collection's id map" in detail and "missed by recall" in detail
     assert "retriever: not in the run" in detail
@@ -421,3 +578,32 @@ def test_in_a_browser(world, browser):
     page.locator("#list button").nth(0).press("ArrowDown")
     assert page.evaluate("document.activeElement.innerText").startswith("香蕉")
     assert trouble == [] and asked == [world.page.as_uri()]
+
+
+@pytest.mark.tools
+@pytest.mark.browser
+@pytest.mark.slow
+def test_in_a_browser_on_a_phone_in_chinese(world, browser):
+    """A link to a query, the language of the browser, the switch, and nothing wider than the screen."""
+    make(world)
+    screen = {"width": 390, "height": 800}
+    page, trouble = browser.new_page(locale="zh-CN", viewport=screen, color_scheme="dark"), []
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.goto(f"{world.page.as_uri()}#q2")
+    title, links = page.locator("#detail h3"), page.locator("#detail .links a")
+    assert title.inner_text() == "香蕉 vitamin C 含量" and "正例" in page.locator("#detail").inner_text()
+    assert links.all_inner_texts() == ["本查询的链接", "在搜索页提问", "↑ 列表"]
+    address = "http://127.0.0.1:7860/?q=%E9%A6%99%E8%95%89%20vitamin%20C%20%E5%90%AB%E9%87%8F"
+    assert links.nth(1).get_attribute("href") == address
+    assert page.locator(".columns > section:visible h4").all_inner_texts() == ["检索"]
+    page.get_by_role("button", name="重排", exact=True).click()
+    assert page.locator(".columns > section:visible h4").all_inner_texts() == ["重排"]
+    assert page.title() == f"报告：{world.output}"
+    page.get_by_role("button", name="English").click()
+    assert page.title() == f"Report of {world.output}"
+    assert page.locator("#search").get_attribute("placeholder") == "words in the query, or a qid"
+    assert "前" not in page.locator("header").inner_text() and "下一步" not in page.inner_text("main")
+    assert page.locator(".unlabeled a").all_inner_texts() == ["香蕉 vitamin C 含量", "葡萄酒怎么保存"]
+    page.locator(".unlabeled a").nth(1).click()
+    assert title.inner_text() == "葡萄酒怎么保存"
+    assert page.evaluate("document.documentElement.scrollWidth") == 390 and trouble == []

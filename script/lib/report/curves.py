@@ -36,19 +36,17 @@ class Curves:
 def read_curves(folder: Path, model: str) -> tuple[Curves | None, str]:
     """Return (the curves of dual or cross, "") or (None, the reason why there are none).
 
-    Both models, and earlier training runs, write to output_dir/tensorboard. A file belongs to the model when
-    its values equal those of the history in MODEL_checkpoint.pt. Without a checkpoint, a single event file
-    beside a single model is used.
+    A folder may also hold the curves of earlier training runs. A file belongs to the model when its values
+    equal those of the history in MODEL_checkpoint.pt. Without a checkpoint, a single event file is used.
     """
-    board = folder / "tensorboard"
+    board = folder / "tensorboard" / model
     files, unreadable = read_board(board)
     if not files:
         return None, unreadable or f"no event files with curves in {board}"
     checkpoint = folder / f"{model}_checkpoint.pt"
     progress = read_progress(checkpoint)
     if progress is None:
-        models = [name for name in ("dual", "cross") if (folder / f"{name}_params.bin").exists()]
-        if len(files) > 1 or len(models) > 1:
+        if len(files) > 1:
             return None, f"{board}: without {checkpoint.name} it is unknown which event files belong to it"
         return Curves(files[0], 0, unreadable), ""
     history = progress["history"]

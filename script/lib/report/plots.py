@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from script.lib.report.curves import Curves, Lengths
+from script.lib.report.words import Both, escaped, same, text
 from torch_src.runtime.libraries import import_library
 
 # matplotlib writes these colors; COLORS replaces them with CSS variables of the page.
@@ -18,9 +19,11 @@ FIRST, SECOND = "#0072b2", "#d55e00"  # blue and vermilion of Okabe and Ito, saf
 GOLD, OTHER = "#009e73", "#777777"  # their green, hatched, and a gray
 COLORS = {INK: "currentColor", RULE: "var(--rule)", FIRST: "var(--first)", SECOND: "var(--second)",
           GOLD: "var(--gold)", OTHER: "var(--soft)"}  # fmt: skip
-STYLES: tuple[dict[str, Any], ...] = (  # retriever, re-ranker: never distinguished by color alone
+STYLES: tuple[dict[str, Any], ...] = (  # of the stages: never distinguished by color alone
     {"color": FIRST, "linestyle": "-", "marker": "o"},
     {"color": SECOND, "linestyle": "--", "marker": "s"},
+    {"color": GOLD, "linestyle": "-.", "marker": "^"},
+    {"color": OTHER, "linestyle": ":", "marker": "D"},
 )
 SETTINGS = {
     "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 11, "text.color": INK,
@@ -31,6 +34,7 @@ SETTINGS = {
     "lines.markersize": 4, "axes.titlesize": 11, "axes.titleweight": "bold",
 }  # fmt: skip
 SIZE = (4.7, 3.2)  # inches of 72 units: about the width of a page column, so that font size 11 is legible
+SMALL = (3.1, 1.9)
 
 Axes = Any  # matplotlib.axes.Axes; matplotlib is an optional requirement
 
@@ -40,17 +44,37 @@ def matplotlib() -> Any:
     return import_library("matplotlib", "requirements-tools.txt")
 
 
-def plot(label: str, draw: Callable[[Axes], None]) -> str:
-    """Return the SVG of what draw(axes) draws; `label` is its title and its text for screen readers."""
+class Words:
+    """The texts of a plot: matplotlib draws the English ones, the page gets both languages."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Both] = {}
+
+    def __call__(self, word: Both) -> str:
+        self.known[escaped(word.en)] = word
+        return word.en
+
+    def translate(self, svg: str) -> str:
+        """Return the SVG with both languages in its <text> elements."""
+        return re.sub(r">([^<>]+)</text>", self._pair, svg)
+
+    def _pair(self, match: re.Match[str]) -> str:
+        word = self.known.get(escaped(html.unescape(match[1])))
+        return f">{text(word).replace('span', 'tspan')}</text>" if word else match[0]
+
+
+def plot(label: Both, draw: Callable[[Axes, Words], None], size: tuple[float, float] = SIZE) -> str:
+    """Return the SVG of what draw(axes, words) draws; `label` is its title, and its text when read aloud."""
+    words = Words()
     with matplotlib().rc_context(SETTINGS):
         from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.add_subplot(title=label)
-        draw(axes)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot(title=words(label))
+        draw(axes, words)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator")))
-    return inline_svg(file.getvalue(), label)
+    return words.translate(inline_svg(file.getvalue(), label.en))
 
 
 def inline_svg(svg: str, label: str) -> str:
@@ -70,46 +94,55 @@ def tick(value: float, _: int) -> str:
     return f"{value:.6g}"
 
 
-def training(curves: Curves, stage: int, name: str) -> list[str]:
-    """Return the plots of a model's training: loss, MRR@10 on dev, learning rate."""
+def training(curves: Curves, stage: int, name: Both) -> list[str]:
+    """Return the plots of a model's training: loss, MRR@10 on dev, and, small, the learning rate."""
     svgs = []
     for tag, title, unit in (
-        ("train/loss", "training loss", "loss (mean since the last point)"),
-        ("dev/MRR@10", "MRR@10 on dev during training", "MRR@10 (0 to 1)"),
-        ("train/lr", "learning rate", "learning rate"),
+        (
+            "train/loss",
+            Both("training loss", "训练损失"),
+            Both("loss (mean since the last point)", "损失（上一点以来的均值）"),
+        ),
+        ("dev/MRR@10", Both("MRR@10 on dev during training", "训练中开发集 MRR@10"), same("MRR@10 (0 to 1)")),
+        ("train/lr", Both("learning rate", "学习率"), same("")),
     ):
         if points := curves.points.get(tag):
             best = curves.best_step if tag.startswith("dev/") else 0
             style = {**STYLES[stage], "linestyle": "-"}
             draw = partial(line, points=points, unit=unit, style=style, best=best)
-            svgs.append(plot(f"{name}: {title}", draw))
+            label = Both(f"{name.en}: {title.en}", f"{name.zh}：{title.zh}")
+            svgs.append(plot(label, draw, SMALL if tag == "train/lr" else SIZE))
     return svgs
 
 
-def line(axes: Axes, points: dict[int, float], unit: str, style: dict[str, Any], best: int) -> None:
+def line(
+    axes: Axes, words: Words, points: dict[int, float], unit: Both, style: dict[str, Any], best: int
+) -> None:
     """Draw a curve over the steps; a ring marks the step of the saved weights (0: none)."""
     markers = {} if len(points) <= 60 else {"marker": ""}
     axes.plot(list(points), list(points.values()), **{**style, **markers})
-    axes.set(xlabel="step (updates of the weights)", ylabel=unit)
+    axes.set(xlabel=words(Both("step (updates of the weights)", "步（权重更新次数）")), ylabel=words(unit))
     axes.yaxis.set_major_formatter(tick)
     if best and best in points:
-        axes.plot([best], [points[best]], "o", mfc="none", mec=INK, markersize=11,
-                  label=f"saved: step {best:,}, {points[best]:.4f}")  # fmt: skip
+        saved = f"{best:,}, {points[best]:.4f}"
+        label = words(Both(f"saved: step {saved}", f"保存的权重：第 {saved.replace(', ', ' 步，')}"))
+        axes.plot([best], [points[best]], "o", mfc="none", mec=INK, markersize=11, label=label)
         axes.legend(loc="lower right")
 
 
-def hit_rate(rates: dict[str, list[float]]) -> str:
+def hit_rate(rates: dict[Both, list[float]]) -> str:
     """Return the plot of {stage: hit rate at k = 1, 2, ...}."""
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes, words: Words) -> None:
         for (name, values), style in zip(rates.items(), STYLES, strict=False):
-            axes.plot(range(1, len(values) + 1), values, label=name, markevery=(0, 7), **style)
+            axes.plot(range(1, len(values) + 1), values, label=words(name), markevery=(0, 7), **style)
         top = len(next(iter(rates.values())))
-        axes.set(xlabel="k (passages per query)", ylabel="hit rate (share of queries)",
+        axes.set(xlabel=words(Both("k (passages per query)", "k（每个查询的段落数）")),
+                 ylabel=words(Both("hit rate (share of queries)", "命中率（查询的比例）")),
                  xlim=(0, top + 1), ylim=(0, 1.02), xticks=[1, *range(10, top + 1, 10)])  # fmt: skip
         axes.legend(loc="lower right")
 
-    return plot("Hit rate: a gold passage in the top k", draw)
+    return plot(Both("Hit rate: a gold passage in the top k", "命中率：前 k 个里有正例"), draw)
 
 
 def bars(axes: Axes, values: np.ndarray, edges: np.ndarray, color: str, **more: str) -> None:
@@ -125,35 +158,42 @@ def with_legend_above(axes: Axes, **labels: str) -> None:
     axes.legend(loc="upper right")
 
 
-def score_histogram(name: str, gold: Sequence[float], others: Sequence[float]) -> str:
+def score_histogram(name: Both, gold: Sequence[float], others: Sequence[float]) -> str:
     """Return the plot of a stage's scores: gold passages and the other candidates."""
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes, words: Words) -> None:
         edges = np.histogram_bin_edges([*gold, *others], 40)
         for scores, label, color, hatch in (
-            (others, f"not gold ({len(others):,})", OTHER, ""),
-            (gold, f"gold ({len(gold):,})", GOLD, "////"),
+            (others, Both("not gold", "非正例"), OTHER, ""),
+            (gold, Both("gold", "正例"), GOLD, "////"),
         ):
             if scores:
-                bars(axes, np.array(scores), edges, color, label=label, hatch=hatch)
+                counted = words(label + same(f" ({len(scores):,})"))
+                bars(axes, np.array(scores), edges, color, label=counted, hatch=hatch)
         axes.locator_params(axis="x", nbins=5)
         axes.xaxis.set_major_formatter(tick)
-        with_legend_above(axes, xlabel=f"score of the {name}", ylabel="% of the passages of this group")
+        share = Both("% of the passages of this group", "占本组段落的 %")
+        score = Both("score", "分数")
+        with_legend_above(axes, xlabel=words(score), ylabel=words(share))
 
-    return plot(f"Scores of the {name}", draw)
+    return plot(Both(f"Scores: {name.en}", f"分数：{name.zh}"), draw)
 
 
-def length_histogram(name: str, knob: str, lengths: Lengths) -> str:
+def length_histogram(name: Both, knob: str, lengths: Lengths) -> str:
     """Return the plot of the lengths of queries or passages, with the length limit of the model."""
     tokens = lengths.tokens
     top = int(max(np.percentile(tokens, 99), 1.15 * lengths.limit)) + 1
     step = max(1, round(top / 40))
     edges = np.arange(0, top + 2 * step, step)
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes, words: Words) -> None:
         bars(axes, np.minimum(tokens, edges[-1] - 1), edges, FIRST)
-        label = f"{knob} = {lengths.limit}: {100 * lengths.truncated:.1f} % truncated"
+        share = f"{knob} = {lengths.limit}: {100 * lengths.truncated:.1f} % "
+        label = words(Both(f"{share}truncated", f"{share}被截断"))
         axes.axvline(lengths.limit, ymax=0.8, color=SECOND, linestyle="--", label=label)
-        with_legend_above(axes, xlabel="tokens (with prefix and special tokens)", ylabel=f"% of the {name}")
+        with_legend_above(
+            axes, xlabel=words(Both("tokens (without the prefix)", "token 数（不含前缀）")),
+            ylabel=words(Both(f"% of the {name.en}", f"占{name.zh}的 %")),
+        )  # fmt: skip
 
-    return plot(f"Lengths of {name}", draw)
+    return plot(Both(f"Lengths of {name.en}", f"{name.zh}长度"), draw)

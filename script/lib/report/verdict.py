@@ -1,0 +1,204 @@
+"""The verdict of the report: what the runs show, in a sentence or two, and what to do next."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from script.lib.paired_test import SEED, Difference, compare, interval
+from script.lib.report.data import BM25, FUSED, RERANKER, Report
+from script.lib.report.findings import Findings
+from script.lib.report.words import Both
+
+FEW_QUERIES = 100  # below: the interval is too wide for most decisions
+MANY_MISSED = 0.05  # share of queries above which recall is worth a step
+FUSE = "do_cross_infer.py --fuse_retriever_weight"
+
+GOOD, BAD, OPEN = "good", "bad", "open"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Sentences, what they amount to (good, bad or open), and the next steps."""
+
+    kind: str
+    sentences: list[Both]
+    steps: list[Both]
+
+
+def certainty(found: Difference) -> Both:
+    """Return a difference in brackets, with its interval and p."""
+    figures = f"{found.low:+.4f} to {found.high:+.4f}"
+    return Both(
+        f"{found.mean:+.4f}, 95 % interval {figures}, p {found.p:.4f}",
+        f"{found.mean:+.4f}，95% 置信区间 {figures.replace(' to ', ' 至 ')}，p = {found.p:.4f}",
+    )
+
+
+def moves(subject: Both, found: Difference) -> Both:
+    """Return a sentence about a difference: `subject` raises or lowers MRR@10, or nothing is proved."""
+    how, span = certainty(found), f"{found.first:.4f} to {found.second:.4f}"
+    span_zh = f"从 {found.first:.4f} 变为 {found.second:.4f}"
+    if not found.is_significant:
+        return Both(
+            f"{subject.en} makes no proven difference: MRR@10 goes from {span} ({how.en}).",
+            f"{subject.zh}没有带来可以确认的变化：MRR@10 {span_zh}（{how.zh}）。",
+        )
+    verb, verb_zh = ("raises", "提高了") if found.mean > 0 else ("lowers", "降低了")
+    return Both(
+        f"{subject.en} {verb} MRR@10 from {span} ({how.en}).",
+        f"{subject.zh}{verb_zh} MRR@10：{span_zh}（{how.zh}）。",
+    )
+
+
+def judge(report: Report, findings: Findings | None, output: str) -> Verdict:
+    """Return the verdict on the runs of a report."""
+    if findings is None:
+        sentence = Both(
+            "No verdict: the queries of this run have no reference answers.",
+            "没有结论：这次结果的查询没有标注答案。",
+        )
+        step = Both(
+            "Pass a file of queries with answers: --dev_set dev.json.",
+            "用 --dev_set dev.json 给出带答案的查询。",
+        )
+        return Verdict(OPEN, [sentence], [step])
+    names = [stage.name for stage in report.stages]
+    of_stage = dict(zip(names, findings.differences, strict=True))
+    reranked = of_stage.get(RERANKER)
+    if reranked is None:
+        kind, sentences = OPEN, [retriever_alone(findings)]
+    else:
+        kind = OPEN if not reranked.is_significant else GOOD if reranked.mean > 0 else BAD
+        sentences = [moves(Both("Re-ranking", "重排"), reranked)]
+    sentences += others(report, findings)
+    return Verdict(kind, sentences, next_steps(report, findings, reranked, output))
+
+
+def retriever_alone(findings: Findings) -> Both:
+    """Return a sentence about a run without re-ranking."""
+    values = findings.values[0]
+    mean, (low, high) = values["MRR@10"].mean(), interval(values["MRR@10"], SEED)
+    recall = values["recall@50"].mean()
+    return Both(
+        f"The retriever reaches MRR@10 {mean:.4f} (95 % interval {low:.4f} to {high:.4f}) and recall@50 "
+        f"{recall:.4f} on {findings.queries:,} queries.",
+        f"检索的 MRR@10 为 {mean:.4f}（95% 置信区间 {low:.4f} 至 {high:.4f}），recall@50 为 {recall:.4f}，"
+        f"共 {findings.queries:,} 个查询。",
+    )
+
+
+def others(report: Report, findings: Findings) -> list[Both]:
+    """Return a sentence about the fused run, or else about BM25."""
+    names = [stage.name for stage in report.stages]
+    means = [float(values["MRR@10"].mean()) for values in findings.values]
+    if FUSED in names:
+        fused = names.index(FUSED)
+        best = max((at for at in range(len(names)) if at != fused), key=lambda at: means[at])
+        found = compare(findings.values[best]["MRR@10"], findings.values[fused]["MRR@10"])
+        single = names[best]
+        return [
+            moves(
+                Both(
+                    f"Compared with the best single run ({single.en}), fusing",
+                    f"与最好的单个结果（{single.zh}）相比，融合",
+                ),
+                found,
+            )
+        ]
+    if BM25 in names:
+        against = findings.differences[names.index(BM25)]
+        assert against is not None
+        return [
+            Both(
+                f"BM25 alone reaches {against.second:.4f} (against the retriever {certainty(against).en}).",
+                f"单用 BM25 为 {against.second:.4f}（与检索相比 {certainty(against).zh}）。",
+            )
+        ]
+    return []
+
+
+def next_steps(report: Report, findings: Findings, reranked: Difference | None, output: str) -> list[Both]:
+    """Return what to do next, most important first."""
+    steps = [about_reranking(findings, reranked, report.stage(FUSED) is not None, output)]
+    queries = findings.queries
+    if findings.missed.sum() > MANY_MISSED * queries:
+        steps.append(about_missed(report, findings))
+    if findings.unlabeled:
+        count = len({each.qid for each in findings.unlabeled})
+        steps.append(
+            Both(
+                f"Read the passages below that are probably right but have no label ({count:,} queries): "
+                "the metrics count them as errors, and training may use them as negatives.",
+                f"看一下后面“可能漏标”的段落（{count:,} 个查询）：指标把它们算作错误，"
+                "训练时还可能被当作负例。",
+            )
+        )
+    if queries < FEW_QUERIES:
+        steps.append(
+            Both(
+                f"Label more queries: with {queries:,} only large differences can be told from chance.",
+                f"多标一些查询：只有 {queries:,} 个时，只有很大的差别才能与偶然区分开。",
+            )
+        )
+    return steps
+
+
+def about_reranking(findings: Findings, found: Difference | None, is_fused: bool, output: str) -> Both:
+    """Return the step that follows from the difference between retriever and re-ranker."""
+    if found is None:
+        params = Path(output) / "cross_params.bin"
+        command = "do_cross_infer.py" if params.exists() else "do_cross_train.py, then do_cross_infer.py"
+        return Both(f"Re-rank: run {command}.", f"接着重排：运行 {command.replace(', then', '，再运行')}。")
+    train = Both(
+        "Train it on negatives that this retriever finds (script/mine_negatives.py).",
+        "用这个检索模型自己找出的负例来训练重排（script/mine_negatives.py）。",
+    )
+    fuse = Both("", "")
+    if not is_fused:
+        fuse = Both(
+            f" Or mix in the retriever's score: {FUSE} W, with the W that script/fuse_curve.py finds on "
+            "training queries.",
+            f"也可以把检索的分数按权重加进来：{FUSE} W，W 用 script/fuse_curve.py 在训练查询上选。",
+        )
+    if not found.is_significant:
+        half = (found.high - found.low) / 2
+        head = Both(
+            f"Do not decide on this difference: with {findings.queries:,} queries one below about {half:.3f} "
+            "cannot be told from chance. ",
+            f"不要凭这个差别做决定：{findings.queries:,} 个查询时，小于约 {half:.3f} 的差别与偶然无法区分。",
+        )
+        return head + train + fuse
+    if found.mean < 0:
+        kept = Both(" or the fused one", "，或者用融合的结果") if is_fused else Both("", "")
+        head = Both(
+            f"Do not use this re-ranker as it is: keep the retriever's order{kept.en}. ",
+            f"先不要用这个重排模型：保持检索的顺序{kept.zh}。",
+        )
+        return head + train + fuse
+    return Both("Keep the re-ranker.", "保留重排。") + fuse
+
+
+def about_missed(report: Report, findings: Findings) -> Both:
+    """Return the step that follows from queries without a gold passage in the retriever's run."""
+    missed = int(findings.missed.sum())
+    share, names = 100 * missed / findings.queries, [stage.name for stage in report.stages]
+    found = {name: int(findings.values[names.index(name)]["recall@50"][findings.missed].sum())
+             for name in (FUSED, BM25) if name in names}  # fmt: skip
+    other = Both("", "")
+    if found.get(FUSED):
+        other = Both(
+            f" The fused run finds {found[FUSED]:,} of them: re-rank that one "
+            "(do_cross_infer.py --retrieval_result).",
+            f"其中 {found[FUSED]:,} 个融合结果能找到：重排这个结果（do_cross_infer.py --retrieval_result）。",
+        )
+    elif found.get(BM25):
+        other = Both(
+            f" BM25 finds {found[BM25]:,} of them: fuse both runs (script/bm25.py fuse), re-rank the result.",
+            f"其中 {found[BM25]:,} 个 BM25 能找到：先融合两个结果（script/bm25.py fuse）再重排。",
+        )
+    return Both(
+        f"{missed:,} of {findings.queries:,} queries ({share:.0f} %) have no gold passage in the retriever's "
+        "top 50, which no re-ranking can repair: train the retriever on mined negatives "
+        f"(script/mine_negatives.py).{other.en}",
+        f"{findings.queries:,} 个查询中有 {missed:,} 个（{share:.0f}%）的正例不在检索的前 50 里，"
+        f"重排无法补救：用挖掘的负例继续训练检索（script/mine_negatives.py）。{other.zh}",
+    )
