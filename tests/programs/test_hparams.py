@@ -233,11 +233,14 @@ def test_only_changed_settings_are_printed_with_their_defaults(capsys):
     assert {line.split(" = ")[0].split()[-1] for line in lines} == {"debug", *changed}
 
 
-def test_save_writes_all_settings_and_more(tmp_path):
+def test_save_writes_all_settings_the_commit_and_more(tmp_path, monkeypatch):
     hp = train("--query_prefix", "问：")
     hparams.save(hp, tmp_path / "new" / "hp.json", steps=7)
     saved = json.loads((tmp_path / "new" / "hp.json").read_text(encoding="utf-8"))
-    assert saved == {**dataclasses.asdict(hp), "steps": 7}
+    commit = hparams.commit()  # empty in an unpacked archive
+    assert saved == {**dataclasses.asdict(hp), "steps": 7, "commit": commit} and "\n" not in commit
+    monkeypatch.setattr(hparams, "ROOT", tmp_path)
+    assert hparams.commit() == ""
 
 
 def test_derived_paths_follow_data_dir_and_an_explicit_path_wins():
