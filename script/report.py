@@ -1,13 +1,15 @@
-"""Write one HTML page about a finished run: metrics, curves, scores, lengths, times, and a query browser.
+"""Write one HTML page about a finished run: a verdict, figures, missing labels, queries, curves, times.
 
     python -m pip install -r requirements-tools.txt
     python script/report.py --data_dir D                      output/report.html, for the run in output/
     python script/report.py --debug                           the sample, after sh script/quickstart.sh
     python script/report.py --data_dir D --dual_run A/res.top50 --cross_run B/res.rerank50 --to report.html
 
-Settings: script/lib/report/hparams.py, or `--name value`; `--help` lists them. The page is one file and needs
-no network. The model of a run, its curves and its settings are read from the folder of the run. What is
-missing or unreadable (a re-ranked run, a reference, run_all.json) is omitted, and the page gives the reason.
+Settings: script/lib/report/hparams.py, or `--name value`; `--help` lists them. The page is one file, in English
+and Chinese, and needs no network. The model of a run, its curves and its settings are read from the folder of
+the run; runs of BM25 and fused ones from bm25/, fused/ and hybrid/ in the output folder, bm25/ and hybrid/
+beside it. What is missing or unreadable (a re-ranked run, a reference, run_all.json) is omitted, and the page
+gives the reason.
 """
 
 import sys
