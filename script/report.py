@@ -5,11 +5,11 @@
     python script/report.py --debug                           the sample, after sh script/quickstart.sh
     python script/report.py --data_dir D --dual_run A/res.top50 --cross_run B/res.rerank50 --to report.html
 
-Settings: script/lib/report/hparams.py, or `--name value`; `--help` lists them. The page is one file, in English
-and Chinese, and needs no network. The model of a run, its curves and its settings are read from the folder of
-the run; runs of BM25 and fused ones from bm25/, fused/ and hybrid/ in the output folder, bm25/ and hybrid/
-beside it. What is missing or unreadable (a re-ranked run, a reference, run_all.json) is omitted, and the page
-gives the reason.
+Settings: script/lib/report/hparams.py, or `--name value`; `--help` lists them. The page is one file, in
+English and Chinese, and needs no network. The model of a run, its curves and its settings are read from the
+folder of the run; runs of BM25 and fused ones are looked for in bm25/, fused/ and hybrid/ of the output
+folder, and in bm25/ and hybrid/ beside it. What is missing or unreadable (a re-ranked run, a reference,
+run_all.json) is omitted, and the page gives the reason.
 """
 
 import sys

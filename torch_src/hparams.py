@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.files import write_json
+from torch_src.runtime.files import ROOT, write_json
 from torch_src.runtime.log import error, log
 from torch_src.runtime.options import check_range, check_utf8, limit_text
 
-ROOT = Path(__file__).resolve().parents[1]
 NONE = "none"  # value that turns a path or model option off
 SAMPLE_DIR = "script/sample_data"
 TINY_ENCODER = f"{SAMPLE_DIR}/tiny_encoder"  # a retriever and a re-ranker in one file
