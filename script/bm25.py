@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from torch_src.data.collection import PassageCollection, collection_files
 from torch_src.data.formats import RunRow, format_run_row, read_query_texts, run_by_query
 from torch_src.data.results import common_collection
+from torch_src.hparams import DATA_DIR
 from torch_src.retrieval.bm25 import (
     ENGINE,
     IS_MARK,
@@ -36,7 +37,7 @@ from torch_src.retrieval.bm25 import (
 )
 from torch_src.retrieval.fusion import fuse_rankings
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.files import atomic_write
+from torch_src.runtime.files import atomic_write, from_root
 from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import duration, log, warn
 from torch_src.runtime.options import OptionParser, integer, number, positive_int
@@ -149,10 +150,12 @@ def main(argv: list[str]) -> int:
     """Return the exit status."""
     parser = OptionParser(__doc__)
     parser.add_argument("command", choices=["index", "search", "fuse"])
-    parser.add_argument("--data_dir", default="dureader-retrieval-baseline-dataset", help="official layout")
+    parser.add_argument("--data_dir", default=from_root(DATA_DIR), help="official layout")
     parser.add_argument("--passage_dir", default="", help="default: data_dir/passage-collection")
     parser.add_argument("--dev_q", default="", help="queries; default: data_dir/dev/dev.q.format")
-    parser.add_argument("--index", type=Path, default=Path("output/bm25"), help="folder of the index")
+    parser.add_argument(
+        "--index", type=Path, default=Path(from_root("output/bm25")), help="folder of the index"
+    )
     parser.add_argument("--run", default="", help="run to write; default: index/res.topK")
     parser.add_argument("--topk", type=positive_int, default=50, help="passages per query")
     parser.add_argument(

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Download the data set, or a pre-trained model, into the current folder (--help lists the options):
+# Download the data set, or a pre-trained model, into the repository (--help lists the options):
 #   sh script/download.sh              -> dureader-retrieval-baseline-dataset/
 #   sh script/download.sh model [NAME] -> torch_pretrained_models/<last part of NAME>/
 # This file looks for a suitable python and runs lib/download.py.

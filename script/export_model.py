@@ -17,6 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
+from torch_src.hparams import OUTPUT
+from torch_src.runtime.files import from_root
 from torch_src.runtime.options import OptionParser
 from torch_src.runtime.program import exit_status
 
@@ -32,7 +34,7 @@ def main(argv: list[str]) -> int:
     """Return the exit status."""
     parser = OptionParser(__doc__)
     parser.add_argument("kind", choices=["dual", "cross"])
-    parser.add_argument("--output_dir", default="output", help="folder of the trained model")
+    parser.add_argument("--output_dir", default=from_root(OUTPUT), help="folder of the trained model")
     parser.add_argument("--to", type=Path, required=True, help="folder to write")
     parser.add_argument("--results", default="", help="dual_res.json or cross_res.json, for the model card")
     parser.add_argument("--reference", default="", help="dev.json, to score --results")

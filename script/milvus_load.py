@@ -27,6 +27,7 @@ import torch_src  # noqa: F401 (first: it reports missing packages)
 import numpy as np
 
 from torch_src.data.passage_ids import check_length, read_passage_ids
+from torch_src.hparams import DATA_DIR, OUTPUT
 from torch_src.retrieval.engines.milvus_options import (
     check_index,
     check_milvus_file,
@@ -35,7 +36,7 @@ from torch_src.retrieval.engines.milvus_options import (
 )
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.files import read_json
+from torch_src.runtime.files import from_root, read_json
 from torch_src.runtime.log import duration, log
 from torch_src.runtime.options import OptionParser
 from torch_src.runtime.program import exit_status, exit_with
@@ -117,9 +118,9 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str]) -> int:
     """Return the exit status."""
     parser = OptionParser(__doc__)
-    parser.add_argument("--output_dir", default="output", help="output folder of do_dual_infer.py")
+    parser.add_argument("--output_dir", default=from_root(OUTPUT), help="output folder of do_dual_infer.py")
     parser.add_argument("--para_emb", default="", help="folder of vectors; default: output_dir/para_emb")
-    parser.add_argument("--data_dir", default="dureader-retrieval-baseline-dataset", help="official layout")
+    parser.add_argument("--data_dir", default=from_root(DATA_DIR), help="official layout")
     parser.add_argument(
         "--passage_ids",
         default="",

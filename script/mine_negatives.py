@@ -140,7 +140,7 @@ def mine(hp: MiningHparams) -> None:
     miner = mining.Miner(data, collection, located or mining_inputs.locate_positives(data, collection), rules)
     logits = read_scores(scores) if scores else None
     mining.write_mined(miner.mine(found, logits), folder, lambda row: ids[row].decode())
-    write_json(folder / "mining.json", {**dataclasses.asdict(hp), "counts": dataclasses.asdict(miner.counts)})
+    write_json(folder / "mining.json", {**hp.to_save(), "counts": dataclasses.asdict(miner.counts)})
     for output in outputs:
         write_stamp(output, stamp)
     for line in miner.counts.table():

@@ -93,7 +93,8 @@ def convert(hp: InferenceDeHparams, run_path: Path, topk: int) -> None:
 def call(command: list[str]) -> None:
     """Run a program to its end. It gets the stop signals of this process and saves before it ends."""
     # In a session of its own: otherwise Ctrl-C in a terminal would reach the program twice.
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, start_new_session=True)
+    words = [str(ROOT / command[0]), *command[1:]]
+    process = subprocess.Popen([sys.executable, *words], start_new_session=True)
     before = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -26,7 +26,7 @@ from torch_src import hparams
 from torch_src.dual_hparams import DualHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.files import write_json
+from torch_src.runtime.files import from_root, write_json
 from torch_src.runtime.log import duration, log
 from torch_src.runtime.options import integer
 from torch_src.runtime.outputs import TIMES, Output, check_outputs
@@ -50,7 +50,7 @@ class Rounds:
             hparams.parse(settings, self.options[name])  # UserError before the first stage, not hours later
         self.infer = hparams.parse(InferenceDeHparams, self.options["dual_infer"])
         self.dev_set = hparams.parse(DualHparams, self.options["dual_train"]).dev_set_path
-        default = DEFAULT_OUTPUT + ("_debug" if self.infer.debug else "")
+        default = from_root(DEFAULT_OUTPUT + ("_debug" if self.infer.debug else ""))
         self.output = Path(self.infer.output_dir if "--output_dir" in argv else default)
         self.seconds: dict[str, float] = {}
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch_src.hparams import PRECISIONS, SAMPLE_DIR, Hparams, under
+from torch_src.hparams import DATA_DIR, PRECISIONS, SAMPLE_DIR, Hparams, under
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.options import ABOVE_0, COUNT, COUNT_OR_OFF, FROM_0, SEEDS, SHARE, STEPS, STEPS_OR_OFF
 
@@ -13,7 +13,7 @@ class DataFolder(Hparams):
     """A data folder of the official layout: an empty path is a file in `data_dir`."""
 
     # main options
-    data_dir: str = "dureader-retrieval-baseline-dataset"  # data folder of the official layout
+    data_dir: str = DATA_DIR  # data folder of the official layout
 
     # data paths
     passage_dir: str = ""  # passages, part-00.. or all_doc; empty: data_dir/passage-collection

@@ -19,17 +19,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from torch_src.models.hub import is_hub_name
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.files import ROOT, write_json
+from torch_src.runtime.files import ROOT, from_root, to_root, write_json
 from torch_src.runtime.log import error, log
 from torch_src.runtime.options import check_range, check_utf8, limit_text
 
 NONE = "none"  # value that turns a path or model option off
+# Default paths are relative to the repository, those of options to the current directory.
+DATA_DIR, OUTPUT = "dureader-retrieval-baseline-dataset", "output"
 SAMPLE_DIR = "script/sample_data"
 TINY_ENCODER = f"{SAMPLE_DIR}/tiny_encoder"  # a retriever and a re-ranker in one file
 POOLINGS = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "pooler")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
+PATHS = (
+    "output_dir", "data_dir", "passage_dir", "passage_ids", "train_set", "dev_set", "dev_q", "dev_q2qid",
+    "dev_candidates", "pretrained_model_path", "vocab_path", "dual_params", "para_emb", "cross_params",
+    "retrieval_result", "mined_dir",
+)  # fmt: skip
 GROUPS = ("main options", "data paths", "model", "optimization", "evaluation", "search", "run", "advanced")
 HELP_COLUMN = 32  # where the comments start
 
@@ -47,7 +55,7 @@ class Hparams:
     """Base class of all settings."""
 
     # main options
-    output_dir: str = "output"  # folder of the results
+    output_dir: str = OUTPUT  # folder of the results
     debug: bool = False  # small run on a CPU without a download: sample data, small encoder
 
     # Subclasses extend these four with attributes of the same name.
@@ -58,8 +66,10 @@ class Hparams:
 
     @classmethod
     def defaults(cls: type[Settings], debug: bool) -> Settings:
-        """Return the settings of a command without options."""
-        return dataclasses.replace(cls(), debug=debug, **(inherited(cls, "DEBUG") if debug else {}))
+        """Return the settings of a command without options; their paths lead to the repository."""
+        hp = dataclasses.replace(cls(), debug=debug, **(inherited(cls, "DEBUG") if debug else {}))
+        paths: dict[str, Any] = {name: from_root(path) for name, path in local_paths(hp).items()}
+        return dataclasses.replace(hp, **paths)
 
     @property
     def saved_to(self) -> str:
@@ -72,6 +82,11 @@ class Hparams:
         paths = [getattr(self, name) for name in inherited(type(self), "INPUTS")]
         return [path for path in paths if path and path != NONE]
 
+    def to_save(self) -> dict[str, Any]:
+        """Return all settings, their paths as seen from the repository, whatever the current directory."""
+        paths = {name: to_root(path) for name, path in local_paths(self).items()}
+        return {**dataclasses.asdict(self), **paths}
+
     def check(self) -> None:
         """UserError for a value that is not allowed; None (unset) always is."""
         for name, allowed in inherited(type(self), "CHOICES").items():
@@ -80,6 +95,14 @@ class Hparams:
         for name, limits in inherited(type(self), "RANGES").items():
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), *limits)
+
+
+def local_paths(hp: Hparams) -> dict[str, str]:
+    """Return {knob: path} of the settings that name a file or folder."""
+    paths = {name: getattr(hp, name, None) or NONE for name in PATHS}
+    if is_hub_name(paths["pretrained_model_path"]):
+        del paths["pretrained_model_path"]
+    return {name: path for name, path in paths.items() if path != NONE}
 
 
 def inherited(settings: type, attribute: str) -> dict[str, Any]:
@@ -164,17 +187,20 @@ def help_text(settings: type[Hparams]) -> str:
     lines = [f"usage: {Path(sys.argv[0]).name} [--name value ...]", "", settings.__doc__ or ""]
     comments = knob_comments(settings)
     fields = {field.name: field for field in dataclasses.fields(settings)}
+    defaults = settings.defaults(settings.debug)
     for group in GROUPS:
         names = [name for name, (found, _) in comments.items() if found == group]
         lines += ["", f"{group}:"] if names else []
         for name in names:
-            lines += knob_help(settings, fields[name], comments[name][1])
+            lines += knob_help(settings, fields[name], getattr(defaults, name), comments[name][1])
     return "\n".join(lines)
 
 
-def knob_help(settings: type[Hparams], field: "dataclasses.Field[Any]", comment: str) -> list[str]:
+def knob_help(
+    settings: type[Hparams], field: "dataclasses.Field[Any]", default: object, comment: str
+) -> list[str]:
     """Return the lines of one knob."""
-    name, default = field.name, field.default
+    name = field.name
     choices, limits = inherited(settings, "CHOICES").get(name), inherited(settings, "RANGES").get(name)
     if field.type in (bool, bool | None):
         option = f"  --{name}, --no_{name}"
@@ -205,23 +231,31 @@ def knob_comments(settings: type[Hparams]) -> dict[str, tuple[str, str]]:
 
 
 def announce(title: str, hp: Hparams) -> None:
-    """Log the title and the settings that differ from the defaults in the file."""
-    changed = describe(hp)
-    saved = f" (all are saved in {hp.saved_to})" if hp.saved_to else ""
-    log(f"{title}; settings that differ from the defaults{saved}:{'' if changed else ' none'}")
-    for line in changed:
-        log(f"  {line}")
+    """Log the title and the settings that differ from those of a command without options."""
+    debug = " with the settings of --debug" if hp.debug else ""
+    saved = f"; all settings: {hp.saved_to}" if hp.saved_to else ""
+    log(f"{title}{debug}{saved}")
+    if changed := describe(hp):
+        log(f"  options: {', '.join(changed)}")
 
 
 def describe(hp: Hparams) -> list[str]:
-    """Return one line for each setting that differs from the default in the file."""
-    pairs = [(f.name, getattr(hp, f.name), f.default) for f in dataclasses.fields(hp)]
-    return [f"{name} = {value!r} (default {default!r})" for name, value, default in pairs if value != default]
+    """Return `name value (default)` of each setting that differs from that of a command without options."""
+    plain = hp.defaults(hp.debug)
+    names = [field.name for field in dataclasses.fields(hp)]
+    pairs = [(name, getattr(hp, name), getattr(plain, name)) for name in names]
+    return [f"{name} {shown(value)} ({shown(default)})" for name, value, default in pairs if value != default]
+
+
+def shown(value: object) -> str:
+    """Return a value as it is printed: as on the command line, quoted when it has spaces or is empty."""
+    text = "unset" if value is None else str(value)
+    return text if text and text == "".join(text.split()) else repr(text)
 
 
 def save(hp: Hparams, path: str | Path, **more: object) -> None:
     """Write all settings (and `more`) as JSON beside the result."""
-    write_json(path, {**dataclasses.asdict(hp), **more, "commit": commit()})
+    write_json(path, {**hp.to_save(), **more, "commit": commit()})
 
 
 def commit() -> str:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository r
 
 from torch_src.models.hub import is_weights, needed_files
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.files import atomic_write
+from torch_src.runtime.files import atomic_write, from_root
 from torch_src.runtime.libraries import import_library
 from torch_src.runtime.log import duration, log, warn
 from torch_src.runtime.options import OptionParser, integer, number
@@ -382,7 +382,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     env = os.environ.get
     parser.add_argument("what", nargs="?", choices=("data", "model"), default="data")
     parser.add_argument("name", nargs="?", help=f"model name, only after `model` (default: {MODEL})")
-    parser.add_argument("--to", type=Path, default=Path("."), help="download into this folder (default: .)")
+    here = Path(from_root("."))
+    parser.add_argument("--to", type=Path, default=here, help="into this folder (default: the repository)")
     parser.add_argument(
         "--url",
         default=env("DATA_URL") or BASE_URL,

@@ -6,9 +6,10 @@ import json
 import math
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
-from doc_commands import SETTINGS
+from doc_commands import ROOT, SETTINGS
 
 from torch_src import dual_train, hparams
 from torch_src.dual_hparams import MODEL_SETTINGS, DualHparams
@@ -223,14 +224,26 @@ def test_values_at_their_limits_are_accepted():
 
 
 def test_only_changed_settings_are_printed_with_their_defaults(capsys):
-    assert hparams.describe(train("--lr", "0.001", "--epoch", "10")) == ["lr = 0.001 (default 3e-05)"]
-    hp = train("--debug", "--output_dir", "elsewhere")
-    hparams.announce("training", hp)
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert "training" in first and "elsewhere/dual_hparams.json" in first
-    debug = inherited(DualHparams, "DEBUG")
-    changed = {name for name, value in debug.items() if value != getattr(DualHparams(), name)}
-    assert {line.split(" = ")[0].split()[-1] for line in lines} == {"debug", *changed}
+    assert hparams.describe(train("--lr", "0.001", "--epoch", "10")) == ["lr 0.001 (3e-05)"]
+    hparams.announce("training", train("--debug", "--output_dir", "elsewhere", "--query_prefix", "q: "))
+    first, second = capsys.readouterr().out.splitlines()
+    assert "training" in first and "--debug" in first and "elsewhere/dual_hparams.json" in first
+    assert second.endswith(" options: output_dir elsewhere (output/debug), query_prefix 'q: ' ('')")
+    hparams.announce("training", train("--debug"))
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_default_paths_lead_to_the_repository_and_given_ones_to_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hp = train("--debug", "--train_set", "mine.tsv")
+    assert (hp.output_dir, hp.data_dir) == (str(ROOT / "output/debug"), str(ROOT / "script/sample_data"))
+    assert Path(hp.pretrained_model_path).is_absolute() and Path(hp.pretrained_model_path).exists()
+    assert hp.train_set_path == "mine.tsv" and hparams.describe(hp) == ["train_set mine.tsv ('')"]
+    saved = hp.to_save()
+    assert (saved["output_dir"], saved["data_dir"]) == ("output/debug", "script/sample_data")
+    assert saved["train_set"] == str(tmp_path / "mine.tsv")
+    assert train("--pretrained_model_path", "owner/name").to_save()["pretrained_model_path"] == "owner/name"
+    assert str(ROOT / "output") in hparams.help_text(DualHparams)
 
 
 def test_save_writes_all_settings_the_commit_and_more(tmp_path, monkeypatch):

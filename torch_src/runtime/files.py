@@ -24,6 +24,12 @@ def from_root(path: str) -> str:
     return min(os.path.relpath(absolute), absolute, key=len)
 
 
+def to_root(path: str) -> str:
+    """Return a path as seen from the repository: relative inside it, else absolute."""
+    absolute = Path(os.path.abspath(path))
+    return str(absolute.relative_to(ROOT) if absolute.is_relative_to(ROOT) else absolute)
+
+
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w", keep_old: str | Path | None = None) -> Iterator[IO[Any]]:
     """Yield a temporary file that replaces `path` when the block ends without an error.

@@ -134,7 +134,7 @@ class ModelFiles:
             "model_files": {path.name: checksum_files([path]) for path in sorted(self.model.iterdir())},
             "weights": weights,
         }
-        settings = dataclasses.asdict(self.hp)
+        settings = self.hp.to_save()
         settings["truncation"] = [dataclasses.asdict(each) for each in self.truncation]
         write_trained_settings(self.settings, settings, model)
 
