@@ -475,6 +475,14 @@ def test_lengths_and_the_truncated_share(world, tokenizer, monkeypatch):
     assert lengths["passages"].tokens.tolist()[0] == 7 + 2 and lengths["passages"].tokens[4] == 4  # no prefix
     few, _ = report_curves.measure_lengths(world.output, list(QUERIES), found.collection, 3, 1)
     assert len(few["passages"].tokens) == 3 and few["passages"].of == 7
+    (world.output / "dual_hparams.json").unlink()  # a model that was not fine-tuned
+    used = {"fixed_by_weights": fixed, "pretrained_model_path": str(world.output / "dual_model")}
+    write_json(world.output / "dual_infer_hparams.json", used)
+    same, _ = report_curves.measure_lengths(world.output, list(QUERIES), found.collection, 1000, 1)
+    assert same["queries"].truncated == 0.5
+    write_json(world.output / "dual_infer_hparams.json", {**used, "pretrained_model_path": "BAAI/bge"})
+    assert report_curves.measure_lengths(world.output, list(QUERIES), found.collection, 1000, 1)[0] == {}
+    write_json(world.output / "dual_hparams.json", {"fixed_by_weights": fixed})
     monkeypatch.setattr(report_page, "LENGTH_SAMPLE", 3)
     assert "queries 3 of 4" in Parsed(make(world)).text()
 

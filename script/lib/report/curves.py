@@ -158,14 +158,25 @@ def read_model_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
+def retriever_files(folder: Path) -> tuple[Path, Path]:
+    """Return (saved settings, model folder) of a retriever that was trained or used in `folder`."""
+    settings, model = folder / "dual_hparams.json", folder / "dual_model"
+    if settings.exists() and model.exists():
+        return settings, model
+    settings = folder / "dual_infer_hparams.json"
+    if settings.exists():
+        model = Path(str(read_json(settings).get("pretrained_model_path")))
+        if model.is_dir():  # not a hub name: a report asks no network
+            return settings, model
+    raise UserError(f"{folder} has neither a trained retriever nor the settings of one in a local folder")
+
+
 def measure_lengths(
     folder: Path, queries: list[str], collection: PassageCollection, samples: int, seed: int
 ) -> tuple[dict[str, Lengths], str]:
     """Return ({queries, passages: Lengths}, "") with the retriever's tokenizer, or ({}, the reason)."""
-    settings_path, model = folder / "dual_hparams.json", folder / "dual_model"
-    if not settings_path.exists() or not model.exists():
-        return {}, f"{folder} has no dual_hparams.json and dual_model/: the retriever was not trained here"
     try:
+        settings_path, model = retriever_files(folder)
         settings, tokenizer = read_model_settings(settings_path), load_tokenizer(str(model))
     except UserError as error:
         return {}, str(error)
