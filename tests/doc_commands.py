@@ -26,7 +26,7 @@ from torch_src.tools.mining_hparams import MiningHparams
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
-DOCUMENTS = [*READMES, *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*READMES, *sorted((ROOT / "docs").glob("**/*.md"))]
 SETTINGS: dict[str, type[hparams.Hparams]] = {
     "do_dual_train.py": DualHparams,
     "do_dual_infer.py": InferenceDeHparams,

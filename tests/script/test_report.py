@@ -600,7 +600,7 @@ def test_in_a_browser_on_a_phone_in_chinese(world, browser):
     page.goto(f"{world.page.as_uri()}#q2")
     title, links = page.locator("#detail h3"), page.locator("#detail .links a")
     assert title.inner_text() == "香蕉 vitamin C 含量" and "正例" in page.locator("#detail").inner_text()
-    assert links.all_inner_texts() == ["本查询的链接", "在搜索页提问", "↑ 列表"]
+    assert links.all_inner_texts() == ["本问题的链接", "在搜索页提问", "↑ 列表"]
     address = "http://127.0.0.1:7860/?q=%E9%A6%99%E8%95%89%20vitamin%20C%20%E5%90%AB%E9%87%8F"
     assert links.nth(1).get_attribute("href") == address
     assert page.locator(".columns > section:visible h4").all_inner_texts() == ["检索"]

@@ -161,11 +161,11 @@ def add_reference(hp: ReportHparams, report: Report) -> None:
                     Both(
                         f"{missing:,} queries of {path} are not in the run: "
                         "they count as 0 in the metrics and are not listed.",
-                        f"{path} 里有 {missing:,} 个查询不在结果中：指标里按 0 计，下面不列出。",
+                        f"{path} 里有 {missing:,} 个问题不在结果中：指标里按 0 计，下面不列出。",
                     )
                 )
             return
-        reason = Both(f"{path} contains none of these queries", f"{path} 里没有这些查询")
+        reason = Both(f"{path} contains none of these queries", f"{path} 里没有这些问题")
     report.notes.append(
         Both(
             f"No reference ({reason.en}): no metrics, and no filters by outcome.",

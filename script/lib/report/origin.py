@@ -64,7 +64,7 @@ def read_origin(hp: ReportHparams, report: Report) -> Origin:
             Both("data", "数据"),
             Both(
                 f"{hp.data_dir}: {sizes[0]} queries, {sizes[1]} passages",
-                f"{hp.data_dir}：{sizes[0]} 个查询，{sizes[1]} 个段落",
+                f"{hp.data_dir}：{sizes[0]} 个问题，{sizes[1]} 个段落",
             ),
         )
     )

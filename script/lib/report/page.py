@@ -110,14 +110,14 @@ def metrics_section(report: Report, findings: Findings | None) -> str:
         f"Means over the {queries} queries of the reference; recall@k is a hit rate. The difference is that "
         "of MRR@10 to the retriever, p a two-sided paired randomization test, the interval a bootstrap over "
         "queries (as script/compare_runs.py prints them).",
-        f"{queries} 个有标注的查询的平均值；recall@k 是命中率。差值指与检索相比的 MRR@10；"
-        "p 来自双侧配对随机化检验，区间由对查询做自助抽样得到（与 script/compare_runs.py 相同）。",
+        f"{queries} 个有标注的问题的平均值；recall@k 是命中率。差值指与检索相比的 MRR@10；"
+        "p 来自双侧配对随机化检验，区间由对问题做自助抽样得到（与 script/compare_runs.py 相同）。",
     )
     head: list[Any] = [Both("run", "结果"), *MEASURES]
     if len(report.stages) > 1:
         head += [Both("difference", "差值"), Both("95 % interval", "95% 区间"), "p",
                  Both("better / worse / same", "变好 / 变差 / 不变")]  # fmt: skip
-    head += [Both("queries ranked", "有结果的查询")]
+    head += [Both("queries ranked", "有结果的问题")]
     return table(head, rows) + note(caption) + figures([plots.hit_rate(hit_rates)])
 
 
@@ -130,8 +130,8 @@ def unlabeled_section(report: Report, findings: Findings | None) -> str:
         f"Passages without a label that the {name.en} puts in its first {TOP} and above every gold passage "
         "of the query, with a score as high as that of half of the gold passages it puts first. "
         "Read them: what answers the query is a missing label.",
-        f"没有标注的段落，但{name.zh}把它排进前 {TOP}，且在该查询所有正例之上，"
-        "分数又不低于半数排在第一的正例。读一下：能回答查询的就是漏标。",
+        f"没有标注的段落，但{name.zh}把它排进前 {TOP}，且在该问题所有正例之上，"
+        "分数又不低于半数排在第一的正例。读一下：能回答问题的就是漏标。",
     )
     if not count:
         return note(rule) + note(Both("There are none.", "没有这样的段落。"))
@@ -155,10 +155,10 @@ def buckets_section(report: Report, findings: Findings | None) -> str:
     judge_name = report.stages[findings.judge].name
     tables = []
     for title, buckets in (
-        (Both("By length of the query", "按查询长度"), findings.by_query),
+        (Both("By length of the query", "按问题长度"), findings.by_query),
         (Both("By length of the gold passage", "按正例段落长度"), findings.by_passage),
     ):
-        head = [Both("characters", "字数"), Both("queries", "查询"),
+        head = [Both("characters", "字数"), Both("queries", "问题"),
                 *(Both(f"MRR@10 {stage.name.en}", f"{stage.name.zh} MRR@10") for stage in report.stages),
                 Both(f"95 % interval ({judge_name.en})", f"95% 区间（{judge_name.zh}）"),
                 Both("recall@50 retriever", "检索 recall@50")]  # fmt: skip
@@ -169,7 +169,7 @@ def buckets_section(report: Report, findings: Findings | None) -> str:
         Both(
             "Groups of about as many queries each. Intervals that overlap are no proof of a difference. The "
             "length of several gold passages is their mean.",
-            "各组查询数大致相同。区间重叠时，差别不能算数。一个查询有多个正例时取平均长度。",
+            "各组问题数大致相同。区间重叠时，差别不能算数。一个问题有多个正例时取平均长度。",
         )
     )
 
@@ -223,7 +223,7 @@ def scores_section(report: Report) -> str:
         Both(
             "Passages of the runs, for queries with a reference; each group adds up to 100 %. "
             "A passage without a label counts as not gold, although it may answer the query.",
-            "有标注的查询的结果段落；每组合计 100%。没有标注的段落算作非正例，尽管它可能回答了问题。",
+            "有标注的问题的结果段落；每组合计 100%。没有标注的段落算作非正例，尽管它可能回答了问题。",
         )
     )
 
@@ -235,7 +235,7 @@ def lengths_section(report: Report) -> str:
     if not measured:
         return omitted(reason)
     svgs, rows = [], []
-    names = {"queries": Both("queries", "查询"), "passages": Both("passages", "段落")}
+    names = {"queries": Both("queries", "问题"), "passages": Both("passages", "段落")}
     for key, lengths in measured.items():
         name, knob = names[key], f"{key[0]}_max_seq_len"
         svgs.append(plots.length_histogram(name, knob, lengths))
@@ -327,8 +327,8 @@ def shown_queries(hp: ReportHparams, report: Report) -> Both:
         line += Both(
             f" {limit} of {total:,} queries are here, those with a changed or missed answer first; "
             "--max_queries 0 shows all. The figures above are of all queries.",
-            f"这里有 {total:,} 个查询中的 {limit} 个，优先放结果有变化或漏检的；--max_queries 0 放全部。"
-            "上面的数字按全部查询计算。",
+            f"这里有 {total:,} 个问题中的 {limit} 个，优先放结果有变化或漏检的；--max_queries 0 放全部。"
+            "上面的数字按全部问题计算。",
         )
     return line
 

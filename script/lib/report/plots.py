@@ -137,8 +137,8 @@ def hit_rate(rates: dict[Both, list[float]]) -> str:
         for (name, values), style in zip(rates.items(), STYLES, strict=False):
             axes.plot(range(1, len(values) + 1), values, label=words(name), markevery=(0, 7), **style)
         top = len(next(iter(rates.values())))
-        axes.set(xlabel=words(Both("k (passages per query)", "k（每个查询的段落数）")),
-                 ylabel=words(Both("hit rate (share of queries)", "命中率（查询的比例）")),
+        axes.set(xlabel=words(Both("k (passages per query)", "k（每个问题的段落数）")),
+                 ylabel=words(Both("hit rate (share of queries)", "命中率（问题的比例）")),
                  xlim=(0, top + 1), ylim=(0, 1.02), xticks=[1, *range(10, top + 1, 10)])  # fmt: skip
         axes.legend(loc="lower right")
 

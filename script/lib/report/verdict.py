@@ -54,11 +54,11 @@ def judge(report: Report, findings: Findings | None, output: str) -> Verdict:
     if findings is None:
         sentence = Both(
             "No verdict: the queries of this run have no reference answers.",
-            "没有结论：这次结果的查询没有标注答案。",
+            "没有结论：这次结果的问题没有标注答案。",
         )
         step = Both(
             "Pass a file of queries with answers: --dev_set dev.json.",
-            "用 --dev_set dev.json 给出带答案的查询。",
+            "用 --dev_set dev.json 给出带答案的问题。",
         )
         return Verdict(OPEN, [sentence], [step])
     names = [stage.name for stage in report.stages]
@@ -82,7 +82,7 @@ def retriever_alone(findings: Findings) -> Both:
         f"The retriever reaches MRR@10 {mean:.4f} (95 % interval {low:.4f} to {high:.4f}) and recall@50 "
         f"{recall:.4f} on {findings.queries:,} queries.",
         f"检索的 MRR@10 为 {mean:.4f}（95% 置信区间 {low:.4f} 至 {high:.4f}），recall@50 为 {recall:.4f}，"
-        f"共 {findings.queries:,} 个查询。",
+        f"共 {findings.queries:,} 个问题。",
     )
 
 
@@ -128,7 +128,7 @@ def next_steps(report: Report, findings: Findings, reranked: Difference | None, 
             Both(
                 f"Read the passages below that are probably right but have no label ({count:,} queries): "
                 "the metrics count them as errors, and training may use them as negatives.",
-                f"看一下后面“可能漏标”的段落（{count:,} 个查询）：指标把它们算作错误，"
+                f"看一下后面“可能漏标”的段落（{count:,} 个问题）：指标把它们算作错误，"
                 "训练时还可能被当作负例。",
             )
         )
@@ -136,7 +136,7 @@ def next_steps(report: Report, findings: Findings, reranked: Difference | None, 
         steps.append(
             Both(
                 f"Label more queries: with {queries:,} only large differences can be told from chance.",
-                f"多标一些查询：只有 {queries:,} 个时，只有很大的差别才能与偶然区分开。",
+                f"多标一些问题：只有 {queries:,} 个时，只有很大的差别才能与偶然区分开。",
             )
         )
     return steps
@@ -157,14 +157,14 @@ def about_reranking(findings: Findings, found: Difference | None, is_fused: bool
         fuse = Both(
             f" Or mix in the retriever's score: {FUSE} W, with the W that script/fuse_curve.py finds on "
             "training queries.",
-            f"也可以把检索的分数按权重加进来：{FUSE} W，W 用 script/fuse_curve.py 在训练查询上选。",
+            f"也可以把检索的分数按权重加进来：{FUSE} W，W 用 script/fuse_curve.py 在训练问题上选。",
         )
     if not found.is_significant:
         half = (found.high - found.low) / 2
         head = Both(
             f"Do not decide on this difference: with {findings.queries:,} queries one below about {half:.3f} "
             "cannot be told from chance. ",
-            f"不要凭这个差别做决定：{findings.queries:,} 个查询时，小于约 {half:.3f} 的差别与偶然无法区分。",
+            f"不要凭这个差别做决定：{findings.queries:,} 个问题时，小于约 {half:.3f} 的差别与偶然无法区分。",
         )
         return head + train + fuse
     if found.mean < 0:
@@ -199,6 +199,6 @@ def about_missed(report: Report, findings: Findings) -> Both:
         f"{missed:,} of {findings.queries:,} queries ({share:.0f} %) have no gold passage in the retriever's "
         "top 50, which no re-ranking can repair: train the retriever on mined negatives "
         f"(script/mine_negatives.py).{other.en}",
-        f"{findings.queries:,} 个查询中有 {missed:,} 个（{share:.0f}%）的正例不在检索的前 50 里，"
+        f"{findings.queries:,} 个问题中有 {missed:,} 个（{share:.0f}%）的正例不在检索的前 50 里，"
         f"重排无法补救：用挖掘的负例继续训练检索（script/mine_negatives.py）。{other.zh}",
     )
