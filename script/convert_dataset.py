@@ -14,6 +14,7 @@
     python script/convert_dataset.py feedback feedback.jsonl --data_dir D --to FOLDER
     python script/convert_dataset.py to_beir D --to FOLDER
     python script/convert_dataset.py to_trec dual_res.json --reference qrels.txt --to FOLDER
+    python script/convert_dataset.py to_trec res.top50 --data_dir D --to FOLDER
     python script/convert_dataset.py from_trec run.txt --to dual_res.json
 
 auto: any of the layouts below, recognized by its files, or passages alone: JSON lines, TSV, CSV or text (a
@@ -78,9 +79,17 @@ from script.lib.foreign_layouts import (
 )
 from script.lib.foreign_rows import ROWS, row_files, row_passages, row_queries
 from script.lib.official_layout import TITLES, OfficialLayoutWriter, Passage, Query
-from script.lib.trec_files import read_grades, read_ranking
+from script.lib.trec_files import (
+    check_reference,
+    check_result,
+    read_grades,
+    read_own_run,
+    read_ranking,
+    read_scored,
+)
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import parse_cross_row, read_dev
+from torch_src.data.kinds import RUN, check_kinds
 from torch_src.data.lines import FormatError, read_lines, split_columns
 from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.data.results import check_result_path, stamp_result, write_result
@@ -112,7 +121,7 @@ OPTIONS = {
     "columns": CONVERTED,
     "quotes": CONVERTED,
     "encoding": CONVERTED,
-    "data_dir": ("feedback",),
+    "data_dir": ("feedback", "to_trec"),
     "dev_share": ("feedback",),
     "reference": ("to_trec",),
 }
@@ -350,7 +359,14 @@ def rows_by_text(path: Path, collection: PassageCollection) -> dict[int, int]:
 def to_trec(args: argparse.Namespace) -> None:
     """Write a result as a TREC run, and the reference as qrels."""
     source = Path(args.source)
-    result = read_ranking(source)
+    if args.reference:
+        check_reference(args.reference)
+    if args.data_dir:
+        check_kinds((source, RUN))
+        result = own_run(source, Path(args.data_dir))
+    else:
+        check_result(source, "pass the --data_dir that was searched")
+        result = read_scored(source)
     grades = read_grades(Path(args.reference)) if args.reference else {}
     for path, lists in ((source, result), (args.reference, grades)):
         for qid, pids in lists.items():
@@ -359,14 +375,19 @@ def to_trec(args: argparse.Namespace) -> None:
         warn(f"{source}: {unknown:,} queries are not in {args.reference}")
     with new_folder(args) as folder:
         with atomic_write(folder / "run.txt") as file:
-            for qid, pids in result.items():
-                for rank, pid in enumerate(dict.fromkeys(pids), start=1):
-                    file.write(f"{qid} Q0 {pid} {rank} {1 / rank:.9g} dureader\n")
+            for qid, scores in result.items():
+                for rank, (pid, score) in enumerate(scores.items(), start=1):
+                    file.write(f"{qid} Q0 {pid} {rank} {score:.9g} dureader\n")
         if args.reference:
             with atomic_write(folder / "qrels.txt") as file:
                 for qid, judged in grades.items():
                     file.writelines(f"{qid} 0 {pid} {judged[pid]}\n" for pid in sorted(judged))
     log(f"wrote {args.to}")
+
+
+def own_run(run: Path, data: Path) -> dict[str, dict[str, float]]:
+    """Return {qid: {pid: score}} of a run over the dev queries of a data folder."""
+    return read_own_run(run, data / "dev/q2qid.dev.json", data / "passage-collection/passage2id.map.json")
 
 
 def check_trec_ids(path: Path | str, ids: list[str]) -> None:
@@ -381,6 +402,7 @@ def check_trec_ids(path: Path | str, ids: list[str]) -> None:
 def from_trec(args: argparse.Namespace) -> None:
     """Write a run of another tool as a result, {qid: [pid, ...]}."""
     check_result_path(args.to, "", [args.source])
+    check_result(args.source, "convert it with metric/convert_recall_res_to_json.py")
     ranking = read_ranking(Path(args.source))
     clear_stamp(args.to)
     write_result(args.to, ranking.items())

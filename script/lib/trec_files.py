@@ -1,14 +1,25 @@
 """Runs and judgments of other tools: TREC, TSV, JSON; and this project's dev.json and result JSON."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from metric.convert_recall_res_to_json import check_map, find_pids, order_by_rank, read_results
 from script.lib.foreign_files import Source, is_json, unique_fields
 from script.lib.foreign_judgments import read_judgments
-from torch_src.data.formats import read_dev
-from torch_src.data.lines import FormatError, finite_number, parse_json, shown, whole_number
+from torch_src.data.formats import read_dev, read_q2qid
+from torch_src.data.kinds import ANSWERS, PASSAGE_MAP, QUERIES, QUERY_MAP, RESULT, RUN, kind_of
+from torch_src.data.lines import (
+    FilePath,
+    FormatError,
+    finite_number,
+    parse_json,
+    read_lines,
+    shown,
+    whole_number,
+)
 from torch_src.data.results import load_result
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import log, warn
@@ -23,6 +34,10 @@ EXPECTED = "6: qid, Q0, pid, rank, score, name; 4: qid, pid, rank, score; or 3: 
 QID_NAMES = ("qid", "query_id", "query-id", "question_id")
 
 
+NOT_RESULTS = (ANSWERS, QUERY_MAP, PASSAGE_MAP, QUERIES)
+NOT_JUDGMENTS = (RESULT, QUERY_MAP, PASSAGE_MAP, QUERIES)
+
+
 class Hit(NamedTuple):
     """One line of a run."""
 
@@ -32,13 +47,70 @@ class Hit(NamedTuple):
     line: int
 
 
+def is_own_run(path: FilePath) -> bool:
+    """Return whether a file is a run of this project: its first column is a text, not an id."""
+    if kind_of(path) != RUN:
+        return False
+    _, first = next(read_lines(path))
+    query = first.partition("\t")[0]
+    return " " in query or not query.isascii()
+
+
+def check_result(path: FilePath, fix: str) -> None:
+    """UserError when a file is not a result or a run of another tool; `fix`: for a run of this project."""
+    if is_own_run(path):
+        raise UserError(f"{path}: {RUN} (expected {RESULT}); {fix}")
+    if (found := kind_of(path)) in NOT_RESULTS:
+        raise UserError(f"{path}: {found} (expected {RESULT} or a run); check the order of the arguments")
+
+
+def check_reference(path: FilePath) -> None:
+    """UserError when a file is clearly not dev.json or qrels."""
+    found = kind_of(path)
+    if found in NOT_JUDGMENTS or is_own_run(path):  # qrels with TABs look like a run
+        raise UserError(f"{path}: {found} (expected {ANSWERS} or qrels); check the order of the arguments")
+
+
 def read_ranking(path: Path) -> dict[str, list[str]]:
     """Return {qid: pids, best first} of a result JSON, or of a run in TREC or TSV columns.
 
     Ranked by score as trec_eval does; equal scores by rank, where trec_eval goes by pid.
     """
     if is_json(path):
-        return _json_ranking(path)
+        return {qid: [*found] for qid, found in _json_ranking(path).items()}
+    return {qid: [hit.pid for hit in hits] for qid, hits in _ranked_hits(path).items()}
+
+
+def read_scored(path: Path) -> dict[str, dict[str, float]]:
+    """Return {qid: {pid: score}}, best first, of the same files; 1 / rank where there are no scores."""
+    if not is_json(path):
+        ranked = _ranked_hits(path)
+        return {qid: {hit.pid: hit.score for hit in hits} for qid, hits in ranked.items()}
+    found = _json_ranking(path)
+    return {qid: scores if isinstance(scores, dict) else by_rank(scores) for qid, scores in found.items()}
+
+
+def by_rank(pids: list[str]) -> dict[str, float]:
+    """Return {pid: 1 / rank}; a duplicate pid counts once."""
+    return {pid: 1 / rank for rank, pid in enumerate(dict.fromkeys(pids), start=1)}
+
+
+def read_own_run(path: Path, query_map: Path, passage_map: Path) -> dict[str, dict[str, float]]:
+    """Return {qid: {pid: score}}, best first, of a run of this project."""
+    check_map(str(path), str(passage_map))
+    rankings = read_results(str(path), read_q2qid(query_map), sys.maxsize)
+    for ranking in rankings.values():
+        order_by_rank(str(path), ranking)
+    rows, pids = find_pids(str(path), str(passage_map), rankings)
+    pid_of = dict(zip(rows.tolist(), pids, strict=True))
+    return {
+        qid: {pid_of[row]: score for row, score in zip(ranking.rows, ranking.scores, strict=True)}
+        for qid, ranking in rankings.items()
+    }
+
+
+def _ranked_hits(path: Path) -> dict[str, list[Hit]]:
+    """Return {qid: hits, best first} of a run in TREC or TSV columns."""
     found: dict[str, dict[str, Hit]] = {}
     for qid, hit in _run_lines(path):
         hits = found.setdefault(qid, {})
@@ -52,10 +124,10 @@ def read_ranking(path: Path) -> dict[str, list[str]]:
     ranks = all(sorted(hit.score for hit in hits) == [*range(1, len(hits) + 1)] for hits in runs.values())
     if ranks and not any(hit.rank for hits in runs.values() for hit in hits):
         log(f"{path}: the third column is read as the rank")
-        runs = {qid: [hit._replace(score=-hit.score) for hit in hits] for qid, hits in runs.items()}
+        runs = {qid: [hit._replace(score=1 / hit.score) for hit in hits] for qid, hits in runs.items()}
     ranked = {qid: sorted(hits, key=lambda hit: (-hit.score, hit.rank)) for qid, hits in runs.items()}
     _warn_about(path, ranked)
-    return {qid: [hit.pid for hit in hits] for qid, hits in ranked.items()}
+    return ranked
 
 
 def _run_lines(path: Path) -> Iterator[tuple[str, Hit]]:
@@ -78,8 +150,8 @@ def _run_lines(path: Path) -> Iterator[tuple[str, Hit]]:
         yield values["qid"], Hit(values["pid"], rank, score, line)
 
 
-def _json_ranking(path: Path) -> dict[str, list[str]]:
-    """Return {qid: pids} of {qid: [pid, ...]}, or of {qid: {pid: score}} as BEIR and ranx write it."""
+def _json_ranking(path: Path) -> dict[str, list[str]] | dict[str, dict[str, float]]:
+    """Return {qid: [pid, ...]}, or {qid: {pid: score}} as BEIR and ranx write it, best first."""
     value = parse_json("\n".join(text for _, text in Source().lines(path)), path, 1, unique_fields)
     if (
         not isinstance(value, dict)
@@ -94,7 +166,10 @@ def _json_ranking(path: Path) -> dict[str, list[str]]:
         for pid, score in scores.items():
             if finite_number(json.dumps(score)) is None:
                 raise UserError(f"{path}: the score of {shown(pid)} for {shown(qid)} is not a finite number")
-    return {qid: sorted(scores, key=scores.__getitem__, reverse=True) for qid, scores in value.items()}
+    return {
+        qid: {pid: scores[pid] for pid in sorted(scores, key=scores.__getitem__, reverse=True)}
+        for qid, scores in value.items()
+    }
 
 
 def _warn_about(path: Path, ranked: dict[str, list[Hit]]) -> None:

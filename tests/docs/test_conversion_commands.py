@@ -98,6 +98,10 @@ def in_rows(folder: Path) -> None:
     click = {"time": "t", "query": DEV[1], **sides[0], "relevant": True, "column": "dense", "rank": 2}
     for name in ("feedback.jsonl", "output/my/feedback.jsonl"):
         json_lines(folder / name, [{**click, "above": sides[1:]}])
+    for name in ("res.top50", "output/my/res.top50"):
+        table(
+            folder / name, *((DEV[1], str(int(pid) - 1), str(rank), "1") for rank, pid in enumerate("32", 1))
+        )
     (folder / "dual_res.json").write_text(json.dumps({DEV[0]: ["3", "1"]}))
 
 
@@ -132,7 +136,8 @@ def run(words: list[str]) -> str:
         assert load_result(target) == {DEV[0]: ["1", "3", "2"]}
     elif words[0] == "to_trec":
         assert lines(target / "run.txt")[0].startswith(f"{DEV[0]} Q0 3 1 ")
-        assert lines(target / "qrels.txt") == [f"{DEV[0]} 0 3 2"]
+        if "--reference" in words:
+            assert lines(target / "qrels.txt") == [f"{DEV[0]} 0 3 2"]
     elif words[0] == "to_beir":
         assert lines(target / "qrels/dev.tsv")[1].startswith(f"{DEV[0]}\t3\t")
     elif words[0] == "feedback":

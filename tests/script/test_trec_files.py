@@ -172,3 +172,47 @@ def test_ids_that_trec_columns_cannot_hold_are_refused(tmp_path, capsys, result)
     assert run("to_trec", tmp_path / "res.json", "--to", tmp_path / "T") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "res.json" in error and not (tmp_path / "T").exists()
+
+
+def own_data(folder):
+    """Write the maps of a data folder with two passages and a run over its query; return the run."""
+    write(folder / "D/dev/q2qid.dev.json", ['{"怎么 蒸鱼": "q1"}'])
+    write(folder / "D/passage-collection/passage2id.map.json", ['{"0": "a", "1": "b"}'])
+    write(folder / "res.top50", ["怎么 蒸鱼\t1\t1\t2.5", "怎么 蒸鱼\t0\t2\t-0.125"])
+    return folder / "res.top50"
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gz"])
+def test_a_run_of_this_project_keeps_its_scores(tmp_path, pack):
+    path = own_data(tmp_path)
+    path.write_bytes(pack(path.read_bytes()))
+    assert run("to_trec", path, "--data_dir", tmp_path / "D", "--to", tmp_path / "T") == 0
+    assert lines(tmp_path / "T/run.txt") == ["q1 Q0 b 1 2.5 dureader", "q1 Q0 a 2 -0.125 dureader"]
+    write(tmp_path / "run.txt", ["q1 Q0 a 1 7.25 x", "q1 Q0 b 2 7 x"])
+    assert run("to_trec", tmp_path / "run.txt", "--to", tmp_path / "U") == 0
+    assert lines(tmp_path / "U/run.txt") == ["q1 Q0 a 1 7.25 dureader", "q1 Q0 b 2 7 dureader"]
+
+
+def test_swapped_and_wrong_files_are_named(tmp_path, capsys):
+    own, dev = own_data(tmp_path), tmp_path / "dev.json"
+    write(dev, ['{"question_id": "q1", "answer_paragraphs": [{"paragraph_id": "a"}]}'])
+    write(tmp_path / "res.json", ['{"q1": ["a"]}'])
+    result, to = tmp_path / "res.json", ["--to", tmp_path / "T"]
+    wrong = [
+        ("to_trec", dev, "--reference", result, *to), ("to_trec", own, *to), ("from_trec", own, *to),
+        ("from_trec", dev, *to), ("to_trec", result, "--data_dir", tmp_path / "D", *to),
+        ("to_trec", result, "--reference", own, *to),
+    ]  # fmt: skip
+    for words in wrong:
+        assert run(*words) == 2 and not (tmp_path / "T").exists()
+        assert capsys.readouterr().err.count("\n") == 1
+    for words in ([own, result, "--reference", dev], [result, dev, "--reference", result],
+                  [result, result, "--reference", result], [dev, dev, "--reference", dev]):  # fmt: skip
+        assert compare_runs.main([str(word) for word in words]) == 2
+        assert "(expected" in capsys.readouterr().err
+
+
+def test_a_tsv_run_with_numbers_is_not_one_of_this_project(tmp_path):
+    write(tmp_path / "run.tsv", ["7\t3\t1\t9.5", "7\t4\t2\t9"])
+    assert run("from_trec", tmp_path / "run.tsv", "--to", tmp_path / "res.json") == 0
+    assert load_result(tmp_path / "res.json") == {"7": ["3", "4"]}

@@ -2,6 +2,7 @@
 
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,13 @@ def begins(pattern: bytes) -> FileTest:
         if not os.path.isfile(path):
             return False
         with open(path, "rb") as file:
-            return re.match(pattern, file.read(HEAD)) is not None
+            head = file.read(HEAD)
+        if head.startswith(b"\x1f\x8b"):
+            try:
+                head = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, HEAD)
+            except zlib.error:  # reported by the reader of the file
+                return False
+        return re.match(pattern, head) is not None
 
     return test
 
