@@ -9,6 +9,7 @@ FlagEmbedding ({query, pos, neg}), Tevatron, DPR or DuReader; a folder in the la
 T2Ranking, of text files, or the official one. Gzipped or not, in UTF-8, GB18030 (GBK) or UTF-16.
 
     --model M          folder or hub name of the encoder; default: script/sample_data/tiny_encoder
+    --reranker M       folder or hub name of the re-ranker; default: the head of the same; none: no re-ranker
     --columns C        text=NAME,title=NAME,id=NAME, or in order without a header: id,-,text; default: guessed
     --encoding E       of the file, such as big5; default: as found
     --port P           of the page; default: 7860
@@ -18,6 +19,7 @@ output/try/NAME: data/ in the official layout, and a folder for each model. The 
 is there; a file that has changed is converted and encoded again. Ctrl-C stops the page and the encoding.
 """
 
+import math
 import shlex
 import shutil
 import signal
@@ -34,7 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from script import convert_dataset
 from script.lib.foreign_files import Source, plain_name
 from script.lib.foreign_layouts import OFFICIAL, recognize
+from torch_src import hparams
+from torch_src.data.collection import PassageCollection
 from torch_src.data.lines import raw_lines
+from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import error, log
 from torch_src.runtime.options import OptionParser, integer
@@ -48,6 +53,7 @@ IDS = "passage-collection/passage2id.map.json"  # the last file that a conversio
 LOG = "encode.log"
 HOST = "127.0.0.1"
 POLL_SECONDS = 0.5
+SHOWN_BLOCKS, SMALLEST_BLOCK = 64, 1024  # blocks of vectors by which the page shows the progress; passages
 STOP_SECONDS = 10  # that a program gets to end
 
 
@@ -56,6 +62,11 @@ class Trial(NamedTuple):
 
     data: Path
     output: Path
+
+    @property
+    def folders(self) -> list[str]:
+        """Return the options of both programs that name the folders."""
+        return ["--data_dir", str(self.data), "--output_dir", str(self.output)]
 
 
 def convert(source: Path, model: str, columns: str, encoding: str) -> Trial:
@@ -100,17 +111,9 @@ def files_of(source: Path) -> list[Path]:
     return [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
 
 
-def serve(trial: Trial, port: int, encode: list[str]) -> int:
+def serve(trial: Trial, port: int, page: list[str], encode: list[str]) -> int:
     """Serve the page in the foreground, encode in the background; return the exit status of the page."""
-    page = [
-        sys.executable,
-        "script/demo.py",
-        "--data_dir",
-        str(trial.data),
-        "--output_dir",
-        str(trial.output),
-    ]
-    running = [subprocess.Popen([*page, "--host", HOST, "--port", str(port)], cwd=ROOT)]
+    running = [subprocess.Popen([sys.executable, *page, "--host", HOST, "--port", str(port)], cwd=ROOT)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         wait_until_it_answers(running[0], port)
@@ -180,13 +183,20 @@ def stop(running: list["subprocess.Popen[bytes]"]) -> None:
             process.kill()
 
 
+def page_command(trial: Trial, reranker: str) -> list[str]:
+    """Return the command that serves the page, without the interpreter."""
+    queries = trial.data / "dev/dev.q.format"  # examples; the encoder saves that it searched none
+    examples = ["--dev_q", str(queries)] if queries.exists() else []
+    return ["script/demo.py", *trial.folders, "--reranker", reranker, *examples]
+
+
 def encode_command(trial: Trial, model: str, options: list[str]) -> list[str]:
     """Return the command that encodes the passages, without the interpreter."""
-    paths = ["--data_dir", str(trial.data), "--output_dir", str(trial.output)]
-    return [
-        "do_dual_infer.py", *paths, "--dev_q", "none", "--dual_params", "none",
-        "--pretrained_model_path", model, *options,
-    ]  # fmt: skip
+    rows = len(PassageCollection(trial.data / "passage-collection", trial.output / "cache"))
+    words = ["--dev_q", "none", "--dual_params", "none", "--pretrained_model_path", model]
+    if "--block_rows" not in options:  # small enough to show progress on the page
+        words += ["--block_rows", str(max(SMALLEST_BLOCK, math.ceil(rows / SHOWN_BLOCKS)))]
+    return ["do_dual_infer.py", *trial.folders, *words, *options]
 
 
 def run(argv: list[str]) -> int:
@@ -194,14 +204,22 @@ def run(argv: list[str]) -> int:
     parser = OptionParser(__doc__, prog="try.sh")
     parser.add_argument("source", metavar="FILE")
     parser.add_argument("--model", default=str(ENCODER))
+    parser.add_argument("--reranker", default=str(ENCODER))
     parser.add_argument("--columns", default="")
     parser.add_argument("--encoding", type=convert_dataset.encoding)
     parser.add_argument("--port", type=integer(1, 65535), default=7860)
     args, options = parser.parse_known_args(argv)
     source = Path(args.source).resolve()
-    model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
+    model = full_path(args.model)
     trial = convert(source, model, args.columns, args.encoding or "")
-    return serve(trial, args.port, encode_command(trial, model, options))
+    encode = encode_command(trial, model, options)
+    hparams.parse(InferenceDeHparams, encode[1:])  # reports a wrong option before the page opens
+    return serve(trial, args.port, page_command(trial, full_path(args.reranker)), encode)
+
+
+def full_path(model: str) -> str:
+    """Return the path of a model's folder from the root, a hub name as it is."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def main(argv: list[str]) -> int:

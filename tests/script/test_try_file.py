@@ -82,7 +82,7 @@ def stand_ins(trials, tmp_path, monkeypatch):
 
     def serve(encoder: str) -> int:
         (tmp_path / "encoder.py").write_text(encoder)
-        return try_file.serve(trial, free_port(), ["encoder.py"])
+        return try_file.serve(trial, free_port(), ["script/demo.py"], ["encoder.py"])
 
     return serve
 
