@@ -31,7 +31,7 @@ class Truncation:
 
     def __str__(self) -> str:
         line = f"{self.kind}: {100 * self.share:.1f}% truncated ({self.knob} {self.limit}, longest"
-        more = "" if self.is_tolerated else f"; --{self.knob} {self.fitting} fits 99% of them"
+        more = "" if self.is_tolerated else f"; --{self.knob} {self.fitting} (for training as well) fits 99%"
         return f"{line} {self.longest}){more}"
 
     def report(self) -> "Truncation":

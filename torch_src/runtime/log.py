@@ -3,6 +3,17 @@
 import os
 import sys
 import time
+from typing import Any, Protocol
+
+
+class LiveLine(Protocol):
+    """A line at the end of the terminal that is redrawn, such as tqdm's."""
+
+    def clear(self) -> Any: ...
+    def refresh(self) -> Any: ...
+
+
+live_lines: list[LiveLine] = []  # of runtime/progress.py; log lines are printed above them
 
 
 def rank() -> int:
@@ -19,7 +30,14 @@ def warn(line: str) -> None:
 
 
 def error(line: str) -> None:
+    end_live_lines()
     _print(f"ERROR {line}", error_stream=True)
+
+
+def end_live_lines() -> None:
+    """Remove the live lines for good: the program ends."""
+    while live_lines:
+        live_lines.pop().clear()
 
 
 def escape_unprintable() -> None:
@@ -31,8 +49,12 @@ def escape_unprintable() -> None:
 
 def _print(line: str, error_stream: bool = False) -> None:
     prefix = time.strftime("%H:%M:%S ") + (f"[rank {rank()}] " if rank() else "")
+    for live in live_lines:
+        live.clear()
     # flushed, because buffered lines are lost when the process is killed
     print(prefix + " ".join(line.splitlines()), file=sys.stderr if error_stream else sys.stdout, flush=True)
+    for live in live_lines:
+        live.refresh()
 
 
 def duration(seconds: float) -> str:

@@ -42,9 +42,11 @@ def exit_status(program: Callable[[], int | None], *user_errors: type[Exception]
         log.error(f"{error.filename or 'system'}: {error.strerror or error}")
         return 2
     except Stopped as stop:
+        log.end_live_lines()
         log.warn(str(stop))
         return 128 + stop.signum
     except KeyboardInterrupt:
+        log.end_live_lines()
         log.warn(RESUMES)
         return INTERRUPTED
 
@@ -60,6 +62,7 @@ def exit_with(program: Callable[[], int]) -> NoReturn:
     def interrupted(_signum: int, _frame: FrameType | None) -> NoReturn:
         try:
             if os.getpid() == main_process:  # a worker process exits silently
+                log.end_live_lines()
                 log.warn(RESUMES)
         finally:
             os._exit(INTERRUPTED)

@@ -1,12 +1,39 @@
-"""Progress of a long loop: a bar on a terminal, log lines elsewhere."""
+"""Progress of a long loop: one live line on a terminal, log lines elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from tqdm import tqdm
 
-from torch_src.runtime.log import duration, log
+from torch_src.runtime import log as log_module
+from torch_src.runtime.log import duration, log, rank
+
+LINES_GROW = 20  # a log line after 1/20 of the time so far: tens of lines in an hour, a hundred in a day
+
+
+def live_line(total: int, unit: str, done: int = 0) -> "tqdm[Any] | None":
+    """Return the live line of a loop, which log lines do not disturb; None without a terminal.
+
+    Close it by close_live_line.
+    """
+    if not (sys.stdout.isatty() and sys.stderr.isatty()) or rank():
+        return None
+    sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # 0 in some containers
+    width: dict[str, Any] = {"dynamic_ncols": True} if sized else {"ncols": 80, "nrows": 24}
+    bar: tqdm[Any] = tqdm(total=total, initial=done, unit=f" {unit}", leave=False, **width)
+    log_module.live_lines.append(bar)
+    return bar
+
+
+def close_live_line(bar: "tqdm[Any] | None") -> None:
+    """Remove a live line from the terminal."""
+    if bar is not None:
+        if bar in log_module.live_lines:
+            log_module.live_lines.remove(bar)
+        bar.close()
 
 
 class Progress:
@@ -24,15 +51,16 @@ class Progress:
         self.verb, self.unit = verb, unit
         self.started = self.logged = clock()
         self.texts = self.tokens = self.cut = 0
-        self.bar = tqdm(total=total, unit=f" {unit}") if sys.stderr.isatty() else None
+        self.bar = live_line(total, unit)
 
     def add(self, texts: int, tokens: int = 0) -> None:
         """Count finished texts and their tokens."""
         self.texts, self.tokens = self.texts + texts, self.tokens + tokens
+        now = self.clock()
         if self.bar is not None:
             self.bar.update(texts)
-        elif self.clock() - self.logged >= self.log_every:
-            self.logged = self.clock()
+        elif now - self.logged >= max(self.log_every, (now - self.started) / LINES_GROW):
+            self.logged = now
             log(self._line())
 
     def add_truncated(self, texts: int) -> None:
@@ -50,8 +78,8 @@ class Progress:
 
     def close(self) -> None:
         """Log the totals and the share of truncated texts."""
-        if self.bar is not None:
-            self.bar.close()
+        close_live_line(self.bar)
+        self.bar = None
         if self.texts:
             seconds = self.clock() - self.started
             done = f"{self.verb} {self.texts:,} {self.unit} in {duration(seconds)}"

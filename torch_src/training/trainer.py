@@ -19,6 +19,7 @@ from torch_src.runtime.devices import peak_memory_gb
 from torch_src.runtime.errors import UserError, first_line, is_out_of_memory
 from torch_src.runtime.log import duration, log, warn
 from torch_src.runtime.prefetch import one_ahead, prepared_by_workers
+from torch_src.runtime.progress import close_live_line, live_line
 from torch_src.runtime.signals import StopSignals
 from torch_src.runtime.stamps import differences
 from torch_src.training.checkpoints import load_checkpoint, save_checkpoint
@@ -305,8 +306,10 @@ class Trainer:
     def evaluate(self) -> None:
         """Evaluate on dev; after the first update save the weights when they are the best so far."""
         begun, progress = time.monotonic(), self.progress
+        self.log.show("dev evaluation")
         with self.signals.interruptible(), self._averaged_weights():
             metrics = self.task.evaluate()
+        self.log.show("training")
         value = metrics.get(
             MAIN_METRIC, float(progress.step)
         )  # without a dev set the last weights are the best
@@ -458,6 +461,7 @@ class TrainingLog:
         self.trainer, self.first_step, self.begun = trainer, trainer.progress.step, time.monotonic()
         self.recent: list[Update] = []  # since the last line
         self.board: SummaryWriter | None = None
+        self.bar = live_line(trainer.schedule.total_steps, "updates", self.first_step)
         if trainer.processes.is_first:
             folder = trainer.checkpoint.parent / "tensorboard" / trainer.checkpoint.stem.partition("_")[0]
             # a killed run may have written points after its checkpoint, which the resumed run writes again
@@ -471,6 +475,8 @@ class TrainingLog:
         trainer, task, options = self.trainer, self.trainer.task, self.trainer.options
         step, total = trainer.progress.step, trainer.schedule.total_steps
         self.recent.append(update)
+        if self.bar is not None:
+            self.bar.update()
         if step % options.log_every and step != total:
             return
         count = len(self.recent)
@@ -481,17 +487,26 @@ class TrainingLog:
         left = (time.monotonic() - self.begun) / (step - self.first_step) * (total - step)
         skipped = f"  skipped {trainer.progress.skipped_total}" if trainer.progress.skipped_total else ""
         epoch = (step - 1) // trainer.schedule.steps_per_epoch + 1
-        self.line(
-            f"epoch {epoch}/{options.epochs}  step {step}/{total} "
-            f"({100 * step / total:.1f}%)  loss {loss:.3f}  {task.accuracy_name} acc {accuracy:.3f}  "
-            f"lr {update.lr:.1e}  {rate:.1f} {task.unit}/s  "
-            f"mem {peak_memory_gb(trainer.processes.device):.1f} GB  eta {duration(left)}{skipped}"
-        )
+        epochs = f"epoch {epoch}/{options.epochs}"
+        figures = f"loss {loss:.3f}  {task.accuracy_name} acc {accuracy:.3f}"
+        if self.bar is not None and step != total:
+            self.bar.set_postfix_str(f"{epochs}  {figures}{skipped}")
+        else:
+            self.line(
+                f"{epochs}  step {step}/{total} ({100 * step / total:.1f}%)  {figures}  "
+                f"lr {update.lr:.1e}  {rate:.1f} {task.unit}/s  "
+                f"mem {peak_memory_gb(trainer.processes.device):.1f} GB  eta {duration(left)}{skipped}"
+            )
         name = f"{task.accuracy_name.replace('-', '_')}_accuracy"
         self._plot("train", {"loss": loss, name: accuracy, "lr": update.lr})
         rounded = {"loss": round(loss, 5), name: round(accuracy, 5), "lr": update.lr}
         trainer.progress.history.append({"step": step, **rounded})
         self.recent = []
+
+    def show(self, doing: str) -> None:
+        """Name what happens now in the live line."""
+        if self.bar is not None:
+            self.bar.set_description(doing)
 
     def evaluation(self, metrics: dict[str, float], seconds: float, better: bool) -> None:
         """Log the metrics of a dev evaluation."""
@@ -514,6 +529,7 @@ class TrainingLog:
             log(line)
 
     def close(self) -> None:
-        """Write the last curves."""
+        """Write the last curves; remove the live line."""
+        close_live_line(self.bar)
         if self.board is not None:
             self.board.close()
