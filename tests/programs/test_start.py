@@ -8,7 +8,7 @@ from doc_commands import ROOT
 
 FOLDERS = (ROOT, ROOT / "metric", ROOT / "script")
 PROGRAMS = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in folder.glob("*.py"))
-SLOW = {"torch", "transformers", "faiss", "tensorboard", "sentence_transformers", "gradio", "matplotlib"}
+SLOW = {"torch", "transformers", "faiss", "tensorboard", "sentence_transformers", "fastapi", "matplotlib"}
 
 
 def test_help_and_wrong_values_need_no_slow_import():

@@ -87,7 +87,7 @@ def test_hybrid_and_reranked_by_hand(trained, searched):
     assert [hit.ranks.get("bm25") for hit in hits] == [place.get(hit.row) for hit in hits]
     scores = standardized(np.array([score for _, score in expected]))
     both = {
-        row: score + len(searched.collection[row]) / 100
+        row: 2 * score + len(searched.collection[row]) / 100
         for (row, _), score in zip(expected, scores, strict=True)
     }
     reranked = searched.answer(query, "reranked").hits
@@ -242,9 +242,10 @@ def test_words_worth_marking(tmp_path):
     write(tmp_path / "data/passage-collection/part-00", [f"-\t\t{text}\t0" for text in texts])
     given = {"data_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "o"), "passage_ids": "none"}
     service = SearchService(given)
-    assert service.marked_terms("鱼可以清蒸吗") == {"鱼可", "可以", "以清", "清蒸", "蒸吗"}  # no index yet
+    assert service.marked_terms("鱼可以清蒸吗") == {"鱼可", "可以", "以清", "清蒸"}  # no index yet
     service.bm25.refresh()
-    assert service.marked_terms("鱼可以清蒸吗") == {"鱼可", "以清", "清蒸", "蒸吗"}
+    assert service.marked_terms("鱼可以清蒸吗") == {"鱼可", "以清", "清蒸"}
+    assert service.marked_terms("鱼怎么样") == set() and service.marked_terms("鱼") == {"鱼"}
 
 
 @pytest.mark.parametrize(("text", "wanted", "expected"), [
@@ -404,7 +405,7 @@ def test_a_folder_as_reranker(world):
     given = {"output_dir": str(world / "zero"), "threads": 1, "reranker": str(world / "model")}
     service = SearchService(given)
     service.refresh()
-    assert states(service) == {**ALL, "reranked": "ready"} and service.reranker_weight == 1
+    assert states(service) == {**ALL, "reranked": "ready"} and service.reranker_weight == 2
     saved = [*options(world, world / "zero"), "--cross_params", "none", *model[2:], "--max_seq_len", "99"]
     assert cross_infer.main(saved) == 0
     service = SearchService({"output_dir": str(world / "zero"), "threads": 1, "bm25": "none"})

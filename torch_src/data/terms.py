@@ -34,18 +34,23 @@ def terms(text: str) -> list[str]:
     A term is a word, a number, a pair of adjacent characters of a script without spaces, or a single such
     character between other text.
     """
-    found = []
+    return terms_and_characters(text)[0]
+
+
+def terms_and_characters(text: str) -> tuple[list[str], list[str]]:
+    """Return the terms, and each character of the scripts without spaces.
+
+    The latter are what a query of one character is compared with.
+    """
+    found: list[str] = []
+    characters: list[str] = []
     for piece in PIECES.findall(normalized(text)):
-        if len(piece) == 1 or not IS_UNSPACED.match(piece):
+        if not IS_UNSPACED.match(piece):
             found.append(piece)
-        else:
-            found += [piece[at : at + 2] for at in range(len(piece) - 1)]
-    return found
-
-
-def single_characters(text: str) -> list[str]:
-    """Return each character of the scripts without spaces: what a query of one character is compared with."""
-    return IS_UNSPACED.findall(normalized(text))
+            continue
+        characters += piece
+        found += map(str.__add__, piece, piece[1:]) if len(piece) > 1 else piece
+    return found, characters
 
 
 def is_single(term: str) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_src.data.collection import PassageCollection
-from torch_src.data.terms import PIECES, is_single, single_characters, terms
+from torch_src.data.terms import PIECES, is_single, terms, terms_and_characters
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import atomic_folder, atomic_write
 from torch_src.runtime.libraries import import_library
@@ -90,8 +90,8 @@ def build_index(
 
 def _document(tantivy: Any, text: str, row: int) -> Any:
     """Return the entry of a passage."""
-    fields = {TERMS: " ".join(terms(text)), CHARACTERS: " ".join(single_characters(text))}
-    return tantivy.Document(row=row, **fields)
+    found, characters = terms_and_characters(text)
+    return tantivy.Document(row=row, **{TERMS: " ".join(found), CHARACTERS: " ".join(characters)})
 
 
 class Bm25Index:

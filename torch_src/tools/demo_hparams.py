@@ -12,7 +12,7 @@ from torch_src.hparams import NONE, under
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams, RetrieverHparams
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.files import read_json
+from torch_src.runtime.files import ROOT, read_json
 from torch_src.runtime.options import FROM_0
 
 SAVED = (
@@ -28,6 +28,10 @@ DATA = (
 NOT_SAVED = ("output_dir", "device", "precision", "threads", "topk", "search_memory_gb")
 # Other values of these than the saved ones do not fit the vectors.
 FIXED = ("data_dir", "passage_dir", "dual_params", "para_emb", "pretrained_model_path", *MODEL_SETTINGS)
+PATHS = (
+    "data_dir", "passage_dir", "passage_ids", "dev_q", "dual_params", "cross_params", "para_emb",
+    "pretrained_model_path", "vocab_path",
+)  # fmt: skip
 RERANKER = ("pretrained_model_path", "vocab_path", "max_seq_len", "remove_spaces")
 
 
@@ -44,7 +48,7 @@ class DemoHparams(RetrieverHparams, Queries, Run):
 
     # search
     bm25: str = ""  # folder of bm25.py; empty: output_dir/bm25, else output_dir/cache/bm25; none: no BM25
-    fuse_retriever_weight: float | None = None  # as for do_cross_infer.py; unset: as saved there, else 1
+    fuse_retriever_weight: float | None = None  # as for do_cross_infer.py; unset: as saved there, else 2
 
     RANGES = {
         "topk": (1, 1000), "port": (0, 65535), "search_memory_gb": (0,), "fuse_retriever_weight": FROM_0,
@@ -68,6 +72,8 @@ def demo_settings(options: Mapping[str, Any]) -> DemoHparams:
     found |= {name: search[name] for name in known - {*NOT_SAVED} if name in search}
     if search.get("engine") == "milvus":
         found["search_params"] = ""  # for the index there
+    if found.get("dev_q") == NONE:
+        found["dev_q"] = ""  # only the search had none
     if rerank:
         found["fuse_retriever_weight"] = rerank["fuse_retriever_weight"]
         if rerank["cross_params"] != NONE:
@@ -84,23 +90,39 @@ def demo_settings(options: Mapping[str, Any]) -> DemoHparams:
 def read_saved(output_dir: str, name: str) -> dict[str, Any]:
     """Return the settings that a program saved in its output folder; empty without the file."""
     path = Path(output_dir) / name
-    return read_json(path) if path.exists() else {}
+    values = read_json(path) if path.exists() else {}
+    for knob, value in values.items():
+        if knob in PATHS and value and not Path(value).exists() and (ROOT / value).exists():
+            values[knob] = str(ROOT / value)  # the program ran there, this one in another folder
+    return values
 
 
 def reranker_settings(hp: DemoHparams) -> InferenceCrossHparams | None:
     """Return the settings of do_cross_infer.py for the re-ranker; None without one."""
     saved = read_saved(hp.output_dir, "cross_infer_hparams.json")
     common: dict[str, Any] = {"seed": hp.seed, "debug": hp.debug}
-    if hp.reranker and hp.reranker != NONE:
+    folder = hp.reranker or second_stage(hp)
+    if folder and folder != NONE:
         same = {name: saved[name] for name in RERANKER if name in saved and saved["cross_params"] == NONE}
-        more = same if same.get("pretrained_model_path") == hp.reranker else {}
-        return InferenceCrossHparams(
-            cross_params=NONE, **{**more, "pretrained_model_path": hp.reranker}, **common
-        )
+        more = same if same.get("pretrained_model_path") == folder else {}
+        return InferenceCrossHparams(cross_params=NONE, **{**more, "pretrained_model_path": folder}, **common)
     named = bool(hp.cross_params) or Path(hp.cross_params_path).exists()
     if not named or hp.cross_params == NONE:
         return None
     return InferenceCrossHparams(cross_params=hp.cross_params_path, **common)
+
+
+def second_stage(hp: DemoHparams) -> str:
+    """Return the folder of a retriever that was not trained here and is a re-ranker as well; else empty."""
+    folder = hp.pretrained_model_path or ""
+    config = Path(folder) / "config.json"
+    if hp.cross_params or hp.dual_params != NONE or not folder or not config.exists():
+        return ""
+    if Path(hp.cross_params_path).exists():
+        return ""
+    entries = read_json(config)
+    is_head = (entries.get("architectures") or [""])[0].endswith("ForSequenceClassification")
+    return folder if is_head and len(entries.get("id2label", ())) == 1 else ""
 
 
 def command(hp: DemoHparams) -> str:

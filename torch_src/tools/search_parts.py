@@ -171,8 +171,9 @@ class RerankerPart(Part["Reranker"]):
     """The re-ranker: trained weights, or a model folder."""
 
     def files(self, hp: DemoHparams) -> Hashable:
-        paths = [Path(hp.output_dir) / name for name in SAVED[2:]]
-        return hp.reranker, *map(file_state, [*paths, Path(hp.cross_params_path)])
+        trained = Path(hp.cross_params_path)
+        files = [trained, trained.with_name("cross_hparams.json")]
+        return reranker_settings(hp), hp.fuse_retriever_weight, *map(file_state, files)
 
     def load(self, hp: DemoHparams) -> "Reranker":
         settings = reranker_settings(hp)

@@ -39,10 +39,11 @@ LONGEST_QUESTION = 10_000  # characters; the models read far fewer
 POLL_SECONDS = 1.0  # between looks at the files of a part
 COLUMNS = ("bm25", "dense", "hybrid", "reranked")
 HYBRID_WEIGHTS = (1.0, 1.0)  # of dense and BM25 scores, each standardized; better than ranks on two data sets
-RERANKER_WEIGHT = 1.0  # of the candidates' standardized scores beside the logits
+RERANKER_WEIGHT = 2.0  # of the candidates' standardized scores beside the logits
 KEPT_RANKINGS = 256  # of recent questions
 CALIBRATION_QUERIES, CALIBRATION_BATCH = 200, 16  # dev queries, and those encoded at a time
 OFF_TOPIC_SHARE = 0.05  # of dev queries have a "low" best score
+FUNCTION_WORDS = re.compile("[的了吗呢吧么是怎何哪]|多少|^.$")  # in Chinese terms
 COMMON, FEW = 0.2, 2  # a term in a larger share of the passages, and in more than FEW, is not marked
 
 
@@ -279,12 +280,15 @@ class SearchService:
         return bool(ranking) and ranking[0][1] < low
 
     def marked_terms(self, question: str) -> set[str]:
-        """Return the terms of a question that are worth marking: not those that most passages contain."""
-        index, found = self.bm25.loaded, set(terms(question))
-        if index is None:
-            return {term for term in found if len(term) > 1} or found
-        most = max(COMMON, FEW / len(self.collection))
-        return {term for term in found if index.share(term) <= most}
+        """Return the terms of a question that are worth marking in a passage.
+
+        Not those that many passages contain, and not the words that only make it a question.
+        """
+        found = set(terms(question))
+        if len(found) > 1:
+            found = {term for term in found if not FUNCTION_WORDS.search(term)}
+        index, most = self.bm25.loaded, max(COMMON, FEW / len(self.collection))
+        return found if index is None else {term for term in found if index.share(term) <= most}
 
 
 def require_ready(part: Part[Loaded], column: str) -> Loaded:
