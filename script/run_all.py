@@ -73,7 +73,9 @@ def check_data(train_sets: list[str], hp: InferenceDeHparams, dev_set: str) -> N
     from torch_src.data.formats import read_dev
     from torch_src.data.passage_ids import check_length, read_passage_ids
     from torch_src.inference import read_query_ids
+    from torch_src.inputs import check_inputs
 
+    check_inputs(hp, None, passage_dir_path="passages", dev_q_path="queries")
     for path in train_sets:
         require(path, "training rows", "get it with `sh script/download.sh`")
     queries = read_query_ids(hp)

@@ -20,7 +20,6 @@ is there; a file that has changed is converted and encoded again. Ctrl-C stops t
 """
 
 import math
-import shlex
 import shutil
 import signal
 import subprocess
@@ -71,7 +70,8 @@ class Trial(NamedTuple):
 
 def convert(source: Path, model: str, columns: str, encoding: str) -> Trial:
     """Return the folders of a file or folder, which is converted unless that is up to date."""
-    kind, found = recognize(source, Source(encoding=encoding))
+    # its files count as opened: the conversion logs their encoding
+    kind, found = recognize(source, Source(encoding=encoding, opened=set(files_of(source))))
     folder = trial_folder(source)
     output = folder / (Path(model).name or "model")
     if kind == OFFICIAL:
@@ -142,7 +142,7 @@ def wait_until_it_answers(page: "subprocess.Popen[bytes]", port: int) -> None:
 def start_encoder(trial: Trial, words: list[str]) -> "subprocess.Popen[bytes]":
     """Start do_dual_infer.py; its output goes to the log."""
     trial.output.mkdir(parents=True, exist_ok=True)
-    log(f"encoding in the background, log {trial.output / LOG}: {shlex.join(['python', *words])}")
+    log(f"encoding the passages in the background with {trial.output.name}; log: {trial.output / LOG}")
     with open(trial.output / LOG, "wb") as file:
         # in a session of its own: Ctrl-C would end it with a message on the terminal
         return subprocess.Popen(

@@ -25,6 +25,7 @@ from torch_src.inference import (
 )
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_plan import plan_reranking, sample_pairs
+from torch_src.inputs import check_inputs
 from torch_src.models.backbones import check_fits
 from torch_src.models.cross_encoder import CrossEncoder, describe_reranker
 from torch_src.models.truncation import sampled, truncation_of_pairs
@@ -65,6 +66,7 @@ def run(hp: InferenceCrossHparams) -> None:
     """Score the candidates and write the re-ranked run, unless it is up to date."""
     hparams.announce("re-rank", hp)
     check_paths(hp)
+    check_inputs(hp, hp.pretrained_model_path, dev_q_path="queries")
     if hp.plan:
         job = CrossInference(hp)
         return job.plan().report(hp.output_dir, job.device)

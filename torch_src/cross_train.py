@@ -16,6 +16,7 @@ from torch_src.cross_hparams import MODEL_SETTINGS, CrossHparams
 from torch_src.data.candidates import OFFICIAL
 from torch_src.data.cross_training_set import CrossBatch, CrossTrainingSet
 from torch_src.data.negative_scores import negative_scores_path, read_negative_scores, write_negative_scores
+from torch_src.inputs import check_inputs
 from torch_src.models.backbones import reranker_settings
 from torch_src.models.cross_encoder import (
     CrossEncoder,
@@ -337,6 +338,7 @@ def settings(argv: list[str]) -> CrossHparams:
 def run(hp: CrossHparams) -> None:
     """Train unless the result is up to date."""
     hparams.announce("train the cross-encoder", hp)
+    check_inputs(hp, hp.pretrained_model_path, train_set_path="training rows")
     training_stage(hp).run()
 
 

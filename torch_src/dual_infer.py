@@ -15,6 +15,7 @@ from torch_src.data.formats import RunRow, format_run_row
 from torch_src.inference import LOG_SECONDS, Retriever, load_dual_model, read_query_ids
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.inference_plan import plan_retrieval
+from torch_src.inputs import check_inputs
 from torch_src.models.dual_encoder import DualEncoder
 from torch_src.retrieval.encoding import encode_collection
 from torch_src.retrieval.engines.milvus import COMMAND, MAX_HITS, MilvusSearch
@@ -72,6 +73,7 @@ def run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
         )
     log(f"topk {topk}  bs {bs}")
     check_paths(hp, topk)
+    check_inputs(hp, hp.pretrained_model_path, passage_dir_path="passages", dev_q_path="queries")
     if hp.plan:
         job = DualInference(hp, topk, bs)
         gpus = job.usable_gpus() if hp.index else None

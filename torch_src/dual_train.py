@@ -12,6 +12,7 @@ from torch_src import hparams
 from torch_src.data.dual_training_set import DualBatch, DualTrainingSet
 from torch_src.data.mined_files import read_teacher, sidecar_path
 from torch_src.dual_hparams import MODEL_SETTINGS, DualHparams
+from torch_src.inputs import check_inputs
 from torch_src.models.backbones import folder_settings
 from torch_src.models.dual_encoder import (
     DualEncoder,
@@ -267,6 +268,7 @@ def settings(argv: list[str]) -> DualHparams:
 def run(hp: DualHparams) -> None:
     """Train unless the result is up to date."""
     hparams.announce("train the dual encoder", hp)
+    check_inputs(hp, hp.pretrained_model_path, train_set_path="training rows")
     training_stage(hp).run()
 
 

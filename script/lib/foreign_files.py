@@ -9,13 +9,13 @@ import csv
 import io
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from torch_src.data.encodings import UTF16, is_gb18030
 from torch_src.data.formats import EMPTY_TITLES
 from torch_src.data.lines import (
     LONGEST_LINE,
@@ -44,10 +44,6 @@ UNREADABLE = {
     b"\xd0\xcf\x11\xe0": ("an old Excel or Word file", OFFICE),
     b"%PDF": ("a PDF file", "save it as text"),
 }
-UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-# The 3,755 characters that GB2312 lists as common begin with these bytes; they are most of any Chinese text.
-COMMON_BYTES = {bytes([first]) for first in range(0xB0, 0xD8)}
-MIN_COMMON = 0.7  # share of them in text that is GB18030; in Big5 and damaged UTF-8 it is below a half
 
 
 class Counts:
@@ -302,23 +298,10 @@ def encoding_of(head: bytes, path: Path) -> str:
         return "utf-8"
     except UnicodeDecodeError as error:
         line = head.count(b"\n", 0, error.start) + 1
-    try:
-        text = codecs.getincrementaldecoder("gb18030")().decode(head)
-        plausible = _share_of_common_han(text) >= MIN_COMMON
-    except UnicodeDecodeError:
-        plausible = False
-    if plausible:
+    if is_gb18030(head):
         return "gb18030"
     fix = "pass --encoding NAME (such as big5), or convert the file to UTF-8"
     raise FormatError(path, line, f"neither UTF-8 nor Chinese text in GB18030; {fix}")
-
-
-def _share_of_common_han(text: str) -> float:
-    """Return the share of common Chinese characters among all letters beyond ASCII."""
-    counts = Counter(text)
-    foreign = {char: count for char, count in counts.items() if char > "\x7f" and char.isalnum()}
-    common = sum(n for char, n in foreign.items() if char.encode("gb2312", "ignore")[:1] in COMMON_BYTES)
-    return common / max(1, sum(foreign.values()))
 
 
 class _AsUtf8(io.RawIOBase):

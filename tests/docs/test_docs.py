@@ -128,3 +128,9 @@ def test_troubleshooting_quotes_words_of_the_code():
     assert len(keys) > 50
     assert not [key for key in keys if len(key.split()) > 6]
     assert not [key for key in keys if key.removeprefix("--") not in code]
+
+
+def test_every_program_in_script_has_a_line_in_its_readme():
+    named = set(INLINE.findall(text_of(ROOT / "script/README.md")))
+    found = {path.name for path in (ROOT / "script").iterdir() if path.suffix in (".py", ".sh")}
+    assert found <= named, found - named

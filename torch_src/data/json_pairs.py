@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import BinaryIO
 
-from torch_src.data.lines import FilePath, FormatError, archive_errors, open_file, shown
+from torch_src.data.encodings import not_utf8
+from torch_src.data.lines import BYTE_ORDER_MARK, FilePath, FormatError, archive_errors, open_file, shown
 
 CHUNK = 1 << 17  # bytes read at a time
 LONGEST_PAIR = 1 << 20  # characters; a longer pair is refused
@@ -78,7 +79,7 @@ class _Source:
             self.text, self.at = rest + self.decoder.decode(raw, final=not raw), 0
         except UnicodeDecodeError as error:
             lines = rest.count("\n") + error.object[: error.start].count(b"\n")
-            raise FormatError(self.path, self.first_line + lines, "not UTF-8") from None
+            raise FormatError(self.path, self.first_line + lines, not_utf8(raw, self.path)) from None
         self.ended = not raw
         return not self.ended
 
@@ -108,6 +109,8 @@ class _Source:
         rest = self.text[self.at :].lstrip(BLANKS)
         line = self.line_at(len(self.text) - len(rest))
         found = f"{shown(rest[:60])} found" if rest else "the file ends here"
+        if rest.startswith("\ufeff"):
+            return FormatError(self.path, line, BYTE_ORDER_MARK)
         cut = self.ended and not rest.rstrip(BLANKS).endswith(("}", "]"))
         hint = "; is the file truncated?" if cut else ""
         return FormatError(self.path, line, f"not one JSON object of strings: {found}{hint}")

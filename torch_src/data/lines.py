@@ -16,12 +16,16 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
+from torch_src.data.encodings import not_utf8
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import warn
 
 FilePath = str | Path
 First = TypeVar("First")
 Second = TypeVar("Second")
+BYTE_ORDER_MARK = (
+    "starts with a byte order mark; save it as UTF-8 without, or: sed -i '1s/^\\xEF\\xBB\\xBF//'"
+)
 LONGEST_LINE = 1 << 24  # bytes; a longer line is refused to limit memory
 GZIPPED = b"\x1f\x8b"  # first bytes of a gzip file; no UTF-8 text begins with them
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -37,7 +41,12 @@ class FormatError(UserError):
 
 def shown(text: str) -> str:
     """Return the text quoted for an error message, in one line of at most 60 characters."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+    quoted = repr(text if len(text) <= 60 else text[:57] + "...")
+    return (
+        f"{quoted}, a Windows line end: remove them with `sed -i 's/\\r$//'`,"
+        if text[-1:] == "\r"
+        else quoted
+    )
 
 
 def open_file(path: FilePath) -> BinaryIO:
@@ -79,10 +88,10 @@ def decode(raw: bytes, path: FilePath, line: int) -> str:
     try:
         text = raw.removesuffix(b"\n").decode("utf-8")
     except UnicodeDecodeError as error:
-        fix = "convert it, for example with `iconv -f GB18030 -t UTF-8`"
-        raise FormatError(path, line, f"not UTF-8 (byte {error.start + 1} of the line); {fix}") from None
+        where = f" (byte {error.start + 1} of the line)"
+        raise FormatError(path, line, not_utf8(raw, path, where)) from None
     if line == 1 and text.startswith("\ufeff"):
-        raise FormatError(path, line, "starts with a byte order mark; save the file as plain UTF-8")
+        raise FormatError(path, line, BYTE_ORDER_MARK)
     return text
 
 
@@ -100,7 +109,8 @@ def read_together(
     for line, (one, other) in enumerate(zip_longest(first, second), start=1):
         if one is None or other is None:
             short, long = (first_path, second_path) if one is None else (second_path, first_path)
-            raise FormatError(short, line, f"the file ends here, but {long} has more lines")
+            what = "is empty" if line == 1 else "the file ends here"
+            raise FormatError(short, line, f"{what}, but {long} has {'' if line == 1 else 'more '}lines")
         yield line, one, other
 
 
@@ -145,6 +155,8 @@ def parse_json(text: str, path: FilePath, line: int, pairs_hook: Callable | None
     except UserError:
         raise  # from the hook
     except json.JSONDecodeError as error:
+        if not text.strip():
+            raise FormatError(path, line, "not JSON (empty)") from None
         raise FormatError(path, line + error.lineno - 1, f"not JSON ({error.msg})") from None
     except UnicodeEncodeError:
         raise FormatError(path, line, "an escape for a lone surrogate") from None

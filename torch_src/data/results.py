@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torch_src.data.encodings import not_utf8
 from torch_src.data.lines import FilePath, FormatError, archive_errors, open_file, parse_json, shown
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
@@ -31,7 +32,7 @@ def load_result(path: FilePath) -> dict[str, list[str]]:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise FormatError(path, raw.count(b"\n", 0, error.start) + 1, "not UTF-8") from None
+        raise FormatError(path, raw.count(b"\n", 0, error.start) + 1, not_utf8(raw, path)) from None
 
     def line_of(position: int) -> int:
         return text.count("\n", 0, max(0, position)) + 1

@@ -170,7 +170,7 @@ def count_prompt_tokens(tokenizer: PreTrainedTokenizerBase, prefix: str) -> int:
         return 0
     with LOCK:
         _clear_limits(tokenizer)
-        ids = tokenizer(prefix)["input_ids"]
+        ids = tokenizer(prefix, verbose=False)["input_ids"]
     return len(ids) - (ids[-1] in tokenizer.all_special_ids)
 
 
@@ -333,7 +333,7 @@ def _tokenize_pairs(
     after: list[int] = []
     if pair.after:
         with LOCK:
-            after = list(tokenizer(pair.after, add_special_tokens=False)["input_ids"])
+            after = list(tokenizer(pair.after, add_special_tokens=False, verbose=False)["input_ids"])
     pairs = list(zip(queries, passages, strict=True))
     limits = (TruncationStrategy.ONLY_SECOND, max_tokens - len(after), pair.special_tokens)
     for encoding in _encodings(tokenizer, pairs, *limits):
