@@ -28,6 +28,10 @@ class Difference:
     def is_significant(self) -> bool:
         return self.p < SIGNIFICANT
 
+    @property
+    def is_gain(self) -> bool:
+        return self.is_significant and self.mean > 0
+
 
 def compare(first: np.ndarray, second: np.ndarray, seed: int = SEED) -> Difference:
     """Return the difference second - first of per-query values, both (Q,) for the same queries."""

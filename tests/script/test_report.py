@@ -176,12 +176,14 @@ def test_the_figures_are_those_of_compare_runs(world):
     assert line.endswith(shown) and known.differences[0] is None
 
 
-def verdict_on(difference: Difference, *, missed: int = 0, unlabeled: int = 0) -> verdict.Verdict:
-    """Return the verdict on a re-ranked run of 200 queries."""
+def verdict_on(*differences: Difference, missed: int = 0, unlabeled: int = 0) -> verdict.Verdict:
+    """Return the verdict on a re-ranked run (and a fused one) of 200 queries."""
     values = {"MRR@10": np.ones(200), "recall@50": np.arange(200) >= missed}
     right = [findings.Unlabeled("q", f"{at}", 1, 1.0, 2) for at in range(unlabeled)]
-    found = findings.Findings([values, values], [None, difference], 1, right, 1.0)
-    stages = [report_data.Stage(name, ROOT, {}) for name in (report_data.RETRIEVER, report_data.RERANKER)]
+    runs = 1 + len(differences)
+    found = findings.Findings([values] * runs, [None, *differences], 1, right, 1.0)
+    names = (report_data.RETRIEVER, report_data.RERANKER, report_data.FUSED)[:runs]
+    stages = [report_data.Stage(name, ROOT, {}) for name in names]
     return verdict.judge(report_data.Report(None, stages, {}, {}), found, "output")
 
 
@@ -200,7 +202,11 @@ def test_the_verdict_follows_the_test():
     assert same.kind == "open" and "no proven difference" in same.sentences[0].en
     assert "20 of 200 queries (10 %)" in same.steps[1].en and "(3 queries)" in same.steps[2].en
     assert len(verdict_on(better, missed=10).steps) == 1  # 5 %: recall is not the limit
-    for each in (good, worse, same):
+    fused = verdict_on(replace(better, p=0.2, low=-0.02), better)
+    assert fused.kind == "open" and "Fusing raises" in fused.sentences[1].en and len(fused.sentences) == 2
+    assert "Use the fused run" in fused.steps[0].en and "Train the re-ranker" in fused.steps[0].en
+    assert "Keep the re-ranker" in verdict_on(better, replace(better, p=0.2)).steps[0].en
+    for each in (good, worse, same, fused):
         assert all(word.zh and word.zh != word.en for word in (*each.sentences, *each.steps))
 
 

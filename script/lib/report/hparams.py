@@ -43,7 +43,7 @@ class ReportHparams(QueryIds, DevAnswers):
     @property
     def fused_places(self) -> list[Path]:
         """Where a fused run is looked for without --fused_run."""
-        names = ("fused/res.rerank50", "hybrid/res.top50", "../hybrid/res.top50")
+        names = ("fused/res.top50", "fused/res.rerank50", "hybrid/res.top50", "../hybrid/res.top50")
         return [Path(self.output_dir) / name for name in names]
 
     @property

@@ -176,9 +176,9 @@ def buckets_section(report: Report, findings: Findings | None) -> str:
 
 def bucket_row(bucket: Bucket) -> list[Any]:
     """Return a row of the table of lengths."""
-    span = f"{bucket.shortest:,} – {bucket.longest:,}"
+    ends = dict.fromkeys((f"{bucket.shortest:,}", f"{bucket.longest:,}"))
     inner = f"{bucket.low:.4f} … {bucket.high:.4f}"
-    return [span, f"{bucket.queries:,}", *map(bar, bucket.mrr), inner, bar(bucket.found)]
+    return [" – ".join(ends), f"{bucket.queries:,}", *map(bar, bucket.mrr), inner, bar(bucket.found)]
 
 
 def training_section(report: Report) -> str:

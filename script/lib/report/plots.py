@@ -125,7 +125,7 @@ def line(
     axes.yaxis.set_major_formatter(tick)
     if best and best in points:
         saved = f"{best:,}, {points[best]:.4f}"
-        label = words(Both(f"saved: step {saved}", f"保存的权重：第 {saved.replace(', ', ' 步，')}"))
+        label = words(Both(f"saved: step {saved}", f"保存：第 {saved.replace(', ', ' 步，')}"))
         axes.plot([best], [points[best]], "o", mfc="none", mec=INK, markersize=11, label=label)
         axes.legend(loc="lower right")
 

@@ -93,17 +93,19 @@ def others(report: Report, findings: Findings) -> list[Both]:
     if FUSED in names:
         fused = names.index(FUSED)
         best = max((at for at in range(len(names)) if at != fused), key=lambda at: means[at])
-        found = compare(findings.values[best]["MRR@10"], findings.values[fused]["MRR@10"])
-        single = names[best]
-        return [
-            moves(
+        difference = findings.differences[fused]
+        assert difference is not None
+        sentences = [moves(Both("Fusing", "融合"), difference)]
+        if best:
+            found = compare(findings.values[best]["MRR@10"], findings.values[fused]["MRR@10"])
+            single = names[best]
+            sentences.append(
                 Both(
-                    f"Compared with the best single run ({single.en}), fusing",
-                    f"与最好的单个结果（{single.zh}）相比，融合",
-                ),
-                found,
+                    f"Against the best single run ({single.en}) that is {certainty(found).en}.",
+                    f"与最好的单个结果（{single.zh}）相比是 {certainty(found).zh}。",
+                )
             )
-        ]
+        return sentences
     if BM25 in names:
         against = findings.differences[names.index(BM25)]
         assert against is not None
@@ -118,7 +120,9 @@ def others(report: Report, findings: Findings) -> list[Both]:
 
 def next_steps(report: Report, findings: Findings, reranked: Difference | None, output: str) -> list[Both]:
     """Return what to do next, most important first."""
-    steps = [about_reranking(findings, reranked, report.stage(FUSED) is not None, output)]
+    names = [stage.name for stage in report.stages]
+    fused = findings.differences[names.index(FUSED)] if FUSED in names else None
+    steps = [about_reranking(findings, reranked, fused, output)]
     queries = findings.queries
     if findings.missed.sum() > MANY_MISSED * queries:
         steps.append(about_missed(report, findings))
@@ -142,39 +146,44 @@ def next_steps(report: Report, findings: Findings, reranked: Difference | None, 
     return steps
 
 
-def about_reranking(findings: Findings, found: Difference | None, is_fused: bool, output: str) -> Both:
-    """Return the step that follows from the difference between retriever and re-ranker."""
+def about_reranking(
+    findings: Findings, found: Difference | None, fused: Difference | None, output: str
+) -> Both:
+    """Return the step that follows from the differences of re-ranker and fused run to the retriever."""
     if found is None:
         params = Path(output) / "cross_params.bin"
         command = "do_cross_infer.py" if params.exists() else "do_cross_train.py, then do_cross_infer.py"
         return Both(f"Re-rank: run {command}.", f"接着重排：运行 {command.replace(', then', '，再运行')}。")
     train = Both(
-        "Train it on negatives that this retriever finds (script/mine_negatives.py).",
+        "Train the re-ranker on negatives that this retriever finds (script/mine_negatives.py).",
         "用这个检索模型自己找出的负例来训练重排（script/mine_negatives.py）。",
     )
-    fuse = Both("", "")
-    if not is_fused:
-        fuse = Both(
-            f" Or mix in the retriever's score: {FUSE} W, with the W that script/fuse_curve.py finds on "
-            "training queries.",
-            f"也可以把检索的分数按权重加进来：{FUSE} W，W 用 script/fuse_curve.py 在训练问题上选。",
+    fuse = Both(
+        f" Or mix in the retriever's score: {FUSE} W, with the W that script/fuse_curve.py finds on "
+        "training queries.",
+        f"也可以把检索的分数按权重加进来：{FUSE} W，W 用 script/fuse_curve.py 在训练问题上选。",
+    )
+    if fused and fused.is_gain and (fused.mean > found.mean or not found.is_gain):
+        use = Both(
+            "Use the fused run, a proven gain over the retriever. ", "用融合的结果：比检索好，可以确认。"
         )
-    if not found.is_significant:
+        return use if found.is_gain else use + train
+    if found.is_gain:
+        keep = Both("Keep the re-ranker.", "保留重排。")
+        return keep if fused else keep + fuse
+    if found.is_significant:
+        head = Both(
+            "Do not use this re-ranker as it is: keep the retriever's order. ",
+            "先不要用这个重排模型：保持检索的顺序。",
+        )
+    else:
         half = (found.high - found.low) / 2
         head = Both(
             f"Do not decide on this difference: with {findings.queries:,} queries one below about {half:.3f} "
             "cannot be told from chance. ",
             f"不要凭这个差别做决定：{findings.queries:,} 个问题时，小于约 {half:.3f} 的差别与偶然无法区分。",
         )
-        return head + train + fuse
-    if found.mean < 0:
-        kept = Both(" or the fused one", "，或者用融合的结果") if is_fused else Both("", "")
-        head = Both(
-            f"Do not use this re-ranker as it is: keep the retriever's order{kept.en}. ",
-            f"先不要用这个重排模型：保持检索的顺序{kept.zh}。",
-        )
-        return head + train + fuse
-    return Both("Keep the re-ranker.", "保留重排。") + fuse
+    return head + train + (Both("", "") if fused else fuse)
 
 
 def about_missed(report: Report, findings: Findings) -> Both:
