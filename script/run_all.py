@@ -7,7 +7,12 @@
     sh script/run_all.sh --plan                            print time, memory and disk, then exit
 
 An option goes to every program that has it, `--STAGE.option` to that program alone. Stages: check,
-dual_train, dual_infer, convert, cross_train, cross_infer.
+dual_train, dual_infer, convert, cross_train, cross_infer. `python do_dual_train.py --help` etc. list the
+options.
+
+Needs the packages of script/quickstart.sh; without --debug also the data and the model that
+script/download.sh gets, and a GPU. --debug takes some minutes on a CPU, --plan names the hours of your
+machine. Writes to output/ (output/debug with --debug); the same command resumes after a kill.
 """
 
 import dataclasses
@@ -24,9 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result
 from torch_src import hparams
 from torch_src.cross_hparams import CrossHparams
+from torch_src.data.collection import PassageCollection
+from torch_src.data.formats import read_dev
+from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.dual_hparams import DualHparams
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
+from torch_src.inputs import check_inputs
+from torch_src.query_ids import read_query_ids
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import require, write_json
 from torch_src.runtime.log import duration, log
@@ -69,12 +79,6 @@ def has_knob(settings: type[hparams.Hparams], knob: str) -> bool:
 
 def check_data(train_sets: list[str], hp: InferenceDeHparams, dev_set: str) -> None:
     """UserError unless the input files exist and their ids fit together; check_data.py checks every line."""
-    from torch_src.data.collection import PassageCollection  # here: --help takes no second
-    from torch_src.data.formats import read_dev
-    from torch_src.data.passage_ids import check_length, read_passage_ids
-    from torch_src.inference import read_query_ids
-    from torch_src.inputs import check_inputs
-
     check_inputs(hp, None, passage_dir_path="passages", dev_q_path="queries")
     for path in train_sets:
         require(path, "training rows", "get it with `sh script/download.sh`")

@@ -10,7 +10,7 @@ files of the next round (the last round mines nothing). With --denoise each roun
 the negatives that its retriever found, and mines again with its scores. A stage that is up to date is skipped
 within seconds, so the same command resumes after a kill. An option goes to every program that has it,
 `--STAGE.option` to that program alone; stages: dual_train, dual_infer, mine, cross_train. The table at the
-end shows which round is the best.
+end shows which round is the best. A round needs what `sh script/run_all.sh --plan` names, and takes as long.
 """
 
 import sys

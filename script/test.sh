@@ -3,8 +3,10 @@
 # Without options: ruff, mypy and the core tests, which are those without a marker.
 # -m slow, real, tools, browser, milvus or gpu selects others (pyproject.toml describes the markers); expressions such
 # as -m "slow or tools" work. Creates .venv, and installs the extra requirements of a marker when it is selected.
+# Takes a minute for the core tests, half an hour for -m slow; needs what script/quickstart.sh needs.
 set -eu
 cd "$(dirname "$0")/.."
+case " $* " in *" --help "* | *" -h "*) sed -n '2,/^set/s/^# \{0,1\}//p' script/test.sh && exit ;; esac
 
 core="not slow and not real and not tools and not browser and not milvus and not gpu"
 markers=""

@@ -21,7 +21,6 @@ from torch_src.inference import (
     load_cross_model,
     pair_rules,
     pair_scorer,
-    read_query_ids,
 )
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_plan import plan_reranking, sample_pairs
@@ -29,6 +28,7 @@ from torch_src.inputs import check_inputs
 from torch_src.models.backbones import check_fits
 from torch_src.models.cross_encoder import CrossEncoder, describe_reranker
 from torch_src.models.truncation import sampled, truncation_of_pairs
+from torch_src.query_ids import read_query_ids
 from torch_src.retrieval import score_checks
 from torch_src.retrieval.reranking import PairScorer, fuse, rank_pairs
 from torch_src.retrieval.vectors import DamagedBlock, ScoreStore, VectorStore

@@ -12,11 +12,12 @@ import torch
 
 from torch_src import hparams
 from torch_src.data.formats import RunRow, format_run_row
-from torch_src.inference import LOG_SECONDS, Retriever, load_dual_model, read_query_ids
+from torch_src.inference import LOG_SECONDS, Retriever, load_dual_model
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.inference_plan import plan_retrieval
 from torch_src.inputs import check_inputs
 from torch_src.models.dual_encoder import DualEncoder
+from torch_src.query_ids import read_query_ids
 from torch_src.retrieval.encoding import encode_collection
 from torch_src.retrieval.engines.milvus import COMMAND, MAX_HITS, MilvusSearch
 from torch_src.retrieval.faiss_gpu import IndexGpus

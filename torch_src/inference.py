@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from torch_src.common_hparams import QueryIds, Run
+from torch_src.common_hparams import Run
 from torch_src.cross_hparams import MODEL_SETTINGS as CROSS_MODEL_SETTINGS
 from torch_src.cross_hparams import CrossHparams
 from torch_src.data.collection import PassageCollection
-from torch_src.data.formats import has_query_ids, read_q2qid, read_queries, read_question_ids
 from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.dual_hparams import MODEL_SETTINGS as DUAL_MODEL_SETTINGS
 from torch_src.dual_hparams import DualHparams
@@ -77,29 +76,6 @@ CHECKED_TEXTS = 8  # that OpenVINO and torch must encode alike
 LOG_SECONDS = 10.0  # between progress lines
 
 InferenceHparams = InferenceDeHparams | InferenceCrossHparams
-
-
-def read_query_ids(hp: QueryIds) -> dict[str, list[str] | None]:
-    """Return {query text: its qids} in file order; with `--dev_q2qid none` the qids are None.
-
-    dev_q is dev.q.format with q2qid.dev.json beside it, or a file with ids: JSON lines (test1.json, dev.json,
-    queries.jsonl) or `qid TAB query`. UserError when a query has no qid.
-    """
-    if has_query_ids(hp.dev_q_path):
-        if hp.dev_q2qid not in ("", NONE):
-            warn(f"--dev_q2qid {hp.dev_q2qid}: not read, because {hp.dev_q_path} has ids")
-        return dict(read_question_ids(hp.dev_q_path))
-    queries = read_queries(hp.dev_q_path)
-    if hp.dev_q2qid == NONE:
-        return dict.fromkeys(queries)
-    path = require(hp.dev_q2qid_path, "query text -> qid", "pass --dev_q2qid none to omit qids")
-    q2qid = read_q2qid(path)
-    missing = [query for query in queries if query not in q2qid]
-    if missing:
-        raise UserError(f"{path}: lacks {len(missing)} queries of {hp.dev_q_path}, e.g. {missing[0][:60]!r}")
-    if len(q2qid) > len(queries):
-        warn(f"{path} has {len(q2qid)} queries, {hp.dev_q_path} only {len(queries)}: the rest get no result")
-    return {query: [q2qid[query]] for query in queries}
 
 
 @dataclass(frozen=True)

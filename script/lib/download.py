@@ -377,7 +377,9 @@ def download_model(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = OptionParser(
-        "Download the data set, or with `model [NAME]` a model from the Hugging Face hub.", "download.sh"
+        "Download the data set (disk: 4.5 times the archive), or with `model [NAME]` a model from the\n"
+        "Hugging Face hub. Checks every file; the same command resumes. The connection decides the time.",
+        "download.sh",
     )
     env = os.environ.get
     parser.add_argument("what", nargs="?", choices=("data", "model"), default="data")

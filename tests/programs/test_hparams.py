@@ -14,8 +14,8 @@ from doc_commands import ROOT, SETTINGS
 from torch_src import dual_train, hparams
 from torch_src.dual_hparams import MODEL_SETTINGS, DualHparams
 from torch_src.hparams import Hparams, inherited
-from torch_src.inference import read_query_ids
 from torch_src.inference_de_hparams import InferenceDeHparams
+from torch_src.query_ids import read_query_ids
 from torch_src.runtime.errors import UserError
 
 ALL = pytest.mark.parametrize("settings", SETTINGS.values(), ids=lambda settings: settings.__name__)

@@ -39,3 +39,17 @@ def test_a_missing_package_is_one_line(words):
     assert done.returncode == 2 and not done.stdout
     assert "is not installed" in done.stderr and "requirements" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["quickstart", "test", "run_all", "run_rounds", "download"])
+def test_help_of_a_shell_script_explains_it(name):
+    done = subprocess.run(["sh", f"script/{name}.sh", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    assert len(done.stdout.splitlines()) > 3 and f"{name}.sh" in done.stdout
+
+
+def test_an_unknown_option_of_the_quick_start_is_refused():
+    done = subprocess.run(
+        ["sh", "script/quickstart.sh", "--nothing"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "--nothing" in done.stderr and not done.stdout

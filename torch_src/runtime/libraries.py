@@ -51,9 +51,9 @@ def describe_missing(error: ImportError) -> str:
     package = (error.name or "").partition(".")[0]
     if not package or package in OWN or package in sys.stdlib_module_names:
         return ""
-    reason = "is not installed" if error.name == package and isinstance(error, ModuleNotFoundError) else ""
-    reason = reason or f"is installed, but does not have what is needed ({first_line(error)})"
-    return f"{package} {reason} in {sys.executable}; {how_to_install(package)}"
+    if isinstance(error, ModuleNotFoundError) and error.name == package:
+        return f"{package} is not installed in {sys.executable}; {how_to_install(package)}"
+    return f"{package} does not fit ({first_line(error)}); {how_to_install(package)}"
 
 
 def how_to_install(package: str) -> str:

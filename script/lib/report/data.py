@@ -16,7 +16,7 @@ from torch_src.data.collection import PassageCollection
 from torch_src.data.passage_ids import check_length, read_passage_ids, rows_of
 from torch_src.data.results import searched_collection
 from torch_src.hparams import NONE
-from torch_src.inference import read_query_ids
+from torch_src.query_ids import read_query_ids
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import require
 from torch_src.runtime.stamps import checksum_files, read_stamp
