@@ -46,7 +46,8 @@ def tests(reference: Reference, results: Results, pairs: list[tuple[str, str]]) 
     verdicts = []
     for first, second in pairs:
         values = [per_query(reference, results[name]).values() for name in (first, second)]
-        found = compare(*(np.array([of[TESTED] for of in each]) for each in values))
+        before, after = (np.array([of[TESTED] for of in each]) for each in values)
+        found = compare(before, after)
         interval = f"[{found.low:+.4f}, {found.high:+.4f}]"
         lines.append(
             f"{f'{second} - {first}':{width}}  {found.mean:+10.4f}  {interval:>18}  {found.p:6.4f}  "
