@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
+from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write, require
 from torch_src.runtime.options import OptionParser, integer
 from torch_src.runtime.outputs import Output, begins, check_outputs
@@ -42,6 +43,8 @@ def table(found: Findings, limits: dict[str, int]) -> list[str]:
 def run(given: argparse.Namespace) -> Findings:
     """Check the folder, print the findings and return them."""
     folder = require(given.folder, "the data folder")
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: is a file (expected the folder around passage-collection)")
     if given.fix_report:
         check_outputs([Output(given.fix_report, FIX_REPORT)], [Path(folder) / "passage-collection"])
         with atomic_write(given.fix_report) as file:

@@ -21,6 +21,7 @@ import numpy as np
 
 from metric.evaluation import compute_metrics, load_reference
 from torch_src.data.formats import read_id_map, read_run, read_scores
+from torch_src.data.kinds import ANSWERS, ID_MAP, RUN, SCORES, check_kinds
 from torch_src.data.results import check_same_candidates
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.options import OptionParser
@@ -41,6 +42,8 @@ def read_pairs(run: str, scores: str, id_map: str) -> tuple[list[str], np.ndarra
     ids = list(read_id_map(id_map))
     if not len(retriever) == len(logits) == len(ids):
         raise UserError(f"{len(retriever)} lines in {run}, {len(logits)} in {scores}, {len(ids)} in {id_map}")
+    if not ids:
+        raise UserError(f"{run}: no results in it")
     return [qid for qid, _ in ids], retriever, logits, [pid for _, pid in ids]
 
 
@@ -69,6 +72,8 @@ def mrr_by_weight(
 
 def run(args: argparse.Namespace) -> None:
     """Print the table."""
+    files = ((args.run, RUN), (args.scores, SCORES), (args.id_map, ID_MAP), (args.reference, ANSWERS))
+    check_kinds(*files)
     pairs = read_pairs(args.run, args.scores, args.id_map)
     points = mrr_by_weight(*pairs, load_reference(args.reference))
     best, _ = max(points, key=lambda point: point[1])

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 from metric.evaluation import MEASURES, Reference, compute_metrics, load_reference, load_result, per_query
+from torch_src.data.kinds import ANSWERS, RESULT, check_kinds
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.options import OptionParser
 from torch_src.runtime.program import exit_status
@@ -62,10 +63,9 @@ def tests(reference: Reference, results: Results, pairs: list[tuple[str, str]]) 
 
 def run(args: argparse.Namespace) -> None:
     """Print the table, the tests and the verdict."""
-    results, reference = (
-        {name: load_result(path) for name, path in args.results},
-        load_reference(args.reference),
-    )
+    check_kinds((args.reference, ANSWERS), *((path, RESULT) for _, path in args.results))
+    results = {name: load_result(path) for name, path in args.results}
+    reference = load_reference(args.reference)
     for name in (name for pair in args.test for name in pair):
         if name not in results:
             raise UserError(f"--test {name}: not one of the results ({', '.join(results)})")

@@ -17,6 +17,8 @@ from script.lib.foreign_files import (
 )
 from script.lib.foreign_judgments import qrels_files
 from script.lib.foreign_rows import ROWS
+from script.lib.trec_files import is_own_run
+from torch_src.data.kinds import RUN
 from torch_src.data.lines import FormatError, shown
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import log
@@ -25,7 +27,10 @@ OFFICIAL, PASSAGES, TEXT = "official", "passages", "text"
 PLAIN = (".txt", ".md", ".text")
 SAMPLE = 200  # rows or lines that decide
 SHORT_NAME = 20  # characters: a longer cell is not the name of a column
-OFFICIAL_PART = re.compile(r"[^\t]*\t[^\t]*\t[^\t]+\t0")
+# a line of part-0X or cross.train.tsv, of dual.train.tsv, of dev.q.format
+OFFICIAL_ROW = re.compile(
+    r"[^\t]+\t(null|-)?\t[^\t]+\t[01]|[^\t]+\t(null|-)?\t[^\t]+\t(null|-)?\t[^\t]+\t[0-9.]+|[^\t]+\t-\t-\t0"
+)
 # further names of columns in a user's own tables; questions with answers are passages, too
 GUESSED = replace(
     PASSAGE,
@@ -53,8 +58,10 @@ def recognize(path: Path, source: Source) -> tuple[str, Path]:
         rows = any(name in entry for name in ROWS)
         return ("flagembedding" if rows else PASSAGES), path
     first = next(source.lines(path), (0, ""))[1]
-    if OFFICIAL_PART.fullmatch(first) and plain_name(path).startswith(("part-", "all_doc")):
-        raise UserError(f"{path}: passages of the official layout; name the folder around passage-collection")
+    if OFFICIAL_ROW.fullmatch(first):
+        raise UserError(f"{path}: rows of the official layout; name the folder around passage-collection")
+    if is_own_run(path):
+        raise UserError(f"{path}: {RUN} (expected passages)")
     return PASSAGES, path
 
 

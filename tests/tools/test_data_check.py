@@ -1,5 +1,6 @@
 """The check of a data folder: no fault in valid data, and each fault by file and line."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -179,3 +180,17 @@ def test_qids_of_another_data_set_are_faults(data):
     qids = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({query: f"other-{qid}" for query, qid in qids.items()}), encoding="utf-8")
     assert any("is not in q2qid.dev.json" in what for _, _, what in faults(data))
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda raw: raw.decode().encode("gbk"), "GB18030"), (gzip.compress, "gzipped"),
+])  # fmt: skip
+def test_a_file_in_another_form_is_one_fault(tmp_path, change, words):
+    data = make_world(tmp_path) / "data"
+    path = data / "train/dual.train.tsv"
+    path.write_bytes(change(path.read_bytes()))
+    (fault,) = DataCheck(str(data)).run().faults
+    assert fault[0] == str(path) and words in fault[2]
+    dev = data / "dev/dev.json"
+    dev.write_bytes(gzip.compress(dev.read_bytes()))  # readable by all programs
+    assert len(DataCheck(str(data)).run().faults) == 1

@@ -16,7 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from torch_src.data.encodings import not_utf8
+from torch_src.data.encodings import GZIPPED, not_utf8
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import warn
 
@@ -27,7 +27,6 @@ BYTE_ORDER_MARK = (
     "starts with a byte order mark; save it as UTF-8 without, or: sed -i '1s/^\\xEF\\xBB\\xBF//'"
 )
 LONGEST_LINE = 1 << 24  # bytes; a longer line is refused to limit memory
-GZIPPED = b"\x1f\x8b"  # first bytes of a gzip file; no UTF-8 text begins with them
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
@@ -61,6 +60,12 @@ def open_file(path: FilePath) -> BinaryIO:
         return file
     file.close()
     return cast(BinaryIO, gzip.open(path, "rb"))
+
+
+def is_gzipped(path: FilePath) -> bool:
+    """Return whether a file is gzipped, by its first bytes."""
+    with open(path, "rb") as file:
+        return file.read(len(GZIPPED)) == GZIPPED
 
 
 @contextmanager
@@ -147,6 +152,8 @@ def parse_json(text: str, path: FilePath, line: int, pairs_hook: Callable | None
 
     FormatError when it is malformed, nested too deeply, or has a lone surrogate (not encodable).
     """
+    if text.startswith("\ufeff"):
+        raise FormatError(path, line, BYTE_ORDER_MARK)
     try:
         value = json.loads(text, object_pairs_hook=pairs_hook)
         if "\\ud" in text or "\\uD" in text:  # UTF-8 holds a surrogate only as an escape

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from torch_src.data.collection import collection_files
+from torch_src.data.encodings import GZIPPED_FILE, OTHER_ENCODING
 from torch_src.data.formats import (
     parse_candidate,
     parse_cross_row,
@@ -19,12 +20,13 @@ from torch_src.data.formats import (
     parse_query,
     read_q2qid,
 )
-from torch_src.data.lines import FilePath, FormatError, decode, raw_lines, shown
+from torch_src.data.lines import FilePath, FormatError, decode, is_gzipped, open_file, raw_lines, shown
 from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.data.row_file import text_hash
 from torch_src.runtime.errors import UserError
 
 MAX_FAULTS = 1000  # kept in memory; all are counted and reported
+PLAIN_FOLDERS = ("train", "passage-collection")  # their files are read by offsets: not gzipped
 PERCENTILES = (50, 90, 99, 100)
 MAX_LENGTH = 1 << 16  # characters; longer texts count as this long
 
@@ -164,12 +166,14 @@ class DataCheck:
             return
         rows = 0
         try:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 for rows, raw in raw_lines(file, path):
                     try:
                         yield rows, parse(decode(raw, path, rows), path, rows)
                     except FormatError as error:
                         self.found.error(path, error)
+                        if error.message.startswith(OTHER_ENCODING):
+                            return  # so are the other lines
         except FormatError as error:  # a line that is too long: the rest of the file cannot be read
             self.found.error(path, error)
             rows += 1
@@ -180,6 +184,9 @@ class DataCheck:
     def _exists(self, path: Path) -> bool:
         if not path.exists():
             self.found.notes.append(f"{path}: no such file")
+        elif path.parent.name in PLAIN_FOLDERS and is_gzipped(path):
+            self.found.fault(path, 1, GZIPPED_FILE)
+            return False
         return path.exists()
 
     def _name(self, path: Path) -> str:
