@@ -1,15 +1,16 @@
 """Write one HTML page about a finished run: a verdict, figures, missing labels, queries, curves, times.
 
     python -m pip install -r requirements-tools.txt
-    python script/report.py --data_dir D                      output/report.html, for the run in output/
+    python script/report.py                                   output/report.html, for the run in output/
+    python script/report.py --output_dir output/my            another output folder
     python script/report.py --debug                           the sample, after sh script/quickstart.sh
     python script/report.py --data_dir D --dual_run A/res.top50 --cross_run B/res.rerank50 --to report.html
 
 Settings: script/lib/report/hparams.py, or `--name value`; `--help` lists them. The page is one file, in
-English and Chinese, and needs no network. The model of a run, its curves and its settings are read from the
-folder of the run; runs of BM25 and fused ones are looked for in bm25/, fused/ and hybrid/ of the output
-folder, and in bm25/ and hybrid/ beside it. What is missing or unreadable (a re-ranked run, a reference,
-run_all.json) is omitted, and the page gives the reason.
+English and Chinese, and needs no network. The data, the model of a run, its curves and its settings are read
+from the folder of the run; runs of BM25 and fused ones are looked for in bm25/, fused/ and hybrid/ of the
+output folder, and in bm25/ and hybrid/ beside it. What is missing or unreadable (a re-ranked run, a
+reference, run_all.json) is omitted, and the page gives the reason.
 """
 
 import sys
@@ -28,7 +29,9 @@ from torch_src.runtime.files import atomic_write
 from torch_src.runtime.log import duration, log
 from torch_src.runtime.outputs import Output, begins, check_outputs
 from torch_src.runtime.program import exit_status, exit_with
+from torch_src.tools.demo_hparams import read_saved
 
+DATA = ("data_dir", "passage_dir", "passage_ids", "dev_q", "dev_q2qid")
 PAGE = begins(rb"(?s)<!DOCTYPE html>.*<title>Report of ")
 
 
@@ -47,9 +50,19 @@ def run(hp: ReportHparams) -> None:
     log(f"wrote {hp.to_path} ({len(report.qids):,} queries, {size:.1f} MB) in {took}")
 
 
+def settings(argv: list[str]) -> ReportHparams:
+    """Return the settings: options, else the data that do_dual_infer.py saved with the run, else defaults."""
+    hp = hparams.parse(ReportHparams, argv)
+    if "data_dir" in hparams.parse_options(ReportHparams, argv):
+        return hp
+    saved = read_saved(str(hp.dual_run_path.parent), "dual_infer_hparams.json")
+    data = {name: saved[name] for name in DATA if saved.get(name) not in (None, hparams.NONE)}
+    return hparams.parse(ReportHparams, argv, data)
+
+
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    return exit_status(lambda: run(hparams.parse(ReportHparams, argv)))
+    return exit_status(lambda: run(settings(argv)))
 
 
 if __name__ == "__main__":

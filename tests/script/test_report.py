@@ -270,6 +270,18 @@ def test_the_header_names_models_commit_and_changed_settings(world):
     assert "retriever" not in {name.en for name, _ in read_origin(settings(world), found).facts}
 
 
+def test_the_data_are_those_of_the_run(world):
+    words = ["--output_dir", str(world.output)]
+    assert report.settings(words).data_dir == ReportHparams().data_dir
+    saved = {"data_dir": str(world.data), "dev_q": "none", "passage_ids": "", "topk": 7}
+    write_json(world.output / "dual_infer_hparams.json", saved)
+    hp = report.settings(words)
+    assert hp.data_dir == str(world.data) and hp.dev_q == "" and hp.output_dir == str(world.output)
+    assert report.settings([*words, "--data_dir", "D"]).data_dir == "D"
+    elsewhere = ["--dual_run", str(world.output / "res.top50")]
+    assert report.settings(elsewhere).data_dir == str(world.data)
+
+
 def test_texts_in_both_languages():
     assert text(Both("a<", "甲")) == '<span class="en">a&lt;</span><span class="zh">甲</span>'
     assert text(Both("BM25", "BM25")) == "BM25" and text(7) == "7"

@@ -14,7 +14,7 @@ from torch_src.dual_hparams import DualHparams
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.files import read_json
+from torch_src.tools.demo_hparams import read_saved
 
 Saved = dict[str, Any]
 HIDDEN = {"output_dir", "debug"}  # settings that say nothing about the result
@@ -29,13 +29,12 @@ class Origin:
     settings: list[list[str]]  # program, setting, value, default
 
 
-def read_saved(path: Path) -> Saved:
-    """Return the settings that a program saved; empty without a readable file."""
+def saved_beside(path: Path, name: str) -> Saved:
+    """Return the settings that a program saved in the folder of `path`; empty without a readable file."""
     try:
-        saved = read_json(path)
+        return read_saved(str(path.parent), name)
     except UserError:
         return {}
-    return saved if isinstance(saved, dict) else {}
 
 
 def read_origin(hp: ReportHparams, report: Report) -> Origin:
@@ -48,11 +47,11 @@ def read_origin(hp: ReportHparams, report: Report) -> Origin:
     for stage, model, training, inference in models:
         if stage is None:
             continue
-        used = read_saved(stage.path.parent / f"{model}_infer_hparams.json")
+        used = saved_beside(stage.path, f"{model}_infer_hparams.json")
         trained = {}
         if used.get(f"{model}_params") != hparams.NONE:
-            params = used.get(f"{model}_params") or stage.path.parent / "params"
-            trained = read_saved(Path(str(params)).with_name(f"{model}_hparams.json"))
+            params = Path(str(used.get(f"{model}_params") or stage.path))
+            trained = saved_beside(params, f"{model}_hparams.json")
         if used or trained:
             facts.append((stage.name, model_of(used, trained, training)))
         settings += changed(f"do_{model}_train.py", trained, training)
