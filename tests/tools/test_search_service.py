@@ -193,6 +193,9 @@ def test_bm25_of_an_option_or_turned_off(trained, tmp_path):
     service.bm25.refresh()
     service.reranker.refresh()
     assert service.bm25.state == service.reranker.state == "off"
+    service = SearchService({"output_dir": str(trained / "output"), "reranker": "none"})
+    service.reranker.refresh()
+    assert service.reranker.state == "off"
     service = SearchService({"output_dir": str(trained / "output"), "bm25": str(tmp_path / "absent")})
     service.bm25.refresh()
     assert "no BM25 index" in service.bm25.message and "bm25.py index" in service.bm25.message

@@ -51,8 +51,9 @@ def _print(line: str, error_stream: bool = False) -> None:
     prefix = time.strftime("%H:%M:%S ") + (f"[rank {rank()}] " if rank() else "")
     for live in live_lines:
         live.clear()
-    # flushed, because buffered lines are lost when the process is killed
-    print(prefix + " ".join(line.splitlines()), file=sys.stderr if error_stream else sys.stdout, flush=True)
+    # flushed, because buffered lines are lost when the process is killed; in one piece, as threads log, too
+    text = prefix + " ".join(line.splitlines()) + "\n"
+    print(text, end="", file=sys.stderr if error_stream else sys.stdout, flush=True)
     for live in live_lines:
         live.refresh()
 

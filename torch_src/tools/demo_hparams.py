@@ -44,7 +44,7 @@ class DemoHparams(RetrieverHparams, Queries, Run):
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: other machines can send queries
     port: int = 7860  # port to listen on; 0: any free one
     cross_params: str = ""  # trained re-ranker; empty: output_dir/cross_params.bin; none: no re-ranker
-    reranker: str = ""  # folder or hub name of a re-ranker that was not trained here; empty: cross_params
+    reranker: str = ""  # folder or hub name of one that was not trained here; empty: cross_params; none: none
 
     # search
     bm25: str = ""  # folder of bm25.py; empty: output_dir/bm25, else output_dir/cache/bm25; none: no BM25
@@ -101,8 +101,9 @@ def reranker_settings(hp: DemoHparams) -> InferenceCrossHparams | None:
     """Return the settings of do_cross_infer.py for the re-ranker; None without one."""
     saved = read_saved(hp.output_dir, "cross_infer_hparams.json")
     common: dict[str, Any] = {"seed": hp.seed, "debug": hp.debug}
-    folder = hp.reranker or second_stage(hp)
-    if folder and folder != NONE:
+    if hp.reranker == NONE:
+        return None
+    if folder := hp.reranker or second_stage(hp):
         same = {name: saved[name] for name in RERANKER if name in saved and saved["cross_params"] == NONE}
         more = same if same.get("pretrained_model_path") == folder else {}
         return InferenceCrossHparams(cross_params=NONE, **{**more, "pretrained_model_path": folder}, **common)

@@ -154,9 +154,13 @@ class DensePart(Part["DenseSearch"]):
 
     def load(self, hp: DemoHparams) -> "DenseSearch":
         folder = Path(hp.para_emb_path)
-        if not (folder / "manifest.json").exists():
+        path = folder / "manifest.json"
+        if not path.exists():
             raise NotReady(MISSING, f"no vectors in {folder} yet; {command(hp)} writes them")
-        store = VectorStore(folder, read_json(folder / "manifest.json"))
+        manifest = read_json(path)
+        if not {"rows", "hidden", "block_rows"} <= manifest.keys():
+            raise UserError(f"{path}: not a manifest of vectors; run {command(hp)}")
+        store = VectorStore(folder, manifest)
         done = store.block_count - len(store.missing_blocks())
         saved = read_saved(hp.output_dir, SAVED[0])
         is_known = saved or "dual_params" in self.options or Path(hp.dual_params_path).exists()
@@ -177,7 +181,7 @@ class RerankerPart(Part["Reranker"]):
 
     def load(self, hp: DemoHparams) -> "Reranker":
         settings = reranker_settings(hp)
-        if settings is None and hp.cross_params == NONE:
+        if settings is None and NONE in (hp.cross_params, hp.reranker):
             raise NotReady(OFF)
         if settings is None:
             fix = "do_cross_train.py writes it, or pass --reranker FOLDER"
