@@ -1,11 +1,23 @@
 # Sourced by test.sh, quickstart.sh and try.sh from the repository root: creates .venv when it is missing, and installs the
 # requirements that fit this machine and the requirement files in $more, each once. Sets $python.
 if [ ! -x .venv/bin/python ]; then
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "ERROR: needs python3, version 3.10 or later" >&2; exit 2; }
+    for found in python3 python3.13 python3.12 python3.11 python3.10 ""; do
+        if "$found" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then break; fi
+    done
+    [ -n "$found" ] || { echo "ERROR no python3 of version 3.10 or later was found; install one" >&2; exit 2; }
+    # without them the new environment would have no pip
+    if ! "$found" -c "import ensurepip, venv" 2>/dev/null; then
+        echo "ERROR $found cannot make environments; on Debian and Ubuntu: sudo apt install python3-venv" >&2
+        exit 2
+    fi
     echo "creating .venv"
-    python3 -m venv .venv
+    "$found" -m venv .venv
 fi
 python=.venv/bin/python
+if ! $python -m pip --version >/dev/null 2>&1 && ! $python -m ensurepip >/dev/null 2>&1; then
+    echo "ERROR .venv has no pip; delete the folder and run the same command again" >&2
+    exit 2
+fi
 
 # pip does not see a GPU, so the choice is made here. An environment keeps its first choice: the two requirement files
 # install different faiss wheels, and one installed over the other breaks both.
@@ -25,7 +37,11 @@ for file in $chosen ${more:-}; do
     sum=$(cat "$file" requirements-base.txt | cksum)
     if [ "$(cat ".venv/installed-$file" 2>/dev/null)" != "$sum" ]; then
         echo "installing $file"
-        $python -m pip install --quiet --disable-pip-version-check -r "$file"
+        $python -m pip install --quiet --disable-pip-version-check -r "$file" || {
+            echo "ERROR $file was not installed, see above; the same command tries again. Where PyPI is slow or cannot be" >&2
+            echo "reached, set a mirror first: export PIP_INDEX_URL=https://pypi.tuna.tsinghua.edu.cn/simple" >&2
+            exit 2
+        }
         echo "$sum" >".venv/installed-$file"
     fi
 done

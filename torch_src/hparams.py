@@ -236,7 +236,7 @@ def announce(title: str, hp: Hparams) -> None:
     saved = f"; all settings: {hp.saved_to}" if hp.saved_to else ""
     log(f"{title}{debug}{saved}")
     if changed := describe(hp):
-        log(f"  options: {', '.join(changed)}")
+        log(f"  instead of the defaults: {', '.join(changed)}")
 
 
 def describe(hp: Hparams) -> list[str]:

@@ -228,7 +228,7 @@ def test_only_changed_settings_are_printed_with_their_defaults(capsys):
     hparams.announce("training", train("--debug", "--output_dir", "elsewhere", "--query_prefix", "q: "))
     first, second = capsys.readouterr().out.splitlines()
     assert "training" in first and "--debug" in first and "elsewhere/dual_hparams.json" in first
-    assert second.endswith(" options: output_dir elsewhere (output/debug), query_prefix 'q: ' ('')")
+    assert second.endswith(" defaults: output_dir elsewhere (output/debug), query_prefix 'q: ' ('')")
     hparams.announce("training", train("--debug"))
     assert len(capsys.readouterr().out.splitlines()) == 1
 

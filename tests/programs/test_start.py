@@ -1,5 +1,7 @@
 """How programs start: options are parsed before slow imports, a missing package is one line."""
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -53,3 +55,20 @@ def test_an_unknown_option_of_the_quick_start_is_refused():
         ["sh", "script/quickstart.sh", "--nothing"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2 and "--nothing" in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize(("lacks", "words"), [("version_info", "3.10"), ("ensurepip", "python3-venv")])
+def test_the_quick_start_without_a_usable_python(tmp_path, lacks, words):
+    (tmp_path / "script").mkdir()
+    for name in ("quickstart.sh", "make_venv.sh"):
+        shutil.copy(ROOT / "script" / name, tmp_path / "script")
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    os.symlink(shutil.which("dirname"), commands / "dirname")
+    (commands / "python3").write_text(f'#!/bin/sh\ncase "$2" in *{lacks}*) exit 1 ;; esac\n')
+    (commands / "python3").chmod(0o755)
+    command = [shutil.which("sh"), tmp_path / "script/quickstart.sh"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(commands)})
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("ERROR ") and words in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / ".venv").exists()
