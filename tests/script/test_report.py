@@ -255,7 +255,7 @@ def test_the_header_names_models_commit_and_changed_settings(world):
     assert "retriever" not in {name.en for name in facts} and len(facts) >= 2  # nothing is saved
     write_json(world.output / "dual_infer_hparams.json", {
         "dual_params": "none", "pretrained_model_path": "m3e<b>", "normalize": True, "commit": "v1-3-gabc",
-        "output_dir": "elsewhere", "unknown": 1})  # fmt: skip
+        "output_dir": "elsewhere", "unknown": 1, "topk": 50, "bs": 500})  # fmt: skip
     write_json(
         world.output / "cross_hparams.json", {"pretrained_model_path": "bge", "epoch": 2, "debug": True}
     )
@@ -264,8 +264,8 @@ def test_the_header_names_models_commit_and_changed_settings(world):
     assert facts["retriever"] == "m3e<b>, not fine-tuned" and facts["commit of the runs"] == "v1-3-gabc"
     assert facts["re-ranker"] == "bge, fine-tuned (2 epochs)" and "4 queries, 7 passages" in facts["data"]
     shown = {tuple(row[:3]) for row in origin.settings}
-    assert ("do_dual_infer.py", "normalize", "True") in shown
-    assert not {"output_dir", "unknown", "commit", "debug"} & {name for _, name, _ in shown}
+    assert {("do_dual_infer.py", "normalize", "True"), ("do_dual_infer.py", "bs", "500")} <= shown
+    assert not {"topk", "output_dir", "unknown", "commit", "debug"} & {name for _, name, _ in shown}
     (world.output / "dual_infer_hparams.json").write_text("[")
     assert "retriever" not in {name.en for name, _ in read_origin(settings(world), found).facts}
 

@@ -18,6 +18,7 @@ from torch_src.tools.demo_hparams import read_saved
 
 Saved = dict[str, Any]
 HIDDEN = {"output_dir", "debug"}  # settings that say nothing about the result
+ENTER = {"topk": 50, "bs": 1000}  # what enter() of do_dual_infer.py sets where the settings leave it open
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,10 @@ def model_of(used: Saved, trained: Saved, training: type[DualHparams] | type[Cro
 
 def changed(program: str, saved: Saved, settings: type[hparams.Hparams]) -> list[list[str]]:
     """Return [program, setting, value, default] of the saved settings that differ from the defaults."""
-    defaults = settings.defaults(saved.get("debug") is True)
+    plain = vars(settings.defaults(saved.get("debug") is True))
+    defaults = {name: ENTER.get(name) if value is None else value for name, value in plain.items()}
     return [
         [program, name, repr(saved[name]), repr(default)]
-        for name, default in vars(defaults).items()
+        for name, default in defaults.items()
         if name in saved and name not in HIDDEN and saved[name] != default
     ]
