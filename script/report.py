@@ -38,14 +38,20 @@ PAGE = begins(rb"(?s)<!DOCTYPE html>.*<title>Report of ")
 def run(hp: ReportHparams) -> None:
     """Read the run and write the page."""
     from script.lib.report import data, page, plots  # here: --help takes no second
+    from script.lib.report.findings import find
+    from script.lib.report.verdict import judge
 
     check_outputs([Output(hp.to_path, PAGE)], hp.inputs)
     plots.matplotlib()  # first: a missing library is reported before a minute of reading
     start, report = time.monotonic(), data.read_report(hp)
     for line in report.notes:
         log(line.en)
+    findings = find(report) if report.reference else None
+    verdict = judge(report, findings, hp.output_dir)
     with atomic_write(hp.to_path) as file:
-        file.writelines(page.render(hp, report))
+        file.writelines(page.render(hp, report, findings, verdict))
+    for sentence in verdict.sentences:
+        log(sentence.en)
     size, took = Path(hp.to_path).stat().st_size / 1e6, duration(time.monotonic() - start)
     log(f"wrote {hp.to_path} ({len(report.qids):,} queries, {size:.1f} MB) in {took}")
 

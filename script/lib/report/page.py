@@ -9,10 +9,10 @@ from typing import Any
 from metric.evaluation import MEASURES, compute_metrics
 from script.lib.report import curves, data, plots
 from script.lib.report.data import CHUNK, Passages, Report
-from script.lib.report.findings import TOP, Bucket, Findings, chosen_queries, find
+from script.lib.report.findings import TOP, Bucket, Findings, chosen_queries
 from script.lib.report.hparams import ReportHparams
 from script.lib.report.origin import Origin, read_origin
-from script.lib.report.verdict import Verdict, judge
+from script.lib.report.verdict import Verdict
 from script.lib.report.words import Both, Html, escaped, same, text
 from torch_src.data.terms import IS_UNSPACED, PIECES
 from torch_src.runtime.errors import UserError
@@ -333,17 +333,16 @@ def shown_queries(hp: ReportHparams, report: Report) -> Both:
     return line
 
 
-def render(hp: ReportHparams, report: Report) -> Iterator[str]:
+def render(hp: ReportHparams, report: Report, findings: Findings | None, verdict: Verdict) -> Iterator[str]:
     """Yield the page in parts; passages are read and written one chunk at a time."""
     passages, folder = Passages(), report.stages[0].path.parent
-    findings = find(report) if report.reference else None
     title = Both(f"Report of {folder}", f"报告：{folder}")
     parts = {
         "plain_title": escaped(title.en),
         "title": text(title),
         "facts": facts_section(read_origin(hp, report)),
         "notes": "".join(map(note, report.notes)),
-        "verdict": verdict_section(judge(report, findings, hp.output_dir)),
+        "verdict": verdict_section(verdict),
         "metrics": metrics_section(report, findings),
         "unlabeled": unlabeled_section(report, findings),
         "buckets": buckets_section(report, findings),
