@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 from doc_commands import (
     DOCUMENTS,
+    FENCE,
     INLINE,
     READMES,
     ROOT,
@@ -116,11 +117,42 @@ def literals(path) -> list[str]:
     return [node.value for node in constants if isinstance(node.value, str)]
 
 
+TRANSLATED = sorted((ROOT / "docs/zh").glob("*.md"))
+
+
+def code_lines(text: str) -> list[str]:
+    """Return the lines of the code blocks, without blank ones."""
+    return [line for _, body in FENCE.findall(text) for line in body.splitlines() if line.strip()]
+
+
+def quotes(text: str) -> set[str]:
+    """Return the quoted names and messages."""
+    return set(INLINE.findall(without_fences(text).replace("\n", " ")))
+
+
+@pytest.mark.parametrize("path", TRANSLATED, ids=lambda path: path.name)
+def test_a_translation_has_the_commands_and_messages_of_the_original(path):
+    original, translation = text_of(path.parents[1] / path.name), text_of(path)
+    assert f"[中文](zh/{path.name})" in original and f"[English](../{path.name})" in translation
+    assert code_lines(translation) == code_lines(original)
+    assert quotes(translation) == quotes(original)
+    assert len(re.findall(r"^#+ ", translation, re.MULTILINE)) == len(
+        re.findall(r"^#+ ", original, re.MULTILINE)
+    )
+    rows = [[len(row.replace(r"\|", "").split("|")) for row in re.findall(r"^\|.*", text, re.MULTILINE)]
+            for text in (original, translation)]  # fmt: skip
+    assert rows[0] == rows[1]
+
+
+def keys_of(text: str) -> list[str]:
+    """Return what the first column of each table quotes."""
+    return [key for row in re.findall(r"^\| (.*?) \| ", text, re.MULTILINE) for key in INLINE.findall(row)]
+
+
 def test_troubleshooting_quotes_words_of_the_code():
     """The first column of each table quotes a few words of a message, or a name, not a sentence."""
-    keys = []
-    for row in re.findall(r"^\| (.*?) \| ", text_of(ROOT / "docs/troubleshooting.md"), re.MULTILINE):
-        keys += INLINE.findall(row)
+    keys = keys_of(text_of(ROOT / "docs/troubleshooting.md"))
+    assert sorted(keys_of(text_of(ROOT / "docs/zh/troubleshooting.md"))) == sorted(keys)
     programs = [
         path for folder in ("torch_src", "metric", "script") for path in (ROOT / folder).rglob("*.py")
     ]
