@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from torch_src import hparams
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import read_scores
+from torch_src.data.kinds import RUN as RUN_KIND
+from torch_src.data.kinds import check_kinds
 from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.data.results import check_collection
 from torch_src.inference_cross_hparams import InferenceCrossHparams
@@ -41,7 +43,9 @@ def retrieve(hp: MiningHparams, queries: Path) -> Path:
 
     if hp.retrieval_result:
         fix = f"search the queries of {queries} first (script/bm25.py search --dev_q)"
-        return Path(require(hp.retrieval_result, "a run of the training queries", fix))
+        run = Path(require(hp.retrieval_result, "a run of the training queries", fix))
+        check_kinds((run, RUN_KIND))
+        return run
     path = Path(hp.para_emb_path) / "manifest.json"
     manifest = read_json(path) if path.exists() else {}
     names = ("block_rows", "vector_dims", "encoder_engine")

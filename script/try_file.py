@@ -114,7 +114,9 @@ def files_of(source: Path) -> list[Path]:
 def serve(trial: Trial, port: int, page: list[str], encode: list[str]) -> int:
     """Serve the page in the foreground, encode in the background; return the exit status of the page."""
     running = [subprocess.Popen([sys.executable, *page, "--host", HOST, "--port", str(port)], cwd=ROOT)]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal must not leave the encoder behind
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            signal.signal(number, signal.default_int_handler)
     try:
         wait_until_it_answers(running[0], port)
         if running[0].poll() is None:

@@ -8,9 +8,11 @@ import numpy as np
 
 from metric.evaluation import compute_metrics
 from torch_src import hparams
+from torch_src.data import kinds
 from torch_src.data.candidates import OFFICIAL, Candidates, official_ids_path, open_candidates
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import RunRow, format_run_row, read_dev
+from torch_src.data.kinds import check_kinds
 from torch_src.data.negative_scores import read_negative_scores
 from torch_src.data.passage_ids import check_length, read_passage_ids, rows_of
 from torch_src.data.results import RESULT_STAGES, write_result
@@ -119,6 +121,7 @@ class CrossInference:
         if path.endswith(OFFICIAL):
             self.id_map = official_ids_path(path)
         else:
+            check_kinds((path, kinds.RUN))
             self.collection = PassageCollection(hp.passage_dir_path, cache)
         self.candidates = open_candidates(path, self.collection, cache)
         self.pairs = len(self.candidates)

@@ -1,5 +1,6 @@
 """The passage collection: rows in numeric part order, offset cache, bad lines."""
 
+import gzip
 import os
 import shutil
 
@@ -219,3 +220,10 @@ def test_checksum_depends_on_content_not_path(make, tmp_path):
     assert PassageCollection(copy, tmp_path / "cache").checksum == first
     (copy / "part-00").write_text(lines("a", "c"))
     assert PassageCollection(copy, tmp_path / "cache").checksum != first
+
+
+@pytest.mark.parametrize("name", ["part-00", "part-00.gz"])
+def test_a_gzipped_part_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress("-\t\t甲\t0\n".encode()))
+    with pytest.raises(UserError, match="part-00.*gzipped"):
+        PassageCollection(tmp_path)

@@ -10,6 +10,7 @@ import numpy as np
 import xxhash
 
 from torch_src.data.array_cache import cached_array
+from torch_src.data.encodings import GZIPPED, GZIPPED_FILE
 from torch_src.data.formats import parse_passage
 from torch_src.data.lines import LONGEST_LINE, FilePath, FormatError, decode
 from torch_src.runtime.errors import UserError
@@ -109,6 +110,8 @@ def collection_files(folder: FilePath) -> list[Path]:
                 raise UserError(f"{folder}: {parts[number].name} and {path.name} have the same number")
             parts[number] = path
     if not parts:
+        if packed := [path.name for path in sorted(folder.glob("part-*.gz"))]:
+            raise UserError(f"{folder}: {packed[0]} {GZIPPED_FILE}")
         if (folder / "all_doc").exists():
             return [folder / "all_doc"]
         raise UserError(f"{folder}: no passages (expected part-00, part-01, ... or all_doc)")
@@ -133,6 +136,8 @@ def _scan(path: Path) -> tuple[np.ndarray, str]:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         while count := file.readinto(buffer):
             view = memoryview(buffer)[:count]
+            if not position and view[: len(GZIPPED)] == GZIPPED:
+                raise UserError(f"{path}: {GZIPPED_FILE}")
             ends.append(np.flatnonzero(np.frombuffer(view, dtype=np.uint8) == 10) + (position + 1))
             position += count
             last = bytes(view[-1:])

@@ -164,6 +164,9 @@ def parse_json(text: str, path: FilePath, line: int, pairs_hook: Callable | None
     except json.JSONDecodeError as error:
         if not text.strip():
             raise FormatError(path, line, "not JSON (empty)") from None
+        if text.strip() in ("{", "["):
+            what = "not JSON: goes on in the next line (expected one object per line)"
+            raise FormatError(path, line, what) from None
         raise FormatError(path, line + error.lineno - 1, f"not JSON ({error.msg})") from None
     except UnicodeEncodeError:
         raise FormatError(path, line, "an escape for a lone surrogate") from None
