@@ -39,6 +39,7 @@ from torch_src import hparams
 from torch_src.data.collection import PassageCollection
 from torch_src.data.lines import raw_lines
 from torch_src.inference_de_hparams import InferenceDeHparams
+from torch_src.models.hub import is_hub_name
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import error, log
 from torch_src.runtime.options import OptionParser, integer
@@ -220,8 +221,12 @@ def run(argv: list[str]) -> int:
 
 
 def full_path(model: str) -> str:
-    """Return the path of a model's folder from the root, a hub name as it is."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+    """Return the path of a model's folder from the root, a hub name (or none) as it is."""
+    if Path(model).is_dir():
+        return str(Path(model).resolve())
+    if model != hparams.NONE and not is_hub_name(model):
+        raise UserError(f"{model}: no such folder (model); pass a folder, or a hub name such as owner/name")
+    return model
 
 
 def main(argv: list[str]) -> int:

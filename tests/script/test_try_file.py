@@ -66,6 +66,9 @@ def test_rows_give_example_questions(trials, tmp_path):
 
 def test_a_wrong_file_ends_with_one_line(trials, tmp_path, capsys):
     (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "a.txt").write_text("a\n")
+    assert try_file.main([str(tmp_path / "a.txt"), "--model", "./gone"]) == 2
+    assert "./gone: no such folder" in capsys.readouterr().err
     for name in ("gone.csv", "empty.csv"):
         assert try_file.main([str(tmp_path / name)]) == 2
         error = capsys.readouterr().err.splitlines()
