@@ -47,9 +47,10 @@ def run(hp: ReportHparams) -> None:
     for line in report.notes:
         log(line.en)
     findings = find(report) if report.reference else None
-    verdict = judge(report, findings, hp.output_dir)
+    lengths = page.lengths_of(report)
+    verdict = judge(report, findings, hp.output_dir, lengths[0])
     with atomic_write(hp.to_path) as file:
-        file.writelines(page.render(hp, report, findings, verdict))
+        file.writelines(page.render(hp, report, findings, verdict, lengths))
     for sentence in verdict.sentences:
         log(sentence.en)
     size, took = Path(hp.to_path).stat().st_size / 1e6, duration(time.monotonic() - start)

@@ -176,7 +176,9 @@ def test_the_figures_are_those_of_compare_runs(world):
     assert line.endswith(shown) and known.differences[0] is None
 
 
-def verdict_on(*differences: Difference, missed: int = 0, unlabeled: int = 0) -> verdict.Verdict:
+def verdict_on(
+    *differences: Difference, missed: int = 0, unlabeled: int = 0, limit: int = 64
+) -> verdict.Verdict:
     """Return the verdict on a re-ranked run (and a fused one) of 200 queries."""
     values = {"MRR@10": np.ones(200), "recall@50": np.arange(200) >= missed}
     right = [findings.Unlabeled("q", f"{at}", 1, 1.0, 2) for at in range(unlabeled)]
@@ -184,7 +186,9 @@ def verdict_on(*differences: Difference, missed: int = 0, unlabeled: int = 0) ->
     found = findings.Findings([values] * runs, [None, *differences], 1, right, 1.0)
     names = (report_data.RETRIEVER, report_data.RERANKER, report_data.FUSED)[:runs]
     stages = [report_data.Stage(name, ROOT, {}) for name in names]
-    return verdict.judge(report_data.Report(None, stages, {}, {}), found, "output")
+    tokens = np.repeat([10, 60, 90], [150, 49, 1])
+    lengths = {"queries": report_curves.Lengths(tokens, 200, limit)}
+    return verdict.judge(report_data.Report(None, stages, {}, {}), found, "output", lengths)
 
 
 def test_the_verdict_follows_the_test():
@@ -202,6 +206,8 @@ def test_the_verdict_follows_the_test():
     assert same.kind == "open" and "no proven difference" in same.sentences[0].en
     assert "20 of 200 queries (10 %)" in same.steps[1].en and "(3 queries)" in same.steps[2].en
     assert len(verdict_on(better, missed=10).steps) == 1  # 5 %: recall is not the limit
+    cut = verdict_on(better, limit=32).steps[1].en
+    assert cut.startswith("25 % of the queries are truncated at 32 tokens: --q_max_seq_len 60 ")
     fused = verdict_on(replace(better, p=0.2, low=-0.02), better)
     assert fused.kind == "open" and "Fusing raises" in fused.sentences[1].en and len(fused.sentences) == 2
     assert "Use the fused run" in fused.steps[0].en and "Train the re-ranker" in fused.steps[0].en
@@ -515,9 +521,12 @@ def test_no_lengths_without_valid_model_settings(world, tokenizer):
     found = report_data.read_report(settings(world))
     for content in ["torn", "{}", *(json.dumps({"fixed_by_weights": fixed}) for fixed in odd)]:
         record.write_text(content)
-        assert f"Omitted: {record}: " in Parsed(report_page.lengths_section(found)).text()
+        assert (
+            f"Omitted: {record}: "
+            in Parsed(report_page.lengths_section(*report_page.lengths_of(found))).text()
+        )
     record.write_text(json.dumps({"fixed_by_weights": whole}))
-    empty = Parsed(report_page.lengths_section(found)).text()
+    empty = Parsed(report_page.lengths_section(*report_page.lengths_of(found))).text()
     assert f"Omitted: {world.output / 'dual_model'}: " in empty
 
 

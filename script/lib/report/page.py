@@ -8,6 +8,7 @@ from typing import Any
 
 from metric.evaluation import MEASURES, compute_metrics
 from script.lib.report import curves, data, plots
+from script.lib.report.curves import Lengths
 from script.lib.report.data import CHUNK, Passages, Report
 from script.lib.report.findings import TOP, Bucket, Findings, chosen_queries
 from script.lib.report.hparams import ReportHparams
@@ -228,10 +229,14 @@ def scores_section(report: Report) -> str:
     )
 
 
-def lengths_section(report: Report) -> str:
-    """Return the lengths of queries and passages in tokens."""
+def lengths_of(report: Report) -> tuple[dict[str, Lengths], str]:
+    """Return the lengths of a sample of queries and passages, or why there are none."""
     folder, queries = report.stages[0].path.parent, list(report.qids)
-    measured, reason = curves.measure_lengths(folder, queries, report.collection, LENGTH_SAMPLE, 42)
+    return curves.measure_lengths(folder, queries, report.collection, LENGTH_SAMPLE, 42)
+
+
+def lengths_section(measured: dict[str, Lengths], reason: str) -> str:
+    """Return the lengths of queries and passages in tokens."""
     if not measured:
         return omitted(reason)
     svgs, rows = [], []
@@ -333,7 +338,13 @@ def shown_queries(hp: ReportHparams, report: Report) -> Both:
     return line
 
 
-def render(hp: ReportHparams, report: Report, findings: Findings | None, verdict: Verdict) -> Iterator[str]:
+def render(
+    hp: ReportHparams,
+    report: Report,
+    findings: Findings | None,
+    verdict: Verdict,
+    lengths: tuple[dict[str, Lengths], str],
+) -> Iterator[str]:
     """Yield the page in parts; passages are read and written one chunk at a time."""
     passages, folder = Passages(), report.stages[0].path.parent
     title = Both(f"Report of {folder}", f"报告：{folder}")
@@ -348,7 +359,7 @@ def render(hp: ReportHparams, report: Report, findings: Findings | None, verdict
         "buckets": buckets_section(report, findings),
         "training": training_section(report),
         "scores": scores_section(report),
-        "lengths": lengths_section(report),
+        "lengths": lengths_section(*lengths),
         "times": times_section(hp),
         "shown": text(shown_queries(hp, report)),
         "demo": escaped(f"python script/demo.py --output_dir {hp.output_dir}"),

@@ -1,14 +1,19 @@
 """The verdict of the report: what the runs show, in a sentence or two, and what to do next."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from script.lib.paired_test import SEED, Difference, compare, interval
+from script.lib.report.curves import Lengths
 from script.lib.report.data import BM25, FUSED, RERANKER, Report
 from script.lib.report.findings import Findings
 from script.lib.report.words import Both
 
 FEW_QUERIES = 100  # below: the interval is too wide for most decisions
+MANY_TRUNCATED = 0.01  # share of texts
 MANY_MISSED = 0.05  # share of queries above which recall is worth a step
 FUSE = "do_cross_infer.py --fuse_retriever_weight"
 
@@ -49,8 +54,8 @@ def moves(subject: Both, found: Difference) -> Both:
     )
 
 
-def judge(report: Report, findings: Findings | None, output: str) -> Verdict:
-    """Return the verdict on the runs of a report."""
+def judge(report: Report, findings: Findings | None, output: str, lengths: Mapping[str, Lengths]) -> Verdict:
+    """Return the verdict on the runs of a report; `lengths` of queries and passages, if they are known."""
     if findings is None:
         sentence = Both(
             "No verdict: the queries of this run have no reference answers.",
@@ -70,7 +75,8 @@ def judge(report: Report, findings: Findings | None, output: str) -> Verdict:
         kind = OPEN if not reranked.is_significant else GOOD if reranked.mean > 0 else BAD
         sentences = [moves(Both("Re-ranking", "重排"), reranked)]
     sentences += others(report, findings)
-    return Verdict(kind, sentences, next_steps(report, findings, reranked, output))
+    steps = next_steps(report, findings, reranked, output) + about_truncation(lengths)
+    return Verdict(kind, sentences, steps)
 
 
 def retriever_alone(findings: Findings) -> Both:
@@ -184,6 +190,24 @@ def about_reranking(
             f"不要凭这个差别做决定：{findings.queries:,} 个问题时，小于约 {half:.3f} 的差别与偶然无法区分。",
         )
     return head + train + (Both("", "") if fused else fuse)
+
+
+def about_truncation(lengths: Mapping[str, Lengths]) -> list[Both]:
+    """Return a step for each kind of texts of which the retriever truncates many."""
+    steps = []
+    for name, name_zh in (("queries", "问题"), ("passages", "段落")):
+        found = lengths.get(name)
+        if found and found.truncated > MANY_TRUNCATED:
+            share, knob = f"{100 * found.truncated:.0f}", f"{name[0]}_max_seq_len"
+            enough = int(np.quantile(found.tokens, 1 - MANY_TRUNCATED, method="inverted_cdf"))
+            steps.append(
+                Both(
+                    f"{share} % of the {name} are truncated at {found.limit} tokens: --{knob} {enough} fits "
+                    "99 % of them.",
+                    f"{share}% 的{name_zh}在 {found.limit} 个 token 处被截断：--{knob} {enough} 能放下 99%。",
+                )
+            )
+    return steps
 
 
 def about_missed(report: Report, findings: Findings) -> Both:
