@@ -105,7 +105,7 @@ def test_a_batch_that_fits_is_kept_and_another_is_chunked(world, capsys, monkeyp
     made = stage(world, kind, batch_size=6, dropout=0.1, **AUTO)
     made.load()
     assert (made.task.chunking.texts, made.task.chunking.tokens) == (0, 2048)
-    assert "no GradCache: all activations of a batch are kept" in capsys.readouterr().out
+    assert "all activations of a batch are kept" in capsys.readouterr().out
     made.task.model.double()
     kept = gradients(made.task)
     monkeypatch.setattr(memory, "free_memory", lambda: 10**6)

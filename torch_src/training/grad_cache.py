@@ -34,7 +34,7 @@ class Chunking:
     def __str__(self) -> str:
         if self.texts:
             return f"GradCache: chunks of at most {self.texts:,} texts and {self.tokens:,} tokens"
-        return f"no GradCache: all activations of a batch are kept; chunks of at most {self.tokens:,} tokens"
+        return f"at most {self.tokens:,} tokens a forward pass; all activations of a batch are kept"
 
     def scaled(self, fraction: float, batch_texts: int) -> "Chunking":
         """Return GradCache with chunks of this fraction of the size; 0 texts where less than one is left."""
