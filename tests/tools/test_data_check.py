@@ -182,12 +182,13 @@ def test_qids_of_another_data_set_are_faults(data):
     assert any("is not in q2qid.dev.json" in what for _, _, what in faults(data))
 
 
+@pytest.mark.parametrize("name", ["train/dual.train.tsv", "passage-collection/part-00"])
 @pytest.mark.parametrize("change, words", [
     (lambda raw: raw.decode().encode("gbk"), "GB18030"), (gzip.compress, "gzipped"),
 ])  # fmt: skip
-def test_a_file_in_another_form_is_one_fault(tmp_path, change, words):
+def test_a_file_in_another_form_is_one_fault(tmp_path, name, change, words):
     data = make_world(tmp_path) / "data"
-    path = data / "train/dual.train.tsv"
+    path = data / name
     path.write_bytes(change(path.read_bytes()))
     (fault,) = DataCheck(str(data)).run().faults
     assert fault[0] == str(path) and words in fault[2]

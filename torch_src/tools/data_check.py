@@ -161,7 +161,10 @@ class DataCheck:
         return self.found
 
     def rows_of(self, path: Path, parse: Parse[Row]) -> Iterator[tuple[int, Row]]:
-        """Yield (line, parsed row) of the valid lines of a file; the others are faults."""
+        """Yield (line, parsed row) of the valid lines of a file; the others are faults.
+
+        Counts the rows, except of a file that is missing, gzipped or in another encoding.
+        """
         if not self._exists(path):
             return
         rows = 0
@@ -173,7 +176,7 @@ class DataCheck:
                     except FormatError as error:
                         self.found.error(path, error)
                         if error.message.startswith(OTHER_ENCODING):
-                            return  # so are the other lines
+                            return  # every line would be the same fault
         except FormatError as error:  # a line that is too long: the rest of the file cannot be read
             self.found.error(path, error)
             rows += 1
@@ -249,7 +252,7 @@ class DataCheck:
             files = collection_files(folder)
         except UserError as error:
             return self.found.error(folder, error)
-        texts, row, empty = TextIndex(), 0, 0
+        texts, row, empty, all_read = TextIndex(), 0, 0, True
         for path in files:
             texts.start_file(path)
             for line, text in self.rows_of(path, parse_passage):
@@ -257,9 +260,12 @@ class DataCheck:
                 empty += not text.strip()
                 hashed = text_hash(text)
                 texts.add(hashed, line)
-                self._check_answer(path, line, row + line - 1, hashed)
-            row += self.found.rows[self._name(path)]
-        if self._name(self.ids_path) in self.found.rows:
+                if all_read:
+                    self._check_answer(path, line, row + line - 1, hashed)
+            rows = self.found.rows.get(self._name(path))
+            all_read = all_read and rows is not None  # the rows after an unread part are unknown
+            row += rows or 0
+        if all_read and self._name(self.ids_path) in self.found.rows:
             try:
                 check_length(self.ids_path, len(self.pids), row)
             except UserError as error:
