@@ -1,1 +1,1 @@
-"""The library side of script/: mining, search service, data check."""
+"""The library side of script/: mining, search page and its feedback, data check, distillation."""
