@@ -212,7 +212,7 @@ def check_hub() -> Iterator[Finding]:
     """Whether models by hub name can be downloaded."""
     address = os.getenv("HF_ENDPOINT") or HUB
     if os.getenv("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        yield Finding(OK, "hub", "not asked (HF_HUB_OFFLINE): a model by hub name must be in the cache")
+        yield Finding(OK, "hub", "not checked (HF_HUB_OFFLINE): models by hub name must be in the cache")
         return
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=SECONDS).close()

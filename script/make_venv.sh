@@ -31,7 +31,7 @@ fi
 
 for file in $chosen ${more:-}; do
     if [ "$file $chosen" = "requirements-milvus.txt requirements.txt" ]; then
-        echo "ERROR: milvus-lite installs faiss-cpu, which breaks the faiss-gpu in .venv; see requirements-milvus.txt" >&2
+        echo "ERROR milvus-lite installs faiss-cpu, which breaks the faiss-gpu in .venv; see requirements-milvus.txt" >&2
         exit 2
     fi
     sum=$(cat "$file" requirements-base.txt | cksum)

@@ -54,10 +54,10 @@ def tests(reference: Reference, results: Results, pairs: list[tuple[str, str]]) 
             f"{f'{second} - {first}':{width}}  {found.mean:+10.4f}  {interval:>18}  {found.p:6.4f}  "
             f"{found.better}/{found.worse}/{found.same}"
         )
-        word = "is better than" if found.mean > 0 else "is worse than"
-        verdicts.append(
-            f"{second} {word if found.is_significant else 'is not proven to differ from'} {first}"
-        )
+        relation = "is better than" if found.mean > 0 else "is worse than"
+        if not found.is_significant:
+            relation = "does not differ significantly from"
+        verdicts.append(f"{second} {relation} {first}")
     return [*lines, "verdict: " + "; ".join(verdicts)]
 
 

@@ -41,20 +41,20 @@ from torch_src.data.lines import raw_lines
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.models.hub import is_hub_name
 from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import ROOT
 from torch_src.runtime.log import error, log
 from torch_src.runtime.options import OptionParser, integer
 from torch_src.runtime.program import exit_status
 from torch_src.runtime.stamps import checksum_files, checksum_text, read_stamp, up_to_date, write_stamp
 
-ROOT = Path(__file__).resolve().parents[1]
 TRIALS = ROOT / "output/try"
-ENCODER = ROOT / "script/sample_data/tiny_encoder"
+ENCODER = ROOT / hparams.TINY_ENCODER
 IDS = "passage-collection/passage2id.map.json"  # the last file that a conversion writes; carries the stamp
 LOG = "encode.log"
 HOST = "127.0.0.1"
 POLL_SECONDS = 0.5
 SHOWN_BLOCKS, SMALLEST_BLOCK = 64, 1024  # blocks of vectors by which the page shows the progress; passages
-STOP_SECONDS = 10  # that a program gets to end
+STOP_SECONDS = 10  # for a program to end
 
 
 class Trial(NamedTuple):
@@ -71,7 +71,7 @@ class Trial(NamedTuple):
 
 def convert(source: Path, model: str, columns: str, encoding: str) -> Trial:
     """Return the folders of a file or folder, which is converted unless that is up to date."""
-    # its files count as opened: the conversion logs their encoding
+    # its files count as opened, so that only the conversion logs their encoding
     kind, found = recognize(source, Source(encoding=encoding, opened=set(files_of(source))))
     folder = trial_folder(source)
     output = folder / (Path(model).name or "model")
@@ -231,8 +231,7 @@ def full_path(model: str) -> str:
 
 def main(argv: list[str]) -> int:
     """Return the exit status."""
-    statuses: list[int] = []
-    return exit_status(lambda: statuses.append(run(argv))) or statuses[0]
+    return exit_status(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,10 @@ def run(hp: InferenceDeHparams, topk: int, bs: int) -> None:
         return plan_retrieval(job, len(job.queries), topk, bs, gpus).report(hp.output_dir, job.device)
     with folder_lock(hp.output_dir, shared=True):
         job = DualInference(hp, topk, bs)
-        encode_only(job) if hp.dev_q == hparams.NONE else encode_and_search(job)
+        if hp.dev_q == hparams.NONE:
+            encode_only(job)
+        else:
+            encode_and_search(job)
 
 
 def check_paths(hp: InferenceDeHparams, topk: int) -> None:

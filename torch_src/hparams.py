@@ -244,11 +244,15 @@ def describe(hp: Hparams) -> list[str]:
     plain = hp.defaults(hp.debug)
     names = [field.name for field in dataclasses.fields(hp)]
     pairs = [(name, getattr(hp, name), getattr(plain, name)) for name in names]
-    return [f"{name} {shown(value)} ({shown(default)})" for name, value, default in pairs if value != default]
+    return [
+        f"{name} {option_text(value)} ({option_text(default)})"
+        for name, value, default in pairs
+        if value != default
+    ]
 
 
-def shown(value: object) -> str:
-    """Return a value as it is printed: as on the command line, quoted when it has spaces or is empty."""
+def option_text(value: object) -> str:
+    """Return a value as on the command line, quoted when it has spaces or is empty."""
     text = "unset" if value is None else str(value)
     return text if text and text == "".join(text.split()) else repr(text)
 

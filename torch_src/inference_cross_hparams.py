@@ -41,7 +41,7 @@ class InferenceCrossHparams(QueryIds, DevAnswers, PlannedJob):
     def check(self) -> None:
         super().check()
         if self.dev_q == NONE:
-            raise UserError("--dev_q none: re-ranking needs the queries of its candidates")
+            raise UserError("--dev_q none: re-ranking needs the queries of its candidates; omit the option")
 
     @property
     def retrieval_result_path(self) -> str:

@@ -43,12 +43,12 @@ NOT_STAMPED = ("to", "threads", "device")
 CPU_TOKENS = 2048  # in a forward pass
 
 
-def read_passages(folders: list[str], limit: int, draw: int) -> list[str]:
+def read_passages(folders: list[str], limit: int, seed: int) -> list[str]:
     """Return the distinct passages of the data folders, at most `limit` random ones of each."""
     found: list[str] = []
     for folder in folders:
         collection = PassageCollection(Path(folder) / "passage-collection")
-        rows = np.random.default_rng([draw, 0]).permutation(len(collection))[: limit or None]
+        rows = np.random.default_rng([seed, 0]).permutation(len(collection))[: limit or None]
         found += [collection[int(row)] for row in sorted(rows)]
     return list(dict.fromkeys(text for text in found if text.strip()))
 
@@ -149,10 +149,8 @@ def distill(args: argparse.Namespace) -> None:
     set_threads(args.threads)
     with folder_lock(work):
         teacher, source = teacher_encoders(args, device)
-        passages, questions = (
-            read_passages(args.data_dir, args.passages, args.seed),
-            read_questions(args.data_dir),
-        )
+        passages = read_passages(args.data_dir, args.passages, args.seed)
+        questions = read_questions(args.data_dir)
         texts = make_texts(passages, questions, args.seed)
         log(f"{len(passages):,} passages, {len(texts.texts):,} texts, {len(questions):,} training questions")
         torch.manual_seed(args.seed)

@@ -80,15 +80,15 @@ def feedback_queries(
     A query is for dev or for training by a hash of its text: later feedback does not move it.
     """
     clicks = read_clicks(path)
-    shown = [hit for of in clicks.values() for hit in (*of.positives, *of.negatives)]
+    shown = [hit for found in clicks.values() for hit in (*found.positives, *found.negatives)]
     located = locate(shown, folder)
     queries = []
-    for text, of in clicks.items():
+    for text, found in clicks.items():
         split = "dev" if int(checksum_text(text), 16) < dev_share * 16**16 else "train"
-        query = Query(text_id("", text), text, split, path, of.line)
-        for hits, grade in ((of.positives, 1), (of.negatives, 0 if split == "train" else None)):
+        query = Query(text_id("", text), text, split, path, found.line)
+        for hits, grade in ((found.positives, 1), (found.negatives, 0 if split == "train" else None)):
             for hit in hits:
-                counts.add(GONE, path, of.line, hit not in located)
+                counts.add(GONE, path, found.line, hit not in located)
                 if hit in located and grade is not None:
                     query.judge(located[hit][1], grade, 1)
         queries.append(query)

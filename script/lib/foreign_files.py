@@ -32,7 +32,6 @@ from torch_src.runtime.log import log
 
 BOM = b"\xef\xbb\xbf"
 READ_SIZE = 1 << 16  # characters of a JSON array read at a time
-BEGINS_FIELD = re.compile(r'(?:^|\t)"')
 QUOTED, DOUBLED = re.compile(r'"([^"]|"")*"'), '""'
 NO_TITLES = (*EMPTY_TITLES, "None", "nan", "NaN")  # of tables written by pandas
 PANDAS = "write it as JSON lines, with pandas: to_json(path, orient='records', lines=True)"

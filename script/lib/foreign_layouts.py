@@ -46,7 +46,7 @@ GUESSED = replace(
 def recognize(path: Path, source: Source) -> tuple[str, Path]:
     """Return (official, passages, text, or a kind of convert_dataset.py; the file or folder to convert).
 
-    UserError when it is nothing known.
+    UserError for an unknown layout.
     """
     source = uncounted(source)
     if path.is_dir():

@@ -128,6 +128,12 @@ class OfficialLayoutWriter:
             raise UserError(f"{source}: contains no passages")
         log(f"{len(self.rows):,} passages")
 
+    def link_collection(self, folder: Path, passages: Iterable[Passage]) -> None:
+        """Link an existing collection instead of writing one; queries may name only these of its passages."""
+        (self.folder / "passage-collection").symlink_to(folder.resolve(), target_is_directory=True)
+        for passage in passages:
+            self.texts.append(self._add_passage(passage, len(self.rows)) or "")
+
     def _add_passage(self, passage: Passage, row: int) -> str | None:
         """Check a passage and return its text as one line; None for a duplicate that is skipped."""
         pid, title, text, path, line = passage
@@ -167,12 +173,6 @@ class OfficialLayoutWriter:
         return self.hashes[self.rows[pid]] == text_hash(text)
 
     # ---- queries
-
-    def link_collection(self, folder: Path, passages: Iterable[Passage]) -> None:
-        """Link an existing collection instead of writing one; of its passages only these are known."""
-        (self.folder / "passage-collection").symlink_to(folder.resolve(), target_is_directory=True)
-        for passage in passages:
-            self.texts.append(self._add_passage(passage, len(self.rows)) or "")
 
     def write_queries(self, queries: Iterable[Query], source: Path | str = "the queries") -> int:
         """Write train/ and dev/, with the texts of the collection written before; return the dev queries."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -202,7 +203,7 @@ def test_bm25_of_an_option_or_turned_off(trained, tmp_path):
 
 
 def test_without_the_engine(trained, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tantivy", None)
+    monkeypatch.setitem(sys.modules, "tantivy", None)
     service = SearchService({"output_dir": str(trained / "output")})
     service.bm25.refresh()
     assert service.bm25.state == "missing" and "pip install" in service.bm25.message

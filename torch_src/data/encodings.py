@@ -1,4 +1,4 @@
-"""Which encoding a text is in that is not UTF-8, to read it or to say how to convert it."""
+"""The encoding of a text that is not UTF-8, to read it or to report how to convert it."""
 
 import codecs
 from collections import Counter

@@ -23,9 +23,7 @@ from torch_src.runtime.log import warn
 FilePath = str | Path
 First = TypeVar("First")
 Second = TypeVar("Second")
-BYTE_ORDER_MARK = (
-    "starts with a byte order mark; save it as UTF-8 without, or: sed -i '1s/^\\xEF\\xBB\\xBF//'"
-)
+BYTE_ORDER_MARK = "starts with a byte order mark; remove it: sed -i '1s/^\\xEF\\xBB\\xBF//' FILE"
 LONGEST_LINE = 1 << 24  # bytes; a longer line is refused to limit memory
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
@@ -39,13 +37,11 @@ class FormatError(UserError):
 
 
 def shown(text: str) -> str:
-    """Return the text quoted for an error message, in one line of at most 60 characters."""
+    """Return at most 60 characters of the text, quoted for an error message; a final CR is named."""
     quoted = repr(text if len(text) <= 60 else text[:57] + "...")
-    return (
-        f"{quoted}, a Windows line end: remove them with `sed -i 's/\\r$//'`,"
-        if text[-1:] == "\r"
-        else quoted
-    )
+    if text.endswith("\r"):
+        quoted += " with a Windows line end (`sed -i 's/\\r$//'` removes it)"
+    return quoted
 
 
 def open_file(path: FilePath) -> BinaryIO:
@@ -163,9 +159,9 @@ def parse_json(text: str, path: FilePath, line: int, pairs_hook: Callable | None
         raise  # from the hook
     except json.JSONDecodeError as error:
         if not text.strip():
-            raise FormatError(path, line, "not JSON (empty)") from None
+            raise FormatError(path, line, "not JSON (an empty line)") from None
         if text.strip() in ("{", "["):
-            what = "not JSON: goes on in the next line (expected one object per line)"
+            what = "not JSON: continues in the next line (expected one object per line)"
             raise FormatError(path, line, what) from None
         raise FormatError(path, line + error.lineno - 1, f"not JSON ({error.msg})") from None
     except UnicodeEncodeError:

@@ -168,9 +168,10 @@ def read_config(tower: str, path: str) -> PretrainedConfig:
 def folder_settings(path: str, longest: dict[str, int] | None = None) -> dict[str, Any]:
     """Return the knobs of a retriever that its folder or hub name sets.
 
-    What the folder does not say is filled in for the published encoders of known_encoders.json. Of others
-    without modules.json only a decoder sets any: its last token has seen the whole text. Lengths are at most
-    what the model has positions for. `longest`: lengths above which the folder's general limit is not used.
+    What the folder does not state is filled in for the published encoders of known_encoders.json. Other
+    folders without modules.json set none, except that a decoder is pooled at its last token, which has seen
+    the whole text. Lengths are at most what the model has positions for. `longest`: lengths above which the
+    folder's general limit is not used.
     """
     if not os.path.isdir(path) and not is_hub_name(path):
         return {}  # load_config reports it

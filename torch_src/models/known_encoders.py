@@ -1,4 +1,4 @@
-"""Published encoders and how their cards say that they are used: known_encoders.json, one row a family."""
+"""Settings of published encoders, as their model cards state them: known_encoders.json, one row a family."""
 
 import json
 import re
@@ -19,7 +19,7 @@ SETTINGS = ("pooling", "normalize", "query_prefix", "passage_prefix", "max_seq_l
 def known_encoder(path: str) -> dict[str, Any]:
     """Return the settings of a published encoder by the name of its folder or hub model; empty for others.
 
-    A folder of another name is known by the name in its config.json from which it was loaded.
+    A folder with another name is recognized by `_name_or_path` in its config.json.
     """
     with open(TABLE, encoding="utf-8") as file:
         rows = json.load(file)
@@ -44,4 +44,4 @@ def _names(path: str) -> list[str]:
 def log_known(path: str, family: str, used: tuple[tuple[str, Any], ...]) -> None:
     """Log once which settings of a model come from the table."""
     settings = "  ".join(f"{name} {value!r}" for name, value in used)
-    log(f"{path}: its files do not say, used as published for {family}: {settings} (options override it)")
+    log(f"{path}: not stated in its files, so as published for {family}: {settings} (options override it)")

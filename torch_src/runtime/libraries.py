@@ -53,7 +53,8 @@ def describe_missing(error: ImportError) -> str:
         return ""
     if isinstance(error, ModuleNotFoundError) and error.name == package:
         return f"{package} is not installed in {sys.executable}; {how_to_install(package)}"
-    return f"{package} does not fit ({first_line(error)}); {how_to_install(package)}"
+    reason = f"is installed in a version that does not fit ({first_line(error)})"
+    return f"{package} {reason}; {how_to_install(package)}"
 
 
 def how_to_install(package: str) -> str:

@@ -8,30 +8,22 @@ from typing import Any
 
 from torch_src.common_hparams import Queries, Run
 from torch_src.dual_hparams import MODEL_SETTINGS
-from torch_src.hparams import NONE, under
+from torch_src.hparams import NONE, PATHS, under
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams, RetrieverHparams
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.files import ROOT, read_json
+from torch_src.runtime.files import ROOT, from_root, read_json
 from torch_src.runtime.options import FROM_0
 
 SAVED = (
     "dual_infer_hparams.json", "dual_hparams.json", "cross_infer_hparams.json", "cross_hparams.json",
 )  # fmt: skip
-DATA = (
-    "data_dir",
-    "passage_dir",
-    "passage_ids",
-    "debug",
-)  # read from any of these files, the first that exists
+# Read from the first of these files that exists.
+DATA = ("data_dir", "passage_dir", "passage_ids", "debug")
 # Of this machine or of the run, not of the vectors.
 NOT_SAVED = ("output_dir", "device", "precision", "threads", "topk", "search_memory_gb")
 # Other values of these than the saved ones do not fit the vectors.
 FIXED = ("data_dir", "passage_dir", "dual_params", "para_emb", "pretrained_model_path", *MODEL_SETTINGS)
-PATHS = (
-    "data_dir", "passage_dir", "passage_ids", "dev_q", "dual_params", "cross_params", "para_emb",
-    "pretrained_model_path", "vocab_path",
-)  # fmt: skip
 RERANKER = ("pretrained_model_path", "vocab_path", "max_seq_len", "remove_spaces")
 
 
@@ -93,11 +85,11 @@ def read_saved(output_dir: str, name: str) -> dict[str, Any]:
     values = read_json(path) if path.exists() else {}
     for knob, value in values.items():
         if knob in PATHS and value and not Path(value).exists() and (ROOT / value).exists():
-            values[knob] = str(ROOT / value)  # the program ran there, this one in another folder
+            values[knob] = from_root(value)  # this program runs in another folder
     return values
 
 
-def reranker_settings(hp: DemoHparams) -> InferenceCrossHparams | None:
+def reranker_hparams(hp: DemoHparams) -> InferenceCrossHparams | None:
     """Return the settings of do_cross_infer.py for the re-ranker; None without one."""
     saved = read_saved(hp.output_dir, "cross_infer_hparams.json")
     common: dict[str, Any] = {"seed": hp.seed, "debug": hp.debug}
@@ -126,7 +118,7 @@ def second_stage(hp: DemoHparams) -> str:
     return folder if is_head and len(entries.get("id2label", ())) == 1 else ""
 
 
-def command(hp: DemoHparams) -> str:
+def infer_command(hp: DemoHparams) -> str:
     """Return the command line of do_dual_infer.py that writes the vectors for these settings."""
     plain = DemoHparams.defaults(hp.debug)
     words = ["--debug"] if hp.debug else []
@@ -145,4 +137,4 @@ def how_to_fix(hp: DemoHparams) -> str:
     changed = [name for name in FIXED if name in saved and getattr(hp, name) != saved[name]]
     if changed:
         return f"omit {' '.join(f'--{name}' for name in changed)}"
-    return f"run {command(hp)} again"
+    return f"run {infer_command(hp)} again"

@@ -94,18 +94,18 @@ def teacher_vectors(teacher: dict[str, Encoder], texts: Texts, folder: Path, sou
     blocks, progress = [], Progress(len(texts.texts), LOG_SECONDS, "teacher: encoded", "texts")
     for start in range(0, len(texts.texts), BLOCK):
         chunk = slice(start, start + BLOCK)
-        of, is_query = texts.texts[chunk], np.array(texts.is_query[chunk])
-        path = folder / f"{checksum_text(repr((source, of, is_query.tolist())))}.npy"
+        block, is_query = texts.texts[chunk], np.array(texts.is_query[chunk])
+        path = folder / f"{checksum_text(repr((source, block, is_query.tolist())))}.npy"
         if not path.exists():
-            vectors = np.zeros((len(of), teacher["query"].width), np.float16)
+            vectors = np.zeros((len(block), teacher["query"].width), np.float16)
             for side, rows in (("query", is_query), ("passage", ~is_query)):
                 if rows.any():
-                    wanted = [text for text, take in zip(of, rows, strict=True) if take]
+                    wanted = [text for text, take in zip(block, rows, strict=True) if take]
                     vectors[rows] = teacher[side].encode(wanted)
             with atomic_write(path, "wb") as file:
                 np.save(file, vectors)
         blocks.append(np.load(path, allow_pickle=False))
-        progress.add(len(of))
+        progress.add(len(block))
     progress.close()
     return np.concatenate(blocks)
 
@@ -143,7 +143,7 @@ class DistillationBatches:
     vectors: np.ndarray  # (N, H) float16, of the teacher
     questions: list[Question]
     documents: int  # in a batch
-    asked: int  # questions in a batch; 0: none
+    question_count: int  # in a batch; 0: none
     group_size: int
     window: int  # characters of a ranked passage
     seed: int
@@ -170,17 +170,17 @@ class DistillationBatches:
 
     def _ranking(self, epoch: int, step: int) -> tuple[TokenTable, TokenTable, TokenTable] | tuple[()]:
         """Return questions, their passages and pairs; empty without questions."""
-        if not self.asked:
+        if not self.question_count:
             return ()
         random = np.random.default_rng([self.seed, epoch, 1, step])
-        chosen = [self.questions[at] for at in random.permutation(len(self.questions))[: self.asked]]
+        chosen = [self.questions[at] for at in random.permutation(len(self.questions))[: self.question_count]]
         groups = [self._group(question, random) for question in chosen]
-        asked = [question.text for question in chosen]
+        texts = [question.text for question in chosen]
         passages = [group[0] for group in groups] + [group[1] for group in groups]
-        queries = [text for text in asked for _ in range(self.group_size)]
+        queries = [text for text in texts for _ in range(self.group_size)]
         pairs = [passage for group in groups for passage in group]
         return (
-            self._tokens(asked, "query"),
+            self._tokens(texts, "query"),
             self._tokens(passages, "passage"),
             tokenize_pairs(self.tokenizer, queries, pairs, self.rules["pair"]),
         )
@@ -211,7 +211,7 @@ class DistillationTask(TrainingTask):
         self.model, self.make_batch, self.chunking, self.params = model, batches, chunking, params
         self.batches_per_epoch = batches.texts.documents // batches.documents
         self.units_per_batch = batches.documents
-        self.accuracy_name = "group" if batches.asked else "nearest"
+        self.accuracy_name = "group" if batches.question_count else "nearest"
         # the variance of the teacher's vectors: a loss of 1 is that of predicting their mean
         self.variance = float(batches.vectors.astype(np.float32).var(0).sum())
         self.peak_lr = dict.fromkeys(model.random_parameters, HEAD_LR_FACTOR * lr)

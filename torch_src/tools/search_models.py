@@ -41,7 +41,7 @@ from torch_src.runtime.log import log
 from torch_src.runtime.stamps import JsonDict, changes, read_stamp
 from torch_src.tools.demo_hparams import DemoHparams, how_to_fix
 
-TRIAL = "问题"
+TRIAL = "问题"  # a question, searched once when the model is loaded
 
 
 class DenseSearch:

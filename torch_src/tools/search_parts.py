@@ -21,17 +21,17 @@ from torch_src.runtime.stamps import stamp_path
 from torch_src.tools.demo_hparams import (
     SAVED,
     DemoHparams,
-    command,
     demo_settings,
+    infer_command,
     read_saved,
-    reranker_settings,
+    reranker_hparams,
 )
 
 if TYPE_CHECKING:  # both import torch, which takes seconds; the threads that load them import them
     from torch_src.tools.search_models import DenseSearch, Reranker
 
-BM25_ROWS = 1_000_000  # larger collections are not indexed unasked
-# States: a part works; is being made; lacks a file; failed; was turned off.
+BM25_ROWS = 1_000_000  # larger collections are indexed by script/bm25.py only
+# States of a part: loaded; being built or loaded; a file is missing; failed; turned off.
 READY, WORKING, MISSING, FAILED, OFF = "ready", "working", "missing", "error", "off"
 
 Loaded = TypeVar("Loaded")
@@ -81,7 +81,7 @@ class Part(Generic[Loaded]):
             return self._set(None, why.state, str(why), why.done, why.total)
         except (UserError, OSError) as error:
             return self._fail(first_line(error))
-        except Exception as error:  # the other columns go on working
+        except Exception as error:  # the other columns keep working
             traceback.print_exc()
             return self._fail(f"{type(error).__name__}: {first_line(error)}")
         self._set(loaded, READY)
@@ -156,10 +156,10 @@ class DensePart(Part["DenseSearch"]):
         folder = Path(hp.para_emb_path)
         path = folder / "manifest.json"
         if not path.exists():
-            raise NotReady(MISSING, f"no vectors in {folder} yet; {command(hp)} writes them")
+            raise NotReady(MISSING, f"no vectors in {folder} yet; {infer_command(hp)} writes them")
         manifest = read_json(path)
         if not {"rows", "hidden", "block_rows"} <= manifest.keys():
-            raise UserError(f"{path}: not a manifest of vectors; run {command(hp)}")
+            raise UserError(f"{path}: not a manifest of vectors; run {infer_command(hp)}")
         store = VectorStore(folder, manifest)
         done = store.block_count - len(store.missing_blocks())
         saved = read_saved(hp.output_dir, SAVED[0])
@@ -177,10 +177,10 @@ class RerankerPart(Part["Reranker"]):
     def files(self, hp: DemoHparams) -> Hashable:
         trained = Path(hp.cross_params_path)
         files = [trained, trained.with_name("cross_hparams.json")]
-        return reranker_settings(hp), hp.fuse_retriever_weight, *map(file_state, files)
+        return reranker_hparams(hp), hp.fuse_retriever_weight, *map(file_state, files)
 
     def load(self, hp: DemoHparams) -> "Reranker":
-        settings = reranker_settings(hp)
+        settings = reranker_hparams(hp)
         if settings is None and NONE in (hp.cross_params, hp.reranker):
             raise NotReady(OFF)
         if settings is None:

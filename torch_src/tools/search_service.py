@@ -36,7 +36,7 @@ from torch_src.tools.search_parts import (
 )
 
 LONGEST_QUESTION = 10_000  # characters; the models read far fewer
-POLL_SECONDS = 1.0  # between looks at the files of a part
+POLL_SECONDS = 1.0  # between checks of the files of a part
 COLUMNS = ("bm25", "dense", "hybrid", "reranked")
 HYBRID_WEIGHTS = (1.0, 1.0)  # of dense and BM25 scores, each standardized; better than ranks on two data sets
 RERANKER_WEIGHT = 2.0  # of the candidates' standardized scores beside the logits
@@ -145,8 +145,8 @@ class SearchService:
         dense, self.best_scores = self.dense.loaded, []
         try:
             self.best_scores = self._best_scores() if dense else []
-        except (UserError, OSError) as error:  # a hint less
-            warn(f"no hint for questions off the topic: {first_line(error)}")
+        except (UserError, OSError) as error:  # the page works without the hint
+            warn(f"no hint for off-topic questions: {first_line(error)}")
         self.calibrated = dense
 
     def _best_scores(self) -> list[float]:

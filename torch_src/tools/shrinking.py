@@ -1,7 +1,7 @@
-"""Make a small encoder from a large one: fewer layers, narrower layers, a smaller vocabulary.
+"""Make a small encoder from a large one: fewer layers, fewer neurons in each, a smaller vocabulary.
 
-A starting point for distillation: Sun et al. 2019 (arXiv 1908.09355) keep every n-th layer; here the neurons
-with the largest outputs are kept, too.
+It is a starting point for distillation. Sun et al. 2019 (arXiv 1908.09355) keep every n-th layer; here the
+neurons with the largest outputs are chosen as well.
 """
 
 import json
@@ -170,14 +170,15 @@ def renumber_special_tokens(whole: JsonDict, names: list[str], segments: bool) -
     first, last = ends(whole["post_processor"])
     one, two = 0, int(segments)
     special = {name: {"id": name, "ids": [at[name]], "tokens": [name]} for name in (first, last)}
-    query = [sign("SpecialToken", first, one), sign("Sequence", "A", one), sign("SpecialToken", last, one)]
-    passage = [sign("Sequence", "B", two), sign("SpecialToken", last, two)]
+    query = [piece("SpecialToken", first, one), piece("Sequence", "A", one), piece("SpecialToken", last, one)]
+    passage = [piece("Sequence", "B", two), piece("SpecialToken", last, two)]
     whole["post_processor"] = {
         "type": "TemplateProcessing", "single": query, "pair": query + passage, "special_tokens": special
     }  # fmt: skip
 
 
-def sign(kind: str, name: str, segment: int) -> JsonDict:
+def piece(kind: str, name: str, segment: int) -> JsonDict:
+    """Return a piece of a template in tokenizer.json: a special token or a text, with its segment id."""
     return {kind: {"id": name, "type_id": segment}}
 
 
@@ -207,7 +208,9 @@ def shrink_model(
     """
     blocks = getattr(getattr(teacher, "encoder", None), "layer", None)
     if blocks is None or not hasattr(blocks[0], "intermediate"):
-        raise UserError(f"a {teacher.config.model_type} model cannot be shrunk (expected one like BERT)")
+        raise UserError(
+            f"a {teacher.config.model_type} model cannot be shrunk (expected a BERT-like encoder)"
+        )
     config = smaller_config(teacher.config, layers, neurons, len(embeddings))
     state, source = {}, teacher.state_dict()
     strength = neuron_strength(teacher, blocks, layers, batches)
@@ -249,12 +252,7 @@ def smaller_config(
 def neuron_strength(
     teacher: PreTrainedModel, blocks: Any, layers: Sequence[int], batches: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[int, Tensor]:
-    """Return for each layer the mean |activation| (neurons,) times the norm of the output weights."""
-    blocks = getattr(getattr(teacher, "encoder", None), "layer", None)
-    if blocks is None or not hasattr(blocks[0], "intermediate"):
-        raise UserError(
-            f"a {teacher.config.model_type} model cannot be shrunk (expected a BERT-like encoder)"
-        )
+    """Return for each layer the sum of |activations| (neurons,) times the norm of the output weights."""
     sums = {at: torch.zeros(teacher.config.intermediate_size) for at in layers}
     with activations_added(blocks, sums):
         for input_ids, mask in batches:

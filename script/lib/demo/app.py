@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from torch_src.runtime.errors import UserError
-from torch_src.tools.feedback import Feedback
+from torch_src.tools.feedback import MOST_ABOVE, Feedback
 from torch_src.tools.search_service import LONGEST_QUESTION, Answer, Hit, SearchService, marks
 
 PAGE = Path(__file__).with_name("page.html")
@@ -44,7 +44,7 @@ class Mark(BaseModel):
     relevant: bool
     column: Column
     rank: int
-    above: list[int] = Field(max_length=1000)
+    above: list[int] = Field(max_length=MOST_ABOVE)
 
 
 def build_app(service: SearchService, feedback: Feedback, host: str) -> FastAPI:

@@ -40,9 +40,8 @@ class Report:
     """What the page is about. Memory: the runs, and the ids of their rows."""
 
     collection: PassageCollection
-    stages: list[
-        Stage
-    ]  # the retriever first; then the re-ranker, the fused run and BM25, as far as they exist
+    # the retriever first; then the re-ranker, the fused run and BM25, as far as they exist
+    stages: list[Stage]
     qids: dict[str, list[str]]  # of each query in the retriever's run; [""] if unknown
     reference: dict[str, set[str]]  # qid -> pids of its gold passages; empty without a reference
     pids: dict[int, str] = field(default_factory=dict)  # of the rows in the runs

@@ -168,9 +168,9 @@ def buckets_section(report: Report, findings: Findings | None) -> str:
             tables.append(f"<h3>{text(title)}</h3>{table(head, rows)}")
     return "".join(tables) + note(
         Both(
-            "Groups of about as many queries each. Intervals that overlap are no proof of a difference. The "
+            "Groups of about as many queries each. Intervals that overlap do not show a difference. The "
             "length of several gold passages is their mean.",
-            "各组问题数大致相同。区间重叠时，差别不能算数。一个问题有多个正例时取平均长度。",
+            "各组问题数大致相同。区间重叠就不能说明有差别。一个问题有多个正例时取平均长度。",
         )
     )
 

@@ -107,8 +107,8 @@ def others(report: Report, findings: Findings) -> list[Both]:
             single = names[best]
             sentences.append(
                 Both(
-                    f"Against the best single run ({single.en}) that is {certainty(found).en}.",
-                    f"与最好的单个结果（{single.zh}）相比是 {certainty(found).zh}。",
+                    f"Compared with the best single run ({single.en}): {certainty(found).en}.",
+                    f"与最好的单个结果（{single.zh}）相比：{certainty(found).zh}。",
                 )
             )
         return sentences
@@ -162,7 +162,7 @@ def about_reranking(
         return Both(f"Re-rank: run {command}.", f"接着重排：运行 {command.replace(', then', '，再运行')}。")
     train = Both(
         "Train the re-ranker on negatives that this retriever finds (script/mine_negatives.py).",
-        "用这个检索模型自己找出的负例来训练重排（script/mine_negatives.py）。",
+        "用召回模型自己找出的负例训练精排模型（script/mine_negatives.py）。",
     )
     fuse = Both(
         f" Or mix in the retriever's score: {FUSE} W, with the W that script/fuse_curve.py finds on "
@@ -171,7 +171,7 @@ def about_reranking(
     )
     if fused and fused.is_gain and (fused.mean > found.mean or not found.is_gain):
         use = Both(
-            "Use the fused run, a proven gain over the retriever. ", "用融合的结果：比检索好，可以确认。"
+            "Use the fused run, a proven gain over the retriever. ", "用融合的结果：可以确认比检索好。"
         )
         return use if found.is_gain else use + train
     if found.is_gain:
@@ -180,7 +180,7 @@ def about_reranking(
     if found.is_significant:
         head = Both(
             "Do not use this re-ranker as it is: keep the retriever's order. ",
-            "先不要用这个重排模型：保持检索的顺序。",
+            "先不要用这个精排模型：保持检索的顺序。",
         )
     else:
         half = (found.high - found.low) / 2
