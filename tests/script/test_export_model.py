@@ -157,7 +157,7 @@ def test_cross_encoder_scores_are_the_same(tmp_path):
 
 
 def model_with(folder: Path, kind: str) -> Path:
-    """Write a tiny pretrained model with the sample's vocabulary."""
+    """Write a tiny pretrained model with a vocabulary of single characters."""
     tokenizer = load_tokenizer("", str(SAMPLE.parents[1] / "tests/tiny_bert/vocab.txt"))
     tokenizer.chat_template = "{% for m in messages %}x {{ m.content }}{% endfor %}"  # not for this use
     sizes = {
