@@ -105,6 +105,12 @@ def local_paths(hp: Hparams) -> dict[str, str]:
     return {name: path for name, path in paths.items() if path != NONE}
 
 
+def from_saved(knob: str, path: str) -> str:
+    """Return a path of to_save() as seen from the current directory; `none` and a hub name as they are."""
+    is_model = knob == "pretrained_model_path" and not (ROOT / path).exists()
+    return path if path == NONE or (is_model and is_hub_name(path)) else from_root(path)
+
+
 def inherited(settings: type, attribute: str) -> dict[str, Any]:
     """Return a class's dict merged with those of its base classes."""
     merged: dict[str, Any] = {}

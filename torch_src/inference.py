@@ -16,7 +16,7 @@ from torch_src.data.collection import PassageCollection
 from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.dual_hparams import MODEL_SETTINGS as DUAL_MODEL_SETTINGS
 from torch_src.dual_hparams import DualHparams
-from torch_src.hparams import NONE, check_range
+from torch_src.hparams import NONE, check_range, from_saved
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import OPENVINO, InferenceDeHparams
 from torch_src.models.backbones import (
@@ -42,7 +42,6 @@ from torch_src.models.dual_encoder import (
     pools_prompt,
     vector_width,
 )
-from torch_src.models.hub import is_hub_name
 from torch_src.models.model_folder import log_overrides
 from torch_src.models.tokenization import (
     LENGTHS,
@@ -67,7 +66,7 @@ from torch_src.retrieval.gpu_inference import encoder_on_gpu, scorer_on_gpu
 from torch_src.retrieval.reranking import PairScorer
 from torch_src.runtime.devices import choose_device, choose_precision, set_threads, token_budget
 from torch_src.runtime.errors import UserError, first_line
-from torch_src.runtime.files import from_root, read_json, require
+from torch_src.runtime.files import read_json, require
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.planning import evenly_spaced
 from torch_src.runtime.stamps import JsonDict, changed_files, checksum_files, checksum_text
@@ -171,8 +170,7 @@ def _load_trained_model_files(
     folder = Path(params).with_name(f"{name}_model")
     for changed in changed_files(folder, trained.get("model_files", {})) if folder.exists() else ():
         raise UserError(f"{changed}: missing or checksum mismatch; restore it, or train again")
-    start = trained["pretrained_model_path"]  # a hub name, or a path as seen from the repository
-    start = start if is_hub_name(start) else from_root(start)
+    start = from_saved("pretrained_model_path", trained["pretrained_model_path"])
     path = hp.pretrained_model_path or (str(folder) if folder.exists() else start)
     vocab_path = hp.vocab_path
     if not vocab_path and path != str(folder):

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch_src.common_hparams import Queries, Run
 from torch_src.dual_hparams import MODEL_SETTINGS
-from torch_src.hparams import NONE, PATHS, under
+from torch_src.hparams import NONE, PATHS, from_saved, under
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams, RetrieverHparams
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.files import ROOT, from_root, read_json
+from torch_src.runtime.files import read_json
 from torch_src.runtime.options import FROM_0
 
 SAVED = (
@@ -83,10 +83,8 @@ def read_saved(output_dir: str, name: str) -> dict[str, Any]:
     """Return the settings that a program saved in its output folder; empty without the file."""
     path = Path(output_dir) / name
     values = read_json(path) if path.exists() else {}
-    for knob, value in values.items():
-        if knob in PATHS and value and not Path(value).exists() and (ROOT / value).exists():
-            values[knob] = from_root(value)  # this program runs in another folder
-    return values
+    paths = {knob: from_saved(knob, value) for knob, value in values.items() if knob in PATHS and value}
+    return values | paths
 
 
 def reranker_hparams(hp: DemoHparams) -> InferenceCrossHparams | None:
