@@ -49,6 +49,7 @@ def client(world) -> TestClient:
 
 def test_allowed_hosts():
     assert app.allowed_hosts("127.0.0.1") == ["127.0.0.1", "localhost", "[::1]"]
+    assert app.allowed_hosts("MyBox")[0] == "mybox"  # browsers send lower case
     assert app.allowed_hosts("10.0.0.5") == ["10.0.0.5", "127.0.0.1", "localhost", "[::1]"]
     assert app.allowed_hosts("0.0.0.0") == app.allowed_hosts("::") == ["*"]
 
@@ -101,6 +102,13 @@ def test_bad_requests(client):
         assert reply.status_code == 400 and reply.json()["error"]
     assert client.get("/search", params={"q": "鱼", "column": "answer"}).status_code == 422
     assert client.get("/docs").status_code == client.get("/openapi.json").status_code == 404
+
+
+def test_an_error_of_the_system_is_shown(client, world):
+    (world / "output/feedback.jsonl").mkdir()
+    given = {"query": "鱼", "row": 3, "relevant": True, "column": "bm25", "rank": 1, "above": []}
+    reply = client.post("/feedback", json=given)
+    assert reply.status_code == 500 and "feedback.jsonl: Is a directory" in reply.json()["error"]
 
 
 def test_marking_an_answer(client, world):
@@ -228,6 +236,20 @@ def test_in_a_browser(chromium, page_at, world, tmp_path):
         assert [mark.relevant for mark in marks] == [True, False]
         assert (marks[0].column, marks[0].rank, len(marks[0].above)) == ("hybrid", 3, 2)
 
+        late = []  # an answer from before the same question was asked again
+        page.route("**/search?*column=hybrid", lambda route: late.append(route))
+        page.evaluate("ask(question)")
+        page.wait_for_function("results.hybrid && results.hybrid.waiting")
+        page.unroute("**/search?*column=hybrid")
+        page.evaluate("ask(question)")
+        page.locator("#column-hybrid .hit").first.wait_for()
+        late[0].fulfill(status=200, json={"hits": [], "seconds": {}})
+        page.wait_for_timeout(300)
+        assert page.locator("#column-hybrid .hit").count() == 10
+
+        page.evaluate("localStorage.setItem('language', 'of another program at this address')")
+        page.reload()
+        assert page.locator("h1").inner_text() == "Passage search"
         page.locator("#language").click()
         page.reload()
         page.locator("#column-hybrid .hit").first.wait_for()

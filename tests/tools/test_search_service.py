@@ -17,6 +17,7 @@ from torch_src.retrieval.bm25 import Bm25Index
 from torch_src.retrieval.fusion import fuse_rankings, standardized
 from torch_src.retrieval.vectors import DamagedBlock
 from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import ROOT
 from torch_src.tools import search_models
 from torch_src.tools.demo_hparams import demo_settings
 from torch_src.tools.feedback import Feedback
@@ -134,6 +135,16 @@ def test_vectors_that_are_complete_before_their_settings_are_saved(trained_copy)
     assert service.status()["columns"]["dense"] == {"state": "working", "message": "", "done": 1, "total": 1}
 
 
+def test_a_reranker_without_lists_to_rank(trained_copy):
+    (trained_copy / "output/para_emb").rename(trained_copy / "aside")
+    service = SearchService({"output_dir": str(trained_copy / "output"), "bm25": "none"})
+    service.reranker._set(Lengths(service.hp), "ready")
+    assert states(service)["reranked"] == "working"  # nobody has looked yet whether there are lists
+    service.bm25.refresh()
+    service.dense.refresh()
+    assert states(service) == {"bm25": "off", "dense": "missing", "hybrid": "off", "reranked": "off"}
+
+
 def test_an_error_of_a_part_leaves_the_others(trained_copy):
     output = trained_copy / "output"
     params = output / "dual_params.bin"
@@ -175,6 +186,16 @@ def test_replaced_vectors_are_noticed(trained_copy):
     manifest.write_bytes(content)
     service.refresh()
     assert service.dense.loaded is not old and service.answer("鱼", "dense").hits
+
+
+def test_vectors_of_other_passages_than_those_of_the_page(trained_copy):
+    service = service_of(trained_copy)
+    other = copy_world(trained_copy, trained_copy / "other")
+    part = other / "data/passage-collection/part-00"
+    write(part, [*lines(part)[1:], lines(part)[0]])
+    assert dual_infer.main(options(other, trained_copy / "output")) == 0  # saves the other data folder
+    service.refresh()
+    assert states(service)["dense"] == "error" and "start the page again" in service.dense.message
 
 
 def test_vectors_replaced_during_a_search(trained_copy, monkeypatch):
@@ -228,6 +249,18 @@ def test_saved_settings_and_options(tmp_path):
     assert (hp.reranker, hp.fuse_retriever_weight) == ("r", 0.5)
     assert demo_settings({"output_dir": str(tmp_path), "cross_params": "none"}).reranker == ""
     assert demo_settings({"output_dir": str(tmp_path), "data_dir": "e"}).data_dir == "e"
+
+
+def test_saved_paths_are_those_of_the_repository(tmp_path, monkeypatch):
+    for folder in ("script", "output/saved"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)  # a folder of the same name is another one
+    saved = {"data_dir": "script/sample_data", "dual_params": "none", "pretrained_model_path": "script/x"}
+    write(tmp_path / "output/saved/dual_infer_hparams.json", [json.dumps(saved)])
+    (tmp_path / "script/sample_data").mkdir()
+    hp = demo_settings({"output_dir": "output/saved"})
+    assert Path(hp.data_dir).resolve() == ROOT / "script/sample_data"
+    assert (hp.output_dir, hp.dual_params) == ("output/saved", "none")
 
 
 def test_off_topic(trained, searched, monkeypatch):
@@ -303,6 +336,30 @@ def test_feedback(trained_copy):
     write(feedback.path, ["something else"])
     with pytest.raises(UserError, match="feedback.jsonl:1"):
         Feedback(service)
+
+
+def test_marks_of_passages_that_changed_are_not_shown(trained_copy):
+    given = {"output_dir": str(trained_copy / "output")}
+    feedback = Feedback(SearchService(given))
+    feedback.add("鱼", 0, True, "bm25", 1, [])
+    feedback.add("鱼", 1, True, "bm25", 2, [])
+    part = trained_copy / "data/passage-collection/part-00"
+    write(part, ["-\t\t别的\t0", *lines(part)[1:]])
+    assert Feedback(SearchService(given)).marked("鱼") == [1]
+
+
+def test_a_mark_is_written_whole_or_not_at_all(trained_copy, monkeypatch):
+    feedback = Feedback(SearchService({"output_dir": str(trained_copy / "output")}))
+    feedback.add("鱼", 0, True, "bm25", 1, [])
+    written = feedback.path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        feedback.add("鱼", 1, True, "bm25", 2, [])
+    assert feedback.path.read_bytes() == written and feedback.marked("鱼") == [0]
 
 
 # ---- with both stages trained

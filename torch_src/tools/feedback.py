@@ -1,5 +1,6 @@
 """What the users of the search page mark as answers, appended to feedback.jsonl."""
 
+import errno
 import os
 import threading
 import time
@@ -16,13 +17,18 @@ class Feedback:
     """The file, and which passages are marked now. Usable from several threads."""
 
     def __init__(self, service: SearchService):
-        """UserError for a file with other content."""
+        """UserError for a file with other content. Marks of passages that have changed are not shown."""
         self.service, self.lock = service, threading.Lock()
         self.path = Path(service.hp.output_dir) / "feedback.jsonl"
         self.rows_of: dict[str, set[int]] = {}
         if self.path.exists():
             for row in read_feedback(self.path):
-                self._count(row)
+                if self._is_current(row.hit):
+                    self._count(row)
+
+    def _is_current(self, hit: FeedbackHit) -> bool:
+        collection = self.service.collection
+        return 0 <= hit.row < len(collection) and collection[hit.row] == hit.passage
 
     def _count(self, row: FeedbackRow) -> None:
         rows = self.rows_of.setdefault(row.query, set())
@@ -43,12 +49,22 @@ class Feedback:
         hits = [self._hit(number) for number in above]
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = FeedbackRow(now, question, self._hit(row), relevant, column, rank, hits)
-        with self.lock, open(self.path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(format_feedback(line))
-            file.flush()
-            os.fsync(file.fileno())
+        with self.lock:
+            self._append(format_feedback(line).encode("utf-8"))
             self._count(line)
         return self.marked(question)
+
+    def _append(self, data: bytes) -> None:
+        """Append a line to the file; nothing when it cannot be written whole."""
+        with open(self.path, "ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)  # half a line would join the next one
+                raise
 
     def _hit(self, row: int) -> FeedbackHit:
         if not 0 <= row < len(self.service.collection):

@@ -168,7 +168,11 @@ class DensePart(Part["DenseSearch"]):
             raise NotReady(WORKING, "", done, store.block_count)
         from torch_src.tools.search_models import DenseSearch
 
-        return DenseSearch(hp)
+        dense = DenseSearch(hp)
+        # do_dual_infer.py may have run and saved another data_dir since the page was started
+        if dense.retriever.collection.checksum != self.collection.checksum:
+            raise UserError(f"{folder}: vectors of other passages than this page shows; start the page again")
+        return dense
 
 
 class RerankerPart(Part["Reranker"]):

@@ -26,6 +26,7 @@ from torch_src.runtime.log import warn
 from torch_src.runtime.stamps import JsonDict, checksum_text, read_checked_json, write_checked_json
 from torch_src.tools.demo_hparams import DemoHparams, demo_settings
 from torch_src.tools.search_parts import (
+    OFF,
     READY,
     WORKING,
     Bm25Part,
@@ -145,7 +146,7 @@ class SearchService:
         dense, self.best_scores = self.dense.loaded, []
         try:
             self.best_scores = self._best_scores() if dense else []
-        except (UserError, OSError) as error:  # the page works without the hint
+        except (UserError, OSError, RuntimeError) as error:  # the page works without the hint
             warn(f"no hint for off-topic questions: {first_line(error)}")
         self.calibrated = dense
 
@@ -194,7 +195,8 @@ class SearchService:
             return {"state": waits_for, "message": "", "done": 0, "total": 0}
         state = self.parts["reranker" if name == "reranked" else name].describe()
         if name == "reranked" and self.reranker.loaded and not (self.bm25.loaded or self.dense.loaded):
-            return {**state, "state": WORKING}
+            comes = WORKING in (self.bm25.state, self.dense.state)  # else their messages say why not
+            return {**state, "state": WORKING if comes else OFF}
         return state
 
     @property
@@ -273,9 +275,10 @@ class SearchService:
         return "" if self.ids is None else self.ids[row].decode()
 
     def _off_topic(self, question: str) -> bool:
-        if not self.best_scores or not self.dense.loaded:
+        scores = self.best_scores  # another thread replaces them
+        if not scores or not self.dense.loaded:
             return False
-        low = self.best_scores[int(OFF_TOPIC_SHARE * len(self.best_scores))]
+        low = scores[int(OFF_TOPIC_SHARE * len(scores))]
         ranking = self._ranked(question, "dense").ranking
         return bool(ranking) and ranking[0][1] < low
 

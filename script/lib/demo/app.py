@@ -70,6 +70,10 @@ def build_app(service: SearchService, feedback: Feedback, host: str) -> FastAPI:
     async def user_error(_: Request, error: UserError) -> JSONResponse:
         return JSONResponse({"error": str(error)}, 400)
 
+    @app.exception_handler(OSError)
+    async def system_error(_: Request, error: OSError) -> JSONResponse:
+        return JSONResponse({"error": f"{error.filename or 'system'}: {error.strerror or error}"}, 500)
+
     @app.get("/")
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page)
@@ -139,4 +143,5 @@ def allowed_hosts(host: str) -> list[str]:
     """Return the accepted values of the Host header for a page on --host, without ports."""
     if host in ALL_ADDRESSES:
         return ["*"]
-    return [f"[{name}]" if ":" in name else name for name in dict.fromkeys((host, *LOOPBACK))]
+    names = dict.fromkeys((host.lower(), *LOOPBACK))
+    return [f"[{name}]" if ":" in name else name for name in names]
