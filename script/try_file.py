@@ -25,14 +25,15 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
+from contextlib import closing
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 from script import convert_dataset
+from script.demo import bind
 from script.lib.foreign_files import Source, plain_name
 from script.lib.foreign_layouts import OFFICIAL, recognize
 from torch_src import hparams
@@ -42,6 +43,7 @@ from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.models.hub import is_hub_name
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import ROOT
+from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import error, log
 from torch_src.runtime.options import OptionParser, integer
 from torch_src.runtime.program import exit_status
@@ -83,15 +85,22 @@ def convert(source: Path, model: str, columns: str, encoding: str) -> Trial:
     if up_to_date(data / IDS, stamp, log):
         log(f"{data}: up to date")
         return Trial(data, output)
-    shutil.rmtree(data, ignore_errors=True)
+    with folder_lock(folder):  # no page shows the passages that are replaced
+        rewrite(source, kind, data, options)
+        write_stamp(data / IDS, stamp)
+    return Trial(data, output)
+
+
+def rewrite(source: Path, kind: str, data: Path, options: dict[str, str]) -> None:
+    """Convert a file or folder of a `kind` anew; delete the vectors of the passages that are replaced."""
+    for old in (data, *data.parent.glob("*/para_emb")):
+        shutil.rmtree(old, ignore_errors=True)
     words = ["auto", str(source), "--to", str(data), "--skip_duplicates", "--skip_dangling"]
     words += [word for name, value in options.items() if value for word in (f"--{name}", value)]
     if kind == "flagembedding" and source.is_file():
         words += ["--split", "dev"]  # its queries are examples on the page
     if convert_dataset.main(words):
         raise UserError(f"{source}: not converted, see above")
-    write_stamp(data / IDS, stamp)
-    return Trial(data, output)
 
 
 def trial_folder(source: Path) -> Path:
@@ -99,6 +108,7 @@ def trial_folder(source: Path) -> Path:
     name = plain_name(source)
     if source.is_file():
         name = name.rpartition(".")[0] or name
+    name = name.strip(".") or "file"  # of ...txt it would be the folder above
     folder = TRIALS / name
     known = (read_stamp(folder / "data" / IDS) or {}).get("source", str(source))
     return folder if known == str(source) else TRIALS / f"{name}-{checksum_text(str(source))[:6]}"
@@ -134,11 +144,12 @@ def wait_until_it_answers(page: "subprocess.Popen[bytes]", port: int) -> None:
     """Wait until the page answers or has ended: an encoder that starts with it would slow it down."""
     while page.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://{HOST}:{port}/", timeout=POLL_SECONDS):
+            # not by urllib, which would ask a proxy
+            with closing(HTTPConnection(HOST, port, timeout=POLL_SECONDS)) as connection:
+                connection.request("GET", "/")
+                connection.getresponse()
                 return
-        except urllib.error.HTTPError:
-            return
-        except OSError:  # nothing listens yet, or it does not answer in time
+        except (OSError, HTTPException):  # nothing listens yet, or it does not answer in time
             time.sleep(POLL_SECONDS)
 
 
@@ -213,11 +224,13 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--port", type=integer(1, 65535), default=7860)
     args, options = parser.parse_known_args(argv)
     source = Path(args.source).resolve()
-    model = full_path(args.model)
+    model, reranker = full_path(args.model), full_path(args.reranker)
+    bind(HOST, args.port).close()  # a port in use is reported before anything is written
     trial = convert(source, model, args.columns, args.encoding or "")
     encode = encode_command(trial, model, options)
     hparams.parse(InferenceDeHparams, encode[1:])  # reports a wrong option before the page opens
-    return serve(trial, args.port, page_command(trial, full_path(args.reranker)), encode)
+    with folder_lock(trial.output.parent, shared=True):
+        return serve(trial, args.port, page_command(trial, reranker), encode)
 
 
 def full_path(model: str) -> str:

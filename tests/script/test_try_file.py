@@ -1,12 +1,16 @@
 """script/try_file.py: a file is converted once, the page is served, the encoder runs beside it."""
 
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from script import try_file
 from torch_src.data.collection import PassageCollection
+from torch_src.runtime.errors import UserError
 
 # A page that answers, and ends when the file `end` exists.
 PAGE = """
@@ -40,8 +44,11 @@ def test_a_file_is_converted_once(trials, tmp_path, monkeypatch, capsys):
     assert convert(source, "owner/other").output == trials / "notes/other"
     monkeypatch.undo()
     monkeypatch.setattr(try_file, "TRIALS", trials)
+    (trial.output / "para_emb").mkdir(parents=True)
+    assert convert(source) == trial and (trial.output / "para_emb").exists()
     source.write_text("id,text\n1,清蒸鱼\n3,米饭\n")
     assert PassageCollection(convert(source).data / "passage-collection")[1] == "米饭"
+    assert not (trial.output / "para_emb").exists()  # the page would report vectors of other passages
     assert "out of date" in capsys.readouterr().out
 
 
@@ -51,6 +58,36 @@ def test_two_files_of_one_name(trials, tmp_path):
         (tmp_path / f"{name}/notes.txt").write_text(f"{name}\n")
     first, second = (convert(tmp_path / f"{name}/notes.txt") for name in ("a", "b"))
     assert first.data != second.data and convert(tmp_path / "a/notes.txt") == first
+
+
+@pytest.mark.parametrize("name", ["...txt", "..txt", ".txt"])
+def test_a_name_of_dots_stays_inside(trials, tmp_path, name):
+    (tmp_path / name).write_text("a\n")
+    assert try_file.trial_folder(tmp_path / name).resolve().parent == trials
+
+
+def test_passages_that_a_page_shows_are_not_replaced(trials, tmp_path):
+    (tmp_path / "notes.txt").write_text("a\n")
+    convert(tmp_path / "notes.txt")
+    code = "import sys, time; from torch_src.runtime.locks import folder_lock\n"
+    code += "with folder_lock(sys.argv[1], shared=True): print(1, flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(trials / "notes")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as page:
+        page.stdout.readline()
+        assert convert(tmp_path / "notes.txt").data == trials / "notes/data"  # nothing has changed
+        (tmp_path / "notes.txt").write_text("b\n")
+        with pytest.raises(UserError, match="locked by another run"):
+            convert(tmp_path / "notes.txt")
+        page.kill()
+    assert PassageCollection(convert(tmp_path / "notes.txt").data / "passage-collection")[0] == "b"
+
+
+def test_a_port_in_use_is_reported_before_anything_is_written(trials, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert try_file.main([str(tmp_path / "a.txt"), "--port", port]) == 2
+    assert f"--port {port}" in capsys.readouterr().err and not trials.exists()
 
 
 def test_the_official_layout_is_used_as_it_is(trials, tmp_path):
@@ -91,14 +128,13 @@ def stand_ins(trials, tmp_path, monkeypatch):
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def test_the_encoder_runs_beside_the_page(stand_ins, tmp_path, capsys):
+def test_the_encoder_runs_beside_the_page(stand_ins, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there
     assert stand_ins("print('done'); open('end', 'w')") == 0
     assert (tmp_path / "output/encode.log").read_text() == "done\n"
 
