@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("--teacher", required=True, help="folder or hub name")
     add("--data_dir", required=True, nargs="+", help="data folders of the official layout")
-    add("--to", required=True, help="folder of the result")
+    add("--to", type=Path, required=True, help="folder of the result")
     add(
         "--student",
         default="",

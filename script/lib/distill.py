@@ -69,6 +69,15 @@ def read_questions(folders: list[str]) -> list[Question]:
     ]
 
 
+def check_groups(questions: list[Question], group_size: int) -> None:
+    """UserError for a question whose group cannot be filled: no other has a positive that is not its own."""
+    positives = {question.positives[0] for question in questions}
+    for question in questions:
+        if len(question.negatives) < group_size - 1 and positives <= {*question.positives}:
+            fix = "lower --group_size, or pass --questions 0"
+            raise UserError(f"{question.text}: too few passages for a group of {group_size}; {fix}")
+
+
 def teacher_encoders(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Encoder], str]:
     """Return the teacher's encoders of queries and passages, and a checksum of it and its settings."""
     stated = folder_settings(args.teacher)
@@ -115,6 +124,7 @@ def first_student(
     padded = [table.padded(range(len(table)), teacher.tokenizer.pad_token_id) for table in tables]
     inputs = [(torch.from_numpy(ids), torch.from_numpy(mask)) for ids, mask in padded]
     model = shrink_model(teacher.tower.cpu(), args.layers, args.neurons, embeddings, inputs)
+    teacher.tower.to(teacher.device)  # where it encodes
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
@@ -144,13 +154,15 @@ def write_folder(
 def distill(args: argparse.Namespace) -> None:
     """Distill and write the folder."""
     device, work = choose_device(args.device), Path(f"{args.to}.work")
-    if Path(args.to).exists():
+    if args.to.exists():
         raise UserError(f"{args.to}: already exists; delete it or pass another --to")
     set_threads(args.threads)
     with folder_lock(work):
         teacher, source = teacher_encoders(args, device)
         passages = read_passages(args.data_dir, args.passages, args.seed)
         questions = read_questions(args.data_dir)
+        if args.questions:
+            check_groups(questions, args.group_size)
         texts = make_texts(passages, questions, args.seed)
         log(f"{len(passages):,} passages, {len(texts.texts):,} texts, {len(questions):,} training questions")
         torch.manual_seed(args.seed)
@@ -162,7 +174,7 @@ def distill(args: argparse.Namespace) -> None:
         )
         vectors = teacher_vectors(teacher, texts, work / "teacher", source)
         train(args, model, tokenizer, (texts, vectors, questions), device, {"teacher": source})
-        write_folder(Path(args.to), model.cpu(), tokenizer, args)
+        write_folder(args.to, model.cpu(), tokenizer, args)
     log(f"wrote {args.to}; try it: do_dual_infer.py --dual_params none --pretrained_model_path {args.to}")
 
 

@@ -6,10 +6,12 @@ import torch
 from toy_world import make_world
 
 from script import distill_encoder
+from script.lib.distill import check_groups
 from torch_src.models.backbones import folder_settings, load_config
 from torch_src.models.cross_encoder import load_cross_encoder
 from torch_src.models.dual_encoder import load_backbone
 from torch_src.retrieval.encoding import Encoder
+from torch_src.runtime.errors import UserError
 from torch_src.tools.distillation import Question, make_texts, question_loss, vector_loss, window
 
 
@@ -30,6 +32,16 @@ def test_window_has_the_words_of_the_question():
     assert "八分钟" in window(passage, "蒸鱼几分钟", 20)
     assert len(window(passage, "蒸鱼几分钟", 20)) <= 20
     assert window("短", "问", 20) == "短"
+
+
+def test_a_group_that_cannot_be_filled():
+    one, other = Question("甲", ["a", "b"], ["c"]), Question("乙", ["b"], ["c", "d"])
+    check_groups([one, other], 2)
+    check_groups([one, Question("丙", ["e"], [])], 4)
+    with pytest.raises(UserError, match="甲.*--group_size"):
+        check_groups([one, other], 3)
+    with pytest.raises(UserError, match="丙"):
+        check_groups([Question("丙", ["e"], [])], 2)
 
 
 def test_losses_by_hand():

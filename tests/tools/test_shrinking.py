@@ -115,3 +115,8 @@ def test_folded_characters(tiny_encoder, tmp_path):
     table.write_text("nothing here\n", encoding="utf-8")
     with pytest.raises(UserError, match="folds.txt"):
         shrink_tokenizer(load_tokenizer(str(tiny_encoder)), TEXTS, 400, folds=str(table))
+
+
+def test_a_vocabulary_without_room_for_tokens_is_refused(tokenizer):
+    with pytest.raises(UserError, match="--vocab_size 5"):
+        shrink_tokenizer(tokenizer, TEXTS, 5)

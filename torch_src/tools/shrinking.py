@@ -64,7 +64,9 @@ def shrink_tokenizer(
     names: Any = teacher.convert_ids_to_tokens(list(range(len(teacher))))
     sources = normalized_tokens(names, special, normalize)
     counts = count_tokens(teacher, texts, names, normalize)
-    chosen = set(choose_tokens(counts, sources, size - len(special) - len(prefixes)))
+    if (rest := size - len(special) - len(prefixes)) <= 0:
+        raise UserError(f"--vocab_size {size}: too few beside the {size - rest} special tokens and prefixes")
+    chosen = set(choose_tokens(counts, sources, rest))
     kept: dict[str, list[int]] = {names[at]: [at] for at in sorted(special)}
     kept |= {name: ids for name, ids in sources.items() if name in chosen}
     whole_prefixes: dict[str, list[int]] = {}
