@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator
+from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -218,7 +219,7 @@ def check_hub() -> Iterator[Finding]:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=SECONDS).close()
     except urllib.error.HTTPError:
         pass  # it answers
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         fix = f"set HF_ENDPOINT={MIRROR} or a proxy; with model folders nothing is needed"
         yield Finding(WARNING, "hub", f"{address} cannot be reached ({reason}); {fix}")

@@ -117,6 +117,8 @@ def guess_columns(path: Path, source: Source) -> Source:
     if is_json(path) or source.columns or source.names:
         return source
     rows = [row for _, row in islice(uncounted(source).rows(path, GUESSED), SAMPLE)]
+    if not rows:
+        return source  # blank lines only
     head, body = rows[0], [row for row in rows[1:] if len(row) == len(rows[0])]
     values = column_values(head, GUESSED)
     if "text" not in values and not _is_header(head, body):

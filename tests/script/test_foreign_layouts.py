@@ -129,6 +129,7 @@ def test_rows_and_folders_are_recognized(convert, tmp_path):
 
 @pytest.mark.parametrize("name, content", [
     ("x.pdf", b"%PDF-1.4"), ("x.xlsx", b"PK\x03\x04"), ("x.csv", ""), ("x.csv", "text\n"), ("x.txt", "\n \n"),
+    ("x.csv", "\n\n"),
     ("part-00", f"-\t\t{FISH}\t0\n"), ("F/a.csv", "id,text\n"), ("res.top50", f"{FISH}\t7\t1\t0.5\n"),
     ("dual.train.tsv", f"{FISH}\t\t{PORK}\t\t{RICE}\t0\n"), ("dev.q.format", f"{FISH}\t-\t-\t0\n"),
     ("cross.train.tsv", f"{FISH}\tnull\t{PORK}\t1\n"),
