@@ -643,3 +643,11 @@ def test_in_a_browser_on_a_phone_in_chinese(world, browser):
     page.locator(".unlabeled a").nth(1).click()
     assert title.inner_text() == "葡萄酒怎么保存"
     assert page.evaluate("document.documentElement.scrollWidth") == 390 and trouble == []
+
+
+def test_the_model_of_a_run_is_found_from_any_folder(tmp_path, monkeypatch):
+    saved = {"pretrained_model_path": "script/sample_data/tiny_encoder"}
+    write(tmp_path / "dual_infer_hparams.json", [json.dumps(saved)])
+    monkeypatch.chdir(tmp_path)
+    _, model = report_curves.retriever_files(tmp_path)
+    assert (model / "config.json").exists()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from torch_src.data.collection import PassageCollection
+from torch_src.hparams import from_saved
 from torch_src.models.tokenization import TextRules, load_tokenizer, tokenize
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json
@@ -165,7 +166,8 @@ def retriever_files(folder: Path) -> tuple[Path, Path]:
         return settings, model
     settings = folder / "dual_infer_hparams.json"
     if settings.exists():
-        model = Path(str(read_json(settings).get("pretrained_model_path")))
+        saved = str(read_json(settings).get("pretrained_model_path"))
+        model = Path(from_saved("pretrained_model_path", saved))
         if model.is_dir():  # not a hub name: a report asks no network
             return settings, model
     raise UserError(f"{folder} has neither a trained retriever nor the settings of one in a local folder")
