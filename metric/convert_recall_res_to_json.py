@@ -38,7 +38,7 @@ from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import warn
 from torch_src.runtime.options import OptionParser, positive_int
 from torch_src.runtime.program import exit_status
-from torch_src.runtime.stamps import clear_stamp
+from torch_src.runtime.stamps import clear_stamp, read_stamp
 
 
 class Ranking:
@@ -155,7 +155,9 @@ def warn_about(path: str, queries: int, rankings: dict[str, Ranking], topk: int,
     short = [len(ranking.rows) for ranking in rankings.values() if len(ranking.rows) < topk]
     if short:
         counted = f"{len(short)} of {len(rankings)} queries"
-        warn(f"{path}: {counted} have fewer than {topk} results, the fewest {min(short)}")
+        # BM25 finds only passages that share a word with the query
+        report = print if (read_stamp(path) or {}).get("stage") == "bm25" else warn
+        report(f"{path}: {counted} have fewer than {topk} results, the fewest {min(short)}")
     if len(rankings) < queries:
         warn(f"{path}: {queries - len(rankings)} of the {queries} queries of the query map have no result")
     if rises:

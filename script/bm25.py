@@ -1,6 +1,6 @@
 """BM25 over the whole collection: a lexical baseline, a source of mined negatives, half of a hybrid.
 
-    python -m pip install -r requirements-tools.txt
+    python -m pip install -r requirements-demo.txt
     python script/bm25.py index  --data_dir D --index output/bm25
     python script/bm25.py search --data_dir D --index output/bm25 --run output/bm25/res.top50
     python script/bm25.py fuse   --runs output/res.top50 output/bm25/res.top50 --run output/hybrid/res.top50

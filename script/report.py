@@ -1,6 +1,6 @@
 """Write one HTML page about a finished run: a verdict, figures, missing labels, queries, curves, times.
 
-    python -m pip install -r requirements-tools.txt
+    python -m pip install -r requirements-demo.txt
     python script/report.py                                   output/report.html, for the run in output/
     python script/report.py --output_dir output/my            another output folder
     python script/report.py --debug                           the sample, after sh script/quickstart.sh

@@ -181,6 +181,13 @@ def test_warnings_for_valid_but_suspicious_runs(folder, capsys):
     assert len(found) == 4 and all(key in warning for key, warning in zip(keys, found, strict=True))
 
 
+def test_short_lists_of_bm25_are_expected(folder, capsys):
+    Path("res.top3").write_text("b\u2028\t0\t1\t1\nc\t1\t1\t2\n", encoding="utf-8")
+    Path("res.top3.stamp.json").write_text('{"stage": "bm25"}')
+    assert convert() == 0
+    assert not [found for found in warnings(capsys) if "fewer" in found]
+
+
 BAD_RECALL = [
     ("res.top3", "c\t0\t1\t1\nc\t1\t2\n", "res.top3:2: 3 TAB-separated columns (expected 4"),
     ("res.top3", "c\t0\t1\t1\t\n", "res.top3:1: 5 TAB-separated columns"),

@@ -28,7 +28,7 @@ MEMORY_MB = 256  # for indexing
 
 def import_tantivy() -> Any:
     """Return the module; UserError if it cannot be imported."""
-    return import_library("tantivy", "requirements-tools.txt")
+    return import_library("tantivy", "requirements-demo.txt")
 
 
 @contextmanager

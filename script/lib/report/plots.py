@@ -41,7 +41,7 @@ Axes = Any  # matplotlib.axes.Axes; matplotlib is an optional requirement
 
 def matplotlib() -> Any:
     """Return the library; UserError if it cannot be imported."""
-    return import_library("matplotlib", "requirements-tools.txt")
+    return import_library("matplotlib", "requirements-demo.txt")
 
 
 class Words:
