@@ -61,7 +61,7 @@ def test_a_library_that_is_installed_but_fails_says_why(fake, text, named):
     ("error", "named"),
     [
         (ModuleNotFoundError("No module named 'safetensors'", name="safetensors"), "safetensors is not in"),
-        (ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib"), "requirements-tools.txt"),
+        (ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib"), "requirements-demo.txt"),
         (ModuleNotFoundError("No module named 'ir_measures'", name="ir_measures"), "requirements-tools.txt"),
         (ImportError("cannot import name 'x' from 'transformers'", name="transformers"), "'x'"),
     ],
