@@ -1,5 +1,7 @@
 """Distillation: texts, losses by hand, and the whole program for a few updates."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -57,11 +59,23 @@ def test_losses_by_hand():
     assert question_loss(eye[:2], eye).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_program(tmp_path, monkeypatch, capsys):
-    world = make_world(tmp_path, passages=20, train_queries=8)
+def small_run(folder: Path, device: str) -> list[str]:
+    """Return the options of a run of seconds, without --to."""
+    world = make_world(folder, passages=20, train_queries=8)
     options = ["--teacher", str(world / "model"), "--data_dir", str(world / "data"), "--query_prefix", ""]
     options += "--pooling mean --normalize --layers 0 --neurons 32 --vocab_size 300 --max_seq_len 48".split()
-    options += "--documents 5 --questions 3 --group_size 3 --threads 1 --device cpu".split()
+    return [*options, *f"--documents 5 --questions 3 --group_size 3 --threads 1 --device {device}".split()]
+
+
+@pytest.mark.gpu
+def test_the_program_on_a_gpu(tmp_path):
+    assert (
+        distill_encoder.main([*small_run(tmp_path, "cuda"), "--steps", "2", "--to", str(tmp_path / "a")]) == 0
+    )
+
+
+def test_the_program(tmp_path, monkeypatch, capsys):
+    options = small_run(tmp_path, "cpu")
     small = tmp_path / "small"
     assert distill_encoder.main([*options, "--steps", "2", "--to", str(small)]) == 0
     knobs = folder_settings(str(small))
