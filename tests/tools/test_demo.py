@@ -121,7 +121,7 @@ def test_marking_an_answer(client, world):
     foreign = [
         {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"},
         {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"},
-        {"Content-Length": str(1 << 21)},
+        {"Content-Length": str(1 << 21)}, {"Origin": "http://["},
     ]  # fmt: skip
     for headers in foreign:
         reply = client.post("/feedback", content=json.dumps(given), headers={**JSON, **headers})

@@ -359,6 +359,10 @@ def test_a_mark_is_written_whole_or_not_at_all(trained_copy, monkeypatch):
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         feedback.add("鱼", 1, True, "bm25", 2, [])
+    monkeypatch.undo()
+    monkeypatch.setattr("torch_src.tools.feedback.LONGEST_LINE", 100)  # a longer one could not be read again
+    with pytest.raises(UserError, match="too long"):
+        feedback.add("鱼", 1, True, "bm25", 2, [0])
     assert feedback.path.read_bytes() == written and feedback.marked("鱼") == [0]
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from torch_src.data.formats import FeedbackHit, FeedbackRow, format_feedback, read_feedback
+from torch_src.data.lines import LONGEST_LINE
 from torch_src.runtime.errors import UserError
 from torch_src.tools.search_service import COLUMNS, SearchService, clean
 
@@ -55,7 +56,9 @@ class Feedback:
         return self.marked(question)
 
     def _append(self, data: bytes) -> None:
-        """Append a line to the file; nothing when it cannot be written whole."""
+        """Append a line to the file; nothing when it cannot be written whole, or not be read again."""
+        if len(data) > LONGEST_LINE:
+            raise UserError(f"the passages above it are too long to be saved (over {LONGEST_LINE >> 20} MiB)")
         with open(self.path, "ab", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             try:
