@@ -75,7 +75,7 @@ def convert(source: Path, model: str, columns: str, encoding: str) -> Trial:
     """Return the folders of a file or folder, which is converted unless that is up to date."""
     # its files count as opened, so that only the conversion logs their encoding
     kind, found = recognize(source, Source(encoding=encoding, opened=set(files_of(source))))
-    folder = trial_folder(source)
+    folder = trial_folder(source, kind)
     output = folder / (Path(model).name or "model")
     if kind == OFFICIAL:
         return Trial(found, output)
@@ -103,15 +103,21 @@ def rewrite(source: Path, kind: str, data: Path, options: dict[str, str]) -> Non
         raise UserError(f"{source}: not converted, see above")
 
 
-def trial_folder(source: Path) -> Path:
-    """Return the folder of a source: its name, with a checksum of its path if another one has that name."""
+def trial_folder(source: Path, kind: str) -> Path:
+    """Return the folder of a source of a `kind`: its name, where needed with a checksum of its path.
+
+    That is where another source has the name, and for the official layout, of which nothing here tells whose
+    vectors they are.
+    """
     name = plain_name(source)
     if source.is_file():
         name = name.rpartition(".")[0] or name
     name = name.strip(".") or "file"  # of ...txt it would be the folder above
     folder = TRIALS / name
     known = (read_stamp(folder / "data" / IDS) or {}).get("source", str(source))
-    return folder if known == str(source) else TRIALS / f"{name}-{checksum_text(str(source))[:6]}"
+    if known == str(source) and kind != OFFICIAL:
+        return folder
+    return TRIALS / f"{name}-{checksum_text(str(source))[:6]}"
 
 
 def files_of(source: Path) -> list[Path]:

@@ -63,7 +63,7 @@ def test_two_files_of_one_name(trials, tmp_path):
 @pytest.mark.parametrize("name", ["...txt", "..txt", ".txt"])
 def test_a_name_of_dots_stays_inside(trials, tmp_path, name):
     (tmp_path / name).write_text("a\n")
-    assert try_file.trial_folder(tmp_path / name).resolve().parent == trials
+    assert try_file.trial_folder(tmp_path / name, "text").resolve().parent == trials
 
 
 def test_passages_that_a_page_shows_are_not_replaced(trials, tmp_path):
@@ -92,7 +92,12 @@ def test_a_port_in_use_is_reported_before_anything_is_written(trials, tmp_path, 
 
 def test_the_official_layout_is_used_as_it_is(trials, tmp_path):
     (tmp_path / "own/passage-collection").mkdir(parents=True)
-    assert convert(tmp_path / "own").data == tmp_path / "own" and not trials.exists()
+    trial = convert(tmp_path / "own")
+    assert trial.data == tmp_path / "own" and not trials.exists()
+    (trial.output / "para_emb").mkdir(parents=True)
+    (tmp_path / "own.txt").write_text("a\n")
+    assert convert(tmp_path / "own.txt").output == trials / "own/small"
+    assert (trial.output / "para_emb").exists()
 
 
 def test_rows_give_example_questions(trials, tmp_path):
