@@ -33,7 +33,7 @@ from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.options import OptionParser
 
 OK, WARNING, ERROR = "ok", "WARNING", "ERROR"
-REQUIREMENT = re.compile(r"(?m)^([\w-]+)((?:[<>=!]=?[\d.]+,?)*)")
+REQUIREMENT = re.compile(r"(?m)^(\w[\w-]*)((?:[<>=!]=?[\d.]+,?)*)")
 HUB, MIRROR = "https://huggingface.co", "https://hf-mirror.com"
 SECONDS = 5  # that the hub and nvidia-smi get to answer
 # The default job: vectors of 8,096,668 passages, checkpoints, caches (docs/reproduce_dureader.md).
@@ -106,7 +106,7 @@ def check_packages() -> Iterator[Finding]:
         ]
         if purpose and lacks:
             fix = f"{sys.executable} -m pip install -r {from_root(path.name)}"
-            yield Finding(OK, "optional", f"{purpose}: {', '.join(lacks)} not installed; for them run {fix}")
+            yield Finding(OK, "optional", f"for {purpose}: {fix} (it has {', '.join(lacks)})")
 
 
 def gpus() -> list[str]:

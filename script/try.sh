@@ -10,6 +10,12 @@ case "${1:---help}" in
     exit 0
     ;;
 esac
+case "$1" in
+-*) file=$here ;;
+/*) file=$1 ;;
+*) file=$here/$1 ;;
+esac
+[ -e "$file" ] || { echo "ERROR $file: no such file or folder (passages)" >&2 && exit 2; }
 more="requirements-demo.txt"
 . script/make_venv.sh
 cd "$here" # FILE is relative to the user's folder

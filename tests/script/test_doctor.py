@@ -29,6 +29,10 @@ def test_versions(version, limits, expected):
     assert doctor.fits(version, limits) is expected
 
 
+def test_included_files_are_no_packages():
+    assert [name for name, _ in doctor.REQUIREMENT.findall("-r other.txt\nnumpy>=1.26\n")] == ["numpy"]
+
+
 def test_requirements_are_read():
     found = doctor.required()
     assert {"torch", "numpy", "transformers", "xxhash"} <= found.keys() and found["tyro"] == ">=1.0,<2"

@@ -334,7 +334,8 @@ def test_the_shell_script_by_itself(server, tmp_path):
     command = ["sh", SCRIPTS / "download.sh"]
     shown = subprocess.run([*command, "--help"], env=env, capture_output=True, text=True, check=True)
     assert "DATA_URL" in shown.stdout
-    subprocess.run([*command, "--counts", "rows.json"], cwd=tmp_path, env=env, check=True)
+    options = ["--counts", "rows.json", "--to", "."]
+    subprocess.run([*command, *options], cwd=tmp_path, env=env, check=True)
     assert_complete(tmp_path)
 
 

@@ -240,6 +240,12 @@ def test_other_runs_are_found_if_they_are_of_the_same_data(world):
         report_data.read_report(settings(world, bm25_run=str(other.with_name("gone"))))
 
 
+def test_a_retriever_alone_finds_no_missing_labels(world):
+    found = report_data.read_report(settings(world, cross_run="none"))
+    assert findings.probably_right(found, found.stages[0])[0]  # by its scores there would be some
+    assert findings.find(found).unlabeled == []
+
+
 def test_the_browser_has_the_queries_with_an_error_first(world):
     found = report_data.read_report(settings(world))
     known = findings.find(found)
@@ -248,6 +254,8 @@ def test_the_browser_has_the_queries_with_an_error_first(world):
         findings.chosen_queries(found, known, 0) is None and findings.chosen_queries(found, known, 4) is None
     )
     assert findings.chosen_queries(found, known, 3) == {*queries[:3]}  # the last one has no error
+    right, _ = findings.probably_right(found, found.stages[0])
+    known.unlabeled = right
     assert findings.chosen_queries(found, known, 2) == {queries[1], queries[2]}  # missing labels first
     assert findings.chosen_queries(found, None, 1) == {queries[0]}
     entries = report_data.query_entries(found, report_data.Passages(), 2, {queries[1]})

@@ -32,7 +32,7 @@ LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
 UP, DOWN = "intermediate.dense", "output.dense"  # the two matrices of a layer's feed-forward network
 WORDS = "embeddings.word_embeddings.weight"
 SPACE = "▁"  # of sentencepiece
-DISTILL_REQUIREMENTS = "requirements-tools.txt"
+DISTILL_REQUIREMENTS = "requirements-distill.txt"
 JsonDict = dict[str, Any]
 
 

@@ -71,7 +71,11 @@ def find(report: Report) -> Findings:
     models = [at for at, stage in enumerate(report.stages) if stage.name in (RETRIEVER, RERANKER)]
     judge = max(models, key=lambda at: mrr[at].mean())
     differences = [None, *(compare(mrr[0], other) for other in mrr[1:])]
-    findings = Findings(values, differences, judge, *probably_right(report, report.stages[judge]))
+    # a retriever's high score means the same subject, not an answer
+    unlabeled: tuple[list[Unlabeled], float] = [], float(mrr[judge].mean())
+    if report.stages[judge].name == RERANKER:
+        unlabeled = probably_right(report, report.stages[judge])
+    findings = Findings(values, differences, judge, *unlabeled)
     by_qid = {qid: at for at, qid in enumerate(report.reference)}
     lengths = {by_qid[qid]: len(query) for query, qid in report.queries() if qid in by_qid}
     findings.by_query = buckets(lengths, findings)

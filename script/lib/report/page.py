@@ -127,6 +127,10 @@ def unlabeled_section(report: Report, findings: Findings | None) -> str:
     if findings is None:
         return omitted(Both("there is no reference", "没有标注"))
     name, count = report.stages[findings.judge].name, len(findings.unlabeled)
+    if name != data.RERANKER:
+        return omitted(
+            Both("there is no re-ranker that ranks better than the retriever", "没有比检索排得更好的精排结果")
+        )
     rule = Both(
         f"Passages without a label that the {name.en} puts in its first {TOP} and above every gold passage "
         "of the query, with a score as high as that of half of the gold passages it puts first. "

@@ -11,6 +11,8 @@ from script.lib.report.curves import Lengths
 from script.lib.report.data import BM25, FUSED, RERANKER, Report
 from script.lib.report.findings import Findings
 from script.lib.report.words import Both
+from torch_src.hparams import Hparams
+from torch_src.runtime.files import from_root
 
 FEW_QUERIES = 100  # below: the interval is too wide for most decisions
 MANY_TRUNCATED = 0.01  # share of texts
@@ -159,6 +161,8 @@ def about_reranking(
     if found is None:
         params = Path(output) / "cross_params.bin"
         command = "do_cross_infer.py" if params.exists() else "do_cross_train.py, then do_cross_infer.py"
+        if Path(output).resolve() == Path(from_root(Hparams.DEBUG["output_dir"])).resolve():
+            command = command.replace(".py", ".py --debug")
         return Both(f"Re-rank: run {command}.", f"接着重排：运行 {command.replace(', then', '，再运行')}。")
     train = Both(
         "Train the re-ranker on negatives that this retriever finds (script/mine_negatives.py).",
