@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     )
     add("--window", type=positive_int, default=160, help="characters of a ranked passage")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--threads", type=integer(0), default=0, help="CPU threads; 0: torch's default")
+    add("--threads", type=integer(0, 4096), default=0, help="CPU threads; 0: torch's default")
     add("--seed", type=seed, default=42, help="of the draws")
     args = parser.parse_args(argv)
     return exit_status(lambda: run(args))
