@@ -173,7 +173,7 @@ def distill(args: argparse.Namespace) -> None:
             f"a vocabulary of {len(tokenizer):,} tokens"
         )
         vectors = teacher_vectors(teacher, texts, work / "teacher", source)
-        train(args, model, tokenizer, (texts, vectors, questions), device, {"teacher": source})
+        train(args, model, tokenizer, (texts, vectors, questions), device, work, source)
         write_folder(args.to, model.cpu(), tokenizer, args)
     log(f"wrote {args.to}; try it: do_dual_infer.py --dual_params none --pretrained_model_path {args.to}")
 
@@ -184,9 +184,10 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     data: tuple[Any, np.ndarray, list[Question]],
     device: torch.device,
-    stamp: dict[str, Any],
+    work: Path,
+    teacher: str,
 ) -> None:
-    """Train the student."""
+    """Train the student, with checkpoints in `work`; `teacher`: its checksum, part of the stamp."""
     texts, vectors, questions = data
     asked = min(args.questions, len(questions))
     rules = {side: TextRules(args.max_seq_len, getattr(args, name), False) for side, name in PREFIXES.items()}
@@ -202,11 +203,11 @@ def train(
     chunking = Chunking(
         0, token_budget(0, device) if device.type == "cuda" else CPU_TOKENS, args.seed, device, precision
     )
-    work = Path(f"{args.to}.work")
     task = DistillationTask(student, batches, chunking, work / "params.bin", args.lr)
     options = TrainerOptions(
         epochs=-(-args.steps // task.batches_per_epoch), lr=args.lr, max_steps=args.steps, weight_decay=0.01,
         eval_every=-1, save_every_minutes=5, log_every=10,
     )  # fmt: skip
-    stamp |= {name: str(value) for name, value in vars(args).items() if name not in NOT_STAMPED}
+    given = {name: str(value) for name, value in vars(args).items() if name not in NOT_STAMPED}
+    stamp = {**given, "teacher": teacher}
     Trainer(task, options, Processes(device), precision, work / "distill_checkpoint.pt", stamp).run()

@@ -154,7 +154,7 @@ class DistillationBatches:
         order = np.random.default_rng([self.seed, epoch, 0]).permutation(self.texts.documents)
         chosen = order[step * self.documents : (step + 1) * self.documents]
         rows = [row for at in chosen for row in range(self.texts.starts[at], self.texts.starts[at + 1])]
-        is_query = np.array(self.texts.is_query)[rows]
+        is_query = np.array([self.texts.is_query[row] for row in rows])
         tables, places = [], []
         for side, mine in (("query", is_query), ("passage", ~is_query)):
             places.append(np.flatnonzero(mine))
