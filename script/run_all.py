@@ -90,10 +90,10 @@ def check_data(train_sets: list[str], hp: InferenceDeHparams, dev_set: str) -> N
     log(f"{passages:,} passages, {len(queries):,} dev queries, {answered:,} of them with answers")
 
 
-def convert(hp: InferenceDeHparams, run_path: Path, topk: int) -> None:
-    """Run metric/convert_recall_res_to_json.py as in the README."""
+def conversion(hp: InferenceDeHparams, run_path: Path, topk: int) -> list[str]:
+    """Return the command of metric/convert_recall_res_to_json.py as in the README."""
     files = [hp.dev_q2qid_path, hp.passage_ids_path, str(run_path), str(topk)]
-    call(["metric/convert_recall_res_to_json.py", *files])
+    return ["metric/convert_recall_res_to_json.py", *files]
 
 
 def call(command: list[str]) -> None:
@@ -137,8 +137,8 @@ def figures_of(dev: str, result: Path) -> str:
     return "  ".join(f"{metrics[name]:9.4f}" for name in MEASURES)
 
 
-def run(argv: list[str]) -> None:
-    """Run the stages from `--from` on."""
+def run(argv: list[str], call: Callable[[list[str]], None] = call) -> None:
+    """Run the stages from `--from` on; `call` runs a program to its end."""
     first = STAGES[0]
     if "--from" in argv:
         at = argv.index("--from")
@@ -166,7 +166,7 @@ def run(argv: list[str]) -> None:
             check_data([dual.train_set_path, cross.train_set_path], infer, rerank.dev_set_path)
         elif stage == "convert":
             topk = infer.topk or TOPK
-            convert(infer, output / f"res.top{topk}", topk)
+            call(conversion(infer, output / f"res.top{topk}", topk))
         else:
             call([f"do_{stage}.py", *options[stage]])
         times[stage] = time.monotonic() - begun

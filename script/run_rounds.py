@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: the root is not on it
 
 from metric.evaluation import MEASURES
-from script.run_all import PROGRAMS, TOPK, Programs, call, convert, figures_of, split_options, start
+from script.run_all import PROGRAMS, TOPK, Programs, call, conversion, figures_of, split_options, start
 from torch_src import hparams
 from torch_src.dual_hparams import DualHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
@@ -80,7 +80,7 @@ class Rounds:
         for number in range(1, self.count + 1):
             self.stage(number, "dual_train", *self.train_set(number, "dual"))
             self.stage(number, "dual_infer", "--topk", topk)
-            convert(self.infer, self.folder(number) / f"res.top{topk}", topk)
+            call(conversion(self.infer, self.folder(number) / f"res.top{topk}", topk))
             if number < self.count:
                 self.mine(number)
         lines = self.table()

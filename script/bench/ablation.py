@@ -33,7 +33,7 @@ import numpy as np
 from metric.evaluation import compute_metrics, load_reference, load_result
 from script.lib.foreign_files import Counts
 from script.lib.official_layout import OfficialLayoutWriter, Passage, Query
-from script.run_all import call, convert
+from script.run_all import call, conversion
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import parse_dual_row
 from torch_src.data.lines import read_lines
@@ -124,7 +124,7 @@ class Ablation:
         ])  # fmt: skip
         words = [*self.files, "--output_dir", str(output), "--topk", "50"]
         call(["do_dual_infer.py", *words])
-        convert(parse(InferenceDeHparams, words), output / "res.top50", 50)
+        call(conversion(parse(InferenceDeHparams, words), output / "res.top50", 50))
         reference = load_reference(str(self.data / "dev/dev.json"))
         return compute_metrics(reference, load_result(str(output / "dual_res.json")))["MRR@10"]
 
