@@ -23,6 +23,7 @@ from metric.evaluation import compute_metrics, load_reference
 from torch_src.data.formats import read_id_map, read_run, read_scores
 from torch_src.data.kinds import ANSWERS, ID_MAP, RUN, SCORES, check_kinds
 from torch_src.data.results import check_same_candidates
+from torch_src.retrieval.fusion import fused_scores
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.options import OptionParser
 from torch_src.runtime.program import exit_status
@@ -55,8 +56,6 @@ def mrr_by_weight(
     reference: dict[str, set[str]],
 ) -> list[tuple[float, float]]:
     """Return (weight, MRR@10) for each weight. The pairs of a query are adjacent."""
-    from torch_src.retrieval.reranking import fused_scores  # here: --help takes no second
-
     starts = [at for at in range(len(qids)) if not at or qids[at] != qids[at - 1]]
     spans = [slice(a, b) for a, b in zip(starts, [*starts[1:], len(qids)], strict=True)]
     points = []

@@ -1,4 +1,4 @@
-"""Several rankings of the passages for one query combined into one: a hybrid of BM25 and vectors."""
+"""Scores of the passages for one query combined: BM25 with vectors, a re-ranker with its retriever."""
 
 from collections.abc import Sequence
 
@@ -31,3 +31,14 @@ def standardized(values: np.ndarray) -> np.ndarray:
     """Return the values at mean 0 and variance 1; zeros if they are all equal."""
     spread = values.std() if len(values) else 0.0
     return (values - values.mean()) / spread if spread > 1e-12 else np.zeros(len(values))
+
+
+def fused_scores(logits: np.ndarray, retriever: np.ndarray, spans: list[slice], weight: float) -> np.ndarray:
+    """Return logits + weight * retriever scores, the latter with mean 0 and variance 1 in each span."""
+    fused = logits.astype(np.float64)
+    for span in spans:
+        scores = retriever[span].astype(np.float64)
+        spread = scores.std() if len(scores) else 0.0
+        if spread > 0:
+            fused[span] += weight * (scores - scores.mean()) / spread
+    return fused

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from torch_src.data.candidates import Candidates
 from torch_src.models.cross_encoder import CrossEncoder
 from torch_src.models.tokenization import BatchedInference, TextRules, TokenTable, tokenize_pairs
+from torch_src.retrieval.fusion import fused_scores
 from torch_src.retrieval.tokenizing import TOKENIZE_AHEAD, Span, tokenized_spans
 from torch_src.runtime.errors import UserError
 
@@ -91,14 +92,3 @@ def fuse(candidates: Candidates, logits: np.ndarray, weight: float) -> np.ndarra
         return logits
     spans = [span for _, span in candidates.spans()]
     return fused_scores(logits, candidates.scores, spans, weight).astype(np.float32)
-
-
-def fused_scores(logits: np.ndarray, retriever: np.ndarray, spans: list[slice], weight: float) -> np.ndarray:
-    """Return logits + weight * retriever scores, the latter with mean 0 and variance 1 in each span."""
-    fused = logits.astype(np.float64)
-    for span in spans:
-        scores = retriever[span].astype(np.float64)
-        spread = scores.std()
-        if spread > 0:
-            fused[span] += weight * (scores - scores.mean()) / spread
-    return fused

@@ -18,7 +18,7 @@ from torch_src.data.formats import read_query_texts
 from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.data.terms import places, terms
 from torch_src.hparams import NONE
-from torch_src.retrieval.fusion import Ranking, fuse_rankings, standardized
+from torch_src.retrieval.fusion import Ranking, fuse_rankings, fused_scores
 from torch_src.retrieval.score_checks import collapsed
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import require
@@ -255,7 +255,7 @@ class SearchService:
         began = time.perf_counter()
         rows, scores = [row for row, _ in first.ranking], np.array([score for _, score in first.ranking])
         logits = reranker.logits(question, [self.collection[row] for row in rows]) if rows else np.zeros(0)
-        fused = logits.astype(np.float64) + self.reranker_weight * standardized(scores)
+        fused = fused_scores(logits, scores, [slice(0, len(rows))], self.reranker_weight)
         order = np.argsort(-fused, kind="stable").tolist()
         ranking = [(rows[at], float(fused[at])) for at in order]
         seconds = {**first.seconds, "re-rank": time.perf_counter() - began}
