@@ -43,13 +43,23 @@ def test_a_plain_folder_is_known_by_its_name(folder, capsys):
     assert capsys.readouterr().out.count("multilingual E5") == 1  # logged once
 
 
-def test_a_renamed_folder_is_known_by_its_configuration(folder):
+def test_a_renamed_folder_is_taken_for_the_model_that_its_configuration_names(folder, capsys):
     path = folder("mine")
     assert folder_settings(str(path)) == {}
     config = json.loads((path / "config.json").read_text())
     renamed = shutil.copytree(path, path.with_name("other"))
-    (renamed / "config.json").write_text(json.dumps({**config, "_name_or_path": "BAAI/bge-m3"}))
-    assert folder_settings(str(renamed))["pooling"] == "cls"
+    (renamed / "config.json").write_text(json.dumps({**config, "_name_or_path": "BAAI/bge-base-zh-v1.5"}))
+    assert folder_settings(str(renamed))["query_prefix"].startswith("为这个句子")
+    assert "BAAI/bge-base-zh-v1.5" in capsys.readouterr().err  # it is a guess
+    hp = InferenceDeHparams(dual_params="none", pretrained_model_path=str(renamed), query_prefix="")
+    assert find_dual_model(hp).settings["query_prefix"] == ""
+
+
+def test_a_known_name_is_no_guess(folder):
+    path = folder("bge-m3")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "_name_or_path": "intfloat/e5-base"}))
+    assert known_encoder(str(path))["family"] == "BGE-M3" and not known_encoder(str(path))["base"]
 
 
 def test_the_folder_wins_over_the_table_and_options_over_both(folder, capsys):

@@ -183,7 +183,7 @@ def folder_settings(path: str, longest: dict[str, int] | None = None) -> dict[st
     known = known_encoder(path)
     used = {name: known[name] for name in SETTINGS if known and getattr(folder, name) is None}
     if used:
-        log_known(path, known["family"], tuple(used.items()))
+        log_known(path, known["family"], known["base"], tuple(used.items()))
         folder = replace(folder, **used)
     elif not folder.has_modules:
         return {"pooling": "lasttoken"} if config and is_decoder(config) else {}
