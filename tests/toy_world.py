@@ -60,12 +60,21 @@ def make_collection(folder: Path, dev: list[dict], passages: int) -> None:
     write(folder / "passage2id.map.json", [json.dumps({str(n): pid for n, pid in enumerate(pool.values())})])
 
 
-def make_model(folder: Path, hidden: int = 32) -> None:
-    """Write the vocabulary and configuration of a one-layer BERT without weights; a seed draws them."""
+def make_model(folder: Path, hidden: int = 32, deviation: float = 0.02) -> None:
+    """Write a one-layer BERT with a head of one logit; `deviation`: of its random weights."""
+    import torch
+    from transformers import AutoConfig, BertForSequenceClassification
+
     tiny = ROOT / "tests/tiny_bert"
-    config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
     small = {"hidden_size": hidden, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    write(folder / "config.json", [json.dumps(config | small)])
+    config = AutoConfig.from_pretrained(tiny, **small, initializer_range=deviation, num_labels=1)
+    torch.manual_seed(42)
+    model = BertForSequenceClassification(config)
+    with torch.no_grad():  # tokens attend to equal tokens, as in pretrained models: training is short
+        for layer in model.bert.encoder.layer:
+            attention = layer.attention.self
+            attention.key.weight.copy_(attention.query.weight.mul_(5.0))
+    model.save_pretrained(folder)
     for name in ("vocab.txt", "tokenizer_config.json"):
         shutil.copy(tiny / name, folder / name)
 

@@ -1,6 +1,5 @@
 """Synthetic inputs of the benchmarks: models with random weights, collections, texts, random vectors."""
 
-import json
 import shutil
 from itertools import cycle, islice
 from pathlib import Path
@@ -18,12 +17,18 @@ if TYPE_CHECKING:
 PASSAGE_CHARACTERS, QUERY_CHARACTERS = (331.0, 0.8), (9.5, 0.37)
 
 
-def write_model(folder: Path, **sizes: int) -> None:
-    """Write a BERT over a vocabulary of single characters, without weights (a seed initializes them)."""
+def write_model(folder: Path, dropout: float = 0.1, **sizes: int) -> None:
+    """Write a BERT with random weights, a head of one logit and a vocabulary of single characters."""
+    import torch
+    import transformers
+    from transformers import AutoConfig, BertForSequenceClassification
+
     tiny = ROOT / "tests/tiny_bert"
-    folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | sizes), encoding="utf-8")
+    config = AutoConfig.from_pretrained(tiny, **sizes, num_labels=1)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(folder)
     for name in ("vocab.txt", "tokenizer_config.json"):
         shutil.copy(tiny / name, folder / name)
 
@@ -34,19 +39,9 @@ def write_small_model(folder: Path) -> None:
 
 
 def write_base_model(folder: Path, hidden: int = 768, layers: int = 12, dropout: float = 0.1) -> None:
-    """Write a BERT with random weights and a head of one logit, by default of the size of BERT-base."""
-    import torch
-    import transformers
-    from transformers import AutoConfig, BertForSequenceClassification
-
+    """Write such a model, by default of the size of BERT-base."""
     sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": max(1, hidden // 64)}
-    write_model(folder, **sizes, intermediate_size=4 * hidden, vocab_size=21128, random_init=False)
-    config = AutoConfig.from_pretrained(folder)
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    config.num_labels = 1
-    transformers.logging.disable_progress_bar()
-    torch.manual_seed(0)
-    BertForSequenceClassification(config).save_pretrained(folder)
+    write_model(folder, dropout, **sizes, intermediate_size=4 * hidden, vocab_size=21128)
 
 
 def texts_like(characters: tuple[float, float], count: int, seed: int) -> list[str]:

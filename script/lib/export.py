@@ -135,8 +135,6 @@ def save_backbone(
     found.tokenizer.chat_template = None
     if template and not template.special_tokens:
         found.tokenizer.chat_template = chat_template(template)
-    if hasattr(model.config, "random_init"):
-        del model.config.random_init  # true for the start of the training only
     model.save_pretrained(folder)
     save_tokenizer(found.tokenizer, Path(folder))
 

@@ -59,11 +59,6 @@ def write_official(world: Path) -> None:
     write(ids, [f"{qids[query]}\t{pids[at]}" for query, at, *_ in rows])
 
 
-def spread_out(config: Path) -> None:
-    """Draw the weights five times wider than usual, so that the scores of a query differ clearly."""
-    write(config, [json.dumps(load(config) | {"initializer_range": 0.1})])
-
-
 def load(path: Path):
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -72,7 +67,7 @@ def load(path: Path):
 def trained(tmp_path_factory) -> Path:
     """A world in which both stages have run; tests change only copies of it."""
     world = make_world(tmp_path_factory.mktemp("world"))
-    spread_out(world / "model/config.json")
+    make_model(world / "model", deviation=0.1)  # so that the scores of a query differ clearly
     assert retrieve(world) == 0
     write_official(world)
     assert train(world) == 0 and infer(world) == 0

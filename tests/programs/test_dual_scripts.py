@@ -238,12 +238,11 @@ def test_pid_map_shorter_than_the_collection(world, capsys):
 def test_missing_and_half_downloaded_model_folder(world, capsys):
     nowhere = ["--pretrained_model_path", str(world / "nowhere")]
     refused(capsys, world, train(world, *nowhere), "nowhere: no such folder (pretrained_model_path)")
-    config = world / "model/config.json"
-    write(config, [config.read_text(encoding="utf-8").replace('"random_init": true', '"random_init": false')])
+    (world / "model/model.safetensors").unlink()
     refused(capsys, world, train(world), "contains no weights")
     (world / "model/model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     refused(capsys, world, train(world), "the weights cannot be read")
-    config.unlink()
+    (world / "model/config.json").unlink()
     refused(capsys, world, train(world), "contains no config.json")
 
 

@@ -51,9 +51,7 @@ def test_one_changed_setting_is_detected(world, capsys, knob, value, passages):
     printed = capsys.readouterr().out
     if knob != "topk":  # another k is another file
         assert "res.top10: out of date" in printed
-        assert (
-            "weights: " if knob == "seed" else f"{knob}: "
-        ) in printed  # drawn from the seed: no weights there
+        assert ("weights: " if knob == "seed" else f"{knob}: ") in printed  # of weights that the folder lacks
     assert (blocks(world) != before) == passages
     assert ("vectors up to date" in printed) != passages
 

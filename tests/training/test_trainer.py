@@ -2,11 +2,11 @@
 
 import math
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from toy_world import SAMPLE, make_model
 
 from torch_src.dual_hparams import DualHparams
 from torch_src.dual_train import training_stage
@@ -19,8 +19,6 @@ from torch_src.training.optimizer import lr_factor, parameter_groups
 from torch_src.training.trainer import Output, Trainer, TrainerOptions, TrainingTask
 
 CPU = torch.device("cpu")
-SAMPLE = Path(__file__).resolve().parents[2] / "script" / "sample_data"
-MODEL = Path(__file__).resolve().parents[1] / "tiny_bert"
 
 
 class Toy(TrainingTask):
@@ -383,8 +381,9 @@ def test_without_a_dev_set_the_last_weights_are_kept(tmp_path):
 def test_tokenizing_ahead_is_not_disturbed_by_an_evaluation(tmp_path, monkeypatch):
     # The thread that prepares the next batch waits between setting its length limit and tokenizing, until the
     # evaluation has tokenized to another limit, or for 0.3 s when the two never meet.
+    make_model(tmp_path / "model")
     hp = DualHparams(
-        data_dir=str(SAMPLE), pretrained_model_path=str(MODEL), output_dir=str(tmp_path),
+        data_dir=str(SAMPLE), pretrained_model_path=str(tmp_path / "model"), output_dir=str(tmp_path),
         batch_size=2, q_max_seq_len=8, p_max_seq_len=40, max_steps=2, eval_every=1, precision="fp32",
         device="cpu",
     )  # fmt: skip

@@ -27,7 +27,7 @@ from torch_src.models.tokenization import LENGTHS, TextRules, load_tokenizer, to
 from torch_src.runtime import tensor_files
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import read_json
-from torch_src.runtime.log import log, warn
+from torch_src.runtime.log import warn
 from torch_src.runtime.stamps import checksum_files, checksum_text
 from torch_src.runtime.tensor_files import load_tensors
 
@@ -37,7 +37,6 @@ WEIGHT_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )
-ATTENTION_GAIN = 5.0  # at BERT's initial deviation of 0.02 attention is nearly uniform
 DROPOUT_FIELDS = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
@@ -212,17 +211,9 @@ def load_pretrained(
 ) -> tuple[PreTrainedModel, list[str]]:
     """Return (the model in float32, names of the weights missing in its file); `config` is from load_config.
 
-    With `"random_init": true` in config.json all weights are initialized from `seed` and none is missing.
-    UserError for a missing or incomplete folder.
+    Missing weights are initialized from `seed`. UserError for a missing or incomplete folder.
     """
     path = local_folder(path)
-    if getattr(config, "random_init", False):
-        log(f"{path}: no pretrained weights; initialized randomly with seed {seed}")
-        torch.manual_seed(seed)
-        build = getattr(auto_class, "from_config", None) or auto_class._from_config
-        model = build(config, dtype=torch.float32, **options)
-        attend_to_equal_tokens(model)
-        return model, []
     if not any(os.path.exists(os.path.join(path, name)) for name in WEIGHT_FILES):
         raise UserError(f"{path}: contains no weights (expected model.safetensors); download it again")
     # transformers' reports and progress bars would clutter the log; the caller checks for missing weights
@@ -245,20 +236,6 @@ def load_pretrained(
         ) from error
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
     return model, sorted({*info["missing_keys"], *mismatched})
-
-
-@torch.no_grad()
-def attend_to_equal_tokens(model: PreTrainedModel) -> None:
-    """Scale every attention's query weights by ATTENTION_GAIN and copy them to its key weights.
-
-    Tokens then attend to equal tokens, as in pretrained models. A small random model needs hours to learn it,
-    and a cross-encoder without it only learns which passages are often relevant.
-    """
-    for module in model.modules():
-        query, key = getattr(module, "query", None), getattr(module, "key", None)
-        if isinstance(query, nn.Linear) and isinstance(key, nn.Linear):
-            query.weight.mul_(ATTENTION_GAIN)
-            key.weight.copy_(query.weight)
 
 
 def model_checksum(path: str) -> str:
