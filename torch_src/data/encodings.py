@@ -5,7 +5,6 @@ from collections import Counter
 
 GZIPPED = b"\x1f\x8b"  # first bytes of a gzip file; no UTF-8 text begins with them
 GZIPPED_FILE = "is gzipped (expected plain text); unpack it with gunzip"
-OTHER_ENCODING = "not UTF-8 but"  # the beginning of a message
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # The 3,755 characters that GB2312 lists as common begin with these bytes; they are most of any Chinese text.
 COMMON_BYTES = {bytes([first]) for first in range(0xB0, 0xD8)}
@@ -27,13 +26,18 @@ def is_gb18030(raw: bytes) -> bool:
     return common >= MIN_COMMON * max(1, sum(letters.values()))
 
 
+def known_encoding(raw: bytes) -> str:
+    """Return the encoding of bytes that are not UTF-8; empty when unknown, as in a damaged file."""
+    return "UTF-16" if raw.startswith(UTF16) else "GB18030" if is_gb18030(raw) else ""
+
+
 def not_utf8(raw: bytes, path: object, where: str = "") -> str:
     """Return the message about bytes of a file that are not UTF-8: what they are, and how to convert them."""
     if raw.startswith(GZIPPED):
         return GZIPPED_FILE
-    found = "UTF-16" if raw.startswith(UTF16) else "GB18030" if is_gb18030(raw) else ""
+    found = known_encoding(raw)
     if not found:
         return (
             f"not UTF-8{where}: a damaged file, or another encoding; `iconv -f ENCODING -t UTF-8` converts it"
         )
-    return f"{OTHER_ENCODING} {found}; convert it: iconv -f {found} -t UTF-8 {path} > {path}.utf8"
+    return f"not UTF-8 but {found}; convert it: iconv -f {found} -t UTF-8 {path} > {path}.utf8"

@@ -16,7 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from torch_src.data.encodings import GZIPPED, not_utf8
+from torch_src.data.encodings import GZIPPED, known_encoding, not_utf8
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import warn
 
@@ -34,6 +34,14 @@ class FormatError(UserError):
     def __init__(self, path: FilePath, line: int, message: str):
         super().__init__(f"{path}:{line}: {message}")
         self.line, self.message = line, message
+
+
+class EncodingError(FormatError):
+    """A line that is not UTF-8; `encoding` is what it seems to be, empty when unknown."""
+
+    def __init__(self, path: FilePath, line: int, raw: bytes, where: str):
+        super().__init__(path, line, not_utf8(raw, path, where))
+        self.encoding = known_encoding(raw)
 
 
 def shown(text: str) -> str:
@@ -85,12 +93,12 @@ def raw_lines(file: BinaryIO, path: FilePath) -> Iterator[tuple[int, bytes]]:
 
 
 def decode(raw: bytes, path: FilePath, line: int) -> str:
-    """Return the line's text without its final newline; FormatError when it is not UTF-8."""
+    """Return the line's text without its final newline; EncodingError when it is not UTF-8."""
     try:
         text = raw.removesuffix(b"\n").decode("utf-8")
     except UnicodeDecodeError as error:
         where = f" (byte {error.start + 1} of the line)"
-        raise FormatError(path, line, not_utf8(raw, path, where)) from None
+        raise EncodingError(path, line, raw, where) from None
     if line == 1 and text.startswith("\ufeff"):
         raise FormatError(path, line, BYTE_ORDER_MARK)
     return text

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from torch_src.data.collection import collection_files
-from torch_src.data.encodings import GZIPPED_FILE, OTHER_ENCODING
+from torch_src.data.encodings import GZIPPED_FILE
 from torch_src.data.formats import (
     parse_candidate,
     parse_cross_row,
@@ -20,7 +20,16 @@ from torch_src.data.formats import (
     parse_query,
     read_q2qid,
 )
-from torch_src.data.lines import FilePath, FormatError, decode, is_gzipped, open_file, raw_lines, shown
+from torch_src.data.lines import (
+    EncodingError,
+    FilePath,
+    FormatError,
+    decode,
+    is_gzipped,
+    open_file,
+    raw_lines,
+    shown,
+)
 from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.data.row_file import text_hash
 from torch_src.runtime.errors import UserError
@@ -175,7 +184,7 @@ class DataCheck:
                         yield rows, parse(decode(raw, path, rows), path, rows)
                     except FormatError as error:
                         self.found.error(path, error)
-                        if error.message.startswith(OTHER_ENCODING):
+                        if isinstance(error, EncodingError) and error.encoding:
                             return  # every line would be the same fault
         except FormatError as error:  # a line that is too long: the rest of the file cannot be read
             self.found.error(path, error)
