@@ -1,11 +1,12 @@
 """Distillation: texts, losses by hand, and the whole program for a few updates."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from toy_world import make_world
+from toy_world import make_model, make_world
 
 from script import distill_encoder
 from script.lib.distill import check_groups
@@ -96,6 +97,17 @@ def test_the_program(tmp_path, monkeypatch, capsys):
     assert distill_encoder.main([*options, "--steps", "2", "--to", str(again)]) == 0
     assert "resuming after step 2 of 2" in capsys.readouterr().out
     assert (again / "model.safetensors").read_bytes() == (small / "model.safetensors").read_bytes()
+
+
+def test_another_teacher_in_the_same_folder_starts_anew(tmp_path, capsys):
+    options = [*small_run(tmp_path, "cpu"), "--steps", "1", "--to", str(tmp_path / "small")]
+    assert distill_encoder.main(options) == 0
+    shutil.rmtree(tmp_path / "small")
+    make_model(tmp_path / "model", deviation=0.1)
+    capsys.readouterr()
+    assert distill_encoder.main(options) == 0
+    printed = capsys.readouterr()
+    assert "resuming" not in printed.out and "its settings differ (teacher: " in printed.out + printed.err
 
 
 def test_a_teacher_without_unit_vectors_is_refused(tmp_path, capsys):
