@@ -89,7 +89,7 @@ def test_vectors_are_copied_once(make_encoder, host_copies):
     batches = []
     encoder = make_encoder(batch_size=8)
     table = encoder.tokenize(make_texts(40))
-    encoder.encode_tokens(table, done=lambda *batch: batches.append(batch))
+    encoder.encode_on_device(table, torch.float32, lambda *batch: batches.append(batch)).cpu().numpy()
     assert host_copies == ["cpu", "numpy"] and [texts for texts, _ in batches] == [8] * 5
 
 

@@ -43,7 +43,6 @@ HARMLESS = {
     "trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "attn_implementation",
     "torch_dtype", "dtype", "use_cache", "padding_side", "use_fast", "model_max_length", "low_cpu_mem_usage",
 }  # fmt: skip
-TANH = "torch.nn.modules.activation.Tanh"
 ACTIVATIONS = ("Tanh", "Identity", "GELU", "ReLU", "SiLU", "Sigmoid", "ELU", "LeakyReLU", "Mish", "SELU")
 NO_LIMIT = 1_000_000  # tokenizers without a length limit have a larger model_max_length
 

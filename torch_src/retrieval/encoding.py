@@ -56,14 +56,15 @@ class Encoder(BatchedInference):
             raise UserError("the vectors are not finite; check the weights, or use --precision fp32")
         return vectors
 
-    def encode_tokens(
-        self, table: TokenTable, dtype: torch.dtype = torch.float32, done: Callable | None = None
-    ) -> np.ndarray:
-        """Return the vectors (N, H) of `dtype`; calls done(texts, tokens) after each forward pass."""
-        return self.encode_on_device(table, dtype, done).cpu().numpy()
+    def encode_tokens(self, table: TokenTable) -> np.ndarray:
+        """Return the vectors (N, H) float32 of N tokenized texts."""
+        return self.encode_on_device(table, torch.float32).cpu().numpy()
 
-    def encode_on_device(self, table: TokenTable, dtype: torch.dtype, done: Callable | None) -> Tensor:
-        """Return the vectors (N, H) of `dtype` on the device; on CUDA the kernels may still be running."""
+    def encode_on_device(self, table: TokenTable, dtype: torch.dtype, done: Callable | None = None) -> Tensor:
+        """Return the vectors (N, H) of `dtype` on the device; on CUDA the kernels may still be running.
+
+        Calls done(texts, tokens) after each forward pass.
+        """
         vectors = torch.empty((len(table), self.width), dtype=dtype, device=self.device)
         self.write_outputs(vectors, table, self.tower, self._embed, done)
         return vectors
