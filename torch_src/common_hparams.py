@@ -164,7 +164,7 @@ class Training(TrainRows, DevAnswers, PlannedJob):
 
     # run
     save_every_minutes: float = 15.0  # between extra checkpoints; 0: only after epochs and evaluations
-    log_every: int = 20  # updates between log lines
+    log_every: int = 20  # updates between log lines; where they are slow, a line every 30 s as well
 
     # advanced
     tokens_per_batch: int = 0  # padded tokens per forward pass; 0: from free GPU memory, 2,048 on a CPU

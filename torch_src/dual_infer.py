@@ -52,6 +52,8 @@ from torch_src.runtime.program import exit_status
 from torch_src.runtime.progress import Progress
 from torch_src.runtime.stamps import JsonDict, checksum_text, clear_stamp, up_to_date, write_stamp
 
+LARGE = 100_000  # passages from which the log tells how the search went: fewer take no time
+
 # search(queries (B, H) float32) -> (rows (B, K) int64, scores (B, K) float64)
 SearchFunction = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -289,7 +291,8 @@ def make_search(job: DualInference, queries: np.ndarray, store: VectorStore | No
 
 def _exact_search(job: DualInference, store: VectorStore) -> SearchFunction:
     devices, memory_gb = job.search_devices, job.hp.search_memory_gb
-    kind = choose_kind("auto", store.hidden, devices[0], log)
+    is_large = store.rows >= LARGE
+    kind = choose_kind("auto", store.hidden, devices[0], log if is_large else None)
 
     def find(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         progress = Progress(store.rows, LOG_SECONDS, "searched")
@@ -297,7 +300,8 @@ def _exact_search(job: DualInference, store: VectorStore) -> SearchFunction:
             store, queries, job.topk, devices, kind, memory_gb, bs=job.bs, searched=progress.add
         )
         progress.close()
-        log(f"{len(queries):,} queries: {stats}")
+        if is_large:
+            log(f"{len(queries):,} queries: {stats}")
         return rows, scores
 
     return find

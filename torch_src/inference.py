@@ -67,7 +67,7 @@ from torch_src.retrieval.reranking import PairScorer
 from torch_src.runtime.devices import choose_device, choose_precision, set_threads, token_budget
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import read_json, require
-from torch_src.runtime.log import log, warn
+from torch_src.runtime.log import log, log_once, warn
 from torch_src.runtime.planning import evenly_spaced
 from torch_src.runtime.stamps import JsonDict, changed_files, checksum_files, checksum_text
 
@@ -252,7 +252,7 @@ def choose_hardware(hp: Run) -> tuple[torch.device, str]:
     """Return (device, precision), after setting the number of threads."""
     device = choose_device(hp.device)
     precision = choose_precision(hp.precision, device)
-    log(f"device {device}  precision {precision}  threads {set_threads(hp.threads)}")
+    log_once(f"device {device}  precision {precision}  threads {set_threads(hp.threads)}")
     return device, precision
 
 

@@ -344,12 +344,14 @@ def test_a_non_finite_gradient_of_a_finite_loss_stops(tmp_path):
     assert toy.weights() == before
 
 
-def test_the_best_weights_are_kept_rather_than_the_last(tmp_path):
+def test_the_best_weights_are_kept_rather_than_the_last(tmp_path, capsys):
     toy = Toy(tmp_path, epochs=4, metrics=[0.9, 0.2, 0.6, 0.6, 0.4])
     progress = toy.run()
     assert [step for step, _ in toy.saved] == [4, 8]  # 12 is as good, not better
     assert (progress.best, progress.best_step, progress.untrained, progress.step) == (0.6, 8, 0.9, 16)
     assert toy.saved[-1][1] != toy.weights()
+    found = [line.partition("s)")[2] for line in capsys.readouterr().out.splitlines() if " dev " in line]
+    assert [line.split(";")[0].strip() for line in found] == ["", "saved", "saved", "", ""]
     last = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
     assert b"".join(value.numpy().tobytes() for value in last.values()) == toy.weights()
 
@@ -360,6 +362,16 @@ def test_early_stop_counts_evaluations_without_gain(tmp_path):
     assert (progress.step, progress.best_step, toy.metrics) == (20, 12, [0.9])
     toy = Toy(tmp_path / "never", epochs=5, early_stop=0, metrics=[0.0, 0.3, 0.2, 0.1, 0.1, 0.1])
     assert toy.run().step == 20
+
+
+def test_slow_updates_log_lines_that_change_no_curve(tmp_path, monkeypatch, capsys):
+    quick = Toy(tmp_path / "quick", log_every=5).run()
+    lines = [line for line in capsys.readouterr().out.splitlines() if " step " in line]
+    monkeypatch.setattr(trainer, "line_due", lambda now, started, logged, seconds: True)
+    slow = Toy(tmp_path / "slow", log_every=5).run()
+    assert len(lines) == 3  # 5, 10, 12
+    assert sum(" step " in line for line in capsys.readouterr().out.splitlines()) == 12
+    assert slow.history == quick.history
 
 
 @pytest.mark.parametrize(("eval_every", "steps"), [(0, [0, 4, 8, 12]), (5, [0, 5, 10, 12]), (-1, [])])

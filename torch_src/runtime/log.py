@@ -15,6 +15,8 @@ class LiveLine(Protocol):
 
 live_lines: list[LiveLine] = []  # of runtime/progress.py; log lines are printed above them
 
+logged_once: set[str] = set()
+
 
 def rank() -> int:
     """Return the rank of this process under torchrun, else 0."""
@@ -23,6 +25,13 @@ def rank() -> int:
 
 def log(line: str) -> None:
     _print(line)
+
+
+def log_once(line: str) -> None:
+    """Log a line unless this process has logged it before: several parts share it."""
+    if line not in logged_once:
+        logged_once.add(line)
+        log(line)
 
 
 def warn(line: str) -> None:

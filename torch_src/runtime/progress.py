@@ -14,6 +14,11 @@ from torch_src.runtime.log import duration, log, rank
 LINES_GROW = 20  # a log line after 1/20 of the time so far: tens of lines in an hour, a hundred in a day
 
 
+def line_due(now: float, started: float, logged: float, seconds: float) -> bool:
+    """Return whether a log line is due: `seconds` after the last one, later in a long run."""
+    return now - logged >= max(seconds, (now - started) / LINES_GROW)
+
+
 def live_line(total: int, unit: str, done: int = 0) -> "tqdm[Any] | None":
     """Return the live line of a loop, which log lines do not disturb; None without a terminal.
 
@@ -59,7 +64,7 @@ class Progress:
         now = self.clock()
         if self.bar is not None:
             self.bar.update(texts)
-        elif now - self.logged >= max(self.log_every, (now - self.started) / LINES_GROW):
+        elif line_due(now, self.started, self.logged, self.log_every):
             self.logged = now
             log(self._line())
 

@@ -19,7 +19,7 @@ from torch_src.runtime.devices import peak_memory_gb
 from torch_src.runtime.errors import UserError, first_line, is_out_of_memory
 from torch_src.runtime.log import duration, log, warn
 from torch_src.runtime.prefetch import one_ahead, prepared_by_workers
-from torch_src.runtime.progress import close_live_line, live_line
+from torch_src.runtime.progress import close_live_line, line_due, live_line
 from torch_src.runtime.signals import StopSignals
 from torch_src.runtime.stamps import differences
 from torch_src.training.checkpoints import load_checkpoint, save_checkpoint
@@ -28,6 +28,7 @@ from torch_src.training.grad_cache import ChunkedForward, Chunking
 from torch_src.training.optimizer import Ema, lr_factor, parameter_groups
 
 MAIN_METRIC = "MRR@10"  # decides which weights are the best
+LOG_SECONDS = 30  # without a line, after which the next update logs one
 MAX_SKIPS = 50  # fp16 updates skipped in a row that end the run: its loss scale will not recover
 
 
@@ -459,7 +460,8 @@ class TrainingLog:
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.first_step, self.begun = trainer, trainer.progress.step, time.monotonic()
-        self.recent: list[Update] = []  # since the last line
+        self.logged = self.begun
+        self.recent: list[Update] = []  # since the last point of the curves
         self.board: SummaryWriter | None = None
         self.bar = live_line(trainer.schedule.total_steps, "updates", self.first_step)
         if trainer.processes.is_first:
@@ -471,20 +473,25 @@ class TrainingLog:
                     self._plot("train" if "loss" in entry else "dev", entry)
 
     def update(self, update: Update) -> None:
-        """Log the means since the last line, every `log_every` updates and after the last one."""
+        """Log the means since the last point, every `log_every` updates and after the last one.
+
+        Slow updates log lines in between, which add nothing to curves and history: those do not depend on
+        the speed of the machine.
+        """
         trainer, task, options = self.trainer, self.trainer.task, self.trainer.options
         step, total = trainer.progress.step, trainer.schedule.total_steps
         self.recent.append(update)
         if self.bar is not None:
             self.bar.update()
-        if step % options.log_every and step != total:
+        is_point, now = step % options.log_every == 0 or step == total, time.monotonic()
+        if not is_point and (self.bar is not None or not line_due(now, self.begun, self.logged, LOG_SECONDS)):
             return
         count = len(self.recent)
         loss = sum(each.loss for each in self.recent) / count
         accuracy = sum(each.accuracy for each in self.recent) / count
         seconds = max(sum(each.seconds for each in self.recent), 1e-9)
         rate = count * options.accumulation_steps * task.units_per_batch / seconds
-        left = (time.monotonic() - self.begun) / (step - self.first_step) * (total - step)
+        left = (now - self.begun) / (step - self.first_step) * (total - step)
         skipped = f"  skipped {trainer.progress.skipped_total}" if trainer.progress.skipped_total else ""
         epoch = (step - 1) // trainer.schedule.steps_per_epoch + 1
         epochs = f"epoch {epoch}/{options.epochs}"
@@ -497,6 +504,8 @@ class TrainingLog:
                 f"lr {update.lr:.1e}  {rate:.1f} {task.unit}/s  "
                 f"mem {peak_memory_gb(trainer.processes.device):.1f} GB  eta {duration(left)}{skipped}"
             )
+        if not is_point:
+            return
         name = f"{task.accuracy_name.replace('-', '_')}_accuracy"
         self._plot("train", {"loss": loss, name: accuracy, "lr": update.lr})
         rounded = {"loss": round(loss, 5), name: round(accuracy, 5), "lr": update.lr}
@@ -513,7 +522,10 @@ class TrainingLog:
         step = self.trainer.progress.step
         when = f"step {step}" if step else "before training"
         figures = "  ".join(f"{name} {figure:.4f}" for name, figure in metrics.items())
-        self.line(f"dev {when}: {figures}  ({duration(seconds)})" + ("  best so far" if better else ""))
+        untrained, kept = self.trainer.progress.untrained, "best so far"
+        if metrics.get(MAIN_METRIC, math.inf) <= untrained:
+            kept = f"saved; not better than before training ({untrained:.4f})"
+        self.line(f"dev {when}: {figures}  ({duration(seconds)})" + (f"  {kept}" if better else ""))
         self._plot("dev", metrics)
         self.trainer.progress.history.append({"step": step, **metrics})
 
@@ -525,6 +537,7 @@ class TrainingLog:
 
     def line(self, line: str) -> None:
         """Log a line once for all processes."""
+        self.logged = time.monotonic()
         if self.trainer.processes.is_first:
             log(line)
 
