@@ -30,6 +30,7 @@ import numpy as np
 from metric.evaluation import MEASURES, Reference, compute_metrics, per_query
 from script.lib.paired_test import SEED, compare
 from script.lib.trec_files import check_reference, check_result, read_grades, read_ranking
+from torch_src.runtime.commands import command
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.libraries import import_library
@@ -98,9 +99,9 @@ def run(args: argparse.Namespace) -> None:
     """Compare and print."""
     if args.per_query:
         check_outputs([Output(args.per_query, PER_QUERY)], [args.a, args.b, args.reference])
-    command = "python metric/convert_recall_res_to_json.py q2qid.dev.json passage2id.map.json"
+    maps = ("q2qid.dev.json", "passage2id.map.json")
     for path in (args.a, args.b):
-        check_result(path, f"convert it: {command} {path} 50")
+        check_result(path, f"convert it: {command('metric/convert_recall_res_to_json.py', *maps, path, 50)}")
     check_reference(args.reference)
     grades = read_grades(Path(args.reference), args.min_grade)
     reference = {

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 from torch_src.dual_hparams import DualHparams
 from torch_src.models.hub import is_hub_name
+from torch_src.runtime.commands import command, download, pip_install, python
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import ROOT, from_root
 from torch_src.runtime.libraries import GPU_REQUIREMENTS, VENV, how_to_install, requirements_of
@@ -95,7 +96,7 @@ def check_packages() -> Iterator[Finding]:
         yield Finding(ERROR, "packages", f"missing: {', '.join(missing)}; {how_to_install('torch')}")
     for name, limits in required().items():
         if versions[name] and not fits(versions[name], limits):
-            fix = f"{sys.executable} -m pip install '{name}{limits}'"
+            fix = pip_install(name + limits)
             yield Finding(ERROR, "packages", f"{name} {versions[name]} (expected {limits}); run {fix}")
     if present := [f"{name} {version}" for name, version in versions.items() if version]:
         yield Finding(OK, "packages", ", ".join(present))
@@ -105,7 +106,7 @@ def check_packages() -> Iterator[Finding]:
             name for name, _ in REQUIREMENT.findall(path.read_text(encoding="utf-8")) if not installed(name)
         ]
         if purpose and lacks:
-            fix = f"{sys.executable} -m pip install -r {from_root(path.name)}"
+            fix = pip_install("-r", from_root(path.name))
             yield Finding(OK, "optional", f"for {purpose}: {fix} (it has {', '.join(lacks)})")
 
 
@@ -126,7 +127,7 @@ def check_gpu(found: list[str]) -> Iterator[Finding]:
     try:
         import torch
     except Exception as error:
-        fix = f"{sys.executable} -m pip install --force-reinstall -r {from_root(requirements_of('torch'))}"
+        fix = pip_install("--force-reinstall", "-r", from_root(requirements_of("torch")))
         yield Finding(ERROR, "torch", f"cannot be imported ({first_line(error)[:200]}); run {fix}")
         return
     with warnings.catch_warnings(record=True) as reasons:
@@ -152,8 +153,8 @@ def gpu_finding(found: list[str], version: str, cuda: str | None, usable: bool, 
     if not found:
         return Finding(OK, "gpu", f"none that nvidia-smi reports; torch {version} (CUDA {cuda}) uses the CPU")
     if not cuda:
-        pip = f"{sys.executable} -m pip"
-        fix = f"run {pip} uninstall -y torch faiss-cpu, then {pip} install -r {from_root(GPU_REQUIREMENTS)}"
+        install = pip_install("-r", from_root(GPU_REQUIREMENTS))
+        fix = f"run {python()} -m pip uninstall -y torch faiss-cpu, then {install}"
         return Finding(ERROR, "gpu", f"{card}, but torch {version} is a build without CUDA; {fix}")
     if os.getenv("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return Finding(WARNING, "gpu", f"{card}, hidden by CUDA_VISIBLE_DEVICES; unset it")
@@ -229,24 +230,24 @@ def check_hub() -> Iterator[Finding]:
 
 def check_data(hp: DualHparams) -> Iterator[Finding]:
     """Data and model of the default job."""
-    folder, download = Path(hp.data_dir), f"sh {from_root('script/download.sh')}"
+    folder = Path(hp.data_dir)
     queries = (folder / "dev/dev.q.format", folder / "dev/q2qid.dev.json", folder / "dev/dev.json")
     files = (hp.train_set_path, hp.passage_dir_path, hp.passage_ids_path, *map(str, queries))
     missing = [path for path in files if not os.path.exists(path)]
     if not folder.is_dir():
         yield Finding(
-            WARNING, "data", f"{folder}: no such folder; run {download}, or use --debug (the sample)"
+            WARNING, "data", f"{folder}: no such folder; run {download()}, or use --debug (the sample)"
         )
     elif missing:
-        fix = f"run {download}, or see docs/formats.md"
+        fix = f"run {download()}, or see docs/formats.md"
         yield Finding(WARNING, "data", f"{folder}: lacks {', '.join(missing)}; {fix}")
     else:
-        yield Finding(OK, "data", f"{folder}; python script/check_data.py {folder} reads every line")
+        yield Finding(OK, "data", f"{folder}; {command('script/check_data.py', folder)} reads every line")
     model = Path(hp.pretrained_model_path)
     if is_hub_name(hp.pretrained_model_path):
         yield Finding(OK, "model", f"{model}: a hub name, downloaded when it is used")
     elif not (model / "config.json").exists():
-        fix = f"run {download} model, or pass --pretrained_model_path"
+        fix = f"run {download('model')}, or pass --pretrained_model_path"
         yield Finding(
             WARNING, "model", f"{model}: no config.json; {fix}, or use --debug (the sample's encoder)"
         )

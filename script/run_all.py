@@ -37,6 +37,7 @@ from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.inputs import check_inputs
 from torch_src.query_ids import read_query_ids
+from torch_src.runtime.commands import command
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import require, write_json
 from torch_src.runtime.log import duration, log
@@ -67,7 +68,9 @@ def split_options(argv: list[str], programs: Programs = PROGRAMS) -> dict[str, l
         stage, _, knob = word.removeprefix("--").rpartition(".")
         takers = [n for n, settings in programs.items() if stage in ("", n) and has_knob(settings, knob)]
         if not takers or not word.startswith("--"):
-            raise UserError(f"{word}: no program has this option; see `python do_dual_train.py --help` etc.")
+            raise UserError(
+                f"{word}: no program has this option; see `{command('do_dual_train.py', '--help')}` etc."
+            )
         for name in takers:
             options[name].append(f"--{knob}")
     return options
@@ -81,7 +84,7 @@ def check_data(train_sets: list[str], hp: InferenceDeHparams, dev_set: str) -> N
     """UserError unless the input files exist and their ids fit together; check_data.py checks every line."""
     check_inputs(hp, None, passage_dir_path="passages", dev_q_path="queries")
     for path in train_sets:
-        require(path, "training rows", "get it with `sh script/download.sh`")
+        require(path, "training rows")
     queries = read_query_ids(hp)
     cache = str(Path(hp.output_dir) / "cache")
     passages = len(PassageCollection(hp.passage_dir_path, cache))

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import shlex
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch_src.inputs import check_inputs
 from torch_src.models.dual_encoder import DualEncoder
 from torch_src.query_ids import read_query_ids
 from torch_src.retrieval.encoding import encode_collection
-from torch_src.retrieval.engines.milvus import COMMAND, MAX_HITS, MilvusSearch
+from torch_src.retrieval.engines.milvus import MAX_HITS, PROGRAM, MilvusSearch
 from torch_src.retrieval.faiss_gpu import IndexGpus
 from torch_src.retrieval.faiss_index import (
     INDEX,
@@ -34,6 +33,7 @@ from torch_src.retrieval.faiss_index import (
 )
 from torch_src.retrieval.search import choose_kind, chunk_rows, measured_recall, search
 from torch_src.retrieval.vectors import NOT_COMPARED, DamagedBlock, VectorStore, new_manifest, save_vectors
+from torch_src.runtime.commands import command
 from torch_src.runtime.devices import peak_memory_gb, search_devices, worker_count
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_write
@@ -135,7 +135,7 @@ class DualInference(Retriever):
                 options[f"--{name}"] = getattr(hp, name)
         if hp.passage_ids or hp.passage_dir:
             options["--passage_ids"] = hp.passage_ids_path
-        load = shlex.join([*COMMAND.split(), *(word for option in options.items() for word in option)])
+        load = command(PROGRAM, *(word for option in options.items() for word in option))
         uri, name, folder = hp.milvus_uri_path, hp.milvus_collection, hp.para_emb_path
         return MilvusSearch(uri, name, self.passage_manifest, folder, hp.search_params, load)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from torch_src.models.hub import is_hub_name
+from torch_src.runtime.commands import DATASET
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import ROOT, from_root, to_root, write_json
 from torch_src.runtime.log import error, log
@@ -27,7 +28,7 @@ from torch_src.runtime.options import check_range, check_utf8, limit_text
 
 NONE = "none"  # value that turns a path or model option off
 # Default paths are relative to the repository, those of options to the current directory.
-DATA_DIR, OUTPUT = "dureader-retrieval-baseline-dataset", "output"
+DATA_DIR, OUTPUT = DATASET, "output"
 SAMPLE_DIR = "script/sample_data"
 TINY_ENCODER = f"{SAMPLE_DIR}/tiny_encoder"  # a retriever and a re-ranker in one file
 POOLINGS = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "pooler")

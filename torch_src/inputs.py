@@ -1,33 +1,59 @@
 """The inputs of a program: the first one that is missing is reported before anything slow starts."""
 
 import os
-from pathlib import Path
+from collections.abc import Collection
+from dataclasses import fields
 
 from torch_src.common_hparams import DataFolder
-from torch_src.hparams import NONE
+from torch_src.hparams import NONE, inherited
 from torch_src.models.hub import is_hub_name
+from torch_src.runtime.commands import download, how_to_get
 from torch_src.runtime.errors import UserError
 
-DOWNLOAD = "get it with `sh script/download.sh`, or pass the folder around passage-collection as --data_dir"
+LATER = (
+    "dual_params",
+    "cross_params",
+    "retrieval_result",
+)  # results that a plan and the search page can lack
+FOLDERS = {
+    "data_dir": "the folder around passage-collection",
+    "pretrained_model_path": "a folder, or a hub name such as owner/name",
+}
 
 
 def check_inputs(hp: DataFolder, model: str | None, **data: str) -> None:
-    """UserError for the first missing input: those that options name first, then data, then the model.
+    """UserError for the first missing input: those that options name, then data, then the model.
 
     `model`: folder or hub name, None for a trained one; `data`: property of a path -> what it is.
     """
-    plain = type(hp).defaults(hp.debug)
-    missing: list[tuple[bool, str]] = []  # whether an option names it, the message
+    check_named(hp, LATER if getattr(hp, "plan", False) else ())
     for name, what in data.items():
         path = getattr(hp, name)
         if path == NONE or os.path.exists(path):
             continue
-        no_folder = not os.path.isdir(hp.data_dir) and Path(hp.data_dir) in Path(path).parents
-        message = f"{hp.data_dir}: no such folder" if no_folder else f"{path}: no such file or folder"
-        missing.append((path != getattr(plain, name), f"{message} ({what}); {DOWNLOAD}"))
+        is_folder, get = os.path.isdir(hp.data_dir), how_to_get(path)
+        message = f"{path}: no such file or folder" if is_folder else f"{hp.data_dir}: no such folder"
+        fix = f"pass --{knob_of(hp, name)}, or the folder around passage-collection as --data_dir"
+        raise UserError(f"{message} ({what}){get}{', or' if get else ';'} {fix}")
     if model and not os.path.isdir(model) and not is_hub_name(model):
-        given = model != getattr(plain, "pretrained_model_path", None)
-        message = "no such folder (pretrained_model_path); run sh script/download.sh model"
-        missing.append((given, f"{model}: {message}"))
-    for _, message in sorted(missing, key=lambda pair: not pair[0]):
-        raise UserError(message)
+        raise UserError(f"{model}: no such folder (pretrained_model_path); run {download('model')}")
+
+
+def check_named(hp: DataFolder, besides: Collection[str] = ()) -> None:
+    """UserError for a missing file or folder that an option names, except the options `besides`."""
+    plain = type(hp).defaults(hp.debug)
+    for name, what in {"data_dir": "data folder", **inherited(type(hp), "INPUTS")}.items():
+        knob = knob_of(hp, name)
+        path, default = getattr(hp, knob), getattr(plain, knob)
+        if not path or path in (NONE, default) or knob in besides or os.path.exists(path):
+            continue
+        if expected := FOLDERS.get(knob):
+            if not is_hub_name(path) or knob == "data_dir":
+                raise UserError(f"--{knob} {path}: no such folder (expected {expected})")
+        else:
+            raise UserError(f"--{knob} {path}: no such file or folder ({what})")
+
+
+def knob_of(hp: DataFolder, name: str) -> str:
+    """Return the option of a path: `dev_q` of the property dev_q_path, pretrained_model_path as it is."""
+    return name if name in {knob.name for knob in fields(hp)} else name.removesuffix("_path")

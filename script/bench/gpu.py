@@ -28,6 +28,9 @@ from pathlib import Path
 
 STARTED = time.monotonic()  # importing the libraries counts as well
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root
+
+import torch_src  # noqa: E402, F401 (first: it reports missing packages)
+
 # before torch is imported: the sections fork, so this process must not use the GPU, and needs no network
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -18,6 +18,7 @@ from torch_src.models.cross_encoder import CrossEncoder
 from torch_src.models.dual_encoder import load_backbone
 from torch_src.models.tokenization import TextRules, load_tokenizer, save_tokenizer, tokenizer_checksum
 from torch_src.retrieval.encoding import Encoder
+from torch_src.runtime.commands import command
 from torch_src.runtime.devices import choose_device, choose_precision, set_threads, token_budget
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import atomic_folder, write_json
@@ -175,7 +176,8 @@ def distill(args: argparse.Namespace) -> None:
         vectors = teacher_vectors(teacher, texts, work / "teacher", source)
         train(args, model, tokenizer, (texts, vectors, questions), device, work, source)
         write_folder(args.to, model.cpu(), tokenizer, args)
-    log(f"wrote {args.to}; try it: do_dual_infer.py --dual_params none --pretrained_model_path {args.to}")
+    words = ("--dual_params", "none", "--pretrained_model_path", args.to)
+    log(f"wrote {args.to}; try it: {command('do_dual_infer.py', *words)}")
 
 
 def train(

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.libraries import describe_missing, import_library
+from torch_src.runtime.libraries import describe_broken, describe_missing, import_library
 
 
 @pytest.fixture
@@ -68,6 +68,31 @@ def test_a_library_that_is_installed_but_fails_says_why(fake, text, named):
 )
 def test_a_missing_package_names_the_fitting_requirements(error, named):
     assert named in describe_missing(error) and "pip install -r requirements" in describe_missing(error)
+
+
+def error_of(code: str) -> BaseException:
+    with pytest.raises(Exception) as caught:
+        exec(code, {"__name__": "torch_src.x"})
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "text", ["import ctypes; ctypes.CDLL('lost.so')", "raise ImportError('broken')", None]
+)
+def test_a_half_installed_package_is_one_line(fake, tmp_path, text):
+    if text:
+        fake(text)
+    else:
+        (tmp_path / "fake_library").mkdir()  # without its files
+    error = error_of("import fake_library; fake_library.array")
+    line = describe_broken(error, error.__traceback__)
+    assert line.startswith("fake_library in ") and type(error).__name__ in line and "pip install" in line
+
+
+@pytest.mark.parametrize("code", ["None.x", "import json; json.loads('{')", "raise KeyError('x')"])
+def test_an_error_of_this_project_is_a_traceback(code):
+    error = error_of(code)
+    assert describe_broken(error, error.__traceback__) == ""
 
 
 @pytest.mark.parametrize("name", ["torch_src.data.lost", "script.lib.lost", "json.lost", None])

@@ -166,7 +166,7 @@ def test_advice_never_replaces_good_vectors(trained_copy):
     write(part, [lines(part)[0].replace("\t0", "改\t0"), *lines(part)[1:]])
     service = service_of(trained_copy)
     assert "(collection: " in service.dense.message  # the same command brings them up to date
-    assert f"run python do_dual_infer.py --output_dir {trained_copy}/output" in service.dense.message
+    assert f" do_dual_infer.py --output_dir {trained_copy}/output" in service.dense.message
     saved.unlink()
     service = service_of(trained_copy, data_dir=str(trained_copy / "data"))
     assert "name the model and settings" in service.dense.message

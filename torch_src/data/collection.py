@@ -13,6 +13,7 @@ from torch_src.data.array_cache import cached_array
 from torch_src.data.encodings import GZIPPED, GZIPPED_FILE
 from torch_src.data.formats import parse_passage
 from torch_src.data.lines import LONGEST_LINE, FilePath, FormatError, decode
+from torch_src.runtime.commands import how_to_get
 from torch_src.runtime.errors import UserError
 
 PART = re.compile(r"part-(\d+)$")
@@ -102,7 +103,7 @@ def collection_files(folder: FilePath) -> list[Path]:
     """Return part-00, part-01, ... in numeric order, else [all_doc]; UserError when a part is missing."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder (passages); get it with `sh script/download.sh`")
+        raise UserError(f"{folder}: no such folder (passages){how_to_get(folder)}")
     parts: dict[int, Path] = {}
     for path in folder.iterdir():
         if match := PART.match(path.name):

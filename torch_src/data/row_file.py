@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from torch_src.data.lines import FilePath, decode, raw_lines
+from torch_src.runtime.commands import how_to_get
 from torch_src.runtime.errors import UserError
 
 Row = TypeVar("Row")
@@ -26,7 +27,7 @@ class RowFile(Generic[Row]):
         numbers_of: Callable[[Row], tuple[int, ...]],
     ):
         if not os.path.isfile(path):
-            raise UserError(f"{path}: no such file (training rows); get it with `sh script/download.sh`")
+            raise UserError(f"{path}: no such file (training rows){how_to_get(path)}")
         self.path, self.parse = path, parse
         with open(path, "rb") as file:
             rows = sum(1 for _ in raw_lines(file, path))

@@ -25,6 +25,7 @@ from torch_src.models.model_folder import (
 from torch_src.models.pair_template import add_template, template_of
 from torch_src.models.tokenization import LENGTHS, TextRules, load_tokenizer, token_counts
 from torch_src.runtime import tensor_files
+from torch_src.runtime.commands import download
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import read_json
 from torch_src.runtime.log import warn
@@ -130,7 +131,7 @@ def reranker_settings(path: str, longest: int | None = None) -> dict[str, Any]:
 
 def _check_folder(path: str) -> None:
     if not os.path.isdir(path) and not is_hub_name(path):
-        raise UserError(f"{path}: no such folder (pretrained_model_path); run sh script/download.sh model")
+        raise UserError(f"{path}: no such folder (pretrained_model_path); run {download('model')}")
 
 
 def read_config(tower: str, path: str) -> PretrainedConfig:
@@ -143,7 +144,7 @@ def read_config(tower: str, path: str) -> PretrainedConfig:
             "(merge_and_unload of peft) and save the result"
         )
     if not file.exists():
-        raise UserError(f"{path}: contains no config.json; get it with `sh script/download.sh model NAME`")
+        raise UserError(f"{path}: contains no config.json; get it with `{download('model', 'NAME')}`")
     try:
         config = AutoConfig.from_pretrained(tower, trust_remote_code=False)
     except CONFIG_ERRORS as error:

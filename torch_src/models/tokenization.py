@@ -21,6 +21,7 @@ from torch_src.data.lines import read_lines
 from torch_src.models.hub import is_hub_name
 from torch_src.models.model_folder import read_model_folder, read_reranker_folder
 from torch_src.models.pair_template import PairTemplate, template_of
+from torch_src.runtime.commands import pip_install
 from torch_src.runtime.devices import autocast, tensors_to
 from torch_src.runtime.errors import UserError, is_out_of_memory
 from torch_src.runtime.files import read_json
@@ -145,7 +146,7 @@ def _check_folder(path: str, tower: Path) -> None:
         if find_spec("sentencepiece") is None:
             raise UserError(
                 f"{tower / models[0]}: a sentencepiece tokenizer without tokenizer.json; get tokenizer.json, "
-                "or run python -m pip install sentencepiece protobuf"
+                f"or run {pip_install('sentencepiece', 'protobuf')}"
             )
 
 

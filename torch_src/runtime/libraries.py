@@ -5,10 +5,12 @@ import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
+from traceback import walk_tb
+from types import ModuleType, TracebackType
 from typing import Any
 
 from torch_src.runtime import log
+from torch_src.runtime.commands import pip_install
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import ROOT, from_root
 
@@ -23,7 +25,7 @@ def import_library(name: str, requirements: str, package: str = "") -> Any:
     Any exception counts: a broken package, a missing system library or an unusable proxy setting raises what
     it likes.
     """
-    fix = f"python -m pip install -r {requirements}"
+    fix = pip_install("-r", from_root(requirements))
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
@@ -38,8 +40,9 @@ def import_library(name: str, requirements: str, package: str = "") -> Any:
 def report_missing_package(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Log a missing package as one line and end with status 2 (a sys.excepthook)."""
-    if isinstance(error, ImportError) and (line := describe_missing(error)):
+    """Log a missing or broken package as one line and end with status 2 (a sys.excepthook)."""
+    line = describe_missing(error) if isinstance(error, ImportError) else ""
+    if line := line or describe_broken(error, trace):
         log.escape_unprintable()
         log.error(line)
         sys.exit(2)
@@ -57,10 +60,27 @@ def describe_missing(error: ImportError) -> str:
     return f"{package} {reason}; {how_to_install(package)}"
 
 
+def describe_broken(error: BaseException, trace: TracebackType | None) -> str:
+    """Return which package failed while it was imported, such as a half installed one; else nothing."""
+    module = getattr(error, "obj", None)
+    names: list[str] = []
+    if isinstance(module, ModuleType) and getattr(module, "__file__", None) is None:
+        names = [module.__name__]  # a folder without its files
+    elif isinstance(error, Exception):
+        frames = [frame for frame, _ in walk_tb(trace) if frame.f_code.co_name == "<module>"]
+        names = [str(frame.f_globals.get("__name__")) for frame in frames]
+    own = {*OWN, "__main__", *sys.stdlib_module_names}
+    package = next((top for top in (name.partition(".")[0] for name in names) if top not in own), "")
+    if not package:
+        return ""
+    reason = f"{type(error).__name__}: {first_line(error)}"[:200]
+    return f"{package} in {sys.executable} cannot be imported ({reason}); {how_to_install(package)}"
+
+
 def how_to_install(package: str) -> str:
     """Return the commands that install a package: the environment of the quick start, or pip."""
     file = requirements_of(package)
-    pip = f"{sys.executable} -m pip install -r {from_root(file)}"
+    pip = pip_install("-r", from_root(file))
     if (ROOT / VENV).exists() and Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():
         return f"run it with {from_root(VENV)}, or {pip}"
     is_main = file in (GPU_REQUIREMENTS, CPU_REQUIREMENTS)

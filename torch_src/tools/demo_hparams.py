@@ -1,6 +1,5 @@
 """Settings of script/demo.py. Edit a default here, or pass `--name value`."""
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch_src.dual_hparams import MODEL_SETTINGS
 from torch_src.hparams import NONE, PATHS, from_saved, under
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams, RetrieverHparams
+from torch_src.runtime.commands import command
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json
 from torch_src.runtime.options import FROM_0
@@ -124,7 +124,7 @@ def infer_command(hp: DemoHparams) -> str:
         value = getattr(hp, name)
         if value != getattr(plain, name) and name not in ("debug", "topk", "search_memory_gb"):
             words += [f"--{name}", str(value)]
-    return shlex.join(["python", "do_dual_infer.py", *words])
+    return command("do_dual_infer.py", *words)
 
 
 def how_to_fix(hp: DemoHparams) -> str:

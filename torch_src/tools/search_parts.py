@@ -13,6 +13,7 @@ from torch_src.data.collection import PassageCollection
 from torch_src.hparams import NONE
 from torch_src.retrieval.bm25 import MARK, Bm25Index, build_index, import_tantivy, is_index_of
 from torch_src.retrieval.vectors import VectorStore
+from torch_src.runtime.commands import command
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import read_json
 from torch_src.runtime.locks import folder_lock
@@ -30,6 +31,7 @@ from torch_src.tools.demo_hparams import (
 if TYPE_CHECKING:  # both import torch, which takes seconds; the threads that load them import them
     from torch_src.tools.search_models import DenseSearch, Reranker
 
+BM25 = "script/bm25.py"
 BM25_ROWS = 1_000_000  # larger collections are indexed by script/bm25.py only
 # States of a part: loaded; being built or loaded; a file is missing; failed; turned off.
 READY, WORKING, MISSING, FAILED, OFF = "ready", "working", "missing", "error", "off"
@@ -128,12 +130,14 @@ class Bm25Part(Part[Bm25Index]):
 
     def _build(self, hp: DemoHparams, folder: Path) -> None:
         rows = len(self.collection)
-        program = f"run python script/bm25.py index --data_dir {hp.data_dir} --index"
+        words = ("index", "--data_dir", hp.data_dir, "--index")
         if hp.bm25:
-            raise UserError(f"{folder}: no BM25 index of these passages; {program} {folder}")
+            raise UserError(f"{folder}: no BM25 index of these passages; run {command(BM25, *words, folder)}")
         if rows > BM25_ROWS:
             beside = Path(hp.output_dir) / "bm25"
-            raise NotReady(MISSING, f"{rows:,} passages take long to index; {program} {beside}")
+            raise NotReady(
+                MISSING, f"{rows:,} passages take long to index; run {command(BM25, *words, beside)}"
+            )
         self.set_state(WORKING, "", 0, rows)
         with folder_lock(folder):
             build_index(folder, self.collection, indexed=lambda done: self.set_state(WORKING, "", done, rows))

@@ -195,14 +195,13 @@ class Setup:
         dev = [hp.dev_set_path, hp.dev_candidates_path]
         if hp.dev_candidates_path.endswith(OFFICIAL):
             dev.append(official_ids_path(hp.dev_candidates_path))
-        rows = require(hp.train_set_path, "training rows", "get it with `sh script/download.sh`")
         return {
             "stage": f"{self.name}_train",
             **settings,
             "precision": self.precision,
             "start": model_checksum(hp.pretrained_model_path),
             "tokenizer": tokenizer_checksum(self.tokenizer),
-            "train_rows": checksum_files([rows]),
+            "train_rows": checksum_files([require(hp.train_set_path, "training rows")]),
             "dev": checksum_files([path for path in dev if os.path.exists(path)]),
         }
 

@@ -16,6 +16,7 @@ from script.lib.report.origin import Origin, read_origin
 from script.lib.report.verdict import Verdict
 from script.lib.report.words import Both, Html, escaped, same, text
 from torch_src.data.terms import IS_UNSPACED, PIECES
+from torch_src.runtime.commands import command
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json
 from torch_src.runtime.log import duration
@@ -366,7 +367,7 @@ def render(
         "lengths": lengths_section(*lengths),
         "times": times_section(hp),
         "shown": text(shown_queries(hp, report)),
-        "demo": escaped(f"python script/demo.py --output_dir {hp.output_dir}"),
+        "demo": escaped(command("script/demo.py", "--output_dir", hp.output_dir)),
         "data": script_element("data", browser_data(hp, report, findings, passages)),
     }
     for at, piece in enumerate(re.split(r"\{\{(\w+)\}\}", TEMPLATE.read_text(encoding="utf-8"))):

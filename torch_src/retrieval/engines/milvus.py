@@ -33,7 +33,7 @@ HITS_PER_CALL = 1_000_000  # 12 bytes each; a server sends at most 64 MB
 QUERIES_PER_CALL = 1000
 BATCH_BYTES = 8 << 20  # of fp32 vectors sent at once; a server accepts at most 64 MB
 CONNECT_SECONDS = 10.0
-COMMAND = "python script/milvus_load.py"
+PROGRAM = "script/milvus_load.py"
 # pymilvus pings every 10 s by default, upon which Milvus Lite closes the connection
 CHANNEL = {"grpc.keepalive_time_ms": 300_000}
 
@@ -235,7 +235,7 @@ class MilvusSearch:
         """Return the loaded manifest; UserError when more than block size, precision or device differs."""
         stamp = self.collection.stamp()
         if stamp is None:
-            raise UserError(f"{self.collection}: not created by {COMMAND}; pass another --milvus_collection")
+            raise UserError(f"{self.collection}: not created by {PROGRAM}; pass another --milvus_collection")
         loaded = stamp["manifest"]
         kept = {name: loaded[name] for name in (*NOT_COMPARED, "block_rows") if name in loaded}
         if different := changes(loaded, {**manifest, **kept}):
