@@ -21,11 +21,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 from torch_src import hparams
+from torch_src.inputs import LATER, check_named
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.libraries import import_library
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.program import exit_status, exit_with
-from torch_src.tools.demo_hparams import DemoHparams, demo_settings
+from torch_src.tools.demo_hparams import SAVED, DemoHparams, demo_settings, read_saved
 from torch_src.tools.feedback import Feedback
 from torch_src.tools.search_service import SearchService
 
@@ -44,6 +45,17 @@ def bind(host: str, port: int) -> socket.socket:
         listening.close()
         raise UserError(f"--host {host} --port {port}: {error.strerror}; pass another --port") from None
     return listening
+
+
+def check_folders(hp: DemoHparams, options: Mapping[str, Any]) -> None:
+    """UserError for a missing path of an option, and for an output folder that does not name its passages."""
+    check_named(hp, {*LATER, *(vars(hp).keys() - options.keys())})
+    is_known = any(read_saved(hp.output_dir, name) for name in SAVED)
+    if "output_dir" in options and not is_known and not Path(hp.passage_dir_path).is_dir():
+        exists = Path(hp.output_dir).is_dir()
+        what = "no settings of do_dual_infer.py in this folder" if exists else "no such folder"
+        fix = "for a page with BM25 alone pass --data_dir as well"
+        raise UserError(f"--output_dir {hp.output_dir}: {what}; {fix}")
 
 
 def serve(app: Any, listening: socket.socket) -> None:
@@ -70,6 +82,7 @@ def run(options: Mapping[str, Any]) -> None:
     from script.lib.demo.app import LOOPBACK, build_app
 
     hp = demo_settings(options)
+    check_folders(hp, options)
     listening = bind(hp.host, hp.port)  # first: a port in use is reported before a minute of reading
     service = SearchService(options)
     app = build_app(service, Feedback(service), hp.host)

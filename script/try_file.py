@@ -40,6 +40,7 @@ from torch_src import hparams
 from torch_src.data.collection import PassageCollection
 from torch_src.data.lines import raw_lines
 from torch_src.inference_de_hparams import InferenceDeHparams
+from torch_src.inputs import check_inputs
 from torch_src.models.hub import is_hub_name
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import ROOT
@@ -130,7 +131,7 @@ def files_of(source: Path) -> list[Path]:
 
 def serve(trial: Trial, port: int, page: list[str], encode: list[str]) -> int:
     """Serve the page in the foreground, encode in the background; return the exit status of the page."""
-    running = [subprocess.Popen([sys.executable, *page, "--host", HOST, "--port", str(port)], cwd=ROOT)]
+    running = [subprocess.Popen([*program(page), "--host", HOST, "--port", str(port)])]
     for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal must not leave the encoder behind
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
             signal.signal(number, signal.default_int_handler)
@@ -165,9 +166,7 @@ def start_encoder(trial: Trial, words: list[str]) -> "subprocess.Popen[bytes]":
     log(f"encoding the passages in the background with {trial.output.name}; log: {trial.output / LOG}")
     with open(trial.output / LOG, "wb") as file:
         # in a session of its own: Ctrl-C would end it with a message on the terminal
-        return subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        return subprocess.Popen(program(words), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def watch(page: "subprocess.Popen[bytes]", encoder: "subprocess.Popen[bytes]", log_path: Path) -> None:
@@ -189,6 +188,11 @@ def last_error(path: Path) -> str:
         lines = [raw.decode(errors="replace").strip() for _, raw in raw_lines(file, path)]
     errors = [line.partition("ERROR ")[2] for line in lines if "ERROR " in line]
     return (errors or lines or ["no output"])[-1]
+
+
+def program(words: list[str]) -> list[str]:
+    """Return the command of a program of the repository; its relative paths start at the current folder."""
+    return [sys.executable, str(ROOT / words[0]), *words[1:]]
 
 
 def stop(running: list["subprocess.Popen[bytes]"]) -> None:
@@ -213,10 +217,14 @@ def page_command(trial: Trial, reranker: str) -> list[str]:
 def encode_command(trial: Trial, model: str, options: list[str]) -> list[str]:
     """Return the command that encodes the passages, without the interpreter."""
     rows = len(PassageCollection(trial.data / "passage-collection", trial.output / "cache"))
-    words = ["--dev_q", "none", "--dual_params", "none", "--pretrained_model_path", model]
-    if "--block_rows" not in options:  # small enough to show progress on the page
-        words += ["--block_rows", str(max(SMALLEST_BLOCK, math.ceil(rows / SHOWN_BLOCKS)))]
-    return ["do_dual_infer.py", *trial.folders, *words, *options]
+    # small enough to show progress on the page; an option comes after it and wins
+    block = ["--block_rows", str(max(SMALLEST_BLOCK, math.ceil(rows / SHOWN_BLOCKS)))]
+    return ["do_dual_infer.py", *trial.folders, *block, *model_options(model, options)]
+
+
+def model_options(model: str, options: list[str]) -> list[str]:
+    """Return the options of do_dual_infer.py that do not depend on the file."""
+    return ["--dev_q", "none", "--dual_params", "none", "--pretrained_model_path", model, *options]
 
 
 def run(argv: list[str]) -> int:
@@ -231,10 +239,11 @@ def run(argv: list[str]) -> int:
     args, options = parser.parse_known_args(argv)
     source = Path(args.source).resolve()
     model, reranker = full_path(args.model), full_path(args.reranker)
-    bind(HOST, args.port).close()  # a port in use is reported before anything is written
+    # A wrong option and a port in use are reported before anything is written.
+    check_inputs(hparams.parse(InferenceDeHparams, model_options(model, options)), model)
+    bind(HOST, args.port).close()
     trial = convert(source, model, args.columns, args.encoding or "")
     encode = encode_command(trial, model, options)
-    hparams.parse(InferenceDeHparams, encode[1:])  # reports a wrong option before the page opens
     with folder_lock(trial.output.parent, shared=True):
         return serve(trial, args.port, page_command(trial, reranker), encode)
 

@@ -90,6 +90,15 @@ def test_a_port_in_use_is_reported_before_anything_is_written(trials, tmp_path, 
     assert f"--port {port}" in capsys.readouterr().err and not trials.exists()
 
 
+def test_a_wrong_option_is_reported_before_anything_is_written(trials, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a\n")
+    with pytest.raises(SystemExit):
+        try_file.main([str(tmp_path / "a.txt"), "--poling", "mean"])
+    assert "--poling" in capsys.readouterr().err
+    assert try_file.main([str(tmp_path / "a.txt"), "--vocab_path", "gone"]) == 2
+    assert "--vocab_path gone: no such file" in capsys.readouterr().err and not trials.exists()
+
+
 def test_the_official_layout_is_used_as_it_is(trials, tmp_path):
     (tmp_path / "own/passage-collection").mkdir(parents=True)
     trial = convert(tmp_path / "own")
@@ -123,6 +132,7 @@ def stand_ins(trials, tmp_path, monkeypatch):
     (tmp_path / "script").mkdir()
     (tmp_path / "script/demo.py").write_text(PAGE)
     monkeypatch.setattr(try_file, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
     trial = try_file.Trial(tmp_path / "data", tmp_path / "output")
 
     def serve(encoder: str) -> int:

@@ -147,7 +147,7 @@ def test_missing_inputs_of_the_program(world, capsys, monkeypatch, tmp_path):
         port = str(taken.getsockname()[1])
         program_refused(capsys, demo.main([*given, port]), f"--port {port}", "pass another --port")
     absent = ["--output_dir", str(tmp_path / "new"), "--data_dir", str(tmp_path / "absent"), "--port", "0"]
-    program_refused(capsys, demo.main(absent), "no such folder (passages)")
+    program_refused(capsys, demo.main(absent), "absent: no such folder")
     write(world / "output/feedback.jsonl", ["mine"])
     program_refused(capsys, demo.main([*given, "0", "--data_dir", str(world / "data")]), "feedback.jsonl:1: ")
     monkeypatch.setitem(sys.modules, "fastapi", None)
