@@ -1,5 +1,5 @@
-# Sourced by test.sh, quickstart.sh and try.sh from the repository root: creates .venv when it is missing, and installs the
-# requirements that fit this machine and the requirement files in $more, each once. Sets $python.
+# Sourced by test.sh, check.sh, quickstart.sh and try.sh from the repository root: creates .venv when it is missing, and
+# installs the requirements that fit this machine and the requirement files in $more, each once. Sets $python.
 if [ ! -x .venv/bin/python ]; then
     for found in python3 python3.13 python3.12 python3.11 python3.10 ""; do
         if "$found" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then break; fi

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Run the tests: sh script/test.sh [pytest options].
-# Without options: ruff, mypy and the core tests, which are those without a marker.
+# Without options: script/check.sh (ruff, mypy), then the core tests, which are those without a marker.
 # -m slow, real, tools, browser, milvus or gpu selects others (pyproject.toml describes the markers); expressions such
 # as -m "slow or tools" work. Creates .venv, and installs the extra requirements of a marker when it is selected.
 # Takes a minute for the core tests, half an hour for -m slow; needs what script/quickstart.sh needs.
@@ -22,11 +22,7 @@ case "$wanted" in *browser*) more="$more requirements-test-browser.txt" ;; esac
 case "$wanted" in *milvus*) more="$more requirements-milvus.txt" ;; esac
 . script/make_venv.sh
 
-if [ $# -eq 0 ]; then
-    $python -m ruff check .
-    $python -m ruff format --check --quiet .
-    $python -m mypy
-fi
+[ $# -gt 0 ] || sh script/check.sh
 [ -n "$markers" ] || set -- -m "$core" "$@"
 # A test per core at a time, with one thread each: small matrix products do not gain from more. Four workers take 4 GB.
 OMP_NUM_THREADS=1 exec $python -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"
