@@ -26,7 +26,9 @@ from torch_src.tools.mining_hparams import MiningHparams
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
-DOCUMENTS = [*READMES, *sorted((ROOT / "docs").glob("**/*.md"))]
+DOCUMENTS = [
+    *READMES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))
+]  # fmt: skip
 SETTINGS: dict[str, type[hparams.Hparams]] = {
     "do_dual_train.py": DualHparams,
     "do_dual_infer.py": InferenceDeHparams,
@@ -37,7 +39,10 @@ SETTINGS: dict[str, type[hparams.Hparams]] = {
     "script/report.py": ReportHparams,
 }
 PYTHONS = ("python", "python3", ".venv/bin/python", "milvus/bin/python")
-PLAIN = ("git", "cd", "cp", "mv", "rm", "cut", "head", "grep", "tail", "kill", "printf", ".venv/bin/pip")
+PLAIN = (
+    "git", "cd", "cp", "mv", "rm", "cut", "head", "grep", "tail", "kill", "printf", ".venv/bin/pip",
+    ".venv/bin/pre-commit",
+)  # fmt: skip
 SHELLS = {  # shell script -> the program that receives its options
     "script/download.sh": "script/lib/download.py",
     "script/run_all.sh": "script/run_all.py",
@@ -101,6 +106,8 @@ def check(words: list[str]) -> None:
         assert subprocess.run(["sh", "-n", ROOT / rest[0]]).returncode == 0, words
         if rest[0] in SHELLS:
             check_options(SHELLS[rest[0]], rest[1:])
+    elif program == "make":
+        assert rest == re.findall(rf"(?m)^({'|'.join(rest)}):", (ROOT / "Makefile").read_text()), words
     else:
         assert program in PYTHONS or program in PLAIN, words
 
