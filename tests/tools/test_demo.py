@@ -99,7 +99,7 @@ def test_status_and_search(client, world):
 def test_bad_requests(client):
     for query, column in (("", "bm25"), ("鱼", "dense"), ("a" * (LONGEST_QUESTION + 1), "bm25")):
         reply = client.get("/search", params={"q": query, "column": column})
-        assert reply.status_code == 400 and reply.json()["error"]
+        assert reply.status_code == 400 and reply.json()["error"] and reply.json()["zh"]
     assert client.get("/search", params={"q": "鱼", "column": "answer"}).status_code == 422
     assert client.get("/docs").status_code == client.get("/openapi.json").status_code == 404
 

@@ -106,7 +106,7 @@ def test_columns_appear_when_their_files_do(trained_copy):
     service = SearchService({"output_dir": str(output), "data_dir": str(trained_copy / "data"), "threads": 1})
     service.refresh()
     assert states(service) == {**ALL, "dense": "missing", "hybrid": "missing"}
-    assert "do_dual_infer.py" in service.dense.message
+    assert "do_dual_infer.py" in service.dense.message and "do_dual_infer.py" in service.dense.zh
     assert service.answer(queries(trained_copy)[0], "bm25").hits
     with pytest.raises(UserError, match="dense is not ready"):
         service.answer("鱼", "dense")
@@ -114,7 +114,13 @@ def test_columns_appear_when_their_files_do(trained_copy):
     vectors.mkdir()
     shutil.copy(aside / "para_emb/manifest.json", vectors)  # do_dual_infer.py has started
     service.refresh()
-    assert service.status()["columns"]["dense"] == {"state": "working", "message": "", "done": 0, "total": 1}
+    assert service.status()["columns"]["dense"] == {
+        "state": "working",
+        "message": "",
+        "zh": "",
+        "done": 0,
+        "total": 1,
+    }
     for path in aside.iterdir():
         if path.is_file():
             shutil.copy(path, output)
@@ -132,7 +138,13 @@ def test_vectors_that_are_complete_before_their_settings_are_saved(trained_copy)
     (output / "dual_infer_hparams.json").rename(trained_copy / "saved.json")
     (output / "dual_params.bin").rename(trained_copy / "weights.bin")  # as with --dual_params none
     service = service_of(trained_copy)
-    assert service.status()["columns"]["dense"] == {"state": "working", "message": "", "done": 1, "total": 1}
+    assert service.status()["columns"]["dense"] == {
+        "state": "working",
+        "message": "",
+        "zh": "",
+        "done": 1,
+        "total": 1,
+    }
 
 
 def test_a_reranker_without_lists_to_rank(trained_copy):
@@ -196,6 +208,7 @@ def test_vectors_of_other_passages_than_those_of_the_page(trained_copy):
     assert dual_infer.main(options(other, trained_copy / "output")) == 0  # saves the other data folder
     service.refresh()
     assert states(service)["dense"] == "error" and "start the page again" in service.dense.message
+    assert "重新启动" in service.status()["columns"]["dense"]["zh"]
 
 
 def test_vectors_replaced_during_a_search(trained_copy, monkeypatch):
@@ -221,6 +234,7 @@ def test_bm25_of_an_option_or_turned_off(trained, tmp_path):
     service = SearchService({"output_dir": str(trained / "output"), "bm25": str(tmp_path / "absent")})
     service.bm25.refresh()
     assert "no BM25 index" in service.bm25.message and "bm25.py index" in service.bm25.message
+    assert "bm25.py index" in service.bm25.zh
 
 
 def test_without_the_engine(trained, monkeypatch):
@@ -228,6 +242,7 @@ def test_without_the_engine(trained, monkeypatch):
     service = SearchService({"output_dir": str(trained / "output")})
     service.bm25.refresh()
     assert service.bm25.state == "missing" and "pip install" in service.bm25.message
+    assert "pip install" in service.bm25.zh
 
 
 def test_saved_settings_and_options(tmp_path):

@@ -127,12 +127,19 @@ def infer_command(hp: DemoHparams) -> str:
     return command("do_dual_infer.py", *words)
 
 
-def how_to_fix(hp: DemoHparams) -> str:
-    """Return what to do about vectors that do not fit; never a command that would replace good ones."""
+def how_to_fix(hp: DemoHparams) -> tuple[str, str]:
+    """Return what to do about vectors that do not fit, in English and Chinese.
+
+    Never a command that would replace good ones.
+    """
     saved = read_saved(hp.output_dir, "dual_infer_hparams.json")
     if not saved:
-        return "name the model and settings that they were made with (--dual_params, --pooling, ...)"
+        return (
+            "name the model and settings that they were made with (--dual_params, --pooling, ...)",
+            "请用选项写明生成它们的模型和设置（--dual_params、--pooling 等）",
+        )
     changed = [name for name in FIXED if name in saved and getattr(hp, name) != saved[name]]
     if changed:
-        return f"omit {' '.join(f'--{name}' for name in changed)}"
-    return f"run {infer_command(hp)} again"
+        options = " ".join(f"--{name}" for name in changed)
+        return f"omit {options}", f"去掉 {options}"
+    return f"run {infer_command(hp)} again", f"重新运行 {infer_command(hp)}"

@@ -40,6 +40,7 @@ from torch_src.runtime.files import read_json
 from torch_src.runtime.log import log
 from torch_src.runtime.stamps import JsonDict, changes, read_stamp
 from torch_src.tools.demo_hparams import DemoHparams, how_to_fix
+from torch_src.tools.page_error import PageError
 
 TRIAL = "问题"  # a question, searched once when the model is loaded
 
@@ -67,6 +68,7 @@ class DenseSearch:
         devices = search_devices(hp.device, self.retriever.device)
         if hp.index:
             index = open_index(hp, store, devices)
+            self.how_zh = f"近似检索（{hp.index}）"
             return f"approximate search ({hp.index})", index.search
         cache = DeviceCache.if_it_fits(store, devices, hp.search_memory_gb)
         # without a conversion of the passages, which takes longer than the product of one query
@@ -76,9 +78,10 @@ class DenseSearch:
             return search(store, queries, topk, devices, kind, cache=cache)[:2]
 
         mb = store.rows * store.hidden * 2 / 1e6
-        size = f"{mb / 1000:,.1f} GB of vectors" if mb >= 1000 else f"{mb:,.1f} MB of vectors"
+        amount = f"{mb / 1000:,.1f} GB" if mb >= 1000 else f"{mb:,.1f} MB"
         place = "kept in memory" if cache else "read from disk for every question"
-        return f"exact search, {size} {place}", find
+        self.how_zh = f"精确检索，向量 {amount}，{'已放进内存' if cache else '每次从硬盘读取'}"
+        return f"exact search, {amount} of vectors {place}", find
 
     def search(self, question: str, topk: int, seconds: dict[str, float]) -> tuple[Ranking, bool]:
         """Return (ranking, whether the question was truncated); UserError for vectors replaced on disk.
@@ -120,7 +123,10 @@ class DenseSearch:
         except UserError:  # missing, while the vectors are replaced
             same = False
         if not same:
-            raise UserError(f"{self.store.folder}: the vectors were replaced; the new ones are being loaded")
+            raise PageError(
+                f"{self.store.folder}: the vectors were replaced; the new ones are being loaded",
+                f"{self.store.folder} 里的向量已被替换，正在加载新的",
+            )
 
 
 class Reranker:
@@ -131,7 +137,7 @@ class Reranker:
         self.hp, self.lock = hp, threading.Lock()
         device, precision = choose_hardware(hp)
         source = find_cross_model(settings)
-        log(describe_reranker(source.settings, source.config))
+        log(f"re-ranker: {describe_reranker(source.settings, source.config)}")
         check_fits(source.config, source.tokenizer, {"max_seq_len": pair_rules(source)}, source.path)
         self.name = source.params or source.path
         model = load_cross_model(source)
@@ -167,9 +173,10 @@ def open_vectors(hp: DemoHparams, retriever: Retriever, manifest: JsonDict) -> V
     block_rows = manifest.get("block_rows", 0)
     different = changes(manifest, {**manifest, **stamp, **shape, "block_rows": block_rows})
     if different:
-        raise UserError(
-            f"{hp.para_emb_path}: vectors of other weights, settings or passages ({'; '.join(different)}); "
-            f"{how_to_fix(hp)}"
+        details, (fix, fix_zh) = "; ".join(different), how_to_fix(hp)
+        raise PageError(
+            f"{hp.para_emb_path}: vectors of other weights, settings or passages ({details}); {fix}",
+            f"{hp.para_emb_path} 里的向量属于别的权重、设置或段落（{details}）；{fix_zh}",
         )
     return VectorStore(hp.para_emb_path, manifest)
 

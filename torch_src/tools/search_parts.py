@@ -13,9 +13,9 @@ from torch_src.data.collection import PassageCollection
 from torch_src.hparams import NONE
 from torch_src.retrieval.bm25 import MARK, Bm25Index, build_index, import_tantivy, is_index_of
 from torch_src.retrieval.vectors import VectorStore
-from torch_src.runtime.commands import command
+from torch_src.runtime.commands import command, pip_install
 from torch_src.runtime.errors import UserError, first_line
-from torch_src.runtime.files import read_json
+from torch_src.runtime.files import from_root, read_json
 from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import warn
 from torch_src.runtime.stamps import stamp_path
@@ -27,11 +27,12 @@ from torch_src.tools.demo_hparams import (
     read_saved,
     reranker_hparams,
 )
+from torch_src.tools.page_error import PageError, chinese
 
 if TYPE_CHECKING:  # both import torch, which takes seconds; the threads that load them import them
     from torch_src.tools.search_models import DenseSearch, Reranker
 
-BM25 = "script/bm25.py"
+DEMO = "requirements-demo.txt"
 BM25_ROWS = 1_000_000  # larger collections are indexed by script/bm25.py only
 # States of a part: loaded; being built or loaded; a file is missing; failed; turned off.
 READY, WORKING, MISSING, FAILED, OFF = "ready", "working", "missing", "error", "off"
@@ -40,11 +41,11 @@ Loaded = TypeVar("Loaded")
 
 
 class NotReady(Exception):
-    """The part cannot be loaded yet: why, and how far its files are (blocks or passages)."""
+    """The part cannot be loaded yet: why (in both languages), and how much of its files is there."""
 
-    def __init__(self, state: str, message: str = "", done: int = 0, total: int = 0):
+    def __init__(self, state: str, message: str = "", zh: str = "", done: int = 0, total: int = 0):
         super().__init__(message)
-        self.state, self.done, self.total = state, done, total
+        self.state, self.zh, self.done, self.total = state, zh, done, total
 
 
 class Part(Generic[Loaded]):
@@ -65,8 +66,8 @@ class Part(Generic[Loaded]):
         """Return what the files hold; NotReady or UserError where that cannot be."""
         raise NotImplementedError
 
-    def set_state(self, state: str, message: str = "", done: int = 0, total: int = 0) -> None:
-        self.state, self.message, self.done, self.total = state, message, done, total
+    def set_state(self, state: str, message: str = "", zh: str = "", done: int = 0, total: int = 0) -> None:
+        self.state, self.message, self.zh, self.done, self.total = state, message, zh, done, total
 
     def refresh(self) -> None:
         """Load the part if its files have changed since the last call."""
@@ -80,18 +81,18 @@ class Part(Generic[Loaded]):
                 self.set_state(WORKING)
             loaded = self.load(hp)
         except NotReady as why:
-            return self._set(None, why.state, str(why), why.done, why.total)
+            return self._set(None, why.state, str(why), why.zh, why.done, why.total)
         except (UserError, OSError) as error:
-            return self._fail(first_line(error))
+            return self._fail(first_line(error), chinese(error))
         except Exception as error:  # the other columns keep working
             traceback.print_exc()
             return self._fail(f"{type(error).__name__}: {first_line(error)}")
         self._set(loaded, READY)
 
-    def _fail(self, message: str) -> None:
+    def _fail(self, message: str, zh: str = "") -> None:
         if (self.state, self.message) != (FAILED, message):
             warn(message)
-        self._set(None, FAILED, message)
+        self._set(None, FAILED, message, zh)
 
     def _set(self, loaded: Loaded | None, state: str, *more: Any) -> None:
         if loaded is not self.loaded:
@@ -100,7 +101,8 @@ class Part(Generic[Loaded]):
 
     def describe(self) -> dict[str, Any]:
         """Return the state as JSON."""
-        return {"state": self.state, "message": self.message, "done": self.done, "total": self.total}
+        names = ("state", "message", "zh", "done", "total")
+        return {name: getattr(self, name) for name in names}
 
 
 class Bm25Part(Part[Bm25Index]):
@@ -122,7 +124,9 @@ class Bm25Part(Part[Bm25Index]):
         try:
             import_tantivy()
         except UserError as error:
-            raise NotReady(MISSING, str(error)) from None
+            raise NotReady(
+                MISSING, str(error), f"没有装好 tantivy：运行 {pip_install('-r', from_root(DEMO))}"
+            ) from None
         folder = self._folder(hp)
         if not is_index_of(folder, self.collection):
             self._build(hp, folder)
@@ -130,17 +134,21 @@ class Bm25Part(Part[Bm25Index]):
 
     def _build(self, hp: DemoHparams, folder: Path) -> None:
         rows = len(self.collection)
-        words = ("index", "--data_dir", hp.data_dir, "--index")
+        beside = Path(hp.output_dir) / "bm25"
+        index = command("script/bm25.py", "index", "--data_dir", hp.data_dir, "--index", hp.bm25 or beside)
         if hp.bm25:
-            raise UserError(f"{folder}: no BM25 index of these passages; run {command(BM25, *words, folder)}")
-        if rows > BM25_ROWS:
-            beside = Path(hp.output_dir) / "bm25"
-            raise NotReady(
-                MISSING, f"{rows:,} passages take long to index; run {command(BM25, *words, beside)}"
+            raise PageError(
+                f"{folder}: no BM25 index of these passages; run {index}",
+                f"{folder} 不是这些段落的 BM25 索引；运行 {index}",
             )
-        self.set_state(WORKING, "", 0, rows)
+        if rows > BM25_ROWS:
+            en = f"{rows:,} passages take long to index; run {index}"
+            raise NotReady(MISSING, en, f"{rows:,} 个段落建索引要很久；运行 {index}")
+        self.set_state(WORKING, total=rows)
         with folder_lock(folder):
-            build_index(folder, self.collection, indexed=lambda done: self.set_state(WORKING, "", done, rows))
+            build_index(
+                folder, self.collection, indexed=lambda done: self.set_state(WORKING, done=done, total=rows)
+            )
         self.seen = self.files(hp)
 
 
@@ -160,7 +168,9 @@ class DensePart(Part["DenseSearch"]):
         folder = Path(hp.para_emb_path)
         path = folder / "manifest.json"
         if not path.exists():
-            raise NotReady(MISSING, f"no vectors in {folder} yet; {infer_command(hp)} writes them")
+            run = infer_command(hp)
+            en = f"no vectors in {folder} yet; {run} writes them"
+            raise NotReady(MISSING, en, f"{folder} 里还没有向量；运行 {run} 来生成")
         manifest = read_json(path)
         if not {"rows", "hidden", "block_rows"} <= manifest.keys():
             raise UserError(f"{path}: not a manifest of vectors; run {infer_command(hp)}")
@@ -169,13 +179,16 @@ class DensePart(Part["DenseSearch"]):
         saved = read_saved(hp.output_dir, SAVED[0])
         is_known = saved or "dual_params" in self.options or Path(hp.dual_params_path).exists()
         if done < store.block_count or not is_known:  # do_dual_infer.py saves its settings after the search
-            raise NotReady(WORKING, "", done, store.block_count)
+            raise NotReady(WORKING, done=done, total=store.block_count)
         from torch_src.tools.search_models import DenseSearch
 
         dense = DenseSearch(hp)
         # do_dual_infer.py may have run and saved another data_dir since the page was started
         if dense.retriever.collection.checksum != self.collection.checksum:
-            raise UserError(f"{folder}: vectors of other passages than this page shows; start the page again")
+            raise PageError(
+                f"{folder}: vectors of other passages than this page shows; start the page again",
+                f"{folder} 里是另一批段落的向量；请重新启动页面的程序",
+            )
         return dense
 
 
@@ -192,8 +205,10 @@ class RerankerPart(Part["Reranker"]):
         if settings is None and NONE in (hp.cross_params, hp.reranker):
             raise NotReady(OFF)
         if settings is None:
-            fix = "do_cross_train.py writes it, or pass --reranker FOLDER"
-            raise NotReady(MISSING, f"{hp.cross_params_path} does not exist yet; {fix}")
+            path = hp.cross_params_path
+            en = f"{path} does not exist yet; do_cross_train.py writes it, or pass --reranker FOLDER"
+            zh = f"还没有 {path}；do_cross_train.py 会生成它，也可以用 --reranker 指定模型"
+            raise NotReady(MISSING, en, zh)
         from torch_src.tools.search_models import Reranker
 
         return Reranker(hp, settings)

@@ -25,6 +25,7 @@ from torch_src.runtime.files import require
 from torch_src.runtime.log import warn
 from torch_src.runtime.stamps import JsonDict, checksum_text, read_checked_json, write_checked_json
 from torch_src.tools.demo_hparams import DemoHparams, demo_settings
+from torch_src.tools.page_error import PageError
 from torch_src.tools.search_parts import (
     OFF,
     READY,
@@ -180,6 +181,7 @@ class SearchService:
             "topk": self.hp.topk,
             "retriever": dense.name if dense else "",
             "search": dense.how if dense else "",
+            "search_zh": dense.how_zh if dense else "",
             "normalized": bool(dense and dense.retriever.source.settings["normalize"]),
             "reranker": reranker.name if reranker else "",
             "reranker_weight": self.reranker_weight,
@@ -192,7 +194,7 @@ class SearchService:
         if name == "hybrid":
             states = [self.bm25.state, self.dense.state]
             waits_for = next((state for state in states if state != READY), READY)
-            return {"state": waits_for, "message": "", "done": 0, "total": 0}
+            return {"state": waits_for, "message": "", "zh": "", "done": 0, "total": 0}
         state = self.parts["reranker" if name == "reranked" else name].describe()
         if name == "reranked" and self.reranker.loaded and not (self.bm25.loaded or self.dense.loaded):
             comes = WORKING in (self.bm25.state, self.dense.state)  # else their messages say why not
@@ -297,7 +299,8 @@ class SearchService:
 def require_ready(part: Part[Loaded], column: str) -> Loaded:
     """Return what the part has loaded; UserError before that."""
     if part.loaded is None:
-        raise UserError(f"{column} is not ready" + (f": {part.message}" if part.message else ""))
+        en = f"{column} is not ready" + (f": {part.message}" if part.message else "")
+        raise PageError(en, "还没有准备好" + (f"：{part.zh or part.message}" if part.message else ""))
     return part.loaded
 
 
@@ -315,9 +318,12 @@ def clean(question: str) -> str:
     question = question.encode("utf-8", "replace").decode()  # a lone surrogate has no UTF-8 form
     question = re.sub(r"[\t\r\n\0]+", " ", question).strip()
     if not question:
-        raise UserError("the question is empty")
+        raise PageError("the question is empty", "问题是空的")
     if len(question) > LONGEST_QUESTION:
-        raise UserError(f"the question has {len(question):,} characters (at most {LONGEST_QUESTION:,})")
+        raise PageError(
+            f"the question has {len(question):,} characters (at most {LONGEST_QUESTION:,})",
+            f"问题有 {len(question):,} 个字符（最多 {LONGEST_QUESTION:,} 个）",
+        )
     return question
 
 

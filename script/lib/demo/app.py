@@ -17,6 +17,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from torch_src.runtime.errors import UserError
 from torch_src.tools.feedback import MOST_ABOVE, Feedback
+from torch_src.tools.page_error import chinese
 from torch_src.tools.search_service import LONGEST_QUESTION, Answer, Hit, SearchService, marks
 
 PAGE = Path(__file__).with_name("page.html")
@@ -67,7 +68,7 @@ def build_app(service: SearchService, feedback: Feedback, host: str) -> FastAPI:
 
     @app.exception_handler(UserError)
     async def user_error(_: Request, error: UserError) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, 400)
+        return JSONResponse({"error": str(error), "zh": chinese(error)}, 400)
 
     @app.exception_handler(OSError)
     async def system_error(_: Request, error: OSError) -> JSONResponse:
