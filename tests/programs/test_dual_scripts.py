@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from toy_world import ROOT, lines, make_model, make_world, options, train_options, write
+from toy_world import lines, make_model, make_world, options, train_options, write
 
 from metric import evaluation
 from torch_src import dual_infer, dual_train
@@ -69,14 +67,14 @@ def test_passages_are_encoded_without_queries(world, capsys):
 
 
 @pytest.mark.slow
-def test_scripts_run_as_in_the_readme(tmp_path):
-    """The four commands as subprocesses, from the repository root."""
+def test_scripts_run_as_in_the_readme(tmp_path, programs):
+    """The four commands as processes of their own, from the repository root."""
     world = make_world(tmp_path, passages=40)
 
-    def run(*command: str) -> str:
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
+    def run(program: str, *words: str) -> str:
+        done = programs.run(program, list(words), tmp_path / "log")
+        assert done.returncode == 0, done.output()
+        return done.output()
 
     output, data = world / "output", world / "data"
     run("do_dual_train.py", *train_options(world, output))

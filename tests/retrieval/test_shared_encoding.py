@@ -15,23 +15,16 @@ PASSAGES = 440
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, programs):
     """A collection of 440 passages in 22 blocks, and the blocks of a run without kills."""
     folder = make_world(tmp_path_factory.mktemp("world"), passages=PASSAGES)
-    run(folder, "whole")
+    assert programs.run("do_dual_infer.py", words(folder, "whole"), folder / "log").returncode == 0
     return folder, blocks(folder / "whole")
 
 
 def words(world, name: str) -> list[str]:
     more = ["--dual_params", "none", "--pretrained_model_path", str(world / "model"), "--block_rows", "20"]
     return [*options(world, world / name), *more]
-
-
-def run(world, name: str, launcher=()) -> str:
-    command = [sys.executable, *launcher, str(ROOT / "do_dual_infer.py"), *words(world, name)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def blocks(folder) -> dict[str, bytes]:
@@ -73,8 +66,10 @@ def test_a_run_that_is_killed_several_times_ends_in_the_same_bytes(programs, wor
 def test_any_number_of_processes_gives_the_same_bytes(world, processes):
     folder, expected = world
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-    out = run(folder, f"together{processes}", launcher)
-    assert "[rank 1] " in out
+    command = [sys.executable, *launcher, "do_dual_infer.py", *words(folder, f"together{processes}")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[rank 1] " in done.stdout
     assert blocks(folder / f"together{processes}") == expected
 
 

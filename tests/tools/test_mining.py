@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from toy_world import lines, make_world, options, train_options, write
+from toy_world import lines, make_world, options, write
 
 from script.mine_negatives import against_positive
 from torch_src.data.collection import PassageCollection
@@ -257,13 +257,12 @@ def program(programs, tmp_path):
 
 
 @pytest.mark.slow
-def test_mining_with_trained_models(tmp_path, program):
-    """With and without a re-ranker; the files train the next round; a second run changes nothing."""
-    world = make_world(tmp_path)
+def test_mining_with_trained_models(trained_copy, tmp_path, program):
+    """With and without a re-ranker; a second run changes nothing. Rounds that train on it: run_rounds.py."""
+    world = trained_copy
+    (world / "output").rename(tmp_path / "out")
     shared = options(world, tmp_path / "out")
-    program("do_dual_train.py", *train_options(world, tmp_path / "out"))
     program("do_cross_train.py", *shared, "--pretrained_model_path", world / "model", "--epoch", 1)
-    program("do_dual_infer.py", *shared)
     encoded = (tmp_path / "out/para_emb/block-00000.npy").stat().st_mtime_ns
     mine = ("script/mine_negatives.py", *shared, "--topk", 15)
     assert "chosen as negatives" in program(*mine)
@@ -281,8 +280,6 @@ def test_mining_with_trained_models(tmp_path, program):
     program(*mine, *own, "--dual_params", tmp_path / "not_needed")
     assert (tmp_path / "own/dual.train.tsv").read_bytes() == first
     assert "bm25.py search" in program(*mine, *own[:1], tmp_path / "nowhere", status=2)
-    again = train_options(world, tmp_path / "next")
-    program("do_dual_train.py", *again, "--train_set", tmp_path / "out/mined/dual.train.tsv")
 
 
 @pytest.mark.slow

@@ -13,6 +13,18 @@ from toy_world import ROOT, lines, make_world, train_options, write
 LAUNCH = ("-m", "torch.distributed.run", "--standalone")
 
 
+def start(programs, world, processes: int, program: str, words: list[str]) -> str:
+    """Run a program in one process or under torchrun; return what it printed."""
+    if processes == 1:
+        done = programs.run(program, words, world / "log")
+        assert done.returncode == 0, done.output()
+        return done.output()
+    command = [sys.executable, *LAUNCH, f"--nproc_per_node={processes}", str(ROOT / program), *words]
+    torchrun = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert torchrun.returncode == 0, torchrun.stdout + torchrun.stderr
+    return torchrun.stdout
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     world = make_world(tmp_path_factory.mktemp("world"), dev_queries=5, train_queries=24)
@@ -38,7 +50,7 @@ WORLDS = {
 
 
 @pytest.fixture(scope="module")
-def steps(world) -> dict[int, dict]:
+def steps(world, programs) -> dict[int, dict]:
     """{processes: {name: {losses (10, 2), gradients (10, n), metrics}}} of all WORLDS; each start is slow."""
     dev = {"dev_candidates": str(world / "run"), "dev_depth": 11}
     jobs = {
@@ -47,11 +59,9 @@ def steps(world) -> dict[int, dict]:
     }
     found = {}
     for processes in (1, 2):
-        launcher = [*LAUNCH, f"--nproc_per_node={processes}"] if processes > 1 else []
         folder = world / f"steps{processes}"
-        program = [str(ROOT / "tests/distributed_run.py"), str(world), str(folder), json.dumps(jobs)]
-        done = subprocess.run([sys.executable, *launcher, *program], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stdout + done.stderr
+        words = [str(world), str(folder), json.dumps(jobs)]
+        start(programs, world, processes, "tests/distributed_run.py", words)
         found[processes] = {name: torch.load(folder / name / "steps.pt", weights_only=True) for name in jobs}
     return found
 
@@ -68,21 +78,15 @@ def test_two_processes_take_the_steps_of_one(steps, name):
 
 
 @pytest.mark.slow
-def test_the_program_under_torchrun(world):
+def test_the_program_under_torchrun(world, programs):
     """Only the first process writes and logs; the weights are those of one process up to rounding."""
     weights = []
     for processes in (1, 2):
-        launcher = [*LAUNCH, f"--nproc_per_node={processes}"] if processes > 1 else []
         words = [*train_options(world, world / f"run{processes}"), "--dropout", "0"]
-        done = subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "do_dual_train.py"), *words],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        printed = start(programs, world, processes, "do_dual_train.py", words)
         weights.append(torch.load(world / f"run{processes}/dual_params.bin", weights_only=True))
-        assert done.stdout.count("dev step") == 2
-    assert "process 2 of 2; they share each batch" in done.stdout
+        assert printed.count("dev step") == 2
+    assert "process 2 of 2; they share each batch" in printed
     for name, value in weights[0].items():
         assert torch.allclose(value, weights[1][name], atol=2e-3), name
 
