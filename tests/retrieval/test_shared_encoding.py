@@ -2,12 +2,10 @@
 
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from toy_world import ROOT, make_world, options
+from toy_world import make_world, options
 
 from torch_src import dual_infer
 
@@ -62,15 +60,19 @@ def test_a_run_that_is_killed_several_times_ends_in_the_same_bytes(programs, wor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2])
-def test_any_number_of_processes_gives_the_same_bytes(world, processes):
+def test_two_processes_give_the_same_bytes(programs, world):
+    """With the environment that torchrun gives them."""
     folder, expected = world
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-    command = [sys.executable, *launcher, "do_dual_infer.py", *words(folder, f"together{processes}")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "[rank 1] " in done.stdout
-    assert blocks(folder / f"together{processes}") == expected
+    started = [
+        programs.start(
+            "do_dual_infer.py", words(folder, "together"), folder / f"log{rank}",
+            RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    assert [process.wait() for process in started] == [0, 0], started[0].output() + started[1].output()
+    assert "[rank 1] " in started[1].output()
+    assert blocks(folder / "together") == expected
 
 
 @pytest.mark.slow
