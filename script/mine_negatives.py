@@ -25,6 +25,7 @@ from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.data.results import check_collection
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
+from torch_src.inputs import check_named
 from torch_src.runtime.files import read_json, require, write_json
 from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import log, warn
@@ -92,6 +93,11 @@ def against_positive(hp: MiningHparams) -> bool:
 def run(hp: MiningHparams) -> None:
     """Retrieve, score, choose and write; each step is skipped if it is up to date."""
     hparams.announce("mine negatives", hp)
+    check_named(hp, ["retrieval_result"])  # the queries to search for it are written first
+    if not hp.retrieval_result and hp.dual_params != hparams.NONE:
+        require(
+            hp.dual_params_path, "trained weights", "run do_dual_train.py first, or pass --dual_params none"
+        )
     check_mined(hp)
     with folder_lock(hp.mined_dir_path, name="mining.lock"):
         mine(hp)

@@ -25,6 +25,7 @@ import torch_src  # noqa: F401 (first: it reports missing packages)
 
 from script.lib.report.hparams import ReportHparams
 from torch_src import hparams
+from torch_src.inputs import check_named
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.log import duration, log
 from torch_src.runtime.outputs import Output, begins, check_outputs
@@ -60,6 +61,7 @@ def run(hp: ReportHparams) -> None:
 def settings(argv: list[str]) -> ReportHparams:
     """Return the settings: options, else the data that do_dual_infer.py saved with the run, else defaults."""
     hp = hparams.parse(ReportHparams, argv)
+    check_named(hp)
     if "data_dir" in hparams.parse_options(ReportHparams, argv):
         return hp
     saved = read_saved(str(hp.dual_run_path.parent), "dual_infer_hparams.json")

@@ -296,7 +296,10 @@ def test_the_data_are_those_of_the_run(world):
     write_json(world.output / "dual_infer_hparams.json", saved)
     hp = report.settings(words)
     assert hp.data_dir == str(world.data) and hp.dev_q == "" and hp.output_dir == str(world.output)
-    assert report.settings([*words, "--data_dir", "D"]).data_dir == "D"
+    other = str(world.output.parent)
+    assert report.settings([*words, "--data_dir", other]).data_dir == other
+    with pytest.raises(UserError, match="--data_dir D: no such folder"):
+        report.settings([*words, "--data_dir", "D"])
     elsewhere = ["--dual_run", str(world.output / "res.top50")]
     assert report.settings(elsewhere).data_dir == str(world.data)
 

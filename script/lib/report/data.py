@@ -67,8 +67,8 @@ class Report:
 def read_report(hp: ReportHparams) -> Report:
     """Return the runs and the reference; UserError if they do not belong together."""
     cache = str(Path(hp.output_dir) / "cache")
-    collection = PassageCollection(hp.passage_dir_path, cache)
     require(hp.dual_run_path, "the retriever's run", "run do_dual_infer.py first, or pass --dual_run")
+    collection = PassageCollection(hp.passage_dir_path, cache)
     stages, notes = [read_stage(RETRIEVER, hp.dual_run_path, collection)], []
     if hp.cross_run and hp.cross_run != NONE:
         require(hp.cross_run_path, "the re-ranked run")
