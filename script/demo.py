@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 from torch_src import hparams
-from torch_src.inputs import LATER, check_named
+from torch_src.inputs import LATER, check_data, check_named
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.libraries import import_library
 from torch_src.runtime.log import log, warn
@@ -56,6 +56,7 @@ def check_folders(hp: DemoHparams, options: Mapping[str, Any]) -> None:
         what = "no settings of do_dual_infer.py in this folder" if exists else "no such folder"
         fix = "for a page with BM25 alone pass --data_dir as well"
         raise UserError(f"--output_dir {hp.output_dir}: {what}; {fix}")
+    check_data(hp, passage_dir_path="passages")
 
 
 def serve(app: Any, listening: socket.socket) -> None:

@@ -27,16 +27,23 @@ def check_inputs(hp: DataFolder, model: str | None, **data: str) -> None:
     `model`: folder or hub name, None for a trained one; `data`: property of a path -> what it is.
     """
     check_named(hp, LATER if getattr(hp, "plan", False) else ())
+    check_data(hp, **data)
+    if model and not os.path.isdir(model) and not is_hub_name(model):
+        raise UserError(f"{model}: no such folder (pretrained_model_path); run {download('model')}")
+
+
+def check_data(hp: DataFolder, **data: str) -> None:
+    """UserError for the first missing path; `data`: property of a path -> what it is."""
     for name, what in data.items():
         path = getattr(hp, name)
         if path == NONE or os.path.exists(path):
             continue
         is_folder, get = os.path.isdir(hp.data_dir), how_to_get(path)
         message = f"{path}: no such file or folder" if is_folder else f"{hp.data_dir}: no such folder"
-        fix = f"pass --{knob_of(hp, name)}, or the folder around passage-collection as --data_dir"
-        raise UserError(f"{message} ({what}){get}{', or' if get else ';'} {fix}")
-    if model and not os.path.isdir(model) and not is_hub_name(model):
-        raise UserError(f"{model}: no such folder (pretrained_model_path); run {download('model')}")
+        fix = f"; pass --{knob_of(hp, name)}, or the folder around passage-collection as --data_dir"
+        if get:
+            fix = f"{get}, or pass another data folder as --data_dir, or --debug for the sample"
+        raise UserError(f"{message} ({what}){fix}")
 
 
 def check_named(hp: DataFolder, besides: Collection[str] = ()) -> None:
