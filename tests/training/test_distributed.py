@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,18 +12,6 @@ import torch
 from toy_world import ROOT, lines, make_world, train_options, write
 
 LAUNCH = ("-m", "torch.distributed.run", "--standalone")
-
-
-def start(programs, world, processes: int, program: str, words: list[str]) -> str:
-    """Run a program in one process or under torchrun; return what it printed."""
-    if processes == 1:
-        done = programs.run(program, words, world / "log")
-        assert done.returncode == 0, done.output()
-        return done.output()
-    command = [sys.executable, *LAUNCH, f"--nproc_per_node={processes}", str(ROOT / program), *words]
-    torchrun = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert torchrun.returncode == 0, torchrun.stdout + torchrun.stderr
-    return torchrun.stdout
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +50,16 @@ def steps(world, programs) -> dict[int, dict]:
     for processes in (1, 2):
         folder = world / f"steps{processes}"
         words = [str(world), str(folder), json.dumps(jobs)]
-        start(programs, world, processes, "tests/distributed_run.py", words)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        # the variables that torchrun sets
+        common = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        started = [
+            programs.start("tests/distributed_run.py", words, world / f"log{rank}", RANK=str(rank), **common)
+            for rank in range(processes)
+        ]
+        assert not any([process.wait() for process in started]), [process.output() for process in started]
         found[processes] = {name: torch.load(folder / name / "steps.pt", weights_only=True) for name in jobs}
     return found
 
@@ -83,7 +81,15 @@ def test_the_program_under_torchrun(world, programs):
     weights = []
     for processes in (1, 2):
         words = [*train_options(world, world / f"run{processes}"), "--dropout", "0"]
-        printed = start(programs, world, processes, "do_dual_train.py", words)
+        if processes == 1:
+            done = programs.run("do_dual_train.py", words, world / "log")
+            assert done.returncode == 0, done.output()
+            printed = done.output()
+        else:
+            command = [sys.executable, *LAUNCH, "--nproc_per_node=2", str(ROOT / "do_dual_train.py"), *words]
+            torchrun = subprocess.run(command, capture_output=True, text=True)
+            assert torchrun.returncode == 0, torchrun.stdout + torchrun.stderr
+            printed = torchrun.stdout
         weights.append(torch.load(world / f"run{processes}/dual_params.bin", weights_only=True))
         assert printed.count("dev step") == 2
     assert "process 2 of 2; they share each batch" in printed
