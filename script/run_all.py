@@ -140,8 +140,9 @@ def figures_of(dev: str, result: Path) -> str:
     return "  ".join(f"{metrics[name]:9.4f}" for name in MEASURES)
 
 
-def run(argv: list[str], call: Callable[[list[str]], None] = call) -> None:
-    """Run the stages from `--from` on; `call` runs a program to its end."""
+def run(argv: list[str], start_program: Callable[[list[str]], None] | None = None) -> None:
+    """Run the stages from `--from` on; `start_program` runs one to its end, by default as `call` does."""
+    start_program = start_program or call
     first = STAGES[0]
     if "--from" in argv:
         at = argv.index("--from")
@@ -157,7 +158,7 @@ def run(argv: list[str], call: Callable[[list[str]], None] = call) -> None:
         options["cross_infer"] += ["--retrieval_result", str(Path(infer.output_dir) / f"res.top{infer.topk}")]
     if infer.plan:
         for stage in PROGRAMS:
-            call([f"do_{stage}.py", *options[stage]])
+            start_program([f"do_{stage}.py", *options[stage]])
         return
     output = Path(infer.output_dir)
     check_outputs([Output(output / "run_all.json", TIMES)], infer.inputs)
@@ -169,9 +170,9 @@ def run(argv: list[str], call: Callable[[list[str]], None] = call) -> None:
             check_data([dual.train_set_path, cross.train_set_path], infer, rerank.dev_set_path)
         elif stage == "convert":
             topk = infer.topk or TOPK
-            call(conversion(infer, output / f"res.top{topk}", topk))
+            start_program(conversion(infer, output / f"res.top{topk}", topk))
         else:
-            call([f"do_{stage}.py", *options[stage]])
+            start_program([f"do_{stage}.py", *options[stage]])
         times[stage] = time.monotonic() - begun
     lines = table(times, rerank.dev_set_path, output)
     print("\n" + "\n".join(lines), flush=True)
