@@ -113,7 +113,7 @@ def _search_seconds(retriever: Retriever, queries: int, topk: int, bs: int) -> f
     """Return the estimated seconds of an exact search, extrapolated from random vectors."""
     devices, memory = search_devices(retriever.hp.device, retriever.device), retriever.hp.search_memory_gb
     bs, rows, width = min(bs, queries), len(retriever.collection), retriever.width
-    kind = choose_kind("auto", width, devices[0], log)
+    kind = choose_kind("auto", width, devices[0])
     probed = min(rows, 3 * chunk_rows(bs, width, memory, devices))
     draw = np.random.default_rng(0)
     probes = draw.standard_normal((2 * bs, width), dtype=np.float32)
