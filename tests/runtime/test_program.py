@@ -189,7 +189,7 @@ def test_process_ends_with_the_status_and_without_a_traceback():
     [
         "os.kill(os.getpid(), signal.SIGINT)",
         "Deleted()",
-        "atexit.register(os.kill, os.getpid(), signal.SIGINT)",
+        "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)))",
     ],
     ids=["in the program", "in a destructor", "after the program"],
 )

@@ -25,7 +25,8 @@ def read_passage_ids(path: FilePath, cache_dir: FilePath | None = None) -> np.nd
 
 
 def _parse_passage_ids(path: FilePath) -> np.ndarray:
-    rows, pids = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype="S1")]
+    rows: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+    pids: list[np.ndarray] = [np.zeros(0, dtype="S1")]
     for chunk in read_json_pairs(path):
         rows.append(_rows(path, chunk))
         for at, (_, pid) in enumerate(chunk.pairs):
