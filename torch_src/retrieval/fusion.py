@@ -19,7 +19,7 @@ def fuse_rankings(rankings: Sequence[Ranking], weights: Sequence[float] = ()) ->
     for number, ranking in enumerate(rankings):
         if weights:
             values = weights[number] * standardized(np.array([score for _, score in ranking]))
-            values -= values.min(initial=np.inf)
+            values -= min(values.tolist(), default=0.0)
         else:
             values = 1 / (RRF_OFFSET + 1 + np.arange(len(ranking)))
         for (row, _), value in zip(ranking, values.tolist(), strict=True):

@@ -59,7 +59,7 @@ class Lengths:
 
     def share_above(self, limit: int) -> float:
         """Return the share of texts longer than `limit`."""
-        return float(self.counts[limit + 1 :].sum() / max(1, self.counts.sum()))
+        return int(self.counts[limit + 1 :].sum()) / max(1, int(self.counts.sum()))
 
 
 @dataclass
