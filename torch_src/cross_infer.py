@@ -114,7 +114,7 @@ class CrossInference:
         if hp.plan and not os.path.exists(path):
             self.collection = PassageCollection(hp.passage_dir_path, cache)
             self.candidates = sample_pairs(list(self.qids), self.collection, self.device)
-            self.pairs = hp.topk * len(self.qids)
+            self.pairs = (hp.depth or hp.topk) * len(self.qids)
             return
         first = "do_dual_infer.py --debug" if hp.debug else "do_dual_infer.py"
         require(path, "candidates to re-rank", f"run {first} first")
@@ -124,6 +124,10 @@ class CrossInference:
             check_kinds((path, kinds.RUN))
             self.collection = PassageCollection(hp.passage_dir_path, cache)
         self.candidates = open_candidates(path, self.collection, cache)
+        assert isinstance(self.candidates.texts, PassageCollection)
+        self.passages_checksum = self.candidates.texts.checksum
+        if hp.depth:
+            self.candidates = self.candidates.head(len(self.candidates.queries), hp.depth)
         self.pairs = len(self.candidates)
         self._check_queries(path)
 
@@ -140,14 +144,13 @@ class CrossInference:
 
     def score_stamp(self) -> JsonDict:
         """Return the stamp of the logits."""
-        texts = self.collection or self.candidates.texts
-        assert isinstance(texts, PassageCollection)  # a list only for a plan
         return {
             "stage": "cross_infer",
             **self.source.stamp,
             **self.source.settings,
             "candidates": checksum_files([self.hp.retrieval_result_path]),
-            "passages": texts.checksum,
+            "passages": self.passages_checksum,
+            **({"depth": self.hp.depth} if self.hp.depth else {}),
             "precision": self.precision,
             "device": self.device.type,
         }

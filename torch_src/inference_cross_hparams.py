@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch_src.common_hparams import DevAnswers, PlannedJob, QueryIds
 from torch_src.hparams import NONE, under
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.options import AT_MOST_ALL, COUNT, FROM_0, PAIR_LENGTH
+from torch_src.runtime.options import AT_MOST_ALL, COUNT, COUNT_OR_OFF, FROM_0, PAIR_LENGTH
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class InferenceCrossHparams(QueryIds, DevAnswers, PlannedJob):
     cross_params: str = ""  # trained weights; empty: output_dir/cross_params.bin; none: not fine-tuned
     pretrained_model_path: str | None = None  # unset: as trained
     vocab_path: str | None = None  # unset: as trained
-    topk: int = 50  # passages kept per query; all candidates are re-ranked
+    topk: int = 50  # passages kept per query
+    depth: int = 0  # first candidates of each query to re-rank, the others are dropped; 0: all
     batch_size: int = 2048  # maximum pairs per forward pass; fewer if they are long
 
     # model: a value other than the trained one is an error
@@ -28,13 +29,13 @@ class InferenceCrossHparams(QueryIds, DevAnswers, PlannedJob):
     fuse_retriever_weight: float = 0.0  # weight of the retriever's score, standardized per query; 0: off
     block_pairs: int = 65536  # pairs per score file, the unit of writing and resuming
 
-    DEBUG = {"precision": "fp32"}
+    DEBUG = {"precision": "fp32", "depth": 20}
     INPUTS = {
         "retrieval_result_path": "candidates", "cross_params_path": "trained re-ranker",
         "pretrained_model_path": "model", "vocab_path": "vocabulary",
     }  # fmt: skip
     RANGES = {
-        "topk": AT_MOST_ALL, "batch_size": COUNT, "fuse_retriever_weight": FROM_0,
+        "topk": AT_MOST_ALL, "depth": COUNT_OR_OFF, "batch_size": COUNT, "fuse_retriever_weight": FROM_0,
         "max_seq_len": PAIR_LENGTH, "block_pairs": AT_MOST_ALL,
     }  # fmt: skip
 

@@ -267,6 +267,19 @@ def test_topk_shortens_the_result_but_not_the_scores(world):
     assert len(lines(world / "output/cross_scores.txt")) == QUERIES * DEPTH
 
 
+@pytest.mark.parametrize("official", [False, True])
+def test_depth_limits_what_is_scored(world, official):
+    """The first three candidates, in the order that they have among all."""
+    files = ["--retrieval_result", str(world / "data" / OFFICIAL)] if official else []
+    every = ranking(world / "output/res.rerank50")
+    assert infer(world, "--depth", "3", *files) == 0
+    first = {q: {row for row, *_ in found[:3]} for q, found in ranking(world / "output/res.top50").items()}
+    cut = {q: [row for row, *_ in found if row in first[q]] for q, found in every.items()}
+    found = ranking(world / "output/res.rerank50")
+    assert {q: [row for row, *_ in rows] for q, rows in found.items()} == cut
+    assert len(lines(world / "output/cross_scores.txt")) == QUERIES * 3
+
+
 @pytest.mark.slow
 def test_fusion_with_a_large_weight_has_the_retrievers_order(world):
     path = world / "output/res.top50"

@@ -57,9 +57,13 @@ class Candidates:
             yield query, slice(start, stop)
 
     def head(self, queries: int, depth: int) -> "Candidates":
-        """Return the first `depth` candidates of the first `queries` queries, with their texts in memory."""
+        """Return the first `depth` candidates of the first `queries` queries.
+
+        The texts of a run's candidates stay on disk, those of the official files are kept in memory.
+        """
         spans = [span for _, span in self.spans()][:queries]
         pairs = [pair for span in spans for pair in range(span.start, min(span.stop, span.start + depth))]
+        by_row = self.pids is None and isinstance(self.texts, PassageCollection)
         return Candidates(
             queries=self.queries[: len(spans)],
             query_of=self.query_of[pairs],
@@ -67,7 +71,7 @@ class Candidates:
             scores=self.scores[pairs],
             pids=None if self.pids is None else self.pids[pairs],
             qids=None if self.qids is None else self.qids[: len(spans)],
-            texts=[self.passages(pair, pair + 1)[0] for pair in pairs],
+            texts=self.texts if by_row else [self.passages(pair, pair + 1)[0] for pair in pairs],
         )
 
 
