@@ -7,7 +7,6 @@ fusion of both stages. The programs run one after the other in this process, so 
 Writes to output/debug.
 """
 
-import os
 import runpy
 import sys
 import time
@@ -18,18 +17,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from script import run_all
 from torch_src import hparams
 from torch_src.inference_de_hparams import InferenceDeHparams
+from torch_src.runtime.commands import command
+from torch_src.runtime.files import from_root
 from torch_src.runtime.log import duration
 from torch_src.runtime.options import OptionParser, seed
 from torch_src.runtime.program import exit_status
 
-# Of both stages in the fusion; chosen on 126 training queries set aside (504 to train): see docs/results.md.
+# Of both stages in the fusion; chosen on 126 training queries set aside (504 to train): see dev/LOG.md.
 WEIGHTS = "1 1"
 TESTS = (("dual encoder", "re-ranked"), ("dual encoder", "fused"), ("re-ranked", "fused"))
 
 
-def call(command: list[str]) -> None:
+def call(words: list[str]) -> None:
     """Run a program in this process; SystemExit if it fails."""
-    sys.argv = [str(run_all.ROOT / command[0]), *command[1:]]
+    sys.argv = [str(run_all.ROOT / words[0]), *words[1:]]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
@@ -53,7 +54,7 @@ def run(training_seed: int) -> None:
     call(["script/bm25.py", "search", *data, "--run", str(bm25 / "res.top50")])
     call(run_all.conversion(hp, bm25 / "res.top50", 50))
     section("2/4 the encoder before training, for comparison")
-    untrained = ["--dual_params", "none", "--pretrained_model_path", hparams.TINY_ENCODER]
+    untrained = ["--dual_params", "none", "--pretrained_model_path", from_root(hparams.TINY_ENCODER)]
     call(["do_dual_infer.py", "--debug", *untrained, "--output_dir", str(zero_shot)])
     call(run_all.conversion(hp, zero_shot / "res.top50", 50))
     section("3/4 train the retriever, search, train the re-ranker, re-rank")
@@ -73,11 +74,9 @@ def run(training_seed: int) -> None:
     tests = [word for pair in TESTS for word in ("--test", *pair)]
     table = [f"{name}={path}" for name, path in results.items()]
     call(["script/show_metrics.py", f"{hp.data_dir}/dev/dev.json", *table, *tests])
-    inside = run_all.ROOT in Path(sys.executable).parents
-    python = os.path.relpath(sys.executable) if inside else sys.executable
     print(f"\ndone in {duration(time.monotonic() - start)}")
-    print(f"look at it:    {python} script/report.py --debug    writes {out}/report.html")
-    print(f"ask it:        {python} script/demo.py --debug      opens http://127.0.0.1:7860")
+    print(f"look at it:    {command('script/report.py', '--debug')}    writes {out}/report.html")
+    print(f"ask it:        {command('script/demo.py', '--debug')}      opens http://127.0.0.1:7860")
 
 
 def main(argv: list[str]) -> int:

@@ -6,7 +6,9 @@
 # connection for the packages, 2 GB of free memory. Writes to .venv and output/debug; the same command again skips
 # what is up to date. `python script/doctor.py` looks for what does not fit.
 set -eu
+here=$PWD
 cd "$(dirname "$0")/.."
+root=$PWD
 case "${1:-}" in
 "") ;;
 -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' script/quickstart.sh && exit ;;
@@ -14,4 +16,5 @@ case "${1:-}" in
 esac
 more="requirements-demo.txt"
 . script/make_venv.sh
-exec $python script/quickstart.py
+cd "$here" # so that the commands printed at the end work there
+exec "$root/$python" "$root/script/quickstart.py"

@@ -42,7 +42,7 @@ class CrossHparams(Training):
     TRAIN_FILE = "train/cross.train.tsv"
     DEBUG = {
         "pretrained_model_path": TINY_ENCODER, "precision": "fp32", "epoch": 1, "lr": 2e-4,
-        "loss": "listwise", "group_size": 4, "groups_per_step": 8, "max_seq_len": 224, "dropout": 0.0,
+        "loss": "listwise", "group_size": 3, "groups_per_step": 8, "max_seq_len": 224, "dropout": 0.0,
         "dev_queries": 20, "dev_depth": 20,
     }  # fmt: skip
     INPUTS = {"dual_params": "trained retriever"}
