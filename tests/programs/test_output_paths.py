@@ -187,7 +187,7 @@ def test_runs_and_maps_of_other_collections_are_refused(trained_copy, monkeypatc
         f"recall {maps} output/res.top10 10 a.json",
         "bm25 fuse --runs output/res.top10 second/res.top10 --run fused",
         f"{RERANK} --output_dir third --retrieval_result output/res.top10",
-        f"{MINE} --retrieval_result output/res.top10",
+        f"{MINE} --dual_params output/dual_params.bin --retrieval_result output/res.top10",
         "cross_train --data_dir data --pretrained_model_path model --output_dir fourth --dev_candidates "
         "output/res.top10 --max_steps 1",
     ]

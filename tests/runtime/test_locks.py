@@ -117,7 +117,10 @@ def test_the_programs_refuse_a_folder_in_use(tmp_path, capsys, program):
 
 @pytest.mark.parametrize(
     ("program", "words", "option", "name"),
-    [(mine_negatives, [], "--mined_dir", "mining.lock"), (bm25, ["index"], "--index", "lock")],
+    [
+        (mine_negatives, ["--dual_params", "none"], "--mined_dir", "mining.lock"),
+        (bm25, ["index"], "--index", "lock"),
+    ],
 )
 def test_mining_and_bm25_refuse_a_folder_in_use(tmp_path, capsys, program, words, option, name):
     world = make_world(tmp_path)

@@ -186,8 +186,8 @@ def free_memory() -> int:
 def free_gpu_memory(device: torch.device) -> int:
     """Return the bytes of a GPU's memory that are free or already reserved by this process."""
     free, total = torch.cuda.mem_get_info(device)
-    limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)  # torch 2.7
-    fraction = limit(device.index)  # not the device: it may have no index
+    # by its index, not the device, which may have none
+    fraction = torch.cuda.get_per_process_memory_fraction(device.index)
     return min(free + torch.cuda.memory_reserved(device), int(fraction * total))
 
 
