@@ -27,7 +27,8 @@ from torch_src.tools.mining_hparams import MiningHparams
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
 DOCUMENTS = [
-    *READMES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))
+    *READMES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "dev/LOG.md", ROOT / "script/README.md",
+    *sorted((ROOT / "docs").glob("**/*.md")),
 ]  # fmt: skip
 SETTINGS: dict[str, type[hparams.Hparams]] = {
     "do_dual_train.py": DualHparams,
@@ -40,6 +41,7 @@ SETTINGS: dict[str, type[hparams.Hparams]] = {
 }
 PYTHONS = ("python", "python3", ".venv/bin/python", "milvus/bin/python")
 PLAIN = (
+    ".",
     "git", "cd", "cp", "mv", "rm", "cut", "head", "grep", "tail", "kill", "printf", ".venv/bin/pip",
     ".venv/bin/pre-commit",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The README's commands, run as written in a copy of the repository.
+"""The commands of docs/quickstart.md, docs/tools.md and the README, run in a copy of the repository.
 
 In the copy, the tiny world takes the place of the sample collection, the data set and the model folder, and a
 training makes two updates. Commands that need a GPU, a network, real data or more passages are only parsed
@@ -13,12 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
-from doc_commands import PYTHONS, READMES, ROOT, commands, program_of
+from doc_commands import PYTHONS, ROOT, commands, program_of
 from preloaded import Preloaded
 from toy_world import lines, make_world, write
 
 # Commands of another environment or size, and a server that does not end.
 SKIPPED = ("-m", "--index IVF", "script/bench/", "tests/faults/", "--plan", "milvus", "script/demo.py")
+PAGES = ("docs/quickstart.md", "docs/tools.md", "README.md")
 STAND_ALONE = ("metric/", "handle.py")  # start fast without the server
 SHORT = [
     "--epoch",
@@ -109,12 +110,13 @@ class Shell:
 
 @pytest.mark.tools
 @pytest.mark.slow
-def test_the_readmes_commands_run(tmp_path):
+def test_the_documents_commands_run(tmp_path):
     root = copy_of_the_repository(tmp_path / "copy")
     with Preloaded(root) as programs:
         shell = Shell(programs, root)
-        for words in commands(READMES[0].read_text(encoding="utf-8")):
-            shell.run(words)
+        for page in PAGES:
+            for words in commands((ROOT / page).read_text(encoding="utf-8")):
+                shell.run(words)
     every = {f"do_{name}.py" for name in ("dual_train", "dual_infer", "cross_train", "cross_infer")}
     every |= {f"script/{name}.py" for name in ("mine_negatives", "fuse_curve", "convert_dataset", "bm25")}
     assert every <= set(shell.ran) and len(shell.ran) > 30

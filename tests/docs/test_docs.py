@@ -20,6 +20,8 @@ from doc_commands import (
     without_fences,
 )
 
+from script.lib import settings_page
+
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FOLDERS = ("script/", "metric/", "torch_src/", "tests/", "docs/")
 FILE = re.compile(r"[\w.*/-]+\.(?:py|sh|md|svg)|requirements[\w-]*\.txt")
@@ -106,9 +108,33 @@ def test_options_in_running_text_exist(path):
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
-def test_a_readme_has_a_command_for_every_program(path):
+def test_a_readme_has_the_commands_of_both_stages(path):
     found = {word for words in commands(text_of(path)) for word in words}
-    assert {*SETTINGS, "script/quickstart.sh", "script/test.sh", "script/download.sh"} <= found
+    programs = {name for name in SETTINGS if name.startswith("do_")}
+    assert {
+        *programs,
+        "script/quickstart.sh",
+        "script/download.sh",
+        "script/try.sh",
+        "script/demo.py",
+    } <= found
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
+def test_a_readme_has_at_most_180_lines(path):
+    """Everything else has its place in docs/."""
+    assert len(text_of(path).splitlines()) <= 180
+
+
+def test_the_results_are_short():
+    rows = text_of(ROOT / "docs/results.md").splitlines()
+    assert len(rows) <= 250 and max(map(len, rows)) <= 110
+
+
+def test_the_index_names_every_document():
+    links = set(LINK.findall(text_of(ROOT / "docs/README.md")))
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert pages - {"README.md"} == links
 
 
 def literals(path) -> list[str]:
@@ -160,6 +186,10 @@ def test_troubleshooting_quotes_words_of_the_code():
     assert len(keys) > 50
     assert not [key for key in keys if len(key.split()) > 6]
     assert not [key for key in keys if key.removeprefix("--") not in code]
+
+
+def test_the_page_of_settings_is_current():
+    assert text_of(ROOT / "docs/settings.md") == settings_page.page() + "\n"
 
 
 def test_every_program_in_script_has_a_line_in_its_readme():

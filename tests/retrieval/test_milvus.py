@@ -1,6 +1,6 @@
 """Search on Milvus: options, refused inputs, killed loads, requests and the order of results.
 
-The tests at the end run against the real Milvus Lite, in its own environment (README, Tests).
+The tests at the end run against the real Milvus Lite, in its own environment (docs/tools.md).
 """
 
 import json
