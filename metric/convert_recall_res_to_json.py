@@ -155,9 +155,11 @@ def warn_about(path: str, queries: int, rankings: dict[str, Ranking], topk: int,
     short = [len(ranking.rows) for ranking in rankings.values() if len(ranking.rows) < topk]
     if short:
         counted = f"{len(short)} of {len(rankings)} queries"
-        # BM25 finds only passages that share a word with the query
-        report = print if (read_stamp(path) or {}).get("stage") == "bm25" else warn
-        report(f"{path}: {counted} have fewer than {topk} results, the fewest {min(short)}")
+        line = f"{path}: {counted} have fewer than {topk} results, the fewest {min(short)}"
+        if (read_stamp(path) or {}).get("stage") == "bm25":
+            print(f"{line} (BM25 returns passages that share a word with the query)")
+        else:
+            warn(line)
     if len(rankings) < queries:
         warn(f"{path}: {queries - len(rankings)} of the {queries} queries of the query map have no result")
     if rises:

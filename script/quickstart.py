@@ -76,7 +76,7 @@ def run(training_seed: int) -> None:
     call(["script/show_metrics.py", f"{hp.data_dir}/dev/dev.json", *table, *tests])
     print(f"\ndone in {duration(time.monotonic() - start)}")
     print(f"look at it:    {command('script/report.py', '--debug')}    writes {out}/report.html")
-    print(f"ask it:        {command('script/demo.py', '--debug')}      opens http://127.0.0.1:7860")
+    print(f"ask it:        {command('script/demo.py', '--debug')}      serves http://127.0.0.1:7860")
 
 
 def main(argv: list[str]) -> int:

@@ -163,7 +163,8 @@ def wait_until_it_answers(page: "subprocess.Popen[bytes]", port: int) -> None:
 def start_encoder(trial: Trial, words: list[str]) -> "subprocess.Popen[bytes]":
     """Start do_dual_infer.py; its output goes to the log."""
     trial.output.mkdir(parents=True, exist_ok=True)
-    log(f"encoding the passages in the background with {trial.output.name}; log: {trial.output / LOG}")
+    model = trial.output.name
+    log(f"encoding in the background with {model} what is not encoded yet; log: {trial.output / LOG}")
     with open(trial.output / LOG, "wb") as file:
         # in a session of its own: Ctrl-C would end it with a message on the terminal
         return subprocess.Popen(program(words), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)

@@ -264,7 +264,7 @@ class CrossTask(TrainingTask):
         scores = self.scorer().score_all(self.dev.candidates)
         reranked, retriever = self.dev.metrics(scores), self.dev.metrics(self.dev.candidates.scores)
         order = f"in the retriever's order {retriever['MRR@10']:.4f}, re-ranked {reranked['MRR@10']:.4f}"
-        log(f"MRR@10 of the dev candidates: {order}")
+        log(f"MRR@10 of the dev candidates ({len(self.dev.candidates.queries):,} queries): {order}")
         warnings = (
             score_checks.collapsed(scores, [span for _, span in self.dev.candidates.spans()]),
             score_checks.below_retriever(reranked["MRR@10"], retriever["MRR@10"]),

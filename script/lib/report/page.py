@@ -135,9 +135,9 @@ def unlabeled_section(report: Report, findings: Findings | None) -> str:
     rule = Both(
         f"Passages without a label that the {name.en} puts in its first {TOP} and above every gold passage "
         "of the query, with a score as high as that of half of the gold passages it puts first. "
-        "Read them: what answers the query is a missing label.",
+        "Read them: what answers the query is a missing label, the rest are errors of the re-ranker.",
         f"没有标注的段落，但{name.zh}把它排进前 {TOP}，且在该问题所有正例之上，"
-        "分数又不低于半数排在第一的正例。读一下：能回答问题的就是漏标。",
+        "分数又不低于半数排在第一的正例。读一下：能回答问题的是漏标，其余是精排的错误。",
     )
     if not count:
         return note(rule) + note(Both("There are none.", "没有这样的段落。"))

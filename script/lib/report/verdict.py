@@ -138,10 +138,10 @@ def next_steps(report: Report, findings: Findings, reranked: Difference | None, 
         count = len({each.qid for each in findings.unlabeled})
         steps.append(
             Both(
-                f"Read the passages below that are probably right but have no label ({count:,} queries): "
-                "the metrics count them as errors, and training may use them as negatives.",
-                f"看一下后面“可能漏标”的段落（{count:,} 个问题）：指标把它们算作错误，"
-                "训练时还可能被当作负例。",
+                f"Read the passages below that the re-ranker prefers to the gold ({count:,} queries): "
+                "those that answer are missing labels, the others are errors to learn from.",
+                f"看一下后面精排明显排在正例之前的段落（{count:,} 个问题）：能回答问题的是漏标，"
+                "其余是精排的错误。",
             )
         )
     if queries < FEW_QUERIES:
