@@ -24,7 +24,7 @@ from torch_src.runtime.options import OptionParser, seed
 from torch_src.runtime.program import exit_status
 
 # Of both stages in the fusion; chosen on 126 training queries set aside (504 to train): see dev/LOG.md.
-WEIGHTS = "1 1"
+WEIGHTS = ("1", "1")
 TESTS = (("dual encoder", "re-ranked"), ("dual encoder", "fused"), ("re-ranked", "fused"))
 
 
@@ -52,17 +52,17 @@ def run(training_seed: int) -> None:
     data = ["--data_dir", hp.data_dir, "--index", str(bm25)]
     call(["script/bm25.py", "index", *data])
     call(["script/bm25.py", "search", *data, "--run", str(bm25 / "res.top50")])
-    call(run_all.conversion(hp, bm25 / "res.top50", 50))
+    call(run_all.conversion(hp, bm25 / "res.top50", run_all.TOPK))
     section("2/4 the encoder before training, for comparison")
     untrained = ["--dual_params", "none", "--pretrained_model_path", from_root(hparams.TINY_ENCODER)]
     call(["do_dual_infer.py", "--debug", *untrained, "--output_dir", str(zero_shot)])
-    call(run_all.conversion(hp, zero_shot / "res.top50", 50))
+    call(run_all.conversion(hp, zero_shot / "res.top50", run_all.TOPK))
     section("3/4 train the retriever, search, train the re-ranker, re-rank")
     run_all.run(["--debug", "--seed", str(training_seed)], call)
     section("4/4 fuse both stages: a weighted sum of their scores")
-    runs = ["--runs", str(out / "res.top50"), str(out / "res.rerank50"), "--weights", *WEIGHTS.split()]
+    runs = ["--runs", str(out / "res.top50"), str(out / "res.rerank50"), "--weights", *WEIGHTS]
     call(["script/bm25.py", "fuse", *runs, "--run", str(fused / "res.top50")])
-    call(run_all.conversion(hp, fused / "res.top50", 50))
+    call(run_all.conversion(hp, fused / "res.top50", run_all.TOPK))
     print()
     results = {
         "BM25": bm25 / "dual_res.json",

@@ -5,22 +5,12 @@ python -m script.lib.settings_page > docs/settings.md
 
 import dataclasses
 
-from torch_src.cross_hparams import CrossHparams
-from torch_src.dual_hparams import DualHparams
-from torch_src.hparams import GROUPS, Hparams, inherited, knob_comments, option_text
-from torch_src.inference_cross_hparams import InferenceCrossHparams
-from torch_src.inference_de_hparams import InferenceDeHparams
+from script import run_all
+from torch_src.hparams import GROUPS, inherited, knob_comments, option_text
 from torch_src.tools.demo_hparams import DemoHparams
 from torch_src.tools.mining_hparams import MiningHparams
 
-PROGRAMS: dict[str, type[Hparams]] = {
-    "dual_train": DualHparams,
-    "dual_infer": InferenceDeHparams,
-    "cross_train": CrossHparams,
-    "cross_infer": InferenceCrossHparams,
-    "mine": MiningHparams,
-    "demo": DemoHparams,
-}
+PROGRAMS: run_all.Programs = {**run_all.PROGRAMS, "mine": MiningHparams, "demo": DemoHparams}
 HEAD = """# Settings
 
 Every option of the four programs, of `script/mine_negatives.py` (mine) and of `script/demo.py` (demo). Edit a

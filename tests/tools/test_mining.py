@@ -277,7 +277,7 @@ def test_mining_with_trained_models(trained_copy, tmp_path, program):
     counts = json.loads((tmp_path / "out/mined/mining.json").read_text())["counts"]
     assert counts["queries"] == 24 and counts["chosen"] + counts["filled"] > 24
     own = ("--retrieval_result", tmp_path / "out/mined/res.top15", "--mined_dir", tmp_path / "own")
-    (tmp_path / "out/dual_params.bin").unlink()  # not needed for a run of others
+    (tmp_path / "out/dual_params.bin").unlink()  # a given run needs no retriever
     program(*mine, *own)
     assert (tmp_path / "own/dual.train.tsv").read_bytes() == first
     assert "bm25.py search" in program(*mine, *own[:1], tmp_path / "nowhere", status=2)
