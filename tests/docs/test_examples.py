@@ -16,18 +16,35 @@ def test_notebooks_are_stored_without_outputs():
         assert not any(cell.get("outputs") for cell in cells), name
 
 
+def execute(name, folder):
+    """Execute a notebook in a copy of the repository; return the outputs of its cells."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    for package in ("torch_src", "metric", "script"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("do_*.py"):
+        shutil.copy(path, folder)
+    notebook = nbformat.read(ROOT / "examples" / name, as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("--eval_every -1", f"--eval_every -1 {SHORT}")
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": folder}}).execute()
+    return [output for cell in notebook.cells for output in cell.get("outputs", ())]
+
+
 @pytest.mark.tools
 @pytest.mark.slow
 def test_the_notebook_from_passages_to_a_comparison(tmp_path):
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    for name in ("torch_src", "metric", "script"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in ROOT.glob("do_*.py"):
-        shutil.copy(path, tmp_path)
-    notebook = nbformat.read(ROOT / "examples/passages_to_search.ipynb", as_version=4)
-    for cell in notebook.cells:
-        cell.source = cell.source.replace("--eval_every -1", f"--eval_every -1 {SHORT}")
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    outputs = execute("passages_to_search.ipynb", tmp_path)
     assert any("after_training - before_training" in output.get("text", "") for output in outputs)
     assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+@pytest.mark.tools
+@pytest.mark.slow
+def test_the_notebook_that_loads_the_exports_elsewhere(tmp_path, programs):
+    for program in ("do_dual_train.py", "do_cross_train.py"):
+        words = ["--debug", "--output_dir", str(tmp_path / "output/debug"), "--eval_every", "-1"]
+        done = programs.run(program, [*words, "--max_steps", "1"], tmp_path / "log")
+        assert not done.returncode, done.output()
+    printed = [output.get("text", "") for output in execute("export_elsewhere.ipynb", tmp_path)]
+    scores = [text for text in printed if text.startswith("[")]  # of the retriever and of the re-ranker
+    assert len(scores) == 2 and all(len(text.split()) == 2 for text in scores), printed
