@@ -25,6 +25,7 @@ class CrossHparams(Training):
 
     # model
     dual_params: str = NONE  # start from this retriever's passage encoder; none: from pretrained_model_path
+    cross_params: str = NONE  # start from this trained re-ranker, head included; none: from the others
     max_seq_len: int = 384  # tokens of query and passage together; only the passage is cut
 
     # optimization
@@ -45,7 +46,7 @@ class CrossHparams(Training):
         "loss": "listwise", "group_size": 3, "groups_per_step": 8, "max_seq_len": 224, "dropout": 0.0,
         "dev_queries": 20, "dev_depth": 20,
     }  # fmt: skip
-    INPUTS = {"dual_params": "trained retriever"}
+    INPUTS = {"dual_params": "trained retriever", "cross_params": "trained re-ranker"}
     CHOICES = {"loss": ("pointwise", "listwise")}
     RANGES = {
         "max_seq_len": PAIR_LENGTH, "group_size": (2, 1000), "groups_per_step": COUNT,
@@ -65,3 +66,5 @@ class CrossHparams(Training):
         super().check()
         if self.r_drop_alpha and (self.loss != "pointwise" or self.fgm_epsilon):
             raise UserError("--r_drop_alpha requires --loss pointwise and no --fgm_epsilon")
+        if NONE not in (self.dual_params, self.cross_params):
+            raise UserError("--dual_params and --cross_params: name one model to start from")

@@ -22,6 +22,7 @@ from torch_src.models.cross_encoder import (
     CrossEncoder,
     describe_reranker,
     load_cross_encoder,
+    start_from_reranker,
     start_from_retriever,
 )
 from torch_src.models.losses import listwise_loss, pointwise_loss, r_drop_loss
@@ -111,9 +112,9 @@ class CrossTask(TrainingTask):
         hp = self.hp
         needs_collection = hp.eval_every >= 0 and not hp.dev_candidates_path.endswith(OFFICIAL)
         stamp = self.setup.collection_stamp() if needs_collection else {}
-        if hp.dual_params != hparams.NONE:
-            retriever = require(hp.dual_params, "trained retriever", "run do_dual_train.py first")
-            stamp["start_weights"] = checksum_files([retriever])
+        for start, what in ((hp.dual_params, "trained retriever"), (hp.cross_params, "trained re-ranker")):
+            if start != hparams.NONE:
+                stamp["start_weights"] = checksum_files([require(start, what, "train it first")])
         return stamp
 
     def load(self) -> None:
@@ -146,6 +147,8 @@ class CrossTask(TrainingTask):
         self.model = load_cross_encoder(hp.pretrained_model_path, setup.config, hp.seed, trained=False)
         if hp.dual_params != hparams.NONE:
             start_from_retriever(self.model, hp.dual_params)
+        if hp.cross_params != hparams.NONE:
+            start_from_reranker(self.model, hp.cross_params, hp.pretrained_model_path, setup.tokenizer)
         if hp.gradient_checkpointing:
             checkpoint_activations(self.model.model)
         if hp.head_lr:

@@ -120,6 +120,37 @@ def test_training_writes_the_files_in_the_readme(trained):
     assert (output / "cross_checkpoint.pt").exists() and (output / "cross_params.bin.stamp.json").exists()
 
 
+def test_training_continues_from_another_rerankers_weights(world, capsys):
+    start = str(world / "output/cross_params.bin")
+    none = ["--lr", "1e-9", "--weight_decay", "0", "--max_steps", "1", "--eval_every", "-1"]
+    assert train(world, "--cross_params", start, *none, output="second") == 0
+    assert "encoder and head initialized" in capsys.readouterr().out
+    first, second = (
+        torch.load(world / f"{name}/cross_params.bin", weights_only=True) for name in ("output", "second")
+    )
+    assert all(torch.allclose(value, second[name], atol=1e-6) for name, value in first.items())
+    assert train(world, "--cross_params", start, *none, output="second") == 0
+    assert "up to date" in capsys.readouterr().out
+    torch.save({name: value + 1 for name, value in first.items()}, start)
+    assert train(world, "--cross_params", start, *none, output="second") == 0
+    assert "start_weights" in capsys.readouterr().out
+
+
+def test_another_model_than_the_start_is_refused(world, capsys):
+    start = ["--cross_params", str(world / "output/cross_params.bin")]
+    refused(capsys, train(world, *start), "one of the inputs")  # its own output
+    refused(capsys, train(world, *start, "--dual_params", start[1], output="second"), "name one model")
+    config = load(world / "model/config.json")
+    write(world / "model/config.json", [json.dumps({**config, "hidden_act": "relu"})])
+    refused(capsys, train(world, *start, output="second"), "another configuration")
+    vocab = lines(world / "model/vocab.txt")
+    write(world / "vocab.txt", [*vocab[:-2], vocab[-1], vocab[-2]])
+    status = train(world, *start, "--vocab_path", str(world / "vocab.txt"), output="second")
+    refused(capsys, status, "another tokenizer")
+    (world / "output/cross_hparams.json").unlink()
+    refused(capsys, train(world, *start, output="second"), "cross_hparams.json")
+
+
 def test_inference_writes_all_its_files(trained):
     names = {
         "res.rerank50",

@@ -6,6 +6,7 @@ Classifiers with two labels and causal language models that answer yes or no are
 import inspect
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,17 +20,20 @@ from transformers import (
 )
 
 from torch_src.models.backbones import (
+    architecture,
     load_config,
     load_pretrained,
+    load_weights,
     probe_ids,
     read_config,
     read_weights,
 )
 from torch_src.models.model_folder import ModelFolder, read_reranker_folder
 from torch_src.models.pair_template import is_causal, template_of
-from torch_src.models.tokenization import load_tokenizer
+from torch_src.models.tokenization import load_tokenizer, tokenizer_checksum
 from torch_src.runtime.devices import at_least_float32
 from torch_src.runtime.errors import UserError, first_line
+from torch_src.runtime.files import read_json, require
 from torch_src.runtime.log import log, warn
 
 # names of the labels of a classifier with two, where they are not LABEL_0 (irrelevant) and LABEL_1
@@ -250,3 +254,25 @@ def start_from_retriever(encoder: CrossEncoder, path: str) -> None:
     except RuntimeError as error:
         raise UserError(f"{path}: the shapes of its weights differ from this model's") from error
     log(f"{path}: encoder initialized from its passage tower")
+
+
+def start_from_reranker(
+    encoder: CrossEncoder, path: str, model_path: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Load a trained re-ranker (cross_params.bin), head included, into the encoder of `model_path`.
+
+    UserError when the re-ranker has another architecture or tokenizer.
+    """
+    settings = Path(path).with_name("cross_hparams.json")
+    trained = read_json(require(settings, f"settings of {Path(path).name}", "train the re-ranker again"))
+    folder = Path(path).with_name("cross_model")
+    fix = "pass the --pretrained_model_path and --vocab_path that it was trained with"
+    if trained.get("tokenizer") != tokenizer_checksum(tokenizer):
+        raise UserError(f"{path}: trained with another tokenizer than that of {model_path}; {fix}")
+    if folder.exists() and architecture(load_config(str(folder), kind="cross")) != architecture(
+        load_config(model_path, kind="cross")
+    ):
+        raise UserError(f"{path}: trained with another configuration than that of {model_path}; {fix}")
+    load_weights(path, encoder.model, "do_cross_train.py")
+    encoder.random_parameters = []
+    log(f"{path}: encoder and head initialized from it")

@@ -58,8 +58,8 @@ PROBED_UNITS = 32  # queries, groups or pairs of such an update on a CPU; a whol
 # `tokens_per_batch` are stamped as the user gave them; what was chosen for -1 and 0 is in the checkpoint.
 NOT_STAMPED = {
     "data_dir", "train_set", "dev_set", "passage_dir", "passage_ids", "dev_candidates", "output_dir",
-    "log_every", "save_every_minutes", "pretrained_model_path", "dual_params", "vocab_path", "force", "debug",
-    "threads", "device", "plan",
+    "log_every", "save_every_minutes", "pretrained_model_path", "dual_params", "cross_params", "vocab_path",
+    "force", "debug", "threads", "device", "plan",
 }  # fmt: skip
 
 
