@@ -182,8 +182,7 @@ def run(argv: list[str], start_program: Callable[[list[str]], None] | None = Non
 def start(program: Callable[[list[str]], None], doc: str, argv: list[str]) -> int:
     """Run program(argv), or print `doc` for --help; return the exit status."""
     if "--help" in argv or "-h" in argv:
-        print(doc)
-        return 0
+        return exit_status(lambda: print(doc))
     return exit_status(lambda: program(argv))
 
 

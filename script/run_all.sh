@@ -1,5 +1,5 @@
 #!/bin/sh
-# The whole chain by one command: sh script/run_all.sh [--debug] [--from STAGE] [--knob value ...]; --help says more.
+# The whole chain by one command: sh script/run_all.sh [--debug] [--from STAGE] [--option value ...]; --help says more.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 python=$root/.venv/bin/python

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Rounds of mining and training by one command: sh script/run_rounds.sh N [--denoise] [--knob value ...]; --help says more.
+# Rounds of mining and training by one command: sh script/run_rounds.sh N [--denoise] [--option value ...]; --help says more.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 python=$root/.venv/bin/python

@@ -11,7 +11,7 @@ from retrieval.test_gpu_inference import CONFIGS, build_scorer, dtypes
 from torch_src import cross_infer
 from torch_src.retrieval.gpu_inference import scorer_on_gpu
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 FAMILIES = [family for family in CONFIGS if family != "t5"]
 __all__ = ["large_world", "one_pass_too_large"]  # fixtures

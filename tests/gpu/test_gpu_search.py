@@ -16,7 +16,7 @@ from retrieval.test_search import (
 from torch_src.retrieval.chunks import ChunkReader
 from torch_src.retrieval.search import search
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 

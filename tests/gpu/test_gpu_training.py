@@ -16,7 +16,7 @@ from training.test_workers import trainer_of
 from torch_src.runtime.devices import free_gpu_memory
 from torch_src.training.memory import measure_memory
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+pytestmark = pytest.mark.gpu
 
 CUDA = "cuda"
 
