@@ -39,7 +39,7 @@ from torch_src.inputs import check_inputs
 from torch_src.query_ids import read_query_ids
 from torch_src.runtime.commands import command
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.files import require, write_json
+from torch_src.runtime.files import read_json, require, write_json
 from torch_src.runtime.log import duration, log
 from torch_src.runtime.outputs import TIMES, Output, check_outputs
 from torch_src.runtime.program import exit_status
@@ -140,6 +140,20 @@ def figures_of(dev: str, result: Path) -> str:
     return "  ".join(f"{metrics[name]:9.4f}" for name in MEASURES)
 
 
+def recorded_seconds(path: Path) -> dict[str, float]:
+    """Return the seconds of each stage in run_all.json; empty without a readable one."""
+    try:
+        seconds = read_json(path).get("seconds")
+    except UserError:
+        return {}
+    return {name: seconds[name] for name in STAGES if name in seconds} if isinstance(seconds, dict) else {}
+
+
+def modified(path: Path) -> int:
+    """Return when a file was written, in nanoseconds; 0 without it."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def run(argv: list[str], start_program: Callable[[list[str]], None] | None = None) -> None:
     """Run the stages from `--from` on; `start_program` runs one to its end, by default as `call` does."""
     start_program = start_program or call
@@ -160,23 +174,31 @@ def run(argv: list[str], start_program: Callable[[list[str]], None] | None = Non
         for stage in PROGRAMS:
             start_program([f"do_{stage}.py", *options[stage]])
         return
-    output = Path(infer.output_dir)
+    output, topk = Path(infer.output_dir), infer.topk or TOPK
+    results = {
+        "dual_train": "dual_params.bin", "dual_infer": f"res.top{topk}", "convert": "dual_res.json",
+        "cross_train": "cross_params.bin", "cross_infer": f"res.rerank{rerank.topk}",
+    }  # fmt: skip
     check_outputs([Output(output / "run_all.json", TIMES)], infer.inputs)
     times: dict[str, float] = {}
+    seconds = recorded_seconds(output / "run_all.json")
     for stage in STAGES[STAGES.index(first) :]:
         log(f"== {stage}")
-        begun = time.monotonic()
+        begun, result = time.monotonic(), output / results.get(stage, "")
+        before = modified(result)
         if stage == "check":
             check_data([dual.train_set_path, cross.train_set_path], infer, rerank.dev_set_path)
         elif stage == "convert":
-            topk = infer.topk or TOPK
             start_program(conversion(infer, output / f"res.top{topk}", topk))
         else:
             start_program([f"do_{stage}.py", *options[stage]])
         times[stage] = time.monotonic() - begun
+        was_up_to_date = stage in results and modified(result) == before
+        if not was_up_to_date or stage not in seconds:
+            seconds[stage] = round(times[stage], 1)
     lines = table(times, rerank.dev_set_path, output)
     print("\n" + "\n".join(lines), flush=True)
-    write_json(output / "run_all.json", {"seconds": {name: round(took, 1) for name, took in times.items()}})
+    write_json(output / "run_all.json", {"seconds": seconds})
 
 
 def start(program: Callable[[list[str]], None], doc: str, argv: list[str]) -> int:

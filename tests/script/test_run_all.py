@@ -1,5 +1,6 @@
 """One command for the whole chain: its table, stages that are up to date, signals."""
 
+import json
 import os
 import re
 import signal
@@ -42,6 +43,17 @@ def test_the_whole_chain_twice(world, quick_calls, capsys):
     assert run_all.main(words(world)) == 0
     again = "".join(quick_calls)
     assert again.count(": up to date") >= 4 and "epoch 1/1" not in again
+
+
+def test_a_stage_that_is_up_to_date_keeps_its_recorded_time(world):
+    out, names = world / "out", iter(["dual_params.bin"])
+    out.mkdir()
+    recorded = {"check": 70.0, "dual_train": 71.0, "dual_infer": 72.0, "convert": 73.0, "cross_train": 74.0}
+    (out / "run_all.json").write_text(json.dumps({"seconds": recorded}))
+    run_all.run(words(world), lambda command: (out / next(names, "another")).write_text("new"))
+    seconds = json.loads((out / "run_all.json").read_text())["seconds"]
+    changed = {name for name, value in recorded.items() if seconds[name] != value}
+    assert changed == {"check", "dual_train"} and seconds["cross_infer"] < 70
 
 
 def test_a_missing_training_file_is_an_error_before_the_first_stage(world, capsys):
