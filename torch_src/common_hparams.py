@@ -1,9 +1,12 @@
 """Knobs that several programs share. Edit a default here, or pass `--name value`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
-from torch_src.hparams import DATA_DIR, PRECISIONS, SAMPLE_DIR, Hparams, under
+from torch_src.hparams import DATA_DIR, PRECISIONS, SAMPLE_DIR, Hparams, check_choice, under
+from torch_src.recipes import RECIPES, values_text
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.options import ABOVE_0, COUNT, COUNT_OR_OFF, FROM_0, SEEDS, SHARE, STEPS, STEPS_OR_OFF
 
@@ -142,6 +145,7 @@ class Training(TrainRows, DevAnswers, PlannedJob):
     """Training of either model."""
 
     # main options
+    recipe: str = "default"  # named set of defaults (recipes.py), which options override
     grad_cache_chunk: int = -1  # texts or pairs per forward pass (GradCache); -1: from free memory; 0: off
 
     # data paths
@@ -171,6 +175,8 @@ class Training(TrainRows, DevAnswers, PlannedJob):
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     deterministic: bool = False  # bitwise reproducible on CUDA, or an error; slower; runs on a CPU always are
 
+    MODEL: ClassVar[str] = ""  # dual or cross, in a recipe
+    CHOICES = {"recipe": tuple(RECIPES)}
     INPUTS = {
         "dev_candidates_path": "candidates", "pretrained_model_path": "model", "vocab_path": "vocabulary",
     }  # fmt: skip
@@ -181,6 +187,20 @@ class Training(TrainRows, DevAnswers, PlannedJob):
         "eval_every": (-1, 10**8), "early_stop": COUNT_OR_OFF, "save_every_minutes": (0, 10**6),
         "log_every": STEPS, "tokens_per_batch": STEPS_OR_OFF,
     }  # fmt: skip
+
+    @classmethod
+    def recipe_values(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        name = options.get("recipe", cls.recipe)
+        check_choice("recipe", name, tuple(RECIPES))
+        return getattr(RECIPES[name], cls.MODEL)
+
+    @classmethod
+    def more_help(cls) -> list[str]:
+        lines = ["", "recipes:"]
+        for name, recipe in RECIPES.items():
+            lines += [f"  {name}: {recipe.purpose}"]
+            lines += [f"    {values_text(values)}"] if (values := getattr(recipe, cls.MODEL)) else []
+        return lines
 
     @property
     def dev_candidates_path(self) -> str:

@@ -72,6 +72,16 @@ class Hparams:
         paths: dict[str, Any] = {name: from_root(path) for name, path in local_paths(hp).items()}
         return dataclasses.replace(hp, **paths)
 
+    @classmethod
+    def recipe_values(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of the recipe that the options name; empty without recipes."""
+        return {}
+
+    @classmethod
+    def more_help(cls) -> list[str]:
+        """Return lines for the end of --help."""
+        return []
+
     @property
     def saved_to(self) -> str:
         """Return the JSON file that stores the settings beside the result; empty: none."""
@@ -129,7 +139,7 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def parse(
     settings: type[Settings], argv: list[str], model_settings: Mapping[str, Any] | None = None
 ) -> Settings:
-    """Return the checked settings: defaults, overridden by --debug, `model_settings` and options, in order.
+    """Return the checked settings: defaults, --debug, recipe, `model_settings`, options: the later win.
 
     A malformed option prints what was expected and exits with status 2; --help exits with 0.
     """
@@ -138,7 +148,8 @@ def parse(
         sys.exit(0)
     options = parse_options(settings, argv)
     defaults = settings.defaults(options.get("debug", settings.debug))
-    hp = dataclasses.replace(defaults, **{**(model_settings or {}), **options})
+    recipe = settings.recipe_values(options)
+    hp = dataclasses.replace(defaults, **{**recipe, **(model_settings or {}), **options})
     hp.check()
     return hp
 
@@ -200,6 +211,7 @@ def help_text(settings: type[Hparams]) -> str:
         lines += ["", f"{group}:"] if names else []
         for name in names:
             lines += knob_help(settings, fields[name], getattr(defaults, name), comments[name][1])
+    lines += settings.more_help()
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ python -m script.lib.settings_page > docs/settings.md
 import dataclasses
 
 from script import run_all
+from torch_src import recipes
 from torch_src.hparams import GROUPS, inherited, knob_comments, option_text
 from torch_src.tools.demo_hparams import DemoHparams
 from torch_src.tools.mining_hparams import MiningHparams
@@ -36,7 +37,7 @@ def rows() -> dict[str, dict[tuple[str, str, str], list[str]]]:
 
 def page() -> str:
     """Return the page in Markdown."""
-    lines = [HEAD]
+    lines = [HEAD, "## Recipes", "", "`--recipe NAME` of the training programs:", "", *recipes.table(), ""]
     for group, options in rows().items():
         lines += [
             f"## {group.capitalize()}",

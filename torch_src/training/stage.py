@@ -59,7 +59,7 @@ PROBED_UNITS = 32  # queries, groups or pairs of such an update on a CPU; a whol
 NOT_STAMPED = {
     "data_dir", "train_set", "dev_set", "passage_dir", "passage_ids", "dev_candidates", "output_dir",
     "log_every", "save_every_minutes", "pretrained_model_path", "dual_params", "cross_params", "vocab_path",
-    "force", "debug", "threads", "device", "plan",
+    "recipe", "force", "debug", "threads", "device", "plan",
 }  # fmt: skip
 
 
