@@ -26,7 +26,8 @@ from torch_src.runtime.errors import UserError
 from torch_src.runtime.libraries import import_library
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.program import exit_status, exit_with
-from torch_src.tools.demo_hparams import SAVED, DemoHparams, demo_settings, read_saved
+from torch_src.saved_settings import SAVED, read_saved
+from torch_src.tools.demo_hparams import DemoHparams, demo_settings
 from torch_src.tools.feedback import Feedback
 from torch_src.tools.search_service import SearchService
 

@@ -30,7 +30,7 @@ from torch_src.runtime.files import atomic_write
 from torch_src.runtime.log import duration, log
 from torch_src.runtime.outputs import Output, begins, check_outputs
 from torch_src.runtime.program import exit_status, exit_with
-from torch_src.tools.demo_hparams import read_saved
+from torch_src.saved_settings import read_saved
 
 DATA = ("data_dir", "passage_dir", "passage_ids", "dev_q", "dev_q2qid")
 PAGE = begins(rb"(?s)<!DOCTYPE html>.*<title>Report of ")

@@ -16,23 +16,16 @@ from torch_src.data.kinds import check_kinds
 from torch_src.data.negative_scores import read_negative_scores
 from torch_src.data.passage_ids import check_length, read_passage_ids, rows_of
 from torch_src.data.results import RESULT_STAGES, write_result
-from torch_src.inference import (
-    LOG_SECONDS,
-    choose_hardware,
-    find_cross_model,
-    load_cross_model,
-    pair_rules,
-    pair_scorer,
-)
+from torch_src.inference import LOG_SECONDS, load_cross_model
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_plan import plan_reranking, sample_pairs
 from torch_src.inputs import check_inputs
-from torch_src.models.backbones import check_fits
-from torch_src.models.cross_encoder import CrossEncoder, describe_reranker
+from torch_src.models.cross_encoder import CrossEncoder
 from torch_src.models.truncation import sampled, truncation_of_pairs
 from torch_src.query_ids import read_query_ids
+from torch_src.reranker import Reranker
 from torch_src.retrieval import score_checks
-from torch_src.retrieval.reranking import PairScorer, fuse, rank_pairs
+from torch_src.retrieval.reranking import fuse, rank_pairs
 from torch_src.retrieval.vectors import DamagedBlock, ScoreStore, VectorStore
 from torch_src.runtime.devices import peak_memory_gb, worker_count
 from torch_src.runtime.errors import UserError
@@ -91,18 +84,14 @@ def check_paths(hp: InferenceCrossHparams) -> None:
     check_apart(output / "cross_scores", hp.inputs)
 
 
-class CrossInference:
+class CrossInference(Reranker):
     """The inputs of one re-ranking run, checked before any slow step."""
 
     def __init__(self, hp: InferenceCrossHparams):
-        self.hp, self.output = hp, Path(hp.output_dir)
-        self.device, self.precision = choose_hardware(hp)
+        self.output = Path(hp.output_dir)
         self.qids = read_query_ids(hp)
+        super().__init__(hp)
         self._open_candidates()
-        self.source = source = find_cross_model(hp)
-        self.rules = pair_rules(source)
-        log(describe_reranker(source.settings, source.config))
-        check_fits(source.config, source.tokenizer, {"max_seq_len": self.rules}, source.path)
         self.run_path = self.output / f"res.rerank{hp.topk}"
         self.outputs = [self.run_path, *(self.output / name for name in (RESULT, SCORES, ID_MAP))]
 
@@ -166,9 +155,6 @@ class CrossInference:
             "qids": checksum_text(json.dumps(self.qids, ensure_ascii=False)),
             "ids": checksum_files(ids),
         }
-
-    def scorer(self, model: CrossEncoder) -> PairScorer:
-        return pair_scorer(self.source, model, self.hp.batch_size, self.device, self.precision)
 
     def plan(self) -> Plan:
         scorer = self.scorer(load_cross_model(self.source, trained=False))

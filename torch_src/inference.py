@@ -1,9 +1,11 @@
-"""Shared by do_dual_infer.py, do_cross_infer.py and the tools: queries, models, the retriever."""
+"""Shared by do_dual_infer.py, do_cross_infer.py and the tools: models; the retriever, also as Python API."""
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -54,7 +56,7 @@ from torch_src.models.tokenization import (
 )
 from torch_src.models.trained_settings import MODEL_FIELDS, model_fields_intact
 from torch_src.models.truncation import Truncation, sampled, truncation_of_texts
-from torch_src.retrieval.encoding import Encoder
+from torch_src.retrieval.encoding import Encoder, to_float16
 from torch_src.retrieval.engines.openvino import (
     MIN_COSINE,
     TOKENS,
@@ -63,13 +65,17 @@ from torch_src.retrieval.engines.openvino import (
     smallest_cosine,
 )
 from torch_src.retrieval.gpu_inference import encoder_on_gpu, scorer_on_gpu
+from torch_src.retrieval.hits import Hit
 from torch_src.retrieval.reranking import PairScorer
+from torch_src.retrieval.vectors import NOT_COMPARED, MemoryVectors, VectorStore
 from torch_src.runtime.devices import choose_device, choose_precision, set_threads, token_budget
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import read_json, require
-from torch_src.runtime.log import log, log_once, warn
+from torch_src.runtime.log import log, log_once, silent, warn
 from torch_src.runtime.planning import evenly_spaced
-from torch_src.runtime.stamps import JsonDict, changed_files, checksum_files, checksum_text
+from torch_src.runtime.stamps import JsonDict, changed_files, changes, checksum_files, checksum_text
+from torch_src.saved_settings import for_vectors, retriever_settings
+from torch_src.vector_search import OtherVectors, VectorSearch
 
 CHECKED_TEXTS = 8  # that OpenVINO and torch must encode alike
 LOG_SECONDS = 10.0  # between progress lines
@@ -248,20 +254,47 @@ def pair_scorer(
     return scorer_on_gpu(PairScorer(model.to(device), *how, batch_size, token_budget(0, device)))
 
 
-def choose_hardware(hp: Run) -> tuple[torch.device, str]:
-    """Return (device, precision), after setting the number of threads."""
+def choose_hardware(hp: Run, own_process: bool = True) -> tuple[torch.device, str]:
+    """Return (device, precision), after setting the number of threads.
+
+    Without `own_process` threads and memory of the process stay as they are, unless --threads is given.
+    """
     device = choose_device(hp.device)
     precision = choose_precision(hp.precision, device)
-    log_once(f"device {device}  precision {precision}  threads {set_threads(hp.threads)}")
+    threads = set_threads(hp.threads) if own_process or hp.threads else torch.get_num_threads()
+    log_once(f"device {device}  precision {precision}  threads {threads}")
     return device, precision
 
 
-class Retriever:
-    """A dual encoder and its collection, both checked before any slow step."""
+def check_texts(texts: Sequence[str], what: str) -> list[str]:
+    """Return the texts as a list; UserError for a single text and for what is no text."""
+    if isinstance(texts, str):
+        raise UserError(f"{what}: expected a list of texts, not one text")
+    texts = list(texts)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"{what}[{number}]: expected a text, not {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"{what}[{number}]: not valid Unicode (a lone surrogate)") from None
+    return texts
 
-    def __init__(self, hp: InferenceDeHparams):
-        self.hp, self.output = hp, Path(hp.output_dir)
-        self.device, self.precision = choose_hardware(hp)
+
+class Retriever:
+    """A dual encoder and its collection, both checked before any slow step.
+
+    `Retriever.load(...)` returns one for the Python API: it encodes texts and searches for questions, also
+    from several threads. The programs make theirs from their settings.
+    """
+
+    def __init__(self, hp: InferenceDeHparams, own_process: bool = True):
+        """`own_process`: set the threads of the process, and read the collection now, not when it is used."""
+        self.hp, self.output, self.lock = hp, Path(hp.output_dir), threading.RLock()
+        self.vectors: VectorSearch | None = None
+        self.texts: Sequence[str] = ()  # of index()
+        self.encoders: dict[str, Encoder] = {}  # by side
+        self.device, self.precision = choose_hardware(hp, own_process)
         self.source = source = find_dual_model(hp)
         settings = source.settings
         self.rules = retriever_rules(settings)
@@ -273,7 +306,42 @@ class Retriever:
         log(describe_retriever(settings, source.config))
         if hp.encoder_engine == OPENVINO:
             check_openvino(self.device, self.precision, source.settings["pooling"])
-        self.collection = PassageCollection(hp.passage_dir_path, self.output / "cache")
+        if own_process:
+            self.collection  # noqa: B018 (opens it)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path = "output",
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        threads: int = 0,
+        **options: Any,
+    ) -> "Retriever":
+        """Return the retriever of an output folder of the programs, of a model folder, or of a hub name.
+
+        From an output folder come the weights, the passages, their vectors and the saved settings. A model
+        has no passages: pass yours to index(). device: auto, cpu, cuda or cuda:N. precision: auto, bf16, fp16
+        or fp32. threads: of this process, 0 leaves them. options: as those of do_dual_infer.py, such as
+        data_dir, pooling or query_prefix. UserError, a ValueError, when something is missing.
+        """
+        hardware = {"device": device, "precision": precision, "threads": threads}
+        with silent():
+            hp = retriever_settings(str(path), {**options, **hardware})
+            manifest = Path(hp.para_emb_path) / "manifest.json"
+            has_vectors = hp.output_dir == str(path) and manifest.exists()
+            if has_vectors:
+                hp = for_vectors(hp, read_json(manifest), choose_device(device).type)
+            retriever = Retriever(hp, own_process=False)
+            if has_vectors:
+                retriever.open_vectors()
+            retriever.own_encoder("query")
+        return retriever
+
+    @cached_property
+    def collection(self) -> PassageCollection:
+        return PassageCollection(self.hp.passage_dir_path, self.output / "cache")
 
     @property
     def width(self) -> int:
@@ -302,6 +370,96 @@ class Retriever:
     def passage_stamp(self) -> JsonDict:
         """Return the stamp of the passage vectors of this collection."""
         return {**self.vector_stamp("passage"), "collection": self.collection.checksum}
+
+    def open_vectors(self) -> None:
+        """Open the vectors of the collection for search(); OtherVectors when they are not of this model."""
+        manifest = read_json(Path(self.hp.para_emb_path) / "manifest.json")
+        stamp = {name: value for name, value in self.passage_stamp().items() if name not in NOT_COMPARED}
+        shape = {"rows": len(self.collection), "hidden": self.width}
+        block_rows = manifest.get("block_rows", 0)
+        if different := changes(manifest, {**manifest, **stamp, **shape, "block_rows": block_rows}):
+            raise OtherVectors(self.hp.para_emb_path, "; ".join(different))
+        store = VectorStore(self.hp.para_emb_path, manifest)
+        if missing := len(store.missing_blocks()):
+            raise UserError(
+                f"{store.folder}: {missing} of {store.block_count} blocks of vectors are missing; run "
+                "do_dual_infer.py again"
+            )
+        self.vectors = VectorSearch(self.hp, store, self.device)
+
+    # ---- the Python API
+
+    @cached_property
+    def model(self) -> DualEncoder:
+        """The dual encoder with its weights."""
+        return load_dual_model(self.source)
+
+    def own_encoder(self, side: str) -> Encoder:
+        """Return the encoder of one side, query or passage; it is made once."""
+        with self.lock:
+            if side not in self.encoders:
+                self.encoders[side] = self.encoder(side, self.model)
+            return self.encoders[side]
+
+    def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
+        """Return the vectors (N, H) float32 of N questions."""
+        return self._encode("query", check_texts(queries, "queries"))
+
+    def encode_passages(self, passages: Sequence[str]) -> np.ndarray:
+        """Return the vectors (N, H) float32 of N passages; do_dual_infer.py stores them as float16."""
+        return self._encode("passage", check_texts(passages, "passages"))
+
+    def _encode(self, side: str, texts: list[str]) -> np.ndarray:
+        with self.lock:
+            return self.own_encoder(side).encode(texts)
+
+    def index(self, passages: Sequence[str]) -> None:
+        """Search these passages from now on, in memory: encodes them all."""
+        texts = check_texts(passages, "passages")
+        if not texts:
+            raise UserError("index: no passages")
+        stored = MemoryVectors(to_float16(self.encode_passages(texts), 0))
+        with self.lock:
+            self.vectors, self.texts = VectorSearch(self.hp, stored, self.device), texts
+
+    def rank(self, queries: Sequence[str], topk: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (rows (N, K) int64, -1 where there are no more; scores (N, K) float64) of N questions."""
+        if topk < 1:
+            raise UserError(f"topk {topk}: must be at least 1")
+        with self.lock:
+            if self.vectors is None:
+                where = (
+                    f"no vectors in {self.hp.para_emb_path}; run do_dual_infer.py, or call index(passages)"
+                )
+                raise UserError(where if self.hp.dual_params != NONE else "no passages; call index(passages)")
+            return self.vectors.find(self.encode_queries(queries), topk)
+
+    @overload
+    def search(self, query: str, topk: int = 10) -> list[Hit]: ...
+    @overload
+    def search(self, query: list[str], topk: int = 10) -> list[list[Hit]]: ...
+    def search(self, query: str | list[str], topk: int = 10) -> list[Hit] | list[list[Hit]]:
+        """Return the hits of a question, best first; of a list of questions a list of them each."""
+        if isinstance(query, str):
+            return self.search([query], topk)[0]
+        with self.lock:
+            rows, scores = self.rank(query, topk)
+            return [self._hits(*found) for found in zip(rows.tolist(), scores.tolist(), strict=True)]
+
+    def _hits(self, rows: list[int], scores: list[float]) -> list[Hit]:
+        found = [(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
+        in_memory = self.vectors is not None and self.vectors.in_memory
+        texts, ids = (self.texts, None) if in_memory else (self.collection, self._ids)
+        return [
+            Hit(rank, row, "" if ids is None else ids[row].decode(), score, texts[row])
+            for rank, (row, score) in enumerate(found, start=1)
+        ]
+
+    @cached_property
+    def _ids(self) -> np.ndarray | None:
+        return self.passage_ids()
+
+    # ---- what the programs need
 
     def encoder(self, side: str, model: DualEncoder) -> Encoder:
         """Return the encoder of one side, query or passage, with its tower on the device."""

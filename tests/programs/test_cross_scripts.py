@@ -17,6 +17,7 @@ from script import fuse_curve, run_all
 from torch_src import cross_infer, cross_train, dual_infer
 from torch_src.models.backbones import load_config
 from torch_src.models.cross_encoder import build_cross_encoder
+from torch_src.retrieval.reranking import PairScorer
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.stamps import write_checked_json
 
@@ -434,9 +435,9 @@ def test_a_killed_scoring_resumes_after_its_finished_blocks(world, monkeypatch):
     for path in (blocks[1], result, world / "new/res.rerank50.stamp.json"):
         path.unlink()
     scored = []
-    usual = cross_infer.PairScorer.score
+    usual = PairScorer.score
     monkeypatch.setattr(
-        cross_infer.PairScorer,
+        PairScorer,
         "score",
         lambda self, pairs, *done: scored.append(len(pairs)) or usual(self, pairs, *done),
     )

@@ -11,17 +11,17 @@ import pytest
 from retrieval.test_faiss_gpu import fake_gpus
 from toy_world import copy_world, lines, make_model, make_world, options, train_options, write
 
-from torch_src import cross_infer, cross_train, dual_infer, dual_train
+from torch_src import cross_infer, cross_train, dual_infer, dual_train, vector_search
 from torch_src.data.formats import read_feedback
 from torch_src.retrieval.bm25 import Bm25Index
 from torch_src.retrieval.fusion import fuse_rankings, standardized
+from torch_src.retrieval.hits import Hit
 from torch_src.retrieval.vectors import DamagedBlock
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import ROOT
-from torch_src.tools import search_models
 from torch_src.tools.demo_hparams import demo_settings
 from torch_src.tools.feedback import Feedback
-from torch_src.tools.search_service import LONGEST_QUESTION, Hit, SearchService, marks
+from torch_src.tools.search_service import LONGEST_QUESTION, SearchService, marks
 
 ALL = {"bm25": "ready", "dense": "ready", "hybrid": "ready", "reranked": "missing"}
 
@@ -214,11 +214,13 @@ def test_vectors_of_other_passages_than_those_of_the_page(trained_copy):
 def test_vectors_replaced_during_a_search(trained_copy, monkeypatch):
     service = service_of(trained_copy)
 
-    def find(queries, topk):
-        service.dense.loaded.store.manifest_path.unlink()
-        raise DamagedBlock(service.dense.loaded.store.block_path(0), 0, "gone")
+    vectors = service.dense.loaded.vectors
 
-    monkeypatch.setattr(service.dense.loaded, "find", find)
+    def find(queries, topk):
+        vectors.store.manifest_path.unlink()
+        raise DamagedBlock(vectors.store.block_path(0), 0, "gone")
+
+    monkeypatch.setattr(vectors, "_find", find)
     with pytest.raises(UserError, match="vectors were replaced"):
         service.answer("鱼", "dense")
 
@@ -496,7 +498,7 @@ def test_a_folder_as_reranker(world):
 @pytest.mark.slow
 def test_vectors_in_memory_and_on_disk_give_the_same(both_trained, service):
     on_disk = service_of(both_trained, bm25="none", search_memory_gb=0.0)
-    assert "read from disk" in on_disk.dense.loaded.how and "kept in memory" in service.dense.loaded.how
+    assert "read from disk" in on_disk.dense.loaded.vectors.how
     assert on_disk.answer("怎么做鱼", "dense").hits == service.answer("怎么做鱼", "dense").hits
 
 
@@ -506,9 +508,9 @@ def test_an_existing_index_is_used(world, monkeypatch):
     assert dual_infer.main([*options(world, world / "output"), "--index", "Flat", "--force"], topk=50) == 0
     before = untouched(world / "output")
     exact, index = service_of(world, index=""), service_of(world)  # the saved index
-    monkeypatch.setattr(search_models, "index_gpus", lambda devices: fake_gpus())
+    monkeypatch.setattr(vector_search, "index_gpus", lambda devices: fake_gpus())
     on_gpus = service_of(world, index="Flat")
-    assert "Flat" in index.dense.loaded.how and "exact" in exact.dense.loaded.how
+    assert "Flat" in index.dense.loaded.vectors.how and "exact" in exact.dense.loaded.vectors.how
     for query in queries(world):
         hits = [each.answer(query, "dense").hits for each in (exact, index, on_gpus)]
         assert hits[0] == hits[1] == hits[2]

@@ -243,6 +243,17 @@ class ScoreStore(VectorStore):
     dtype: np.dtype[Any] = np.dtype(np.float32)
 
 
+class MemoryVectors(VectorStore):
+    """Vectors (N, H) float16 in memory, of passages that belong to no folder."""
+
+    def __init__(self, vectors: np.ndarray):
+        self.vectors, (self.rows, self.hidden) = vectors, vectors.shape
+        self.block_rows = self.rows
+
+    def read_into(self, first: int, out: np.ndarray) -> None:
+        out[:] = self.vectors[first : first + len(out)]
+
+
 class _ReadChecksum:
     """Running checksum of a block that several calls read in order."""
 

@@ -3,6 +3,9 @@
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 
@@ -16,6 +19,7 @@ class LiveLine(Protocol):
 live_lines: list[LiveLine] = []  # of runtime/progress.py; log lines are printed above them
 
 logged_once: set[str] = set()
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
 
 
 def rank() -> int:
@@ -23,13 +27,24 @@ def rank() -> int:
     return int(os.getenv("RANK", "0"))
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """Log only warnings and errors in this block, in this thread: what a library prints."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
 def log(line: str) -> None:
-    _print(line)
+    if not _silent.get():
+        _print(line)
 
 
 def log_once(line: str) -> None:
     """Log a line unless this process has logged it before: several parts share it."""
-    if line not in logged_once:
+    if line not in logged_once and not _silent.get():
         logged_once.add(line)
         log(line)
 

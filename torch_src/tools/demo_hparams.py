@@ -7,24 +7,17 @@ from typing import Any
 
 from torch_src.common_hparams import Queries, Run
 from torch_src.dual_hparams import MODEL_SETTINGS
-from torch_src.hparams import NONE, PATHS, from_saved, under
+from torch_src.hparams import NONE, under
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams, RetrieverHparams
 from torch_src.runtime.commands import command
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json
 from torch_src.runtime.options import FROM_0
+from torch_src.saved_settings import RERANKER, read_saved, saved_search
 
-SAVED = (
-    "dual_infer_hparams.json", "dual_hparams.json", "cross_infer_hparams.json", "cross_hparams.json",
-)  # fmt: skip
-# Read from the first of these files that exists.
-DATA = ("data_dir", "passage_dir", "passage_ids", "debug")
-# Of this machine or of the run, not of the vectors.
-NOT_SAVED = ("output_dir", "device", "precision", "threads", "topk", "search_memory_gb")
 # Other values of these than the saved ones do not fit the vectors.
 FIXED = ("data_dir", "passage_dir", "dual_params", "para_emb", "pretrained_model_path", *MODEL_SETTINGS)
-RERANKER = ("pretrained_model_path", "vocab_path", "max_seq_len", "remove_spaces")
 
 
 @dataclass(frozen=True)
@@ -55,18 +48,8 @@ def demo_settings(options: Mapping[str, Any]) -> DemoHparams:
     """Return the settings: options, else what the programs saved in output_dir, else the defaults."""
     plain = DemoHparams.defaults(options.get("debug", False))
     folder = options.get("output_dir", plain.output_dir)
-    saved = {name: read_saved(folder, name) for name in SAVED}
-    found: dict[str, Any] = {}
-    for name in reversed(SAVED):
-        found |= {knob: saved[name][knob] for knob in DATA if knob in saved[name]}
-    search, rerank = saved["dual_infer_hparams.json"], saved["cross_infer_hparams.json"]
-    known = {knob.name for knob in fields(InferenceDeHparams)} & {knob.name for knob in fields(DemoHparams)}
-    found |= {name: search[name] for name in known - {*NOT_SAVED} if name in search}
-    if search.get("engine") == "milvus":
-        found["search_params"] = ""  # for the index there
-    if found.get("dev_q") == NONE:
-        found["dev_q"] = ""  # only the search had none
-    if rerank:
+    found = saved_search(folder, DemoHparams)
+    if rerank := read_saved(folder, "cross_infer_hparams.json"):
         found["fuse_retriever_weight"] = rerank["fuse_retriever_weight"]
         if rerank["cross_params"] != NONE:
             found["cross_params"] = rerank["cross_params"]
@@ -79,18 +62,10 @@ def demo_settings(options: Mapping[str, Any]) -> DemoHparams:
     return hp
 
 
-def read_saved(output_dir: str, name: str) -> dict[str, Any]:
-    """Return the settings that a program saved in its output folder; empty without the file."""
-    path = Path(output_dir) / name
-    values = read_json(path) if path.exists() else {}
-    paths = {knob: from_saved(knob, value) for knob, value in values.items() if knob in PATHS and value}
-    return values | paths
-
-
 def reranker_hparams(hp: DemoHparams) -> InferenceCrossHparams | None:
     """Return the settings of do_cross_infer.py for the re-ranker; None without one."""
     saved = read_saved(hp.output_dir, "cross_infer_hparams.json")
-    common: dict[str, Any] = {"seed": hp.seed, "debug": hp.debug}
+    common = {name: getattr(hp, name) for name in ("seed", "debug", "device", "precision", "threads")}
     if hp.reranker == NONE:
         return None
     if folder := hp.reranker or second_stage(hp):

@@ -19,18 +19,12 @@ from torch_src.runtime.files import from_root, read_json
 from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import warn
 from torch_src.runtime.stamps import stamp_path
-from torch_src.tools.demo_hparams import (
-    SAVED,
-    DemoHparams,
-    demo_settings,
-    infer_command,
-    read_saved,
-    reranker_hparams,
-)
+from torch_src.saved_settings import SAVED, read_saved
+from torch_src.tools.demo_hparams import DemoHparams, demo_settings, infer_command, reranker_hparams
 from torch_src.tools.page_error import PageError, chinese
 
 if TYPE_CHECKING:  # both import torch, which takes seconds; the threads that load them import them
-    from torch_src.tools.search_models import DenseSearch, Reranker
+    from torch_src.tools.search_models import DenseSearch, RerankedSearch
 
 DEMO = "requirements-demo.txt"
 BM25_ROWS = 1_000_000  # larger collections are indexed by script/bm25.py only
@@ -192,7 +186,7 @@ class DensePart(Part["DenseSearch"]):
         return dense
 
 
-class RerankerPart(Part["Reranker"]):
+class RerankerPart(Part["RerankedSearch"]):
     """The re-ranker: trained weights, or a model folder."""
 
     def files(self, hp: DemoHparams) -> Hashable:
@@ -200,7 +194,7 @@ class RerankerPart(Part["Reranker"]):
         files = [trained, trained.with_name("cross_hparams.json")]
         return reranker_hparams(hp), hp.fuse_retriever_weight, *map(file_state, files)
 
-    def load(self, hp: DemoHparams) -> "Reranker":
+    def load(self, hp: DemoHparams) -> "RerankedSearch":
         settings = reranker_hparams(hp)
         if settings is None and NONE in (hp.cross_params, hp.reranker):
             raise NotReady(OFF)
@@ -209,9 +203,9 @@ class RerankerPart(Part["Reranker"]):
             en = f"{path} does not exist yet; do_cross_train.py writes it, or pass --reranker FOLDER"
             zh = f"还没有 {path}；do_cross_train.py 会生成它，也可以用 --reranker 指定模型"
             raise NotReady(MISSING, en, zh)
-        from torch_src.tools.search_models import Reranker
+        from torch_src.tools.search_models import RerankedSearch
 
-        return Reranker(hp, settings)
+        return RerankedSearch(hp, settings)
 
 
 def file_state(path: Path) -> Hashable:

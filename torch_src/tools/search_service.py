@@ -19,6 +19,7 @@ from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.data.terms import places, terms
 from torch_src.hparams import NONE
 from torch_src.retrieval.fusion import Ranking, fuse_rankings, fused_scores
+from torch_src.retrieval.hits import Hit
 from torch_src.retrieval.score_checks import collapsed
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import require
@@ -47,19 +48,6 @@ CALIBRATION_QUERIES, CALIBRATION_BATCH = 200, 16  # dev queries, and those encod
 OFF_TOPIC_SHARE = 0.05  # of dev queries have a "low" best score
 FUNCTION_WORDS = re.compile("[的了吗呢吧么是怎何哪]|多少|^.$")  # in Chinese terms
 COMMON, FEW = 0.2, 2  # a term in a larger share of the passages, and in more than FEW, is not marked
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A passage in a result list."""
-
-    rank: int  # from 1
-    row: int  # global, 0-based
-    pid: str  # empty with --passage_ids none
-    score: float  # by which the column is sorted
-    text: str
-    ranks: dict[str, int]  # its rank in the columns from which this one is computed, where it has one
-    logit: float | None = None  # of the re-ranker
 
 
 @dataclass
@@ -159,7 +147,10 @@ class SearchService:
         if not queries:
             return []
         path = self.cache / "best_scores.json"
-        how = {"vectors": dense.store.manifest_checksum, "query": dense.retriever.vector_stamp("query")}
+        how = {
+            "vectors": dense.vectors.store.manifest_checksum,
+            "query": dense.retriever.vector_stamp("query"),
+        }
         stamp = {**how, "index": dense.hp.index, "queries": checksum_text("\n".join(queries))}
         known: JsonDict = read_checked_json(path) or {}
         if stamp.items() <= known.items():
@@ -180,8 +171,8 @@ class SearchService:
             "output_dir": self.hp.output_dir,
             "topk": self.hp.topk,
             "retriever": dense.name if dense else "",
-            "search": dense.how if dense else "",
-            "search_zh": dense.how_zh if dense else "",
+            "search": dense.vectors.how if dense else "",
+            "search_zh": dense.vectors.how_zh if dense else "",
             "normalized": bool(dense and dense.retriever.source.settings["normalize"]),
             "reranker": reranker.name if reranker else "",
             "reranker_weight": self.reranker_weight,

@@ -15,10 +15,11 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from torch_src.retrieval.hits import Hit
 from torch_src.runtime.errors import UserError
 from torch_src.tools.feedback import MOST_ABOVE, Feedback
 from torch_src.tools.page_error import chinese
-from torch_src.tools.search_service import LONGEST_QUESTION, Answer, Hit, SearchService, marks
+from torch_src.tools.search_service import LONGEST_QUESTION, Answer, SearchService, marks
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_SHOWN = 2000  # characters of a passage

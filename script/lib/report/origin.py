@@ -14,7 +14,7 @@ from torch_src.dual_hparams import DualHparams
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.runtime.errors import UserError
-from torch_src.tools.demo_hparams import read_saved
+from torch_src.saved_settings import read_saved
 
 Saved = dict[str, Any]
 HIDDEN = {"output_dir", "debug"}  # settings that say nothing about the result
