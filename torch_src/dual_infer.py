@@ -278,7 +278,8 @@ def encode_passages(job: DualInference, model: DualEncoder, store: VectorStore) 
         del model.query_encoder  # frees its memory for the passages
     rows = min(store.rows, len(store.missing_blocks()) * store.block_rows)
     workers = worker_count(job.hp.workers, job.device, rows)
-    encode_collection(job.encoder("passage", model), job.collection, store, LOG_SECONDS, workers)
+    encoder = job.encoder("passage", model)
+    encode_collection(encoder, encoder.texts_of(job.collection), store, LOG_SECONDS, workers)
 
 
 def make_search(job: DualInference, queries: np.ndarray, store: VectorStore | None) -> SearchFunction:

@@ -71,7 +71,7 @@ def ours(args: argparse.Namespace, engine: str = "torch") -> Figures:
         start = time.perf_counter()
         collection = PassageCollection(folder)
         store = open_store(folder / "emb", {}, len(collection), config.hidden_size, 65536)
-        encode_collection(encoder, collection, store, 1e9)
+        encode_collection(encoder, encoder.texts_of(collection), store, 1e9)
         took = time.perf_counter() - start
         np.save(args.result, store.vectors_at(np.arange(store.rows)))
     rate = args.count / took

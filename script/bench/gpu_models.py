@@ -255,7 +255,7 @@ def _encode_collection(bench: Bench, encoder: Encoder, texts: list[str], flops: 
     def whole() -> None:
         collection = PassageCollection(folder)
         store = open_store(bench.folder / "vectors", {}, len(texts), encoder.width, bench.sizes.block_rows)
-        encode_collection(encoder, collection, store, 1e9, workers)
+        encode_collection(encoder, encoder.texts_of(collection), store, 1e9, workers)
 
     _, figures = bench.time(whole)
     figures |= _passages(texts) | {"flops": flops}

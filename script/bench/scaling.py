@@ -55,7 +55,7 @@ def encode_variant(args: argparse.Namespace, size: int) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(Path(folder), {}, rows, 64, args.rows // 4)
         start = time.perf_counter()
-        encode_collection(encoder, collection, store, 1e9)
+        encode_collection(encoder, encoder.texts_of(collection), store, 1e9)
     return {"seconds": time.perf_counter() - start, "rows": rows}
 
 

@@ -73,7 +73,7 @@ def test_transfers_do_not_race(make_encoder):
 def test_blocks_on_disk_are_the_vectors(make_encoder, make_collection, tmp_path, workers):
     encoder, texts = make_encoder(CUDA), make_texts(500)
     store = make_store(tmp_path / "emb", 500, block_rows=100)
-    encode_collection(encoder, make_collection(texts), store, 1e9, workers)
+    encode_collection(encoder, encoder.texts_of(make_collection(texts)), store, 1e9, workers)
     expected = np.concatenate([encoder.encode(texts[at : at + 100]) for at in range(0, 500, 100)])
     assert np.array_equal(all_vectors(store), expected.astype(np.float16))
 

@@ -6,12 +6,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from xxhash import xxh3_128_digest
 
 from torch_src.data.collection import PassageCollection
 from torch_src.models import tokenization
 from torch_src.models.tokenization import TextRules
 from torch_src.retrieval import encoding, tokenizing
-from torch_src.retrieval.encoding import Encoder, encode_collection, to_float16
+from torch_src.retrieval.encoding import Encoder, encode_collection, text_hashes, to_float16
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.progress import Progress
@@ -53,6 +54,10 @@ def make_collection(tmp_path):
 
 def make_store(folder, rows, block_rows=10):
     return VectorStore.create_or_continue(folder, {}, rows, 32, block_rows, print)
+
+
+def encode(encoder, collection, store, *more):
+    encode_collection(encoder, encoder.texts_of(collection), store, *more)
 
 
 def all_vectors(store):
@@ -112,7 +117,7 @@ def test_collection_in_blocks_equals_all_at_once(make_encoder, make_collection, 
     monkeypatch.setattr(tokenizing, "TOKENIZE_AHEAD", ahead)
     texts = make_texts(31)
     store = make_store(tmp_path / "emb", 31)
-    encode_collection(make_encoder(), make_collection(texts), store, 1e9)
+    encode(make_encoder(), make_collection(texts), store, 1e9)
     assert [len(block) for _, block in store.blocks()] == [10, 10, 10, 1]
     expected = make_encoder().encode(texts)
     stored = all_vectors(store)
@@ -120,9 +125,20 @@ def test_collection_in_blocks_equals_all_at_once(make_encoder, make_collection, 
     assert np.allclose(stored, expected, rtol=2.0**-10, atol=2e-5)
 
 
+def test_the_texts_of_a_collection_are_its_passages(make_encoder, make_collection):
+    passages, encoder = make_texts(20), make_encoder()
+    texts = encoder.texts_of(make_collection(passages))
+    table, expected = texts.tokenize(3, 9), encoder.tokenize(passages[3:9])
+    assert len(texts) == 20 and np.array_equal(table.ids, expected.ids)
+    hashes = texts.hashes(3, 9)
+    assert hashes.dtype == np.uint8 and hashes.shape == (6, 16)
+    assert [row.tobytes() for row in hashes] == [xxh3_128_digest(text.encode()) for text in passages[3:9]]
+    assert text_hashes([]).shape == (0, 16)
+
+
 def test_one_row(make_encoder, make_collection, tmp_path):
     store = make_store(tmp_path / "emb", 1)
-    encode_collection(make_encoder(), make_collection(["银杏"]), store, 1e9)
+    encode(make_encoder(), make_collection(["银杏"]), store, 1e9)
     assert np.array_equal(all_vectors(store), make_encoder().encode(["银杏"]).astype(np.float16))
 
 
@@ -134,7 +150,7 @@ def test_finished_blocks_are_kept_and_the_others_are_the_same_bytes(
     make_encoder, make_collection, tmp_path, capsys
 ):
     collection, folder = make_collection(make_texts(35)), tmp_path / "emb"
-    encode_collection(make_encoder(), collection, make_store(folder, 35), 1e9)
+    encode(make_encoder(), collection, make_store(folder, 35), 1e9)
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     for name in ("block-00001.npy", "block-00003.json"):
         (folder / name).unlink()
@@ -142,7 +158,7 @@ def test_finished_blocks_are_kept_and_the_others_are_the_same_bytes(
     capsys.readouterr()
     store = make_store(folder, 35)
     assert store.missing_blocks() == [1, 3]
-    encode_collection(make_encoder(), collection, store, 1e9)
+    encode(make_encoder(), collection, store, 1e9)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
     kept = times.keys() - {"block-00001.json", "block-00003.npy", "blocks.lock"}
     assert {name: (folder / name).stat().st_mtime_ns for name in kept} == {name: times[name] for name in kept}
@@ -163,7 +179,7 @@ def test_a_failure_keeps_the_blocks_before_it(make_encoder, make_collection, tmp
 
     monkeypatch.setattr(encoder, "encode_on_device", fail_on_third)
     with pytest.raises(RuntimeError, match="broken"):
-        encode_collection(encoder, collection, store, 1e9)
+        encode(encoder, collection, store, 1e9)
     assert calls == [10, 10, 10] and store.missing_blocks() == [2]
     assert not list((tmp_path / "emb").glob("*.tmp"))
 
@@ -171,7 +187,7 @@ def test_a_failure_keeps_the_blocks_before_it(make_encoder, make_collection, tmp
 def test_a_malformed_passage_is_named_from_the_thread_that_tokenizes(make_encoder, make_collection, tmp_path):
     collection = make_collection(make_texts(14) + ["a\tb"] + make_texts(5))
     with pytest.raises(UserError, match=r"part-01:9: 5 TAB-separated columns"):
-        encode_collection(make_encoder(), collection, make_store(tmp_path / "emb", 20), 1e9)
+        encode(make_encoder(), collection, make_store(tmp_path / "emb", 20), 1e9)
 
 
 def test_progress_counts_texts_tokens_and_cuts(make_encoder, make_collection, tmp_path, monkeypatch, capsys):
@@ -184,7 +200,7 @@ def test_progress_counts_texts_tokens_and_cuts(make_encoder, make_collection, tm
         real(progress, *numbers)
 
     monkeypatch.setattr(Progress, "add", add)
-    encode_collection(make_encoder(4), make_collection(texts), make_store(tmp_path / "emb", 31), 1e9)
+    encode(make_encoder(4), make_collection(texts), make_store(tmp_path / "emb", 31), 1e9)
     assert [texts for texts, _ in counts] == [4, 4, 2] * 3 + [1]  # blocks of 10, batches of 4
     assert sum(tokens for _, tokens in counts) == sum(min(len(text), 22) + 2 for text in texts)
     cut = sum(len(text) > 22 for text in texts)
@@ -236,7 +252,7 @@ def test_float16_overflow_of_a_model_is_refused(make_encoder, make_collection, t
         tower.encoder.layer[-1].output.LayerNorm.weight.mul_(1e6)
     store = make_store(tmp_path / "emb", 12)
     with pytest.raises(UserError, match="vector of row 0 .*beyond float16"):
-        encode_collection(make_encoder(tower=tower), make_collection(make_texts(12)), store, 1e9)
+        encode(make_encoder(tower=tower), make_collection(make_texts(12)), store, 1e9)
     assert store.missing_blocks() == [0, 1]
 
 
@@ -256,7 +272,7 @@ def test_the_row_of_an_overflow_is_counted_over_the_collection(
     texts = make_texts(20)
     texts[17] = "水"
     with pytest.raises(UserError, match="vector of row 17 "):
-        encode_collection(encoder, make_collection(texts), make_store(tmp_path / "emb", 20), 1e9)
+        encode(encoder, make_collection(texts), make_store(tmp_path / "emb", 20), 1e9)
 
 
 def test_vectors_that_are_not_finite_are_refused(make_encoder, tiny_bert):
@@ -272,7 +288,7 @@ def test_worker_processes_give_the_same_tokens(make_encoder, make_collection, tm
     monkeypatch.setattr(tokenizing, "TEXTS_PER_TASK", 4)
     collection = make_collection(make_texts(37))
     for folder, count in (("a", 0), ("b", workers)):
-        encode_collection(make_encoder(), collection, make_store(tmp_path / folder, 37), 1e9, count)
+        encode(make_encoder(), collection, make_store(tmp_path / folder, 37), 1e9, count)
     blocks = [sorted((tmp_path / folder).glob("block-*.npy")) for folder in "ab"]
     assert len(blocks[0]) == 4
     assert [path.read_bytes() for path in blocks[0]] == [path.read_bytes() for path in blocks[1]]
@@ -281,7 +297,7 @@ def test_worker_processes_give_the_same_tokens(make_encoder, make_collection, tm
 def test_a_malformed_passage_is_named_by_a_worker_process(make_encoder, make_collection, tmp_path):
     collection = make_collection(make_texts(14) + ["a\tb"] + make_texts(5))
     with pytest.raises(UserError, match=r"part-01:9: 5 TAB-separated columns"):
-        encode_collection(make_encoder(), collection, make_store(tmp_path / "emb", 20), 1e9, 1)
+        encode(make_encoder(), collection, make_store(tmp_path / "emb", 20), 1e9, 1)
 
 
 def test_out_of_memory_halves_the_budget(make_encoder, monkeypatch, capsys):
@@ -307,7 +323,7 @@ def test_out_of_memory_halves_the_budget(make_encoder, monkeypatch, capsys):
 
 def test_the_stamp_of_a_block_has_its_token_budget(make_encoder, make_collection, tmp_path):
     store = make_store(tmp_path / "emb", 12)
-    encode_collection(make_encoder(7, 99), make_collection(make_texts(12)), store, 1e9)
+    encode(make_encoder(7, 99), make_collection(make_texts(12)), store, 1e9)
     note = json.loads((tmp_path / "emb/block-00001.json").read_text())
     assert (note["batch_size"], note["tokens_per_batch"]) == (7, 99)
     assert note["threads"] == torch.get_num_threads()

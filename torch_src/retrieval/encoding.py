@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from typing import Protocol
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +25,43 @@ from torch_src.runtime.progress import Progress
 from torch_src.runtime.stamps import JsonDict
 
 POLL_SECONDS = 1.0  # between checks for blocks of other processes
+HASH_BYTES = 16  # of the text of a vector: XXH3-128
+
+
+class VectorTexts(Protocol):
+    """The texts of the vectors of a store, by vector row; picklable for processes that tokenize."""
+
+    def __len__(self) -> int: ...
+
+    def tokenize(self, first: int, last: int) -> TokenTable:
+        """Return the token ids of the vector rows first..last-1."""
+
+    def hashes(self, first: int, last: int) -> np.ndarray:
+        """Return the hashes (last - first, 16) uint8 of what these vectors are made from."""
+
+
+@dataclass
+class PassageTexts:
+    """One vector per passage of a collection (VectorTexts)."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rules: TextRules
+    collection: PassageCollection
+
+    def __len__(self) -> int:
+        return len(self.collection)
+
+    def tokenize(self, first: int, last: int) -> TokenTable:
+        return TokenTable.of_texts(self.tokenizer, self.collection[first:last], self.rules)
+
+    def hashes(self, first: int, last: int) -> np.ndarray:
+        return text_hashes(self.collection[first:last])
+
+
+def text_hashes(texts: Iterable[str]) -> np.ndarray:
+    """Return the XXH3-128 hashes (N, 16) uint8 of the texts."""
+    digests = b"".join(xxhash.xxh3_128_digest(text.encode("utf-8")) for text in texts)
+    return np.frombuffer(digests, dtype=np.uint8).reshape(-1, HASH_BYTES)
 
 
 @dataclass
@@ -48,6 +87,10 @@ class Encoder(BatchedInference):
 
     def tokenize(self, texts: list[str]) -> TokenTable:
         return TokenTable.of_texts(self.tokenizer, texts, self.rules)
+
+    def texts_of(self, collection: PassageCollection) -> PassageTexts:
+        """Return the texts of a collection for encode_collection: one vector per passage."""
+        return PassageTexts(self.tokenizer, self.rules, collection)
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Return the vectors (N, H) float32 of N texts."""
@@ -75,9 +118,9 @@ class Encoder(BatchedInference):
 
 
 def encode_collection(
-    encoder: Encoder, collection: PassageCollection, store: VectorStore, log_every: float, workers: int = 0
+    encoder: Encoder, texts: VectorTexts, store: VectorStore, log_every: float, workers: int = 0
 ) -> None:
-    """Encode the missing blocks of `store`, logging progress every `log_every` seconds.
+    """Encode `texts` into the missing blocks of `store`, logging progress every `log_every` seconds.
 
     Several processes may share a folder: each takes the next free block, including unfinished blocks of a
     killed process, and returns when all are finished. `workers` processes tokenize ahead (0: a thread).
@@ -89,7 +132,6 @@ def encode_collection(
         done = store.block_count - len(missing)
         log(f"{store.folder}: {done} of {store.block_count} blocks are already encoded")
     progress = Progress(sum(last - first for first, last in map(store.block_range, missing)), log_every)
-    tokenize = partial(_tokenize, encoder.tokenizer, encoder.rules, collection)
     waiting = False
     try:
         while store.missing_blocks():
@@ -97,7 +139,7 @@ def encode_collection(
             first = next(blocks, None)  # start no worker processes without work
             if first is not None:
                 spans = map(store.block_range, chain([first], blocks))
-                tables = tokenized_spans(tokenize, spans, store.block_rows, workers)
+                tables = tokenized_spans(texts.tokenize, spans, store.block_rows, workers)
                 finish_in_thread(partial(_write_block, store), _encoded(encoder, store, tables, progress))
             else:
                 if not waiting:
@@ -130,12 +172,6 @@ def _write_block(store: VectorStore, encoded: tuple[int, Tensor, JsonDict]) -> N
     check_float16(vectors, store.block_range(block)[0])
     store.write_block(block, vectors, settings)
     store.locks.release(block)
-
-
-def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, rules: TextRules, collection: PassageCollection, first: int, last: int
-) -> TokenTable:
-    return TokenTable.of_texts(tokenizer, collection[first:last], rules)
 
 
 def to_float16(vectors: np.ndarray, first_row: int) -> np.ndarray:
