@@ -32,6 +32,7 @@ from torch_src.runtime.log import log, warn
 from torch_src.runtime.outputs import RUN, Output, begins, check_outputs, settings_of
 from torch_src.runtime.program import exit_status, exit_with
 from torch_src.runtime.stamps import checksum_files, clear_stamp, up_to_date, write_stamp
+from torch_src.saved_settings import WINDOWS, read_saved
 from torch_src.tools import mining, mining_inputs
 from torch_src.tools.mining_hparams import MiningHparams
 
@@ -49,7 +50,7 @@ def retrieve(hp: MiningHparams, queries: Path) -> Path:
         return run
     path = Path(hp.para_emb_path) / "manifest.json"
     manifest = read_json(path) if path.exists() else {}
-    names = ("block_rows", "vector_dims", "encoder_engine")
+    names = ("block_rows", "vector_dims", "encoder_engine", *WINDOWS)
     existing = {name: manifest[name] for name in names if name in manifest}  # existing vectors stay valid
     settings = InferenceDeHparams(
         dual_params=hp.dual_params_path, topk=hp.topk, bs=hp.bs, data_dir=hp.data_dir, dev_q=str(queries),
@@ -65,11 +66,13 @@ def rerank(hp: MiningHparams, queries: Path, run: Path) -> Path:
     """Score the candidates with do_cross_infer.py; return the file of their logits."""
     from torch_src import cross_infer
 
+    saved = read_saved(hp.output_dir, "cross_infer_hparams.json")
+    windows = {name: saved[name] for name in WINDOWS if name in saved}
     settings = InferenceCrossHparams(
         retrieval_result=str(run), cross_params=hp.cross_params, topk=hp.topk, data_dir=hp.data_dir,
         dev_q=str(queries), dev_q2qid=hparams.NONE, dev_set=hparams.NONE, passage_dir=hp.passage_dir_path,
         passage_ids=hp.passage_ids_path, output_dir=str(queries.parent), precision=hp.precision,
-        device=hp.device, threads=hp.threads, force=hp.force, debug=hp.debug,
+        device=hp.device, threads=hp.threads, force=hp.force, debug=hp.debug, **windows,
     )  # fmt: skip
     cross_infer.run(settings)
     return queries.parent / cross_infer.SCORES

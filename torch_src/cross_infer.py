@@ -140,9 +140,15 @@ class CrossInference(Reranker):
             "candidates": checksum_files([self.hp.retrieval_result_path]),
             "passages": self.passages_checksum,
             **({"depth": self.hp.depth} if self.hp.depth else {}),
+            **self._windows_stamp(),
             "precision": self.precision,
             "device": self.device.type,
         }
+
+    def _windows_stamp(self) -> JsonDict:
+        if self.hp.passage_windows == 1:
+            return {}
+        return {"passage_windows": self.rules.windows, "window_stride": self.rules.stride}
 
     def result_stamp(self) -> JsonDict:
         """Return the stamp of the re-ranked run."""

@@ -56,6 +56,7 @@ from torch_src.models.tokenization import (
 )
 from torch_src.models.trained_settings import MODEL_FIELDS, model_fields_intact
 from torch_src.models.truncation import Truncation, sampled, truncation_of_texts
+from torch_src.models.windows import QUARTER, with_windows
 from torch_src.retrieval.encoding import Encoder, to_float16
 from torch_src.retrieval.engines.openvino import (
     MIN_COSINE,
@@ -68,7 +69,8 @@ from torch_src.retrieval.gpu_inference import encoder_on_gpu, scorer_on_gpu
 from torch_src.retrieval.hits import Hit
 from torch_src.retrieval.reranking import PairScorer
 from torch_src.retrieval.vectors import NOT_COMPARED, MemoryVectors, VectorStore
-from torch_src.runtime.devices import choose_device, choose_precision, set_threads, token_budget
+from torch_src.retrieval.windows import PassageWindows, collection_windows
+from torch_src.runtime.devices import choose_device, choose_precision, set_threads, token_budget, worker_count
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import read_json, require
 from torch_src.runtime.log import log, log_once, silent, warn
@@ -241,16 +243,22 @@ def load_cross_model(source: ModelSource, trained: bool = True) -> CrossEncoder:
     return encoder
 
 
-def pair_rules(source: ModelSource) -> TextRules:
-    """Return how pairs become token ids."""
-    return reranker_rules(source.settings, source.config)
+def pair_rules(source: ModelSource, windows: int = 1, stride: int = QUARTER) -> TextRules:
+    """Return how pairs become token ids; `windows` and `stride`: of long passages."""
+    rules = reranker_rules(source.settings, source.config)
+    return with_windows(rules, source.tokenizer, windows, stride, "max_seq_len")
 
 
 def pair_scorer(
-    source: ModelSource, model: CrossEncoder, batch_size: int, device: torch.device, precision: str
+    source: ModelSource,
+    model: CrossEncoder,
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+    rules: TextRules | None = None,
 ) -> PairScorer:
-    """Return the scorer of a cross-encoder, which is moved to `device`."""
-    how = (source.tokenizer, pair_rules(source), device, precision)
+    """Return the scorer of a cross-encoder, which is moved to `device`; `rules`: other than pair_rules."""
+    how = (source.tokenizer, rules or pair_rules(source), device, precision)
     return scorer_on_gpu(PairScorer(model.to(device), *how, batch_size, token_budget(0, device)))
 
 
@@ -302,6 +310,8 @@ class Retriever:
         check_fits(source.config, source.tokenizer, by_knob, source.path)
         if not pools_prompt(source.config):
             self.rules = {side: exclude_prompt(rules, source.tokenizer) for side, rules in self.rules.items()}
+        how = (source.tokenizer, hp.passage_windows, hp.window_stride, LENGTHS["passage"])
+        self.rules["passage"] = with_windows(self.rules["passage"], *how)
         check_range("vector_dims", hp.vector_dims, 0, vector_width(source.config))
         log(describe_retriever(settings, source.config))
         if hp.encoder_engine == OPENVINO:
@@ -365,17 +375,40 @@ class Retriever:
             stamp["vector_dims"] = self.hp.vector_dims
         if side == "passage" and self.hp.encoder_engine == OPENVINO:
             stamp["encoder_engine"] = OPENVINO
+        if side == "passage" and self.hp.passage_windows > 1:
+            stamp |= {
+                "passage_windows": self.rules[side].windows, "window_stride": self.rules[side].stride
+            }  # fmt: skip
         return {**stamp, "precision": self.precision, "device": self.device.type}
 
     def passage_stamp(self) -> JsonDict:
         """Return the stamp of the passage vectors of this collection."""
         return {**self.vector_stamp("passage"), "collection": self.collection.checksum}
 
+    @cached_property
+    def windows(self) -> PassageWindows | None:
+        """The windows of the collection's passages; None with one vector per passage.
+
+        The first access may take a pass of the tokenizer over the collection.
+        """
+        if self.hp.passage_windows == 1:
+            return None
+        workers = worker_count(self.hp.workers, self.device, len(self.collection))
+        how = (self.source.tokenizer, self.rules["passage"], self.collection, self.passage_stamp())
+        return collection_windows(*how, self.output / "cache", LOG_SECONDS, workers)
+
+    @property
+    def vector_rows(self) -> int:
+        """The number of passage vectors."""
+        return len(self.collection) if self.windows is None else self.windows.rows
+
     def open_vectors(self) -> None:
         """Open the vectors of the collection for search(); OtherVectors when they are not of this model."""
         manifest = read_json(Path(self.hp.para_emb_path) / "manifest.json")
         stamp = {name: value for name, value in self.passage_stamp().items() if name not in NOT_COMPARED}
-        shape = {"rows": len(self.collection), "hidden": self.width}
+        shape = {"rows": manifest.get("rows"), "hidden": self.width}
+        if self.hp.passage_windows == 1:
+            shape["rows"] = len(self.collection)
         block_rows = manifest.get("block_rows", 0)
         if different := changes(manifest, {**manifest, **stamp, **shape, "block_rows": block_rows}):
             raise OtherVectors(self.hp.para_emb_path, "; ".join(different))
@@ -385,7 +418,9 @@ class Retriever:
                 f"{store.folder}: {missing} of {store.block_count} blocks of vectors are missing; run "
                 "do_dual_infer.py again"
             )
-        self.vectors = VectorSearch(self.hp, store, self.device)
+        if self.vector_rows != store.rows:
+            raise OtherVectors(self.hp.para_emb_path, f"rows: {store.rows} -> {self.vector_rows}")
+        self.vectors = VectorSearch(self.hp, store, self.device, self.windows)
 
     # ---- the Python API
 
@@ -418,9 +453,11 @@ class Retriever:
         texts = check_texts(passages, "passages")
         if not texts:
             raise UserError("index: no passages")
-        stored = MemoryVectors(to_float16(self.encode_passages(texts), 0))
         with self.lock:
-            self.vectors, self.texts = VectorSearch(self.hp, stored, self.device), texts
+            table = self.own_encoder("passage").tokenize_windows(texts)
+            windows = None if table.windows is None else PassageWindows.of_counts(table.windows)
+            stored = MemoryVectors(to_float16(self.own_encoder("passage").encode_tokens(table), 0))
+            self.vectors, self.texts = VectorSearch(self.hp, stored, self.device, windows), texts
 
     def rank(self, queries: Sequence[str], topk: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (rows (N, K) int64, -1 where there are no more; scores (N, K) float64) of N questions."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch_src.common_hparams import DevAnswers, PlannedJob, QueryIds
 from torch_src.hparams import NONE, under
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.options import AT_MOST_ALL, COUNT, COUNT_OR_OFF, FROM_0, PAIR_LENGTH
+from torch_src.runtime.options import AT_MOST_ALL, COUNT, COUNT_OR_OFF, FROM_0, PAIR_LENGTH, STRIDE, WINDOWS
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,10 @@ class InferenceCrossHparams(QueryIds, DevAnswers, PlannedJob):
     topk: int = 50  # passages kept per query
     depth: int = 0  # first candidates of each query to re-rank, the others are dropped; 0: all
     batch_size: int = 2048  # maximum pairs per forward pass; fewer if they are long
+
+    # long passages
+    passage_windows: int = 1  # most windows of a pair longer than max_seq_len, the best one counts; 1: off
+    window_stride: int = -1  # tokens that neighboring windows share; -1: a quarter of max_seq_len
 
     # model: a value other than the trained one is an error
     max_seq_len: int | None = None  # tokens of query and passage; unset: as trained
@@ -37,12 +41,16 @@ class InferenceCrossHparams(QueryIds, DevAnswers, PlannedJob):
     RANGES = {
         "topk": AT_MOST_ALL, "depth": COUNT_OR_OFF, "batch_size": COUNT, "fuse_retriever_weight": FROM_0,
         "max_seq_len": PAIR_LENGTH, "block_pairs": AT_MOST_ALL,
+        "passage_windows": WINDOWS, "window_stride": STRIDE,
     }  # fmt: skip
 
     def check(self) -> None:
         super().check()
         if self.dev_q == NONE:
             raise UserError("--dev_q none: re-ranking needs the queries of its candidates; omit the option")
+
+        if self.passage_windows == 1 and self.window_stride != InferenceCrossHparams.window_stride:
+            raise UserError("--window_stride requires --passage_windows")
 
     @property
     def retrieval_result_path(self) -> str:

@@ -7,7 +7,7 @@ from torch_src.hparams import NONE, POOLINGS, under
 from torch_src.retrieval import index_options
 from torch_src.retrieval.engines import milvus_options
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.options import AT_MOST_ALL, COUNT, COUNT_OR_OFF, LENGTH
+from torch_src.runtime.options import AT_MOST_ALL, COUNT, COUNT_OR_OFF, LENGTH, STRIDE, WINDOWS
 
 OPENVINO = "openvino"
 
@@ -59,6 +59,8 @@ class InferenceDeHparams(RetrieverHparams, QueryIds, PlannedJob):
     engine: str = "exact"  # exact: on this machine; milvus: in the collection of script/milvus_load.py
     milvus_uri: str = ""  # file of Milvus Lite, or http://host:19530; empty: output_dir/milvus.db
     milvus_collection: str = "passages"  # name of the collection in Milvus
+    passage_windows: int = 1  # most windows of a passage longer than p_max_seq_len, a vector each; 1: off
+    window_stride: int = -1  # tokens that neighboring windows share; -1: a quarter of p_max_seq_len
     vector_dims: int = 0  # store only the first dimensions (see matryoshka_dims); 0: all
     recall_queries: int = 200  # queries to compare an index with exact search; 0: none
 
@@ -72,6 +74,7 @@ class InferenceDeHparams(RetrieverHparams, QueryIds, PlannedJob):
     RANGES = {
         "topk": AT_MOST_ALL, "bs": AT_MOST_ALL, "batch_size": COUNT, "vector_dims": COUNT_OR_OFF,
         "recall_queries": (0,), "block_rows": AT_MOST_ALL, "workers": (-1, 256),
+        "passage_windows": WINDOWS, "window_stride": STRIDE,
     }  # fmt: skip
 
     @property
@@ -86,6 +89,8 @@ class InferenceDeHparams(RetrieverHparams, QueryIds, PlannedJob):
         super().check()
         if self.search_params and not self.index and self.engine != "milvus":
             raise UserError("--search_params requires --index or --engine milvus")
+        if self.passage_windows == 1 and self.window_stride != InferenceDeHparams.window_stride:
+            raise UserError("--window_stride requires --passage_windows")
         if self.dev_q == NONE and (self.index or self.engine != "exact"):
             raise UserError("--dev_q none encodes the passages only: omit --index and --engine")
         if self.engine == "milvus":

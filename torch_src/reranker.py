@@ -39,7 +39,7 @@ class Reranker:
         self.hp, self.lock = hp, threading.RLock()
         self.device, self.precision = choose_hardware(hp, own_process)
         self.source = source = find_cross_model(hp)
-        self.rules = pair_rules(source)
+        self.rules = pair_rules(source, hp.passage_windows, hp.window_stride)
         log(f"re-ranker: {describe_reranker(source.settings, source.config)}")
         check_fits(source.config, source.tokenizer, {"max_seq_len": self.rules}, source.path)
 
@@ -66,7 +66,9 @@ class Reranker:
 
     def scorer(self, model: CrossEncoder) -> PairScorer:
         """Return the scorer of this model, which is moved to the device."""
-        return pair_scorer(self.source, model, self.hp.batch_size, self.device, self.precision)
+        return pair_scorer(
+            self.source, model, self.hp.batch_size, self.device, self.precision, self.rules
+        )
 
     @cached_property
     def own_scorer(self) -> PairScorer:

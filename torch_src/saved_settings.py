@@ -24,6 +24,9 @@ NOT_SAVED = (
 RERANKER = ("pretrained_model_path", "vocab_path", "max_seq_len", "remove_spaces")
 
 
+WINDOWS = ("passage_windows", "window_stride")
+
+
 def read_saved(output_dir: str, name: str) -> dict[str, Any]:
     """Return the settings that a program saved in its output folder; empty without the file."""
     path = Path(output_dir) / name
@@ -70,6 +73,7 @@ def reranker_settings(path: str, options: dict[str, Any]) -> InferenceCrossHpara
     else:
         given = {"output_dir": path}
         saved = read_saved(path, "cross_infer_hparams.json")
+        given |= {name: saved[name] for name in WINDOWS if name in saved}
         if saved.get("cross_params") == NONE:
             given |= {name: saved[name] for name in RERANKER} | {"cross_params": NONE}
     hp = replace(plain, **{**given, **options})
@@ -95,4 +99,5 @@ def for_vectors(hp: InferenceDeHparams, manifest: JsonDict, device: str) -> Infe
     precision = hp.precision
     if precision == "auto" and manifest.get("device") == device:
         precision = manifest.get("precision", "auto")
-    return replace(hp, precision=precision, vector_dims=manifest.get("vector_dims", 0))
+    windows = {name: manifest.get(name, getattr(InferenceDeHparams, name)) for name in WINDOWS}
+    return replace(hp, precision=precision, vector_dims=manifest.get("vector_dims", 0), **windows)

@@ -13,6 +13,7 @@ from torch_src.retrieval.faiss_index import INDEX, FaissSearch, IndexSettings, i
 from torch_src.retrieval.score_bounds import Float16, Float32
 from torch_src.retrieval.search import search
 from torch_src.retrieval.vectors import MemoryVectors, VectorStore
+from torch_src.retrieval.windows import PassageWindows
 from torch_src.runtime.devices import search_devices
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json
@@ -37,9 +38,18 @@ class ReplacedVectors(UserError):
 class VectorSearch:
     """Finds the rows of the best vectors for query vectors. Not for several threads at once."""
 
-    def __init__(self, hp: InferenceDeHparams, store: VectorStore, device: torch.device):
-        """UserError where --index names an index that is missing or of other settings."""
-        self.hp, self.store = hp, store
+    def __init__(
+        self,
+        hp: InferenceDeHparams,
+        store: VectorStore,
+        device: torch.device,
+        windows: PassageWindows | None = None,
+    ):
+        """UserError where --index names an index that is missing or of other settings.
+
+        windows: of passages, which are the results where the vectors are windows.
+        """
+        self.hp, self.store, self.windows = hp, store, windows
         self.in_memory = isinstance(store, MemoryVectors)
         self.devices = search_devices(hp.device, device)
         self.cache: DeviceCache | None = None
@@ -83,7 +93,8 @@ class VectorSearch:
             return self.index.search(queries, topk)
         # without a conversion of the passages, which takes longer than the product of few queries
         kind = Float16.name if self.devices[0].type == "cuda" else Float32.name
-        return search(self.store, queries, topk, self.devices, kind, cache=self.cache)[:2]
+        how = (self.devices, kind)
+        return search(self.store, queries, topk, *how, cache=self.cache, windows=self.windows)[:2]
 
     @contextmanager
     def _same_vectors(self) -> Iterator[None]:
@@ -111,6 +122,8 @@ class VectorSearch:
         hp, path = self.hp, Path(self.hp.output_dir) / INDEX
         stamp = read_stamp(path) or {}
         memory_gb, seed = stamp.get("memory_gb", 0.0), stamp.get("seed", 0)
-        settings = IndexSettings(hp.index, hp.search_params, memory_gb, seed, hp.topk or INDEX_TOPK)
+        topk = hp.topk or INDEX_TOPK
+        depth = topk if self.windows is None else self.windows.first_depth(topk)
+        settings = IndexSettings(hp.index, hp.search_params, memory_gb, seed, depth)
         stamp, gpus = {**self.store.manifest, "stage": "index"}, index_gpus(self.devices)
-        return FaissSearch(self.store, settings, path, stamp, build=False, gpus=gpus)
+        return FaissSearch(self.store, settings, path, stamp, build=False, gpus=gpus, windows=self.windows)

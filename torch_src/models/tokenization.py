@@ -51,6 +51,8 @@ class TextRules:
     remove_spaces: bool = False
     prompt_tokens: int = 0  # first tokens that are not pooled
     pair: PairTemplate | None = None  # text around query and passage of a pair; not counted either
+    windows: int = 1  # most windows of a passage (windows.py)
+    stride: int = 0  # tokens that neighboring windows share
 
     def clean(self, text: str) -> str:
         """Return the text to tokenize: ASCII spaces removed (with `remove_spaces`), then prefixed."""
@@ -208,7 +210,7 @@ def tokenize(
     """Return (token ids of each text, number of truncated texts); an empty text has only special tokens."""
     max_tokens = rules.max_tokens(tokenizer)
     cleaned = [rules.clean(text) for text in texts]
-    limit = _early_limit(tokenizer, cleaned, max_tokens)
+    limit = early_limit(tokenizer, cleaned, max_tokens)
     ids, cut = _tokenize_texts(tokenizer, [cut_early(text, limit) for text in cleaned], max_tokens)
     # the early cut removed tokens of texts with few tokens per character, e.g. runs of spaces: repeat
     redo = [at for at, text in enumerate(cleaned) if len(text) > limit and not cut[at]]
@@ -242,7 +244,7 @@ def token_counts(
     return counts
 
 
-def _early_limit(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_seq_len: int) -> int:
+def early_limit(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_seq_len: int) -> int:
     """Return the characters that cut_early keeps: all of them when the tokenizer cuts at the beginning."""
     if tokenizer.truncation_side == "left":
         return max(map(len, texts), default=0)
@@ -268,15 +270,15 @@ def _tokenize_texts(
     """Return (token ids of each text, whether it was truncated)."""
     ids: list[list[int]] = []
     cut: list[bool] = []
-    for encoding in _encodings(tokenizer, texts, TruncationStrategy.LONGEST_FIRST, max_seq_len):
+    for encoding in encodings(tokenizer, texts, TruncationStrategy.LONGEST_FIRST, max_seq_len):
         ids.append(encoding.ids)
         cut.append(bool(encoding.overflowing))
     return ids, cut
 
 
-def _encodings(
+def encodings(
     tokenizer: PreTrainedTokenizerBase,
-    inputs: list[str] | list[tuple[str, str]],
+    inputs: Sequence[str] | Sequence[tuple[str, str]],
     strategy: TruncationStrategy,
     max_tokens: int,
     add_special_tokens: bool = True,
@@ -302,13 +304,8 @@ def tokenize_pairs(
 ) -> "TokenTable":
     """Return the token ids of the pairs; only passages are truncated, unless the query leaves no room."""
     max_tokens, pair = rules.max_tokens(tokenizer), rules.pair or PairTemplate()
-    queries = _shorten_queries(tokenizer, [rules.clean(text) for text in queries], rules.max_seq_len)
-    # a space before the passage is part of its first token
-    between = pair.between.rstrip(" ")
-    lead = pair.between[len(between) :]
-    queries = [pair.before + text + between for text in queries]
-    passages = [lead + rules.clean(text) for text in passages]
-    limit = _early_limit(tokenizer, passages, max_tokens)
+    queries, passages = texts_of_pairs(tokenizer, queries, passages, rules)
+    limit = early_limit(tokenizer, passages, max_tokens)
     early = [cut_early(text, limit) for text in passages]
     ids, types, cut = _tokenize_pairs(tokenizer, queries, early, max_tokens, pair)
     redo = [at for at, text in enumerate(passages) if len(text) > limit and not cut[at]]  # as in tokenize
@@ -317,7 +314,20 @@ def tokenize_pairs(
         redone = _tokenize_pairs(tokenizer, *whole, max_tokens, pair)
         for at, tokens, segments, was_cut in zip(redo, *redone, strict=True):
             ids[at], types[at], cut[at] = tokens, segments, was_cut
-    return TokenTable(*_flat(ids, np.uint32), sum(cut), _flat(types, np.uint8)[0])
+    return TokenTable(*flat(ids, np.uint32), sum(cut), flat(types, np.uint8)[0])
+
+
+def texts_of_pairs(
+    tokenizer: PreTrainedTokenizerBase, queries: list[str], passages: list[str], rules: TextRules
+) -> tuple[list[str], list[str]]:
+    """Return the (queries, passages) to tokenize: cleaned, with their template, long queries shortened."""
+    pair = rules.pair or PairTemplate()
+    queries = _shorten_queries(tokenizer, [rules.clean(text) for text in queries], rules.max_seq_len)
+    # a space before the passage is part of its first token
+    between = pair.between.rstrip(" ")
+    lead = pair.between[len(between) :]
+    queries = [pair.before + text + between for text in queries]
+    return queries, [lead + rules.clean(text) for text in passages]
 
 
 def _tokenize_pairs(
@@ -331,17 +341,22 @@ def _tokenize_pairs(
     ids: list[list[int]] = []
     types: list[list[int]] = []
     cut: list[bool] = []
-    after: list[int] = []
-    if pair.after:
-        with LOCK:
-            after = list(tokenizer(pair.after, add_special_tokens=False, verbose=False)["input_ids"])
+    after = tokens_after(tokenizer, pair)
     pairs = list(zip(queries, passages, strict=True))
     limits = (TruncationStrategy.ONLY_SECOND, max_tokens - len(after), pair.special_tokens)
-    for encoding in _encodings(tokenizer, pairs, *limits):
+    for encoding in encodings(tokenizer, pairs, *limits):
         ids.append(encoding.ids + after)
         types.append(encoding.type_ids + [1] * len(after))
         cut.append(bool(encoding.overflowing))
     return ids, types, cut
+
+
+def tokens_after(tokenizer: PreTrainedTokenizerBase, pair: PairTemplate) -> list[int]:
+    """Return the token ids of the template's text after the passage."""
+    if not pair.after:
+        return []
+    with LOCK:
+        return list(tokenizer(pair.after, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def passage_reserve(max_seq_len: int) -> int:
@@ -368,27 +383,43 @@ class TokenTable:
 
     `ids` (tokens,) uint32, text after text; `lengths` (N,) int64; `cut`: number of truncated texts.
     `types` (tokens,) uint8 of (query, passage) pairs: segment ids, 0 query and 1 passage.
+    `windows` (texts,) int64 where an entry of the table is a window: the number of windows of each text.
     """
 
-    def __init__(self, ids: np.ndarray, lengths: np.ndarray, cut: int = 0, types: np.ndarray | None = None):
-        self.ids, self.lengths, self.cut, self.types = ids, lengths, cut, types
+    def __init__(
+        self,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        cut: int = 0,
+        types: np.ndarray | None = None,
+        windows: np.ndarray | None = None,
+    ):
+        self.ids, self.lengths, self.cut, self.types, self.windows = ids, lengths, cut, types, windows
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
 
     @classmethod
     def of_texts(cls, tokenizer: PreTrainedTokenizerBase, texts: list[str], rules: TextRules) -> "TokenTable":
         ids, cut = tokenize(tokenizer, texts, rules)
-        return cls(*_flat(ids, np.uint32), cut)
+        return cls(*flat(ids, np.uint32), cut)
 
     @classmethod
     def concatenate(cls, tables: list["TokenTable"]) -> "TokenTable":
         ids = np.concatenate([table.ids for table in tables])
         lengths = np.concatenate([table.lengths for table in tables])
         types = [table.types for table in tables if table.types is not None]
+        windows = [table.windows for table in tables if table.windows is not None]
         cut = sum(table.cut for table in tables)
-        return cls(ids, lengths, cut, np.concatenate(types) if types else None)
+        joined = [np.concatenate(arrays) if arrays else None for arrays in (types, windows)]
+        return cls(ids, lengths, cut, *joined)
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def slice(self, first: int, last: int) -> "TokenTable":
+        """Return the table of the texts first..last-1."""
+        tokens = slice(self.starts[first], self.starts[last])
+        types = None if self.types is None else self.types[tokens]
+        return TokenTable(self.ids[tokens], self.lengths[first:last], 0, types)
 
     def padded(self, rows: Sequence[int] | np.ndarray, pad_id: int) -> np.ndarray:
         """Return input ids, attention mask and, of pairs, segment ids of these rows: (2 or 3, B, L) int64."""
@@ -410,7 +441,7 @@ class TokenTable:
         return np.arange(ends[-1]) + np.repeat(self.starts[rows] - (ends - lengths), lengths)
 
 
-def _flat(sequences: list[list[int]], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+def flat(sequences: list[list[int]], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return (all values one after the other, length of each sequence int64)."""
     lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
     values = np.fromiter(chain.from_iterable(sequences), dtype=dtype, count=int(lengths.sum()))

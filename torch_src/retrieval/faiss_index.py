@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from torch_src.retrieval.chunks import check_blocks, read_chunks
-from torch_src.retrieval.faiss_gpu import GpuIndex, IndexGpus
+from torch_src.retrieval.faiss_gpu import MAX_SELECTED, GpuIndex, IndexGpus
 from torch_src.retrieval.index_options import check_factory, check_search_params, faiss_errors, faiss_reason
 from torch_src.retrieval.search import best_first, exact_scores, measured_recall
 from torch_src.retrieval.vectors import VectorStore
+from torch_src.retrieval.windows import PassageWindows
 from torch_src.runtime.devices import USABLE_FRACTION, free_memory
 from torch_src.runtime.errors import UserError, is_out_of_memory
 from torch_src.runtime.files import atomic_write
@@ -75,13 +76,16 @@ class FaissSearch:
         force: bool = False,
         build: bool = True,
         gpus: IndexGpus | None = None,
+        windows: PassageWindows | None = None,
     ):
         """Read the index at `path` when its stamp agrees, else build it (UserError without `build`).
 
         The index is held on the GPUs, or by the CPU where they cannot hold it. A file written on a GPU may
         lack the vectors (see _save_from_gpus), which are then added again.
         UserError for a malformed factory string or parameter, and when the index does not fit into memory.
+        windows: of passages, which are the results where the vectors are windows.
         """
+        self.windows = windows
         self.store, self.settings, self.path, self.faiss = store, settings, path, load_faiss()
         stamp = {**stamp, "factory": settings.factory, "seed": settings.seed, "memory_gb": settings.memory_gb}
         self.stamp, self.build = stamp, build
@@ -218,6 +222,13 @@ class FaissSearch:
 
         If the index finds fewer than K, the rest have row -1 and score -inf.
         """
+        if self.windows is None:
+            return self._search_rows(queries, topk)
+        most = MAX_SELECTED if isinstance(self.index, GpuIndex) else None
+        return self.windows.search(self._search_rows, queries, topk, most)
+
+    def _search_rows(self, queries: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the result of search, of vector rows."""
         keep = min(topk, self.store.rows)
         with faiss_errors(self.settings.factory):
             found = self.index.search(queries, keep)[1].astype(np.int64)
@@ -226,7 +237,9 @@ class FaissSearch:
     def recall(self, queries: np.ndarray, topk: int, device: torch.device, count: int) -> str:
         """Return a log line: the share of the exact top-k that the index finds for `count` of the queries."""
         limits = (count, self.settings.memory_gb, self.settings.seed)
-        line = measured_recall(lambda q: self.search(q, topk), self.store, queries, topk, device, *limits)
+        line = measured_recall(
+            lambda q: self.search(q, topk), self.store, queries, topk, device, *limits, self.windows
+        )
         return f"index {self.settings.factory}: {line}"
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from torch_src.data.candidates import Candidates
 from torch_src.models.cross_encoder import CrossEncoder
 from torch_src.models.tokenization import BatchedInference, TextRules, TokenTable, tokenize_pairs
+from torch_src.models.windows import tokenize_pair_windows
 from torch_src.retrieval.fusion import fused_scores
 from torch_src.retrieval.tokenizing import TOKENIZE_AHEAD, Span, tokenized_spans
 from torch_src.runtime.errors import UserError
@@ -30,19 +31,24 @@ class PairScorer(BatchedInference):
     bf16_weights: bool = False
 
     def tokenize(self, queries: list[str], passages: list[str]) -> TokenTable:
-        return tokenize_pairs(self.tokenizer, queries, passages, self.rules)
+        """Return the pairs, each in windows where the rules allow several."""
+        return pair_table(self.tokenizer, queries, passages, self.rules)
 
     def score(self, pairs: TokenTable, done: Callable | None = None) -> np.ndarray:
-        """Return the logits (N,) float32; UserError when one is not finite.
+        """Return the logits (N,) float32, of a pair in windows that of its best; UserError if not finite.
 
         Calls done(pairs, tokens) after each forward pass.
         """
+        if pairs.windows is not None and done is not None:
+            done = _of_pairs(done, pairs.windows)
         on_device = torch.empty(len(pairs), device=self.device)
         self.write_outputs(on_device, pairs, self.model, self.model, done)
         logits = on_device.cpu().numpy()  # one copy, so that CUDA does not wait after each batch
         if not np.isfinite(logits).all():
             raise UserError("the scores are not finite; check the weights, or use --precision fp32")
-        return logits
+        if pairs.windows is None or not len(pairs):
+            return logits
+        return np.maximum.reduceat(logits, np.cumsum(pairs.windows) - pairs.windows)
 
     def score_candidates(
         self, candidates: Candidates, spans: Sequence[Span], workers: int = 0, done: Callable | None = None
@@ -76,7 +82,27 @@ def _tokenize(
     tokenizer: PreTrainedTokenizerBase, rules: TextRules, candidates: Candidates, first: int, last: int
 ) -> TokenTable:
     queries = [candidates.queries[at] for at in candidates.query_of[first:last].tolist()]
-    return tokenize_pairs(tokenizer, queries, candidates.passages(first, last), rules)
+    return pair_table(tokenizer, queries, candidates.passages(first, last), rules)
+
+
+def pair_table(
+    tokenizer: PreTrainedTokenizerBase, queries: list[str], passages: list[str], rules: TextRules
+) -> TokenTable:
+    """Return the token ids of the pairs, or of their windows where the rules allow several."""
+    tokenize = tokenize_pairs if rules.windows == 1 else tokenize_pair_windows
+    return tokenize(tokenizer, queries, passages, rules)
+
+
+def _of_pairs(done: Callable[[int, int], None], windows: np.ndarray) -> Callable[[int, int], None]:
+    """Return the function that counts finished windows and calls done(pairs, tokens) in proportion."""
+    total, finished = int(windows.sum()), 0
+
+    def add(rows: int, tokens: int) -> None:
+        nonlocal finished
+        before, finished = finished, finished + rows
+        done(finished * len(windows) // total - before * len(windows) // total, tokens)
+
+    return add
 
 
 def rank_pairs(candidates: Candidates, scores: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

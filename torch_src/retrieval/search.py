@@ -32,6 +32,7 @@ from torch_src.retrieval.score_bounds import (
     int8_is_exact,
 )
 from torch_src.retrieval.vectors import VectorStore
+from torch_src.retrieval.windows import PassageWindows
 from torch_src.runtime.devices import available_gpu_memory
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import duration
@@ -290,6 +291,7 @@ def search(
     cache: DeviceCache | None = None,
     bs: int = QUERIES,
     searched: Callable[[int], None] | None = None,
+    windows: PassageWindows | None = None,
 ) -> tuple[np.ndarray, np.ndarray, SearchStats]:
     """Return (rows (N, K) int64, scores (N, K) float64, stats), K = min(topk, passages), best first.
 
@@ -298,7 +300,15 @@ def search(
     `cache` keeps them on the devices for the next search. `searched` gets the number of passages per chunk.
     Host memory: at most `memory_gb` (10^9 bytes) in addition to the cache, `state_bytes` and the results.
     GPU memory: the cache, `state_bytes`, and at most GPU_FRACTION of what is free.
+    windows: of passages that the vectors belong to; the rows are then passages, with the score of their best
+    window.
     """
+    if windows is not None:
+        # so many windows always belong to `topk` passages: one pass over the vectors is enough
+        rows, scores, stats = search(
+            store, queries, windows.depth(topk), devices, kind, memory_gb, cache, bs, searched
+        )
+        return *windows.collapse(rows, scores, min(topk, windows.passages)), stats
     assert queries.dtype == np.float32 and queries.ndim == 2 and queries.shape[1] == store.hidden
     keep, bs = min(topk, store.rows), min(bs, len(queries))
     kind = choose_kind(kind, store.hidden, devices[0])
@@ -459,6 +469,7 @@ def measured_recall(
     count: int,
     memory_gb: float,
     seed: int,
+    windows: PassageWindows | None = None,
 ) -> str:
     """Return a log line: the share of the exact top-k that `find` returns for `count` of the queries."""
     draw = np.random.default_rng([seed, 6])
@@ -466,7 +477,7 @@ def measured_recall(
     started = time.monotonic()
     found, _ = find(sample)
     took = time.monotonic() - started
-    exact, _, _ = search(store, sample, topk, [device], memory_gb=memory_gb)
+    exact, _, _ = search(store, sample, topk, [device], memory_gb=memory_gb, windows=windows)
     exact_took = time.monotonic() - started - took
     hits = sum(len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True))
     return (

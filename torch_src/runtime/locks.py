@@ -50,6 +50,16 @@ def folder_lock(folder: str | Path, shared: bool = False, name: str = "lock") ->
         yield
 
 
+@contextmanager
+def waiting_lock(path: str | Path) -> Iterator[None]:
+    """Lock a file; wait while another process has locked it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        _lock(file, fcntl.LOCK_EX)
+        yield
+
+
 class BlockLocks:
     """This process's locks on the blocks of one folder; released when the object is garbage-collected."""
 

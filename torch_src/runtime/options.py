@@ -16,6 +16,7 @@ AT_MOST_ALL = (1,)  # a number of things, of which there may be fewer
 COUNT, COUNT_OR_OFF = (1, 10**6), (0, 10**6)  # numbers that memory or time grows with
 STEPS, STEPS_OR_OFF = (1, 10**8), (0, 10**8)  # updates, tokens
 PAIR_LENGTH, LENGTH = (8, 10**6), (3, 10**6)  # tokens; the model's own limit is checked when it is loaded
+WINDOWS, STRIDE = (1, 10**4), (-1, 10**6)  # of a passage; tokens, -1: a part of the length
 SHARE = (0, 1)
 FROM_0 = (0,)  # weights, rates that 0 turns off
 SEEDS = (0, 2**32 - 1)

@@ -14,7 +14,7 @@ from torch_src.runtime.commands import command
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json
 from torch_src.runtime.options import FROM_0
-from torch_src.saved_settings import RERANKER, read_saved, saved_search
+from torch_src.saved_settings import RERANKER, WINDOWS, read_saved, saved_search
 
 # Other values of these than the saved ones do not fit the vectors.
 FIXED = ("data_dir", "passage_dir", "dual_params", "para_emb", "pretrained_model_path", *MODEL_SETTINGS)
@@ -66,6 +66,7 @@ def reranker_hparams(hp: DemoHparams) -> InferenceCrossHparams | None:
     """Return the settings of do_cross_infer.py for the re-ranker; None without one."""
     saved = read_saved(hp.output_dir, "cross_infer_hparams.json")
     common = {name: getattr(hp, name) for name in ("seed", "debug", "device", "precision", "threads")}
+    common |= {name: saved[name] for name in WINDOWS if name in saved}
     if hp.reranker == NONE:
         return None
     if folder := hp.reranker or second_stage(hp):

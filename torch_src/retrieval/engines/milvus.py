@@ -20,6 +20,7 @@ from torch_src.retrieval.chunks import check_blocks
 from torch_src.retrieval.engines.milvus_options import is_milvus_file, parse_params
 from torch_src.retrieval.search import best_first, exact_scores
 from torch_src.retrieval.vectors import NOT_COMPARED, VectorStore
+from torch_src.retrieval.windows import PassageWindows
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.libraries import import_library
 from torch_src.runtime.log import log, warn
@@ -211,8 +212,21 @@ def index_options(index: str) -> str:
 class MilvusSearch:
     """Search in a loaded collection; scores are exact when the blocks of its vectors are on this machine."""
 
-    def __init__(self, uri: str, name: str, manifest: JsonDict, folder: str, params: str, load_command: str):
-        """`folder`: where the blocks may be. UserError unless the collection has all of its vectors."""
+    def __init__(
+        self,
+        uri: str,
+        name: str,
+        manifest: JsonDict,
+        folder: str,
+        params: str,
+        load_command: str,
+        windows: PassageWindows | None = None,
+    ):
+        """`folder`: where the blocks may be. UserError unless the collection has all of its vectors.
+
+        windows: of passages, which are the results where the vectors are windows.
+        """
+        self.windows = windows
         self.params, self.rows = parse_params("search_params", params), manifest["rows"]
         if is_milvus_file(uri) and not Path(uri).exists():
             raise UserError(f"{uri}: no such file; load the vectors first: {load_command}")
@@ -271,6 +285,12 @@ class MilvusSearch:
         A FLAT index gives the results of exact search: the number of requested hits grows until rounding in
         fp32 cannot have excluded one of the best K.
         """
+        if self.windows is None:
+            return self._search_rows(queries, topk)
+        return self.windows.search(self._search_rows, queries, topk, MAX_HITS)
+
+    def _search_rows(self, queries: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the result of search, of vector rows."""
         keep = min(topk, self.rows)
         if self.store is None:
             return best_first(*self._request(queries, keep), keep)
