@@ -61,13 +61,19 @@ def open_vectors(folder: str) -> VectorStore:
     return store
 
 
-def read_pids(args: argparse.Namespace, rows: int) -> np.ndarray | None:
-    """Return the pids, (N,) bytes; None with --passage_ids none."""
+def read_pids(args: argparse.Namespace, store: VectorStore) -> np.ndarray | None:
+    """Return the pid of each vector, (N,) bytes; None with --passage_ids none."""
+    from torch_src.retrieval.passage_windows import FIRST_WINDOW, cached_windows  # here: as in run
+
     if args.passage_ids == "none":
         return None
-    pids = read_passage_ids(args.passage_ids, str(Path(args.output_dir) / "cache"))
-    check_length(args.passage_ids, len(pids), rows)
-    return pids
+    cache, windows = Path(args.output_dir) / "cache", None
+    if "passage_windows" in store.manifest and (windows := cached_windows(cache, store.manifest)) is None:
+        path = cache / FIRST_WINDOW
+        raise UserError(f"{path}: missing, or not of these vectors; run do_dual_infer.py again")
+    pids = read_passage_ids(args.passage_ids, str(cache))
+    check_length(args.passage_ids, len(pids), windows.passages if windows else store.rows)
+    return np.repeat(pids, np.diff(windows.first)) if windows else pids
 
 
 def prepare(collection: "Collection", record: dict[str, Any], pid_bytes: int, force: bool) -> None:
@@ -97,7 +103,8 @@ def run(args: argparse.Namespace) -> None:
     check_index(args.milvus_uri, args.milvus_index, args.milvus_params)
     check_milvus_file(args.milvus_uri)
     store = open_vectors(args.para_emb)
-    pids = read_pids(args, store.rows)
+    pids = read_pids(args, store)
+    unit = "windows" if "passage_windows" in store.manifest else "passages"
     known = "none" if pids is None else checksum_text(b"\n".join(pids.tolist()).decode())
     collection = Collection(args.milvus_uri, args.milvus_collection)
     record = {"manifest": store.manifest, "pids": known}
@@ -109,10 +116,10 @@ def run(args: argparse.Namespace) -> None:
         loaded += last - first
         speed = loaded / (time.monotonic() - start)
         left = duration((store.rows - last) / speed)
-        log(f"loaded {last:,}/{store.rows:,} passages  {speed:,.0f} passages/s  eta {left}")
+        log(f"loaded {last:,}/{store.rows:,} {unit}  {speed:,.0f} {unit}/s  eta {left}")
     collection.call("flush")  # write what is in memory to disk and to the index
     took = f" in {duration(time.monotonic() - start)}" if loaded else ", up to date"
-    log(f"{collection}: {store.rows:,} passages, index {collection.index()}{took}")
+    log(f"{collection}: {store.rows:,} {unit}, index {collection.index()}{took}")
 
 
 def main(argv: list[str]) -> int:

@@ -121,7 +121,7 @@ class DualInference(Retriever):
     @property
     def passage_manifest(self) -> JsonDict:
         """Manifest of the passage vectors that this machine would encode."""
-        return new_manifest(self.passage_stamp(), len(self.collection), self.width, self.hp.block_rows)
+        return new_manifest(self.passage_stamp(), self.vector_rows, self.width, self.hp.block_rows)
 
     def _open_milvus(self) -> MilvusSearch:
         """Return the search on Milvus; UserError unless all vectors are loaded there."""
@@ -137,7 +137,8 @@ class DualInference(Retriever):
             options["--passage_ids"] = hp.passage_ids_path
         load = command(PROGRAM, *(word for option in options.items() for word in option))
         uri, name, folder = hp.milvus_uri_path, hp.milvus_collection, hp.para_emb_path
-        return MilvusSearch(uri, name, self.passage_manifest, folder, hp.search_params, load)
+        how = (hp.search_params, load, self.windows)
+        return MilvusSearch(uri, name, self.passage_manifest, folder, *how)
 
     def run_stamp(self) -> JsonDict:
         """Return the stamp of res.top{k}."""
@@ -166,6 +167,11 @@ class DualInference(Retriever):
             }
         return stamp
 
+    @property
+    def unit(self) -> str:
+        """What a vector is of, for the log."""
+        return "passages" if self.windows is None else "windows"
+
     @cached_property
     def index_gpus(self) -> IndexGpus | None:
         """The GPUs for an index; some memory of each is left to the exact search."""
@@ -174,11 +180,14 @@ class DualInference(Retriever):
     @property
     def index_settings(self) -> IndexSettings:
         hp = self.hp
-        return IndexSettings(hp.index, hp.search_params, hp.search_memory_gb, hp.seed, self.topk)
+        depth = self.topk if self.windows is None else self.windows.first_depth(self.topk)
+        return IndexSettings(hp.index, hp.search_params, hp.search_memory_gb, hp.seed, depth)
 
     def usable_gpus(self) -> IndexGpus | None:
         """Return the GPUs that can hold the index, None where it is on the CPU."""
-        return usable_gpus(self.index_gpus, self.index_settings, self.width, len(self.collection))
+        if self.index_gpus is None:
+            return None
+        return usable_gpus(self.index_gpus, self.index_settings, self.width, self.vector_rows)
 
     def check_search(self) -> None:
         """UserError for search settings that would fail after the encoding."""
@@ -188,7 +197,7 @@ class DualInference(Retriever):
             # only the first process uses all GPUs
             checks = not (self.output / INDEX).exists() and (rank() == 0 or self.device.type == "cpu")
             if checks and not self.usable_gpus():
-                check_memory(hp.index, estimate(hp.index, self.width, len(self.collection))[0])
+                check_memory(hp.index, estimate(hp.index, self.width, self.vector_rows)[0])
         elif not self.milvus:
             at_once = min(self.bs, len(self.queries))
             chunk_rows(at_once, self.width, hp.search_memory_gb, self.search_devices)
@@ -204,7 +213,7 @@ def encode_only(job: DualInference) -> None:
     model, store = load_dual_model(job.source), open_store(job, job.hp.force)
     encode_passages(job, model, store)
     if rank() == 0:
-        log(f"{store.folder}: vectors of {store.rows:,} passages; no search (--dev_q none)")
+        log(f"{store.folder}: vectors of {store.rows:,} {job.unit}; no search (--dev_q none)")
 
 
 def encode_and_search(job: DualInference) -> None:
@@ -255,7 +264,7 @@ def encode(job: DualInference, force: bool) -> tuple[np.ndarray | None, VectorSt
 
 def open_store(job: DualInference, force: bool) -> VectorStore:
     """Return the passage vectors on disk: those of this run, or new ones."""
-    shape, shared = (len(job.collection), job.width, job.hp.block_rows), bool(job.hp.para_emb)
+    shape, shared = (job.vector_rows, job.width, job.hp.block_rows), bool(job.hp.para_emb)
     folder, stamp = job.hp.para_emb_path, job.passage_stamp()
     return VectorStore.create_or_continue(folder, stamp, *shape, log, force, shared)
 
@@ -272,14 +281,14 @@ def encode_queries(job: DualInference, model: DualEncoder) -> np.ndarray:
 def encode_passages(job: DualInference, model: DualEncoder, store: VectorStore) -> None:
     """Encode the missing blocks of passage vectors."""
     if not store.missing_blocks():
-        log(f"{store.folder}: vectors up to date ({store.rows:,} passages)")
+        log(f"{store.folder}: vectors up to date ({store.rows:,} {job.unit})")
         return
     if model.query_encoder is not model.passage_encoder:
         del model.query_encoder  # frees its memory for the passages
     rows = min(store.rows, len(store.missing_blocks()) * store.block_rows)
     workers = worker_count(job.hp.workers, job.device, rows)
     encoder = job.encoder("passage", model)
-    encode_collection(encoder, encoder.texts_of(job.collection), store, LOG_SECONDS, workers)
+    encode_collection(encoder, encoder.texts_of(job.collection, job.windows), store, LOG_SECONDS, workers)
 
 
 def make_search(job: DualInference, queries: np.ndarray, store: VectorStore | None) -> SearchFunction:
@@ -296,9 +305,10 @@ def _exact_search(job: DualInference, store: VectorStore) -> SearchFunction:
     kind = choose_kind("auto", store.hidden, devices[0], log if is_large else None)
 
     def find(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        progress = Progress(store.rows, LOG_SECONDS, "searched")
+        progress = Progress(store.rows, LOG_SECONDS, "searched", job.unit)
+        how = (devices, kind, memory_gb)
         rows, scores, stats = search(
-            store, queries, job.topk, devices, kind, memory_gb, bs=job.bs, searched=progress.add
+            store, queries, job.topk, *how, bs=job.bs, searched=progress.add, windows=job.windows
         )
         progress.close()
         if is_large:
@@ -311,7 +321,9 @@ def _exact_search(job: DualInference, store: VectorStore) -> SearchFunction:
 def _index_search(job: DualInference, queries: np.ndarray, store: VectorStore) -> SearchFunction:
     hp = job.hp
     path, stamp = job.output / INDEX, {**store.manifest, "stage": "index"}
-    index = FaissSearch(store, job.index_settings, path, stamp, hp.force, gpus=job.index_gpus)
+    index = FaissSearch(
+        store, job.index_settings, path, stamp, hp.force, gpus=job.index_gpus, windows=job.windows
+    )
     if hp.recall_queries:
         log(index.recall(queries, job.topk, job.device, hp.recall_queries))
     return _in_batches(job.bs, lambda queries: index.search(queries, job.topk))
@@ -321,7 +333,7 @@ def _milvus_search(job: DualInference, milvus: MilvusSearch, queries: np.ndarray
     hp = job.hp
     milvus.check_blocks()
     if hp.recall_queries and milvus.store:
-        limits = hp.recall_queries, hp.search_memory_gb, hp.seed
+        limits = hp.recall_queries, hp.search_memory_gb, hp.seed, job.windows
         line = measured_recall(
             lambda q: milvus.search(q, job.topk), milvus.store, queries, job.topk, job.device, *limits
         )

@@ -20,8 +20,6 @@ class InferenceCrossHparams(QueryIds, DevAnswers, PlannedJob):
     topk: int = 50  # passages kept per query
     depth: int = 0  # first candidates of each query to re-rank, the others are dropped; 0: all
     batch_size: int = 2048  # maximum pairs per forward pass; fewer if they are long
-
-    # long passages
     passage_windows: int = 1  # most windows of a pair longer than max_seq_len, the best one counts; 1: off
     window_stride: int = -1  # tokens that neighboring windows share; -1: a quarter of max_seq_len
 

@@ -11,6 +11,7 @@ from torch_src.data.candidates import Candidates
 from torch_src.data.collection import PassageCollection
 from torch_src.inference import Retriever, load_dual_model
 from torch_src.models.tokenization import TokenTable
+from torch_src.models.windows import window_counts
 from torch_src.retrieval.faiss_gpu import IndexGpus
 from torch_src.retrieval.faiss_index import estimate, new_index
 from torch_src.retrieval.reranking import PairScorer
@@ -28,6 +29,7 @@ from torch_src.runtime.planning import (
     seconds_per_text,
 )
 
+SAMPLED_LENGTHS = 2048  # passages whose windows are counted
 PROBED_ON_GPU = 4096  # texts or pairs
 BYTES_PER_PAIR = 150  # on disk: one line in each of four files, and the score
 
@@ -40,8 +42,9 @@ def plan_retrieval(
     gpus: those that hold the index; None: it is on the CPU.
     """
     plan, hp = Plan("do_dual_infer.py"), retriever.hp
-    rows, width = len(retriever.collection), retriever.width
-    encoding_ram, encoding_gpu = _plan_encoding(plan, retriever)
+    width = retriever.width
+    rows = _vector_rows(retriever)
+    encoding_ram, encoding_gpu = _plan_encoding(plan, retriever, rows)
     index_bytes = index_gpu_bytes = saved_bytes = 0
     if hp.index:
         queries = min(queries, hp.recall_queries)
@@ -53,7 +56,10 @@ def plan_retrieval(
             saved_bytes = index_bytes
             plan.add(f"fill {hp.index} (without training and search)", seconds)
     if queries:
-        plan.add(f"exact search of {queries:,} queries", _search_seconds(retriever, queries, topk, bs))
+        if retriever.hp.passage_windows > 1:  # at worst, see PassageWindows.depth
+            topk = min(rows, (topk - 1) * retriever.hp.passage_windows + 1)
+        seconds = _search_seconds(retriever, rows, queries, topk, bs)
+        plan.add(f"exact search of {queries:,} queries", seconds)
     ram, gpu = memory_gb(retriever.device)
     state = state_bytes(max(0, queries - 2 * bs), width, topk) / 1e9  # of the queries that were not probed
     ram += state if retriever.device.type == "cpu" else 0.0
@@ -69,15 +75,30 @@ def plan_retrieval(
     return plan
 
 
-def _plan_encoding(plan: Plan, retriever: Retriever) -> tuple[float, float]:
-    """Add the encoding of the collection; return its peak (memory, GPU memory) in GB."""
+def _vector_rows(retriever: Retriever) -> int:
+    """Return the number of vectors; with windows estimated from a sample of the passages."""
     rows = len(retriever.collection)
+    if retriever.hp.passage_windows == 1:
+        return rows
+    sample = evenly_spaced(rows, SAMPLED_LENGTHS)
+    texts = [retriever.collection[row] for row in sample]
+    counts, _ = window_counts(retriever.source.tokenizer, texts, retriever.rules["passage"])
+    return round(rows * float(counts.mean()))
+
+
+def _plan_encoding(plan: Plan, retriever: Retriever, rows: int) -> tuple[float, float]:
+    """Add the encoding of the collection to `rows` vectors; return its peak (memory, GPU memory) in GB."""
+    passages = len(retriever.collection)
     encoder = retriever.encoder("passage", load_dual_model(retriever.source))
-    texts = [retriever.collection[row] for row in _probes(rows, retriever.device)]
-    seconds, tokens = _seconds_and_tokens(retriever.device, encoder.tokenize, encoder.encode_tokens, texts)
-    plan.add(
-        f"encode {rows:,} passages ({tokens:.0f} tokens, {tokens / seconds:,.0f} tokens/s)", seconds * rows
-    )
+    texts = [retriever.collection[row] for row in _probes(passages, retriever.device)]
+    how = (encoder.tokenize_windows, encoder.encode_tokens)
+    seconds, tokens = _seconds_and_tokens(retriever.device, *how, texts)
+    windows = f" in {rows:,} windows" if retriever.hp.passage_windows > 1 else ""
+    speed = f"{tokens:.0f} tokens, {tokens / seconds:,.0f} tokens/s"
+    plan.add(f"encode {passages:,} passages{windows} ({speed})", seconds * rows)
+    if windows:
+        count = seconds_of(lambda: window_counts(encoder.tokenizer, texts, encoder.rules)) / len(texts)
+        plan.add("count the windows", count * passages)
     # the tokens and vectors of one block, and the tokens of the next
     block_rows = min(rows, retriever.hp.block_rows)
     block = block_rows * (2 * 4 * tokens + 2 * encoder.width) / 1e9
@@ -99,20 +120,23 @@ def _seconds_and_tokens(
     compute: Callable[[TokenTable], object],
     texts: list[Any],
 ) -> tuple[float, float]:
-    """Return the seconds and the tokens of a text. On CUDA both steps overlap, and the slower one counts."""
+    """Return the seconds and the tokens of an entry of the table: a text, or a window of one.
+
+    On CUDA both steps overlap, and the slower one counts.
+    """
     table = tokenize(texts)
     if device.type != "cuda":
-        seconds = seconds_per_text(lambda texts: compute(tokenize(texts)), texts)
+        seconds = seconds_per_text(lambda texts: compute(tokenize(texts)), texts) * len(texts)
     else:
         compute(table)
-        seconds = max(seconds_of(lambda: tokenize(texts)), seconds_of(lambda: compute(table))) / len(texts)
-    return seconds, float(np.mean(table.lengths))
+        seconds = max(seconds_of(lambda: tokenize(texts)), seconds_of(lambda: compute(table)))
+    return seconds / len(table), float(np.mean(table.lengths))
 
 
-def _search_seconds(retriever: Retriever, queries: int, topk: int, bs: int) -> float:
+def _search_seconds(retriever: Retriever, rows: int, queries: int, topk: int, bs: int) -> float:
     """Return the estimated seconds of an exact search, extrapolated from random vectors."""
     devices, memory = search_devices(retriever.hp.device, retriever.device), retriever.hp.search_memory_gb
-    bs, rows, width = min(bs, queries), len(retriever.collection), retriever.width
+    bs, width = min(bs, queries), retriever.width
     kind = choose_kind("auto", width, devices[0])
     probed = min(rows, 3 * chunk_rows(bs, width, memory, devices))
     draw = np.random.default_rng(0)
@@ -139,9 +163,12 @@ def plan_reranking(scorer: PairScorer, candidates: Candidates, pairs: int) -> Pl
     plan = Plan("do_cross_infer.py")
     rows = _probes(len(candidates), scorer.device)
     seconds, tokens = _seconds_and_tokens(scorer.device, tokenize, scorer.score, rows)
-    plan.add(
-        f"score {pairs:,} pairs ({tokens:.0f} tokens, {tokens / seconds:,.0f} tokens/s)", seconds * pairs
-    )
+    inputs, windows = pairs, ""
+    if scorer.rules.windows > 1:
+        inputs = round(pairs * len(tokenize(rows)) / len(rows))
+        windows = f" in {inputs:,} windows"
+    speed = f"{tokens:.0f} tokens, {tokens / seconds:,.0f} tokens/s"
+    plan.add(f"score {pairs:,} pairs{windows} ({speed})", seconds * inputs)
     plan.ram_gb, plan.gpu_gb = memory_gb(scorer.device)
     plan.ram_gb += UNPROBED_GB
     plan.disk_gb = BYTES_PER_PAIR * pairs / 1e9

@@ -66,9 +66,7 @@ class Reranker:
 
     def scorer(self, model: CrossEncoder) -> PairScorer:
         """Return the scorer of this model, which is moved to the device."""
-        return pair_scorer(
-            self.source, model, self.hp.batch_size, self.device, self.precision, self.rules
-        )
+        return pair_scorer(self.source, model, self.hp.batch_size, self.device, self.precision, self.rules)
 
     @cached_property
     def own_scorer(self) -> PairScorer:

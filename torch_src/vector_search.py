@@ -10,10 +10,10 @@ import torch
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.retrieval.chunks import DeviceCache
 from torch_src.retrieval.faiss_index import INDEX, FaissSearch, IndexSettings, index_gpus
+from torch_src.retrieval.passage_windows import PassageWindows
 from torch_src.retrieval.score_bounds import Float16, Float32
 from torch_src.retrieval.search import search
 from torch_src.retrieval.vectors import MemoryVectors, VectorStore
-from torch_src.retrieval.windows import PassageWindows
 from torch_src.runtime.devices import search_devices
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json

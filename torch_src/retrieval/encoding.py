@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from torch_src.data.collection import PassageCollection
 from torch_src.models.dual_encoder import embed, shorten, vector_width
 from torch_src.models.tokenization import BatchedInference, TextRules, TokenTable
+from torch_src.models.windows import tokenize_windows
+from torch_src.retrieval.passage_windows import PassageWindows, WindowTexts
 from torch_src.retrieval.tokenizing import Span, tokenized_spans
 from torch_src.retrieval.vectors import VectorStore
 from torch_src.runtime.errors import UserError
@@ -31,6 +33,8 @@ HASH_BYTES = 16  # of the text of a vector: XXH3-128
 class VectorTexts(Protocol):
     """The texts of the vectors of a store, by vector row; picklable for processes that tokenize."""
 
+    unit: ClassVar[str]  # what a vector is of, for the log
+
     def __len__(self) -> int: ...
 
     def tokenize(self, first: int, last: int) -> TokenTable:
@@ -43,6 +47,8 @@ class VectorTexts(Protocol):
 @dataclass
 class PassageTexts:
     """One vector per passage of a collection (VectorTexts)."""
+
+    unit: ClassVar[str] = "passages"
 
     tokenizer: PreTrainedTokenizerBase
     rules: TextRules
@@ -88,9 +94,17 @@ class Encoder(BatchedInference):
     def tokenize(self, texts: list[str]) -> TokenTable:
         return TokenTable.of_texts(self.tokenizer, texts, self.rules)
 
-    def texts_of(self, collection: PassageCollection) -> PassageTexts:
-        """Return the texts of a collection for encode_collection: one vector per passage."""
+    def texts_of(self, collection: PassageCollection, windows: PassageWindows | None = None) -> VectorTexts:
+        """Return the texts of a collection for encode_collection: one vector per passage, or per window."""
+        if windows is not None:
+            return WindowTexts(self.tokenizer, self.rules, collection, windows)
         return PassageTexts(self.tokenizer, self.rules, collection)
+
+    def tokenize_windows(self, texts: list[str]) -> TokenTable:
+        """Return the token ids of the texts, or of their windows where the rules allow several."""
+        if self.rules.windows == 1:
+            return self.tokenize(texts)
+        return tokenize_windows(self.tokenizer, texts, self.rules)
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Return the vectors (N, H) float32 of N texts."""
@@ -131,7 +145,8 @@ def encode_collection(
     if len(missing) < store.block_count:
         done = store.block_count - len(missing)
         log(f"{store.folder}: {done} of {store.block_count} blocks are already encoded")
-    progress = Progress(sum(last - first for first, last in map(store.block_range, missing)), log_every)
+    rows = sum(last - first for first, last in map(store.block_range, missing))
+    progress = Progress(rows, log_every, unit=texts.unit)
     waiting = False
     try:
         while store.missing_blocks():
@@ -158,7 +173,8 @@ def _encoded(
     """Yield (block, its vectors on the device, the settings for its stamp)."""
     for span, table in tables:
         vectors = encoder.encode_on_device(table, torch.float16, progress.add)
-        progress.add_truncated(table.cut)
+        if progress.unit == PassageTexts.unit:
+            progress.add_truncated(table.cut)
         settings = {
             "threads": torch.get_num_threads(), "batch_size": encoder.batch_size,
             "tokens_per_batch": encoder.tokens_per_batch, "torch": torch.__version__,

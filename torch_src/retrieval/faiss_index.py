@@ -14,9 +14,9 @@ import torch
 from torch_src.retrieval.chunks import check_blocks, read_chunks
 from torch_src.retrieval.faiss_gpu import MAX_SELECTED, GpuIndex, IndexGpus
 from torch_src.retrieval.index_options import check_factory, check_search_params, faiss_errors, faiss_reason
+from torch_src.retrieval.passage_windows import PassageWindows
 from torch_src.retrieval.search import best_first, exact_scores, measured_recall
 from torch_src.retrieval.vectors import VectorStore
-from torch_src.retrieval.windows import PassageWindows
 from torch_src.runtime.devices import USABLE_FRACTION, free_memory
 from torch_src.runtime.errors import UserError, is_out_of_memory
 from torch_src.runtime.files import atomic_write

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from torch_src.retrieval.chunks import BUFFERS, Chunk, ChunkReader, DeviceCache
+from torch_src.retrieval.passage_windows import PassageWindows
 from torch_src.retrieval.score_bounds import (
     GROUP,
     KINDS,
@@ -32,7 +33,6 @@ from torch_src.retrieval.score_bounds import (
     int8_is_exact,
 )
 from torch_src.retrieval.vectors import VectorStore
-from torch_src.retrieval.windows import PassageWindows
 from torch_src.runtime.devices import available_gpu_memory
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import duration
@@ -305,10 +305,10 @@ def search(
     """
     if windows is not None:
         # so many windows always belong to `topk` passages: one pass over the vectors is enough
-        rows, scores, stats = search(
+        found, best, stats = search(
             store, queries, windows.depth(topk), devices, kind, memory_gb, cache, bs, searched
         )
-        return *windows.collapse(rows, scores, min(topk, windows.passages)), stats
+        return *windows.collapse(found, best, min(topk, windows.passages)), stats
     assert queries.dtype == np.float32 and queries.ndim == 2 and queries.shape[1] == store.hidden
     keep, bs = min(topk, store.rows), min(bs, len(queries))
     kind = choose_kind(kind, store.hidden, devices[0])

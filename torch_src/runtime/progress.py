@@ -55,7 +55,8 @@ class Progress:
         self.total, self.log_every, self.clock = total, log_every, clock
         self.verb, self.unit = verb, unit
         self.started = self.logged = clock()
-        self.texts = self.tokens = self.cut = 0
+        self.texts = self.tokens = 0
+        self.cut: int | None = None  # truncated texts; None: not counted
         self.bar = live_line(total, unit)
 
     def add(self, texts: int, tokens: int = 0) -> None:
@@ -70,7 +71,7 @@ class Progress:
 
     def add_truncated(self, texts: int) -> None:
         """Count truncated texts."""
-        self.cut += texts
+        self.cut = (self.cut or 0) + texts
 
     def _line(self) -> str:
         seconds = max(self.clock() - self.started, 1e-9)
@@ -88,5 +89,5 @@ class Progress:
         if self.texts:
             seconds = self.clock() - self.started
             done = f"{self.verb} {self.texts:,} {self.unit} in {duration(seconds)}"
-            cut = f"  {100 * self.cut / self.texts:.1f}% truncated" if self.tokens else ""
+            cut = "" if self.cut is None else f"  {100 * self.cut / self.texts:.1f}% truncated"
             log(f"{done}  {self.texts / max(seconds, 1e-9):,.0f} {self.unit}/s{cut}")

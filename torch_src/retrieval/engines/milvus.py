@@ -18,9 +18,9 @@ import numpy as np
 
 from torch_src.retrieval.chunks import check_blocks
 from torch_src.retrieval.engines.milvus_options import is_milvus_file, parse_params
+from torch_src.retrieval.passage_windows import PassageWindows
 from torch_src.retrieval.search import best_first, exact_scores
 from torch_src.retrieval.vectors import NOT_COMPARED, VectorStore
-from torch_src.retrieval.windows import PassageWindows
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.libraries import import_library
 from torch_src.runtime.log import log, warn

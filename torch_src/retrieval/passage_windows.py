@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import xxhash
@@ -128,6 +129,8 @@ class PassageWindows:
 @dataclass
 class WindowTexts:
     """A vector for each window of a collection's passages (VectorTexts)."""
+
+    unit: ClassVar[str] = "windows"
 
     tokenizer: PreTrainedTokenizerBase
     rules: TextRules
