@@ -33,9 +33,9 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 from script import convert_dataset
-from script.demo import bind
 from script.lib.foreign_files import Source, plain_name
 from script.lib.foreign_layouts import OFFICIAL, recognize
+from script.lib.server import bind
 from torch_src import hparams
 from torch_src.data.collection import PassageCollection
 from torch_src.data.lines import raw_lines

@@ -23,6 +23,7 @@ from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.tools.demo_hparams import DemoHparams
 from torch_src.tools.mining_hparams import MiningHparams
+from torch_src.tools.serve_hparams import ServeHparams
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
@@ -37,6 +38,7 @@ SETTINGS: dict[str, type[hparams.Hparams]] = {
     "do_cross_infer.py": InferenceCrossHparams,
     "script/mine_negatives.py": MiningHparams,
     "script/demo.py": DemoHparams,
+    "script/serve.py": ServeHparams,
     "script/report.py": ReportHparams,
 }
 PYTHONS = ("python", "python3", ".venv/bin/python", "milvus/bin/python")

@@ -10,13 +10,20 @@ from torch_src import recipes
 from torch_src.hparams import GROUPS, inherited, knob_comments, option_text
 from torch_src.tools.demo_hparams import DemoHparams
 from torch_src.tools.mining_hparams import MiningHparams
+from torch_src.tools.serve_hparams import ServeHparams
 
-PROGRAMS: run_all.Programs = {**run_all.PROGRAMS, "mine": MiningHparams, "demo": DemoHparams}
+PROGRAMS: run_all.Programs = {
+    **run_all.PROGRAMS,
+    "mine": MiningHparams,
+    "demo": DemoHparams,
+    "serve": ServeHparams,
+}
 HEAD = """# Settings
 
-Every option of the four programs, of `script/mine_negatives.py` (mine) and of `script/demo.py` (demo). Edit a
-default in `torch_src/*_hparams.py`, or pass `--name value`; a switch that is on is turned off by `--no_name`.
-`--help` of a program prints its own. Written by `python -m script.lib.settings_page > docs/settings.md`.
+Every option of the four programs, of `script/mine_negatives.py` (mine), `script/demo.py` (demo) and
+`script/serve.py` (serve). Edit a default in `torch_src/*_hparams.py`, or pass `--name value`; a switch that
+is on is turned off by `--no_name`. `--help` of a program prints its own. Written by
+`python -m script.lib.settings_page > docs/settings.md`.
 """
 
 

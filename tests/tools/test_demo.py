@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from toy_world import ROOT, lines, options, write
 
 from script import demo
+from script.lib import server
 from script.lib.demo import app
 from torch_src import dual_infer
 from torch_src.data.formats import read_feedback
@@ -48,10 +49,10 @@ def client(world) -> TestClient:
 
 
 def test_allowed_hosts():
-    assert app.allowed_hosts("127.0.0.1") == ["127.0.0.1", "localhost", "[::1]"]
-    assert app.allowed_hosts("MyBox")[0] == "mybox"  # browsers send lower case
-    assert app.allowed_hosts("10.0.0.5") == ["10.0.0.5", "127.0.0.1", "localhost", "[::1]"]
-    assert app.allowed_hosts("0.0.0.0") == app.allowed_hosts("::") == ["*"]
+    assert server.allowed_hosts("127.0.0.1") == ["127.0.0.1", "localhost", "[::1]"]
+    assert server.allowed_hosts("MyBox")[0] == "mybox"  # browsers send lower case
+    assert server.allowed_hosts("10.0.0.5") == ["10.0.0.5", "127.0.0.1", "localhost", "[::1]"]
+    assert server.allowed_hosts("0.0.0.0") == server.allowed_hosts("::") == ["*"]
 
 
 def test_only_the_names_of_this_machine_are_served(client):

@@ -108,7 +108,11 @@ class Encoder(BatchedInference):
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Return the vectors (N, H) float32 of N texts."""
-        vectors = self.encode_tokens(self.tokenize(texts))
+        return self.encode_table(self.tokenize(texts))
+
+    def encode_table(self, table: TokenTable) -> np.ndarray:
+        """Return the vectors (N, H) float32 of N tokenized texts; UserError when one is not finite."""
+        vectors = self.encode_tokens(table)
         if not np.isfinite(vectors).all():
             raise UserError("the vectors are not finite; check the weights, or use --precision fp32")
         return vectors

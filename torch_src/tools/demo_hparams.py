@@ -3,18 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch_src.common_hparams import Queries, Run
 from torch_src.dual_hparams import MODEL_SETTINGS
 from torch_src.hparams import NONE, under
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams, RetrieverHparams
+from torch_src.inputs import LATER, check_data, check_named
 from torch_src.runtime.commands import command
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json
 from torch_src.runtime.options import FROM_0
-from torch_src.saved_settings import RERANKER, WINDOWS, read_saved, saved_search
+from torch_src.saved_settings import RERANKER, SAVED, WINDOWS, read_saved, saved_search
 
 # Other values of these than the saved ones do not fit the vectors.
 FIXED = ("data_dir", "passage_dir", "dual_params", "para_emb", "pretrained_model_path", *MODEL_SETTINGS)
@@ -44,11 +45,19 @@ class DemoHparams(RetrieverHparams, Queries, Run):
         return under(self.output_dir, self.cross_params, "cross_params.bin")
 
 
+Settings = TypeVar("Settings", bound=DemoHparams)
+
+
 def demo_settings(options: Mapping[str, Any]) -> DemoHparams:
+    """Return the settings of the page: options, else those saved in output_dir, else the defaults."""
+    return search_settings(DemoHparams, options)
+
+
+def search_settings(settings: type[Settings], options: Mapping[str, Any]) -> Settings:
     """Return the settings: options, else what the programs saved in output_dir, else the defaults."""
-    plain = DemoHparams.defaults(options.get("debug", False))
+    plain = settings.defaults(options.get("debug", False))
     folder = options.get("output_dir", plain.output_dir)
-    found = saved_search(folder, DemoHparams)
+    found = saved_search(folder, settings)
     if rerank := read_saved(folder, "cross_infer_hparams.json"):
         found["fuse_retriever_weight"] = rerank["fuse_retriever_weight"]
         if rerank["cross_params"] != NONE:
@@ -60,6 +69,17 @@ def demo_settings(options: Mapping[str, Any]) -> DemoHparams:
     if hp.search_params and not hp.index:
         raise UserError("--search_params is for an approximate --index")
     return hp
+
+
+def check_folders(hp: DemoHparams, options: Mapping[str, Any], fix: str) -> None:
+    """UserError for a missing path of an option, and for an output folder without passages (`fix`)."""
+    check_named(hp, {*LATER, *(vars(hp).keys() - options.keys())})
+    is_known = any(read_saved(hp.output_dir, name) for name in SAVED)
+    if "output_dir" in options and not is_known and not Path(hp.passage_dir_path).is_dir():
+        exists = Path(hp.output_dir).is_dir()
+        what = "no settings of do_dual_infer.py in this folder" if exists else "no such folder"
+        raise UserError(f"--output_dir {hp.output_dir}: {what}; {fix}")
+    check_data(hp, passage_dir_path="passages")
 
 
 def reranker_hparams(hp: DemoHparams) -> InferenceCrossHparams | None:

@@ -11,6 +11,10 @@ class PageError(UserError):
         self.zh = zh
 
 
+class NotReadyError(PageError):
+    """Something is being loaded: the same request may succeed later."""
+
+
 def chinese(error: BaseException) -> str:
     """Return the Chinese message of an error; empty without one."""
     return getattr(error, "zh", "")

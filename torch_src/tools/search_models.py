@@ -5,7 +5,10 @@ Imports torch, which takes seconds: the service imports this module in the threa
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +25,26 @@ from torch_src.runtime.files import read_json
 from torch_src.runtime.log import log
 from torch_src.runtime.stamps import JsonDict
 from torch_src.saved_settings import for_vectors
+from torch_src.tools.batching import Batcher
 from torch_src.tools.demo_hparams import DemoHparams, how_to_fix
-from torch_src.tools.page_error import PageError
+from torch_src.tools.page_error import NotReadyError, PageError
 from torch_src.vector_search import OtherVectors, ReplacedVectors, VectorSearch
 
 TRIAL = "问题"  # a question, searched once when the model is loaded
+MOST_TEXTS, MOST_PAIRS = 64, 256  # of several callers in a batch
+
+
+@dataclass(frozen=True)
+class Found:
+    """The ranking of a question by its vector."""
+
+    ranking: Ranking
+    cut: bool  # the question is truncated
+    seconds: dict[str, float] = field(default_factory=dict)  # of the steps, for all questions of the batch
 
 
 class DenseSearch:
-    """A dual encoder with the vectors of all passages; answers one question at a time."""
+    """A dual encoder with the vectors of all passages; computes what several callers ask together."""
 
     def __init__(self, hp: DemoHparams):
         """UserError when a part is missing or does not belong to the others."""
@@ -42,7 +56,9 @@ class DenseSearch:
         for found in retriever.truncation([]):
             found.report()
         self.name = retriever.source.params or retriever.source.path
-        self.search(TRIAL, 1, {})  # a damaged block is an error now, and the first question need not wait
+        self.questions = Batcher(self._search, MOST_TEXTS)
+        self.texts = Batcher(self._encode, MOST_TEXTS, lambda item: len(item[1]))
+        self.submit(TRIAL, 1).result()  # a damaged block is an error now; the first question need not wait
         log(self.vectors.how)
 
     @property
@@ -50,21 +66,42 @@ class DenseSearch:
         assert self.retriever.vectors is not None  # opened above
         return self.retriever.vectors
 
-    def search(self, question: str, topk: int, seconds: dict[str, float]) -> tuple[Ranking, bool]:
-        """Return (ranking, whether the question was truncated); UserError for vectors replaced on disk.
+    def submit(self, question: str, topk: int) -> "Future[Found]":
+        """Return the future ranking; its error is a UserError for vectors replaced on disk."""
+        return self.questions.submit((question, topk))
 
-        Adds the seconds of its steps to `seconds`.
-        """
+    def encode(self, side: str, texts: list[str]) -> "Future[tuple[np.ndarray, int]]":
+        """Return the future (vectors (N, H) float32, tokens) of texts of one side, query or passage."""
+        return self.texts.submit((side, texts))
+
+    def _search(self, asked: list[tuple[str, int]]) -> list[Found]:
         encoder = self.retriever.own_encoder("query")
         with self.retriever.lock, page_errors(self.hp):
             began = time.perf_counter()
-            vectors = encoder.encode([question])
-            cut = bool(encoder.tokenize([question]).cut)
+            vectors = encoder.encode([question for question, _ in asked])
+            cut = [bool(encoder.tokenize([question]).cut) for question, _ in asked]
             encoded = time.perf_counter()
-            rows, scores = self.vectors.find(vectors, topk)
-            seconds |= {"encode": encoded - began, "search": time.perf_counter() - encoded}
-        found = rows[0] >= 0  # an index may find fewer than topk
-        return list(zip(rows[0][found].tolist(), scores[0][found].tolist(), strict=True)), cut
+            rows, scores = self.vectors.find(vectors, max(topk for _, topk in asked))
+            seconds = {"encode": encoded - began, "search": time.perf_counter() - encoded}
+        rankings = [
+            # an index may find fewer than topk
+            [(row, score) for row, score in zip(*found, strict=True) if row >= 0][:topk]
+            for found, (_, topk) in zip(zip(rows.tolist(), scores.tolist(), strict=True), asked, strict=True)
+        ]
+        return [Found(ranking, was_cut, seconds) for ranking, was_cut in zip(rankings, cut, strict=True)]
+
+    def _encode(self, asked: list[tuple[str, list[str]]]) -> list[tuple[np.ndarray, int]]:
+        results: list[tuple[np.ndarray, int]] = [(np.empty(0), 0)] * len(asked)
+        for side in {side for side, _ in asked}:
+            items = [at for at, (other, _) in enumerate(asked) if other == side]
+            encoder = self.retriever.own_encoder(side)
+            with self.retriever.lock:
+                table = encoder.tokenize(list(chain.from_iterable(asked[at][1] for at in items)))
+                vectors, start = encoder.encode_table(table), 0
+            for at in items:
+                span = slice(start, start + len(asked[at][1]))
+                results[at], start = (vectors[span], int(table.lengths[span].sum())), span.stop
+        return results
 
     def best_scores(self, questions: list[str]) -> list[float]:
         """Return the score of the best passage for each of the questions."""
@@ -73,17 +110,23 @@ class DenseSearch:
 
 
 class RerankedSearch:
-    """A cross-encoder; scores the passages of one question at a time."""
+    """A cross-encoder; scores the pairs of several callers together."""
 
     def __init__(self, hp: DemoHparams, settings: InferenceCrossHparams):
         """UserError when its weights are missing."""
         self.hp, self.reranker = hp, Reranker(settings)
         self.name = self.reranker.source.params or self.reranker.source.path
-        self.logits(TRIAL, [TRIAL])  # loads the weights
+        self.pairs = Batcher(self._score, MOST_PAIRS, lambda item: len(item[1]))
+        self.submit(TRIAL, [TRIAL]).result()  # loads the weights
 
-    def logits(self, question: str, passages: list[str]) -> np.ndarray:
-        """Return the logits (N,) float32 of the passages."""
-        return self.reranker.score(question, passages)
+    def submit(self, question: str, passages: list[str]) -> "Future[np.ndarray]":
+        """Return the future logits (N,) float32 of the passages for a question."""
+        return self.pairs.submit((question, passages))
+
+    def _score(self, asked: list[tuple[str, list[str]]]) -> list[np.ndarray]:
+        queries = [question for question, passages in asked for _ in passages]
+        logits = self.reranker.score_pairs(queries, list(chain.from_iterable(found for _, found in asked)))
+        return np.split(logits, np.cumsum([len(passages) for _, passages in asked])[:-1])
 
 
 @contextmanager
@@ -98,7 +141,7 @@ def page_errors(hp: DemoHparams) -> Iterator[None]:
             f"{hp.para_emb_path} 里的向量属于别的权重、设置或段落（{error.details}）；{fix_zh}",
         ) from None
     except ReplacedVectors:
-        raise PageError(
+        raise NotReadyError(
             f"{hp.para_emb_path}: the vectors were replaced; the new ones are being loaded",
             f"{hp.para_emb_path} 里的向量已被替换，正在加载新的",
         ) from None

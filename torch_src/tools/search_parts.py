@@ -20,7 +20,7 @@ from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import warn
 from torch_src.runtime.stamps import stamp_path
 from torch_src.saved_settings import SAVED, read_saved
-from torch_src.tools.demo_hparams import DemoHparams, demo_settings, infer_command, reranker_hparams
+from torch_src.tools.demo_hparams import DemoHparams, infer_command, reranker_hparams, search_settings
 from torch_src.tools.page_error import PageError, chinese
 
 if TYPE_CHECKING:  # both import torch, which takes seconds; the threads that load them import them
@@ -45,8 +45,13 @@ class NotReady(Exception):
 class Part(Generic[Loaded]):
     """Something that columns need. Only one thread calls refresh()."""
 
-    def __init__(self, options: Mapping[str, Any], collection: PassageCollection):
-        self.options, self.collection = options, collection
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        collection: PassageCollection,
+        settings: type[DemoHparams] = DemoHparams,
+    ):
+        self.options, self.collection, self.settings = options, collection, settings
         self.loaded: Loaded | None = None
         self.version = 0  # of `loaded`
         self.seen: Hashable = None  # state of the files at the last refresh
@@ -66,7 +71,8 @@ class Part(Generic[Loaded]):
     def refresh(self) -> None:
         """Load the part if its files have changed since the last call."""
         try:
-            hp = demo_settings(self.options)  # the programs may save theirs after the search has started
+            # again: the programs may save theirs after the search has started
+            hp = search_settings(self.settings, self.options)
             files = self.files(hp)
             if files == self.seen:
                 return

@@ -1,4 +1,4 @@
-"""Search of a collection for one question at a time: BM25, the retriever, both, and the re-ranker.
+"""Search of a collection: BM25, the retriever, both, and the re-ranker.
 
 Writes nothing but caches.
 """
@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -25,8 +25,9 @@ from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import require
 from torch_src.runtime.log import warn
 from torch_src.runtime.stamps import JsonDict, checksum_text, read_checked_json, write_checked_json
-from torch_src.tools.demo_hparams import DemoHparams, demo_settings
-from torch_src.tools.page_error import PageError
+from torch_src.tools.batching import Call
+from torch_src.tools.demo_hparams import DemoHparams, search_settings
+from torch_src.tools.page_error import NotReadyError, PageError
 from torch_src.tools.search_parts import (
     OFF,
     READY,
@@ -78,23 +79,22 @@ class Ranked:
 class SearchService:
     """The parts of a search, and answers from those that are ready. Usable from several threads."""
 
-    def __init__(self, options: Mapping[str, Any]):
+    def __init__(self, options: Mapping[str, Any], settings: type[DemoHparams] = DemoHparams):
         """`options`: settings that override those saved in the output folder. UserError without passages."""
-        self.hp = hp = demo_settings(options)
+        self.hp = hp = search_settings(settings, options)
         self.cache = Path(hp.output_dir) / "cache"
         self.collection = PassageCollection(hp.passage_dir_path, self.cache)
         self.ids = self._passage_ids()
         self.queries = dev_queries(hp)
-        self.bm25 = Bm25Part(options, self.collection)
-        self.dense = DensePart(options, self.collection)
-        self.reranker = RerankerPart(options, self.collection)
+        how = (options, self.collection, settings)
+        self.bm25, self.dense, self.reranker = Bm25Part(*how), DensePart(*how), RerankerPart(*how)
         self.parts: dict[str, Part[Any]] = {
             "bm25": self.bm25, "dense": self.dense, "reranker": self.reranker,
         }  # fmt: skip
         self.best_scores: list[float] = []  # of dev queries with the model `calibrated`, ascending
         self.calibrated: object = None
         self.recent: dict[tuple, Ranked] = {}
-        self.locks = {name: threading.Lock() for name in COLUMNS}
+        self.bm25_lock = threading.Lock()
         self.stopped = threading.Event()
 
     def _passage_ids(self) -> np.ndarray | None:
@@ -203,58 +203,86 @@ class SearchService:
 
     def answer(self, question: str, column: str, topk: int = 0) -> Answer:
         """Return the best passages of a column; UserError when it is not ready, and for a bad question."""
+        return self.answers([question], column, topk, Call())[0]
+
+    def answers(self, questions: list[str], column: str, topk: int, call: Call) -> list[Answer]:
+        """Return the answer to each question, as answer(); `call`: the request that they are part of."""
         if column not in COLUMNS:
             raise UserError(f"column {column!r}: expected one of {', '.join(COLUMNS)}")
-        question = clean(question)
-        ranked = self._ranked(question, column)
-        began = time.perf_counter()
-        hits = self._hits(ranked, topk or self.hp.topk)
-        seconds = {**ranked.seconds, "read": time.perf_counter() - began}
-        off_topic = column != "bm25" and self._off_topic(question)
-        return Answer(question, column, hits, seconds, ranked.cut, off_topic, ranked.warning)
+        questions = [clean(question) for question in questions]
+        answers = []
+        for question, ranked in zip(questions, self._ranked(questions, column, call), strict=True):
+            began = time.perf_counter()
+            hits = self._hits(ranked, topk or self.hp.topk)
+            seconds = {**ranked.seconds, "read": time.perf_counter() - began}
+            off_topic = column != "bm25" and self._off_topic(question, call)
+            answers.append(Answer(question, column, hits, seconds, ranked.cut, off_topic, ranked.warning))
+        return answers
 
-    def _ranked(self, question: str, column: str) -> Ranked:
-        key = (question, column, *(part.version for part in self.parts.values()))
-        ranked = self.recent.get(key)
-        if ranked is None:
-            with self.locks[column]:  # a question that is asked twice at once is computed once
-                ranked = self.recent.get(key) or getattr(self, f"_rank_{column}")(question)
-                self.recent[key] = ranked
-                for old in list(self.recent)[:-KEPT_RANKINGS]:
-                    self.recent.pop(old, None)
-        return ranked
-
-    def _rank_bm25(self, question: str) -> Ranked:
-        index, began = require_ready(self.bm25, "bm25"), time.perf_counter()
-        return Ranked(index.search(question, self.hp.topk), {"bm25": time.perf_counter() - began})
-
-    def _rank_dense(self, question: str) -> Ranked:
-        seconds: dict[str, float] = {}
-        ranking, cut = require_ready(self.dense, "dense").search(question, self.hp.topk, seconds)
-        return Ranked(ranking, seconds, cut)
-
-    def _rank_hybrid(self, question: str) -> Ranked:
-        parts = {name: self._ranked(question, name) for name in ("dense", "bm25")}
-        fused = fuse_rankings([part.ranking for part in parts.values()], HYBRID_WEIGHTS)[: self.hp.topk]
-        seconds = {**parts["bm25"].seconds, **parts["dense"].seconds}
-        return Ranked(fused, seconds, parts["dense"].cut, ranks_in(parts))
-
-    def _rank_reranked(self, question: str) -> Ranked:
-        """Rank the best list that is ready: the logits plus the weighted, standardized scores of the list."""
-        reranker = require_ready(self.reranker, "reranked")
+    @property
+    def first_stage(self) -> str:
+        """The best column that is ready without a re-ranker; `dense` when none is."""
         lists = [name for name in ("bm25", "dense") if self.parts[name].loaded]
-        name = "hybrid" if len(lists) > 1 else next(iter(lists), "dense")
-        first = self._ranked(question, name)
+        return "hybrid" if len(lists) > 1 else next(iter(lists), "dense")
+
+    def _ranked(self, questions: list[str], column: str, call: Call) -> list[Ranked]:
+        versions = tuple(part.version for part in self.parts.values())
+        known = {question: self.recent.get((question, column, versions)) for question in questions}
+        if new := [question for question, ranked in known.items() if ranked is None]:
+            for question, ranked in zip(new, getattr(self, f"_rank_{column}")(new, call), strict=True):
+                known[question] = self.recent[question, column, versions] = ranked
+            for old in list(self.recent)[:-KEPT_RANKINGS]:
+                self.recent.pop(old, None)
+        return [cast(Ranked, known[question]) for question in questions]
+
+    def _rank_bm25(self, questions: list[str], _: Call) -> list[Ranked]:
+        index, found = require_ready(self.bm25, "bm25"), []
+        for question in questions:
+            with self.bm25_lock:
+                began = time.perf_counter()
+                ranking = index.search(question, self.hp.topk)
+            found.append(Ranked(ranking, {"bm25": time.perf_counter() - began}))
+        return found
+
+    def _rank_dense(self, questions: list[str], call: Call) -> list[Ranked]:
+        dense = require_ready(self.dense, "dense")
+        found = call.results(dense.submit(question, self.hp.topk) for question in questions)
+        return [Ranked(each.ranking, each.seconds, each.cut) for each in found]
+
+    def _rank_hybrid(self, questions: list[str], call: Call) -> list[Ranked]:
+        lists = (self._ranked(questions, "dense", call), self._ranked(questions, "bm25", call))
+        return [self._fused(dense, bm25) for dense, bm25 in zip(*lists, strict=True)]
+
+    def _fused(self, dense: Ranked, bm25: Ranked) -> Ranked:
+        fused = fuse_rankings([dense.ranking, bm25.ranking], HYBRID_WEIGHTS)[: self.hp.topk]
+        seconds = {**bm25.seconds, **dense.seconds}
+        return Ranked(fused, seconds, dense.cut, ranks_in({"dense": dense, "bm25": bm25}))
+
+    def _rank_reranked(self, questions: list[str], call: Call) -> list[Ranked]:
+        """Rank the best list that is ready: the logits plus the weighted, standardized scores of the list."""
+        reranker, name = require_ready(self.reranker, "reranked"), self.first_stage
+        lists = self._ranked(questions, name, call)
         began = time.perf_counter()
+        logits = call.results(
+            reranker.submit(question, [self.collection[row] for row, _ in first.ranking])
+            for question, first in zip(questions, lists, strict=True)
+        )
+        seconds = {"re-rank": time.perf_counter() - began}
+        return [
+            self._reranked(name, first, scored, seconds) for first, scored in zip(lists, logits, strict=True)
+        ]
+
+    def _reranked(self, name: str, first: Ranked, logits: np.ndarray, seconds: dict[str, float]) -> Ranked:
         rows, scores = [row for row, _ in first.ranking], np.array([score for _, score in first.ranking])
-        logits = reranker.logits(question, [self.collection[row] for row in rows]) if rows else np.zeros(0)
-        fused = fused_scores(logits, scores, [slice(0, len(rows))], self.reranker_weight)
+        span = [slice(0, len(rows))]
+        fused = fused_scores(logits, scores, span, self.reranker_weight)
         order = np.argsort(-fused, kind="stable").tolist()
         ranking = [(rows[at], float(fused[at])) for at in order]
-        seconds = {**first.seconds, "re-rank": time.perf_counter() - began}
         by_row = dict(zip(rows, logits.tolist(), strict=True))
-        warning = collapsed(logits, [slice(0, len(logits))]) or ""
-        return Ranked(ranking, seconds, first.cut, ranks_in({name: first}), by_row, warning)
+        warning = collapsed(logits, span) or ""
+        return Ranked(
+            ranking, {**first.seconds, **seconds}, first.cut, ranks_in({name: first}), by_row, warning
+        )
 
     def _hits(self, ranked: Ranked, topk: int) -> list[Hit]:
         hits = []
@@ -267,12 +295,12 @@ class SearchService:
         """Return the id of a passage; empty with --passage_ids none."""
         return "" if self.ids is None else self.ids[row].decode()
 
-    def _off_topic(self, question: str) -> bool:
+    def _off_topic(self, question: str, call: Call) -> bool:
         scores = self.best_scores  # another thread replaces them
         if not scores or not self.dense.loaded:
             return False
         low = scores[int(OFF_TOPIC_SHARE * len(scores))]
-        ranking = self._ranked(question, "dense").ranking
+        ranking = self._ranked([question], "dense", call)[0].ranking
         return bool(ranking) and ranking[0][1] < low
 
     def marked_terms(self, question: str) -> set[str]:
@@ -291,7 +319,7 @@ def require_ready(part: Part[Loaded], column: str) -> Loaded:
     """Return what the part has loaded; UserError before that."""
     if part.loaded is None:
         en = f"{column} is not ready" + (f": {part.message}" if part.message else "")
-        raise PageError(en, "还没有准备好" + (f"：{part.zh or part.message}" if part.message else ""))
+        raise NotReadyError(en, "还没有准备好" + (f"：{part.zh or part.message}" if part.message else ""))
     return part.loaded
 
 

@@ -15,6 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from script.lib.server import allowed_hosts, body_bytes, is_same_origin
 from torch_src.retrieval.hits import Hit
 from torch_src.runtime.errors import UserError
 from torch_src.tools.feedback import MOST_ABOVE, Feedback
@@ -24,9 +25,7 @@ from torch_src.tools.search_service import LONGEST_QUESTION, Answer, SearchServi
 PAGE = Path(__file__).with_name("page.html")
 MAX_SHOWN = 2000  # characters of a passage
 EXAMPLES, MAX_EXAMPLE = 5, 24  # example questions; characters of one
-LARGEST_BODY = 1 << 20  # bytes of a request
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-ALL_ADDRESSES = ("0.0.0.0", "::")  # with these --host values the page answers to any host name
+LARGEST_MARK = 1 << 20  # bytes of a request
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -49,11 +48,7 @@ class Mark(BaseModel):
 
 
 def build_app(service: SearchService, feedback: Feedback, host: str) -> FastAPI:
-    """Return the application.
-
-    Requests with other Host headers are refused: otherwise a foreign page whose name resolves to 127.0.0.1
-    (DNS rebinding) could read the answers.
-    """
+    """Return the application."""
     page = PAGE.read_text(encoding="utf-8")
     examples = [query for query in service.queries if len(query) <= MAX_EXAMPLE][:EXAMPLES]
     headers = {**HEADERS, "Content-Security-Policy": policy(page)}
@@ -62,7 +57,9 @@ def build_app(service: SearchService, feedback: Feedback, host: str) -> FastAPI:
 
     @app.middleware("http")
     async def protect(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        refused = request.method == "POST" and not is_same_origin(request)
+        refused = request.method == "POST" and not (
+            is_same_origin(request.headers) and 0 < body_bytes(request.headers) <= LARGEST_MARK
+        )
         reply = JSONResponse({"error": "refused"}, 403) if refused else await call_next(request)
         reply.headers.update(headers)
         return reply
@@ -114,21 +111,6 @@ def answer_json(service: SearchService, answer: Answer) -> dict[str, Any]:
     return {**vars(answer), "hits": [hit_json(hit) for hit in answer.hits]}
 
 
-def is_same_origin(request: Request) -> bool:
-    """Return whether a POST is JSON that no page of another site can have sent."""
-    headers = request.headers
-    is_json = headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
-    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "same-origin")
-    own = origin is None or origin.partition("://")[2] == headers.get("host")
-    return is_json and own and site == "same-origin" and 0 < body_bytes(request) <= LARGEST_BODY
-
-
-def body_bytes(request: Request) -> int:
-    """Return the length of the body that the request states, 0 if none."""
-    length = request.headers.get("content-length", "")
-    return int(length) if re.fullmatch(r"[0-9]{1,12}", length) else 0
-
-
 def policy(page: str) -> str:
     """Return the content security policy: only the page's own style and script, and only this server."""
     hashes = []
@@ -138,11 +120,3 @@ def policy(page: str) -> str:
         hashes.append(f"{element}-src 'sha256-{digest}'")
     rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     return f"default-src 'none'; {'; '.join(hashes)}; {rest}"
-
-
-def allowed_hosts(host: str) -> list[str]:
-    """Return the accepted values of the Host header for a page on --host, without ports."""
-    if host in ALL_ADDRESSES:
-        return ["*"]
-    names = dict.fromkeys((host.lower(), *LOOPBACK))
-    return [f"[{name}]" if ":" in name else name for name in names]
