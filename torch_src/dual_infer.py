@@ -282,6 +282,7 @@ def encode_passages(job: DualInference, model: DualEncoder, store: VectorStore) 
     """Encode the missing blocks of passage vectors."""
     if not store.missing_blocks():
         log(f"{store.folder}: vectors up to date ({store.rows:,} {job.unit})")
+        store.delete_previous()  # of a run that was killed just before
         return
     if model.query_encoder is not model.passage_encoder:
         del model.query_encoder  # frees its memory for the passages

@@ -69,7 +69,7 @@ from torch_src.retrieval.gpu_inference import encoder_on_gpu, scorer_on_gpu
 from torch_src.retrieval.hits import Hit
 from torch_src.retrieval.passage_windows import PassageWindows, collection_windows
 from torch_src.retrieval.reranking import PairScorer
-from torch_src.retrieval.vectors import NOT_COMPARED, MemoryVectors, VectorStore
+from torch_src.retrieval.vectors import NOT_COMPARED, TEXT_HASH, MemoryVectors, VectorStore
 from torch_src.runtime.devices import choose_device, choose_precision, set_threads, token_budget, worker_count
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import read_json, require
@@ -383,7 +383,7 @@ class Retriever:
 
     def passage_stamp(self) -> JsonDict:
         """Return the stamp of the passage vectors of this collection."""
-        return {**self.vector_stamp("passage"), "collection": self.collection.checksum}
+        return {**self.vector_stamp("passage"), **TEXT_HASH, "collection": self.collection.checksum}
 
     @cached_property
     def windows(self) -> PassageWindows | None:

@@ -340,7 +340,8 @@ def test_vectors_of_another_device_and_block_size_are_searched(use, tmp_path):
     write_json(store.manifest_path, manifest)
     for block in range(store.block_count):
         first, last = store.block_range(block)
-        store.write_block(block, np.zeros((last - first, store.hidden), np.float16))
+        hashes = np.zeros((last - first, 16), np.uint8)
+        store.write_block(block, np.zeros((last - first, store.hidden), np.float16), hashes=hashes)
     inference = open_inference(tmp_path, *ON_SERVER)
     assert inference.milvus.store.manifest["device"] == "cuda"  # of the blocks that were loaded
     stamp = inference.run_stamp()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -404,8 +404,8 @@ class TokenTable:
 
     @classmethod
     def concatenate(cls, tables: list["TokenTable"]) -> "TokenTable":
-        ids = np.concatenate([table.ids for table in tables])
-        lengths = np.concatenate([table.lengths for table in tables])
+        ids = np.concatenate([np.empty(0, np.uint32), *(table.ids for table in tables)])
+        lengths = np.concatenate([np.empty(0, np.int64), *(table.lengths for table in tables)])
         types = [table.types for table in tables if table.types is not None]
         windows = [table.windows for table in tables if table.windows is not None]
         cut = sum(table.cut for table in tables)
@@ -421,10 +421,13 @@ class TokenTable:
         types = None if self.types is None else self.types[tokens]
         return TokenTable(self.ids[tokens], self.lengths[first:last], 0, types)
 
-    def padded(self, rows: Sequence[int] | np.ndarray, pad_id: int) -> np.ndarray:
-        """Return input ids, attention mask and, of pairs, segment ids of these rows: (2 or 3, B, L) int64."""
+    def padded(self, rows: Sequence[int] | np.ndarray, pad_id: int, length: int = 0) -> np.ndarray:
+        """Return input ids, attention mask and, of pairs, segment ids of these rows: (2 or 3, B, L) int64.
+
+        L is `length`, or that of the longest row.
+        """
         lengths = self.lengths[rows]
-        mask = np.arange(lengths.max())[None, :] < lengths[:, None]
+        mask = np.arange(length or lengths.max())[None, :] < lengths[:, None]
         inputs = np.zeros((2 if self.types is None else 3, *mask.shape), dtype=np.int64)
         tokens = self._tokens_of(rows)
         inputs[0] = pad_id
@@ -449,17 +452,21 @@ def flat(sequences: list[list[int]], dtype: Any) -> tuple[np.ndarray, np.ndarray
 
 
 def length_sorted_batches(
-    lengths: Sequence[int] | np.ndarray, max_rows: int, max_tokens: int
+    lengths: Sequence[int] | np.ndarray, max_rows: int, max_tokens: int, one_length: bool = False
 ) -> list[np.ndarray]:
     """Return index arrays of all texts, each of at most `max_rows` texts and `max_tokens` padded tokens.
 
-    Sorted by length, which avoids padding, longest first, so that out of memory occurs early.
+    Sorted by length, which avoids padding, longest first, so that out of memory occurs early. With
+    `one_length`, the texts of a batch have the same length.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable")
     batches, start = [], 0
     while start < len(order):
-        rows = max(1, min(max_rows, max_tokens // max(1, int(lengths[order[start]]))))
+        length = int(lengths[order[start]])
+        rows = max(1, min(max_rows, max_tokens // max(1, length)))
+        if one_length:
+            rows = int(np.count_nonzero(lengths[order[start : start + rows]] == length))
         batches.append(order[start : start + rows])
         start += rows
     return batches
@@ -474,6 +481,9 @@ class BatchedInference:
     batch_size: int  # maximum rows per forward pass
     tokens_per_batch: int  # maximum padded tokens per forward pass; halved when memory runs out
     bf16_weights: bool  # weights are in bf16 already, so that no autocast is needed
+    pad_multiple: ClassVar[int] = (
+        1  # each row is padded to a multiple of it; above 1, also batched by that length
+    )
 
     @torch.inference_mode()
     def write_outputs(
@@ -493,15 +503,22 @@ class BatchedInference:
         was_training = model.training
         model.eval()
 
+        lengths = table.lengths
+        if self.pad_multiple > 1:
+            most = getattr(model.config, "max_position_embeddings", lengths.max(initial=0))
+            rounded = -(-lengths // self.pad_multiple) * self.pad_multiple
+            lengths = np.maximum(lengths, np.minimum(rounded, most))
+
         def compute(rows: np.ndarray) -> None:
-            inputs, at = tensors_to(self.device, table.padded(rows, self.tokenizer.pad_token_id), rows)
+            padded = table.padded(rows, self.tokenizer.pad_token_id, int(lengths[rows[0]]))
+            inputs, at = tensors_to(self.device, padded, rows)
             outputs[at] = forward(*inputs.unbind()).to(outputs.dtype)
             if done is not None:
                 done(len(rows), int(table.lengths[rows].sum()))
 
         precision = "fp32" if self.bf16_weights else self.precision
         with autocast(self.device, precision):  # one context, so that weights are cast only once
-            self.run_batches(table.lengths, compute)
+            self.run_batches(lengths, compute)
         model.train(was_training)
 
     def run_batches(self, lengths: np.ndarray, forward: Callable[[np.ndarray], None]) -> None:
@@ -511,7 +528,8 @@ class BatchedInference:
         """
         order, done = np.argsort(-lengths, kind="stable"), 0
         while done < len(order):
-            for batch in length_sorted_batches(lengths[order[done:]], self.batch_size, self.tokens_per_batch):
+            limits = self.batch_size, self.tokens_per_batch, self.pad_multiple > 1
+            for batch in length_sorted_batches(lengths[order[done:]], *limits):
                 rows = order[done : done + len(batch)]  # `order` is sorted already: batches are slices of it
                 if not _fits_in_memory(forward, rows):
                     self._halve_tokens(row_tokens=int(lengths[rows[0]]))

@@ -17,9 +17,10 @@ from torch_src.data.collection import PassageCollection
 from torch_src.models.dual_encoder import embed, shorten, vector_width
 from torch_src.models.tokenization import BatchedInference, TextRules, TokenTable
 from torch_src.models.windows import tokenize_windows
+from torch_src.retrieval.known_vectors import KnownVectors
 from torch_src.retrieval.passage_windows import PassageWindows, WindowTexts
-from torch_src.retrieval.tokenizing import Span, tokenized_spans
-from torch_src.retrieval.vectors import VectorStore
+from torch_src.retrieval.tokenizing import Span, tokenized_groups
+from torch_src.retrieval.vectors import HASH_BYTES, VectorStore
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import log
 from torch_src.runtime.prefetch import finish_in_thread
@@ -27,7 +28,6 @@ from torch_src.runtime.progress import Progress
 from torch_src.runtime.stamps import JsonDict
 
 POLL_SECONDS = 1.0  # between checks for blocks of other processes
-HASH_BYTES = 16  # of the text of a vector: XXH3-128
 
 
 class VectorTexts(Protocol):
@@ -85,6 +85,9 @@ class Encoder(BatchedInference):
     tokens_per_batch: int  # maximum padded tokens per forward pass; halved when memory runs out
     dims: int = 0  # keep only the first dimensions of a vector; 0: all
     bf16_weights: bool = False
+    # On a CPU the last bits of a vector then depend on its text alone, not on the others of a batch: matrix
+    # products treat the rows beyond a multiple of their tile differently.
+    pad_multiple: ClassVar[int] = 16
 
     @property
     def width(self) -> int:
@@ -145,21 +148,26 @@ def encode_collection(
     A thread copies and writes the vectors of a block while the next one is encoded.
     Memory: the model, two blocks of token ids, two of vectors.
     """
-    missing = store.missing_blocks()
+    missing, known = store.missing_blocks(), KnownVectors.of(store, texts.hashes)
     if len(missing) < store.block_count:
         done = store.block_count - len(missing)
         log(f"{store.folder}: {done} of {store.block_count} blocks are already encoded")
-    rows = sum(last - first for first, last in map(store.block_range, missing))
-    progress = Progress(rows, log_every, unit=texts.unit)
+    left, copied = sum(last - first for first, last in map(store.block_range, missing)), known.count(missing)
+    if known.sources:
+        log(f"{store.folder}: copying {copied:,} vectors of unchanged texts, encoding {left - copied:,}")
+    progress = Progress(left - copied, log_every, unit=texts.unit)
+    workers = workers if left > copied else 0
     waiting = False
     try:
         while store.missing_blocks():
             blocks = store.locks.acquire_missing(store.missing_blocks(), store.is_missing)
             first = next(blocks, None)  # start no worker processes without work
             if first is not None:
-                spans = map(store.block_range, chain([first], blocks))
-                tables = tokenized_spans(texts.tokenize, spans, store.block_rows, workers)
-                finish_in_thread(partial(_write_block, store), _encoded(encoder, store, tables, progress))
+                plans = (_BlockPlan.of(known, texts, block) for block in chain([first], blocks))
+                tables = tokenized_groups(
+                    texts.tokenize, ((plan, plan.spans()) for plan in plans), store.block_rows, workers
+                )
+                finish_in_thread(partial(_write_block, known), _encoded(encoder, tables, progress))
             else:
                 if not waiting:
                     count = len(store.missing_blocks())
@@ -169,13 +177,41 @@ def encode_collection(
     finally:
         store.locks.release_all()
     progress.close()
+    store.delete_previous()
+
+
+@dataclass
+class _BlockPlan:
+    """Where the vectors of a block come from."""
+
+    block: int
+    first: int  # row of the collection
+    source_rows: np.ndarray  # (rows,) int64 in the known vectors; -1: to be encoded
+    hashes: np.ndarray | None  # (rows, 16) uint8
+
+    @classmethod
+    def of(cls, known: KnownVectors, texts: VectorTexts, block: int) -> "_BlockPlan":
+        first, last = known.store.block_range(block)
+        hashes = texts.hashes(first, last) if known.store.hashed else None
+        return cls(block, first, known.rows_of(block, hashes), hashes)
+
+    @property
+    def encoded(self) -> np.ndarray:
+        """Positions in the block of the texts to encode."""
+        return np.flatnonzero(self.source_rows < 0)
+
+    def spans(self) -> list[Span]:
+        """Return the rows of the texts to encode as spans of the collection."""
+        rows = self.first + self.encoded
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1) if len(rows) else []
+        return [(int(run[0]), int(run[-1]) + 1) for run in runs]
 
 
 def _encoded(
-    encoder: Encoder, store: VectorStore, tables: Iterable[tuple[Span, TokenTable]], progress: Progress
-) -> Iterator[tuple[int, Tensor, JsonDict]]:
-    """Yield (block, its vectors on the device, the settings for its stamp)."""
-    for span, table in tables:
+    encoder: Encoder, tables: Iterable[tuple[_BlockPlan, TokenTable]], progress: Progress
+) -> Iterator[tuple[_BlockPlan, Tensor, JsonDict]]:
+    """Yield (plan of a block, the encoded vectors on the device, the settings for its stamp)."""
+    for plan, table in tables:
         vectors = encoder.encode_on_device(table, torch.float16, progress.add)
         if progress.unit == PassageTexts.unit:
             progress.add_truncated(table.cut)
@@ -183,15 +219,21 @@ def _encoded(
             "threads": torch.get_num_threads(), "batch_size": encoder.batch_size,
             "tokens_per_batch": encoder.tokens_per_batch, "torch": torch.__version__,
         }  # fmt: skip
-        yield span[0] // store.block_rows, vectors, settings
+        yield plan, vectors, settings
 
 
-def _write_block(store: VectorStore, encoded: tuple[int, Tensor, JsonDict]) -> None:
-    block, on_device, settings = encoded
-    vectors = on_device.cpu().numpy()
-    check_float16(vectors, store.block_range(block)[0])
-    store.write_block(block, vectors, settings)
-    store.locks.release(block)
+def _write_block(known: KnownVectors, encoded: tuple[_BlockPlan, Tensor, JsonDict]) -> None:
+    """Write a block: the encoded vectors, and copies of the known ones."""
+    plan, on_device, settings = encoded
+    vectors, copied = on_device.cpu().numpy(), len(plan.source_rows) - len(on_device)
+    if copied:
+        both = np.empty((len(plan.source_rows), vectors.shape[1]), vectors.dtype)
+        both[plan.encoded] = vectors
+        known.copy(plan.source_rows, both)
+        vectors, settings = both, {**settings, "copied": copied}
+    check_float16(vectors, plan.first)
+    known.store.write_block(plan.block, vectors, settings, plan.hashes)
+    known.store.locks.release(plan.block)
 
 
 def to_float16(vectors: np.ndarray, first_row: int) -> np.ndarray:

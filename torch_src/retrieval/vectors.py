@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from io import BytesIO, FileIO
@@ -28,7 +29,11 @@ from torch_src.runtime.stamps import (
 
 # Manifest fields that are ignored in a search: queries may be encoded on other hardware.
 NOT_COMPARED = ("precision", "device")
-BLOCK_FILE = re.compile(r"block-[0-9]{5,}\.(npy|json)")  # and temporary files of these
+# Manifest fields of the collection: when only they change, the vectors of unchanged texts are copied.
+COLLECTION_FIELDS = ("collection", "rows", "block_rows")
+TEXT_HASH = {"text_hash": "xxh3_128"}  # manifest field of stores whose blocks have hashes of their texts
+HASH_BYTES = 16
+BLOCK_FILE = re.compile(r"block-[0-9]{5,}\.(npy|json|hashes)")  # and temporary files of these
 
 
 class DamagedBlock(UserError):
@@ -43,7 +48,8 @@ class VectorStore:
     """A folder of block-00000.npy, block-00001.npy, ... and manifest.json.
 
     Block b holds the vectors of rows b * block_rows up to (not including) (b + 1) * block_rows, (rows, H)
-    float16. Its stamp block-00000.json is written last: without one the block is missing.
+    float16. Its stamp block-00000.json is written last: without one the block is missing. With the field
+    TEXT_HASH in the manifest, block-00000.hashes holds the hashes of the texts, 16 bytes each.
     """
 
     dtype: np.dtype[Any] = np.dtype(np.float16)
@@ -54,6 +60,7 @@ class VectorStore:
         self.rows: int = manifest["rows"]
         self.hidden: int = manifest["hidden"]
         self.block_rows: int = manifest["block_rows"]
+        self.hashed = TEXT_HASH.items() <= manifest.items()
         self.manifest_checksum = checksum_json(manifest)  # in every block's stamp
         self.read_checksum = _ReadChecksum()
 
@@ -71,6 +78,7 @@ class VectorStore:
     ) -> "VectorStore":
         """Return the store for these settings; keep its blocks if the manifest agrees, else delete them.
 
+        Blocks of another collection, with hashes, are moved to `previous` (see retrieval.known_vectors).
         UserError instead of deleting vectors that are `shared` by several runs or read by another process.
         """
         store = cls(folder, new_manifest(stamp, rows, hidden, block_rows))
@@ -93,6 +101,11 @@ class VectorStore:
         return self.folder / "manifest.json"
 
     @property
+    def previous(self) -> Path:
+        """The folder of the vectors of earlier collections, while this store is incomplete."""
+        return self.folder / "previous"
+
+    @property
     def block_count(self) -> int:
         return math.ceil(self.rows / self.block_rows)
 
@@ -101,6 +114,9 @@ class VectorStore:
 
     def stamp_path(self, block: int) -> Path:
         return self.folder / f"block-{block:05d}.json"
+
+    def hashes_path(self, block: int) -> Path:
+        return self.folder / f"block-{block:05d}.hashes"
 
     def block_range(self, block: int) -> tuple[int, int]:
         """Return the first row of a block and the row after its last."""
@@ -116,7 +132,20 @@ class VectorStore:
         return stamp if stamp.get("manifest") == self.manifest_checksum else {}
 
     def is_missing(self, block: int) -> bool:
-        return not (self.block_stamp(block) and self.block_path(block).exists())
+        if not (self.block_stamp(block) and self.block_path(block).exists()):
+            return True
+        return self.hashed and self.read_hashes(block) is None
+
+    def read_hashes(self, block: int) -> np.ndarray | None:
+        """Return the hashes (rows, 16) uint8 of the texts of a block; None when they are damaged."""
+        try:
+            hashes = np.fromfile(self.hashes_path(block), np.uint8)
+        except FileNotFoundError:
+            return None
+        if len(hashes) != self._shape(block)[0] * HASH_BYTES:
+            return None
+        hashes = hashes.reshape(-1, HASH_BYTES)
+        return hashes if self.block_stamp(block).get("hashes") == _checksum(hashes) else None
 
     def missing_blocks(self) -> list[int]:
         return [block for block in range(self.block_count) if self.is_missing(block)]
@@ -128,13 +157,50 @@ class VectorStore:
         except UserError:
             return [f"{self.manifest_path.name}: missing or unreadable"]
 
+    def differs_only_in_collection(self, manifest: JsonDict) -> bool:
+        """Return whether vectors of another manifest are those of this one where the texts are equal."""
+        old, new = (
+            {name: value for name, value in fields.items() if name not in COLLECTION_FIELDS}
+            for fields in (manifest, self.manifest)
+        )
+        return self.hashed and set(COLLECTION_FIELDS) <= manifest.keys() and not changes(old, new)
+
+    def old_stores(self) -> list["VectorStore"]:
+        """Return the stores in `previous` whose vectors are those of this store where the texts are equal."""
+        found = []
+        for path in sorted(self.previous.glob("*/manifest.json")):
+            try:
+                manifest = read_json(path)
+            except UserError:
+                continue
+            if self.differs_only_in_collection(manifest):
+                found.append(VectorStore(path.parent, manifest))
+        return found
+
+    def delete_previous(self) -> None:
+        """Delete the vectors of earlier collections once no block is missing."""
+        if self.previous.is_dir() and os.access(self.folder, os.W_OK):
+            with self.locks.folder():
+                if not self.changed_fields() and not self.missing_blocks() and self.previous.is_dir():
+                    shutil.rmtree(self.previous)
+
     def is_complete(self) -> bool:
         """Return whether manifest.json is this manifest and no block is missing."""
         return not self.changed_fields() and not self.missing_blocks()
 
-    def write_block(self, block: int, vectors: np.ndarray, settings: JsonDict | None = None) -> None:
-        """Write one block, (rows of the block, H) of the store's dtype, then its stamp, each atomically."""
+    def write_block(
+        self,
+        block: int,
+        vectors: np.ndarray,
+        settings: JsonDict | None = None,
+        hashes: np.ndarray | None = None,
+    ) -> None:
+        """Write one block, (rows of the block, H) of the store's dtype, then its stamp, each atomically.
+
+        `hashes`: of its texts, (rows, 16) uint8.
+        """
         assert vectors.shape == self._shape(block) and vectors.dtype == self.dtype
+        assert self.hashed == (hashes is not None)
         if self.changed_fields():
             raise UserError(
                 f"{self.folder}: another run with other settings writes to this folder; "
@@ -145,6 +211,11 @@ class VectorStore:
         with atomic_write(self.block_path(block), "wb") as file:
             np.save(file, vectors, allow_pickle=False)
         stamp = {**(settings or {}), "manifest": self.manifest_checksum, "vectors": _checksum(vectors)}
+        if hashes is not None:
+            assert hashes.shape == (len(vectors), HASH_BYTES) and hashes.dtype == np.uint8
+            with atomic_write(self.hashes_path(block), "wb") as file:
+                file.write(np.ascontiguousarray(hashes).data)
+            stamp["hashes"] = _checksum(hashes)
         write_checked_json(self.stamp_path(block), stamp)
 
     def delete_damaged(self, damage: DamagedBlock, deleted: set[int]) -> None:
@@ -159,6 +230,7 @@ class VectorStore:
             except DamagedBlock:
                 self.stamp_path(damage.block).unlink(missing_ok=True)
                 self.block_path(damage.block).unlink(missing_ok=True)
+                self.hashes_path(damage.block).unlink(missing_ok=True)
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, vectors (rows, H), memory-mapped) of every block in order (DamagedBlock)."""
@@ -167,10 +239,14 @@ class VectorStore:
 
     def read_block(self, block: int) -> np.ndarray:
         """Return the vectors (rows, H) of one block, memory-mapped; DamagedBlock on a checksum mismatch."""
-        with self._open(block) as file:
-            vectors = np.memmap(file, self.dtype, "r", file.tell(), self._shape(block))
+        vectors = self.map_block(block)
         self._compare(block, _checksum(vectors))
         return vectors
+
+    def map_block(self, block: int) -> np.ndarray:
+        """Return the vectors (rows, H) of one block, memory-mapped and not compared with the checksum."""
+        with self._open(block) as file:
+            return np.memmap(file, self.dtype, "r", file.tell(), self._shape(block))
 
     def read_into(self, first: int, out: np.ndarray) -> None:
         """Fill `out` (rows, H) with the vectors from row `first` on; DamagedBlock on a checksum mismatch.
@@ -306,11 +382,39 @@ class _StoreFolder:
         reason = "--force" if force else "; ".join(changed)
         if blocks or (path.exists() and not force):
             self._require_unused(reason, shared and not force)
-            self.log(f"{self.folder}: deleting the vectors of another run ({reason})")
-        path.unlink(missing_ok=True)  # first: blocks without a manifest are never used
-        for block in blocks:
-            block.unlink(missing_ok=True)
+        if not force and self._move_to_previous(blocks):
+            self.log(
+                f"{self.folder}: the collection changed ({reason}); the vectors of unchanged texts are copied"
+            )
+        else:
+            if blocks or (path.exists() and not force):
+                self.log(f"{self.folder}: deleting the vectors of another run ({reason})")
+            path.unlink(missing_ok=True)  # first: blocks without a manifest are never used
+            for block in blocks:
+                block.unlink(missing_ok=True)
+            if self.store.previous.is_dir() and (force or not self.store.old_stores()):
+                shutil.rmtree(self.store.previous)
         write_json(path, self.store.manifest)
+
+    def _move_to_previous(self, blocks: list[Path]) -> bool:
+        """Move the blocks of an earlier collection to `previous`; False when they have other settings.
+
+        A run that is killed before the new manifest is written repeats this.
+        """
+        try:
+            manifest = read_json(self.store.manifest_path)
+        except UserError:
+            return False
+        if not self.store.differs_only_in_collection(manifest):
+            return False
+        folder = self.store.previous / checksum_json(manifest)
+        write_json(folder / "manifest.json", manifest)
+        for block in blocks:
+            if block.suffix == ".tmp":
+                block.unlink(missing_ok=True)
+            else:
+                os.replace(block, folder / block.name)
+        return True
 
     def _require_own_manifest(self) -> None:
         """UserError when manifest.json is readable, but not of vectors: another program wrote it."""
