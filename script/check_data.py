@@ -23,6 +23,7 @@ from torch_src.runtime.program import exit_status
 from torch_src.tools.data_check import PERCENTILES, DataCheck, Findings
 
 SHOWN = 50  # faults printed
+MANY_CUT = 0.01  # share of cut passages that a note is about
 COLUMNS = "file\tline\twhat\n"  # first line of --fix-report
 FIX_REPORT = begins(COLUMNS.encode())
 
@@ -56,6 +57,13 @@ def run(given: argparse.Namespace) -> Findings:
     print("\n".join(table(found, limits)))
     for note in found.notes:
         print(f"note: {note}")
+    long = max((each.share_above(limits["passage"]) for kind, each in found.lengths.items()
+                if "query" not in kind), default=0)  # fmt: skip
+    if long > MANY_CUT:
+        print(
+            f"note: {100 * long:.1f}% of the passages are cut: raise --p_max_seq_len, or search them in "
+            "windows (do_dual_infer.py --passage_windows N)"
+        )
     for path, line, what in found.faults[:SHOWN]:
         print(f"{path}:{line}: {what}")
     if found.fault_count > SHOWN:

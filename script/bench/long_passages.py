@@ -66,7 +66,7 @@ def make_data(source: Path, target: Path, characters: int, queries: int) -> None
     collection = PassageCollection(source / "passage-collection")
     texts = collection[0 : len(collection)]
     pids = read_passage_ids(str(source / "passage-collection" / "passage2id.map.json"), None).tolist()
-    document_of = {}
+    document_of: dict[str, str] = {}
     with open(folders[0] / "part-00", "w", encoding="utf-8") as file:
         for number, rows in enumerate(found := documents(texts, characters)):
             document_of |= {pids[row].decode(): f"d{number}" for row in rows}
@@ -74,23 +74,23 @@ def make_data(source: Path, target: Path, characters: int, queries: int) -> None
     ids = {str(number): f"d{number}" for number in range(len(found))}
     (folders[0] / "passage2id.map.json").write_text(json.dumps(ids), encoding="utf-8")
     with open(source / "dev" / "dev.json", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    rows = rows[:: max(1, len(rows) // queries)] if queries else rows
-    for row in rows:
-        for answer in row["answer_paragraphs"]:
+        questions = [json.loads(line) for line in file]
+    questions = questions[:: max(1, len(questions) // queries)] if queries else questions
+    for question in questions:
+        for answer in question["answer_paragraphs"]:
             answer["paragraph_id"] = document_of[answer["paragraph_id"]]
     lines = {
-        "dev.json": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-        "dev.q.format": "".join(f"{row['question']}\t\t\t0\n" for row in rows),
+        "dev.json": "".join(json.dumps(question, ensure_ascii=False) + "\n" for question in questions),
+        "dev.q.format": "".join(f"{question['question']}\t\t\t0\n" for question in questions),
         "q2qid.dev.json": json.dumps(
-            {row["question"]: row["question_id"] for row in rows}, ensure_ascii=False
+            {each["question"]: each["question_id"] for each in questions}, ensure_ascii=False
         ),
     }
     for name, text in lines.items():
         (folders[1] / name).write_text(text, encoding="utf-8")
     lengths = sorted(len(join(texts, rows)) for rows in found)
     print(f"{len(found):,} documents of {lengths[0]:,} to {lengths[-1]:,} characters (median "
-          f"{lengths[len(lengths) // 2]:,}), {len(rows):,} questions")  # fmt: skip
+          f"{lengths[len(lengths) // 2]:,}), {len(questions):,} questions")  # fmt: skip
 
 
 def call(program: str, data: Path, output: Path, *options: str) -> float:

@@ -31,6 +31,7 @@ from torch_src.runtime.files import atomic_folder, atomic_write, read_json, requ
 from torch_src.runtime.libraries import import_library
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.outputs import check_new_folder
+from torch_src.saved_settings import read_saved
 
 PROMPTS = {"query": "query_prefix", "document": "passage_prefix"}
 
@@ -171,6 +172,13 @@ def write_card(
         ]
         table += ["| metric | value |", "|---|---|"]
         table += [*(f"| {metric} | {value:.4f} |" for metric, value in metrics.items()), ""]
+    saved = read_saved(args.output_dir, f"{args.kind}_infer_hparams.json")
+    if metrics and saved.get("passage_windows", 1) > 1:
+        table += [
+            f"Long passages were scored in up to {saved['passage_windows']} windows, the best one counts "
+            "(`--passage_windows`); sentence-transformers truncates them after the first.",
+            "",
+        ]
     lines = [
         "---", "language: zh", "library_name: sentence-transformers", f"pipeline_tag: {task}", "---", "",
         f"# {name} for Chinese passage retrieval", "",

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from torch_src.data.collection import PassageCollection
 from torch_src.hparams import from_saved
 from torch_src.models.tokenization import TextRules, load_tokenizer, tokenize
+from torch_src.models.windows import QUARTER, with_windows
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json
 from torch_src.runtime.tensor_files import DamagedFile, load_tensors
+from torch_src.saved_settings import read_saved
 
 TAGS = {"train/loss": "loss", "dev/MRR@10": "MRR@10", "train/lr": "lr"}  # tag -> name in the history
 DISTINCTIVE = ("train/loss", "dev/MRR@10")  # two training runs may share their learning rates, but not these
@@ -173,6 +176,15 @@ def retriever_files(folder: Path) -> tuple[Path, Path]:
     raise UserError(f"{folder} has neither a trained retriever nor the settings of one in a local folder")
 
 
+def _tokens_in_windows(folder: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> int:
+    """Return the tokens of a passage that the retriever of `folder` read, in one window or in several."""
+    saved = read_saved(str(folder), "dual_infer_hparams.json")
+    windows, stride = saved.get("passage_windows", 1), saved.get("window_stride", QUARTER)
+    rules = with_windows(TextRules(length), tokenizer, windows, stride, "p_max_seq_len")
+    step = length - tokenizer.num_special_tokens_to_add(pair=False) - rules.stride
+    return length + (windows - 1) * step
+
+
 def measure_lengths(
     folder: Path, queries: list[str], collection: PassageCollection, samples: int, seed: int
 ) -> tuple[dict[str, Lengths], str]:
@@ -190,5 +202,8 @@ def measure_lengths(
         rules = TextRules(MAX_TOKENS, "", settings["remove_spaces"])
         ids, _ = tokenize(tokenizer, [texts[row] for row in rows], rules)
         tokens = np.array([len(text) for text in ids])
-        measured[name] = Lengths(tokens, len(texts), settings[f"{side[0]}_max_seq_len"])
+        limit = settings[f"{side[0]}_max_seq_len"]
+        if side == "passage":
+            limit = _tokens_in_windows(folder, tokenizer, limit)
+        measured[name] = Lengths(tokens, len(texts), limit)
     return measured, ""

@@ -207,8 +207,9 @@ def about_truncation(lengths: Mapping[str, Lengths]) -> list[Both]:
             steps.append(
                 Both(
                     f"{share} % of the {name} are truncated at {found.limit} tokens: --{knob} {enough} fits "
-                    "99 % of them.",
-                    f"{share}% 的{name_zh}在 {found.limit} 个 token 处被截断：--{knob} {enough} 能放下 99%。",
+                    f"99 % of them{', or pass --passage_windows' if name == 'passages' else ''}.",
+                    f"{share}% 的{name_zh}在 {found.limit} 个 token 处被截断：--{knob} {enough} 能放下 99%"
+                    f"{'，或者用 --passage_windows' if name == 'passages' else ''}。",
                 )
             )
     return steps
