@@ -1,6 +1,8 @@
 """Encoding killed at any moment, and shared by several processes: the same bytes in every block."""
 
+import json
 import random
+import shutil
 import signal
 import time
 
@@ -97,3 +99,37 @@ def test_force_is_refused_with_several_processes(tmp_path, monkeypatch, capsys):
     assert dual_infer.main(["--debug", "--force", "--output_dir", str(tmp_path / "out")]) == 2
     assert "--force with several processes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_changed_collection_that_is_killed_and_shared_ends_in_the_same_bytes(programs, world, tmp_path):
+    """Killed while the old vectors are moved or copied, then finished by two processes."""
+    folder, _ = world
+    grown, draw = tmp_path / "grown", random.Random(5)
+    shutil.copytree(folder / "data", grown / "data")
+    shutil.copytree(folder / "model", grown / "model")
+    passages = grown / "data/passage-collection"
+    rows = (passages / "part-00").read_text(encoding="utf-8").splitlines()
+    new = [f"{row[:-2]}新\t0" for row in draw.sample(rows, 40)]
+    changed = draw.sample([*rows[30:], *new], len(rows) + 10)
+    (passages / "part-00").write_text("".join(f"{row}\n" for row in changed), encoding="utf-8")
+    path = passages / "passage2id.map.json"
+    old_ids = json.loads(path.read_text(encoding="utf-8"))
+    ids = {**old_ids, **{str(len(old_ids) + row): f"new{row}" for row in range(10)}}
+    path.write_text(json.dumps(ids), encoding="utf-8")
+    assert programs.run("do_dual_infer.py", words(grown, "whole"), grown / "log").returncode == 0
+    shutil.copytree(folder / "whole", grown / "out")
+    for _ in range(3):
+        process = programs.start("do_dual_infer.py", words(grown, "out"), grown / "log")
+        while process.poll() is None and not (grown / "out/para_emb/previous").is_dir():
+            time.sleep(0.001)
+        time.sleep(draw.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    both = [
+        programs.start("do_dual_infer.py", words(grown, "out"), grown / f"log{rank}", RANK=rank)
+        for rank in ("0", "1")
+    ]
+    assert [process.wait() for process in both] == [0, 0], both[0].output() + both[1].output()
+    assert blocks(grown / "out") == blocks(grown / "whole")
+    assert not (grown / "out/para_emb/previous").exists()
