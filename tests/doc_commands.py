@@ -44,7 +44,7 @@ SETTINGS: dict[str, type[hparams.Hparams]] = {
 PYTHONS = ("python", "python3", ".venv/bin/python", "milvus/bin/python")
 PLAIN = (
     ".",
-    "git", "cd", "cp", "mv", "rm", "cut", "head", "grep", "tail", "kill", "printf", ".venv/bin/pip",
+    "git", "cd", "cp", "mv", "rm", "cut", "head", "grep", "tail", "kill", "printf", "curl", ".venv/bin/pip",
     ".venv/bin/pre-commit",
 )  # fmt: skip
 SHELLS = {  # shell script -> the program that receives its options

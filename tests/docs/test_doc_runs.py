@@ -18,7 +18,16 @@ from preloaded import Preloaded
 from toy_world import lines, make_world, write
 
 # Commands of another environment or size, and a server that does not end.
-SKIPPED = ("-m", "--index IVF", "script/bench/", "tests/faults/", "--plan", "milvus", "script/demo.py")
+SKIPPED = (
+    "-m",
+    "--index IVF",
+    "script/bench/",
+    "tests/faults/",
+    "--plan",
+    "milvus",
+    "script/demo.py",
+    "script/serve.py",
+)
 PAGES = ("docs/quickstart.md", "docs/tools.md", "README.md")
 STAND_ALONE = ("metric/", "handle.py")  # start fast without the server
 SHORT = [
