@@ -96,6 +96,16 @@ def test_a_flat_index_finds_the_same_and_asks_again_for_passages_that_lack(world
     )
 
 
+@pytest.mark.parametrize("params", ["", "efSearch=4"])
+def test_an_hnsw_index_searches_as_deep_as_the_windows_need(world, tmp_path, params):
+    store, windows, _, queries, _ = world
+    settings = IndexSettings("HNSW16", params, 1.0, 0)
+    index = FaissSearch(store, settings, tmp_path / "index", {}, windows=windows)
+    _, scores = index.search(queries, 39)
+    for query, (_, values) in enumerate(expected(world, 39)):
+        assert scores[query].tolist() == values
+
+
 def test_a_search_is_repeated_until_there_are_enough_passages_or_no_more_windows():
     windows, calls = PassageWindows.of_counts(np.array([20, *[1] * 5])), []
 

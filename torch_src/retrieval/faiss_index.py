@@ -1,6 +1,7 @@
 """Search with a faiss index, on GPUs or the CPU: trained on a sample, filled from blocks, kept on disk."""
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -225,7 +226,16 @@ class FaissSearch:
         if self.windows is None:
             return self._search_rows(queries, topk)
         most = MAX_SELECTED if isinstance(self.index, GpuIndex) else None
-        return self.windows.search(self._search_rows, queries, topk, most)
+        return self.windows.search(self._search_deep, queries, topk, most)
+
+    def _search_deep(self, queries: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the result of search for many vector rows: HNSW finds no more than its efSearch."""
+        settings = self.settings
+        if any(part.startswith("HNSW") for part in settings.factory.split(",")):
+            given = re.search(r"\befSearch=(\d+)", settings.search_params)
+            wide = max(depth, int(given[1]) if given else 0)
+            set_parameters(self.index, settings.factory, f"efSearch={wide}")
+        return self._search_rows(queries, depth)
 
     def _search_rows(self, queries: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the result of search, of vector rows."""
