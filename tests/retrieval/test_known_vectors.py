@@ -70,7 +70,7 @@ def encode(tiny_bert, tokenizer, tmp_path, monkeypatch):
 
     def run(texts, folder="emb", block_rows=14, stamp=STAMP, **more):
         rules, device = TextRules(24), torch.device("cpu")
-        encoder = Encoder(tower, tokenizer, rules, "cls", False, device, "fp32", 7, 4096)
+        encoder = Encoder(tower, tokenizer, rules, "cls", False, device, "fp32", 1, 4096)
         passages = tmp_path / "passages"
         passages.mkdir(exist_ok=True)
         lines = "".join(f"-\t\t{text}\t0\n" for text in texts)
@@ -86,8 +86,8 @@ def encode(tiny_bert, tokenizer, tmp_path, monkeypatch):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file but the blocks' stamps, which say how many vectors were copied."""
-    files = {path.name: path for path in folder.iterdir() if not path.match("block-*.json")}
+    """Return the bytes of every file."""
+    files = {path.name: path for path in folder.iterdir()}
     return {name: path.read_bytes() for name, path in files.items() if path.is_file()}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -481,9 +481,11 @@ class BatchedInference:
     batch_size: int  # maximum rows per forward pass
     tokens_per_batch: int  # maximum padded tokens per forward pass; halved when memory runs out
     bf16_weights: bool  # weights are in bf16 already, so that no autocast is needed
-    pad_multiple: ClassVar[int] = (
-        1  # each row is padded to a multiple of it; above 1, also batched by that length
-    )
+
+    @property
+    def pad_multiple(self) -> int:
+        """Each row is padded to a multiple of it; above 1 a batch has rows of one such length only."""
+        return 1
 
     @torch.inference_mode()
     def write_outputs(

@@ -85,9 +85,15 @@ class Encoder(BatchedInference):
     tokens_per_batch: int  # maximum padded tokens per forward pass; halved when memory runs out
     dims: int = 0  # keep only the first dimensions of a vector; 0: all
     bf16_weights: bool = False
-    # On a CPU the last bits of a vector then depend on its text alone, not on the others of a batch: matrix
-    # products treat the rows beyond a multiple of their tile differently.
-    pad_multiple: ClassVar[int] = 16
+
+    @property
+    def pad_multiple(self) -> int:
+        """The numbers of a vector register: each text fills whole registers of a matrix product.
+
+        The last bits of its vector then depend on the text alone, not on the others of its batch: products
+        treat the rows beyond whole registers differently. Measured with AVX2; not promised on a GPU.
+        """
+        return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
     @property
     def width(self) -> int:
@@ -225,12 +231,12 @@ def _encoded(
 def _write_block(known: KnownVectors, encoded: tuple[_BlockPlan, Tensor, JsonDict]) -> None:
     """Write a block: the encoded vectors, and copies of the known ones."""
     plan, on_device, settings = encoded
-    vectors, copied = on_device.cpu().numpy(), len(plan.source_rows) - len(on_device)
-    if copied:
+    vectors = on_device.cpu().numpy()
+    if len(on_device) < len(plan.source_rows):
         both = np.empty((len(plan.source_rows), vectors.shape[1]), vectors.dtype)
         both[plan.encoded] = vectors
         known.copy(plan.source_rows, both)
-        vectors, settings = both, {**settings, "copied": copied}
+        vectors = both
     check_float16(vectors, plan.first)
     known.store.write_block(plan.block, vectors, settings, plan.hashes)
     known.store.locks.release(plan.block)
