@@ -66,13 +66,17 @@ class Preloaded:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, program: str, words: list[str], log: Path, file_limit: int = 0, **env: str) -> Running:
+    def start(
+        self, program: str, words: list[str], log: Path, file_limit: int = 0, kill_at: int = 0, **env: str
+    ) -> Running:
         """Start `program` (such as do_dual_train.py) with these options.
 
         `file_limit`: maximum file size in bytes; writing beyond it fails, as on a full disk.
+        `kill_at`: SIGKILL just before this operation on files, counted from 1; they are logged (-1: no kill).
         """
         log.parent.mkdir(parents=True, exist_ok=True)
-        request = {"program": program, "words": words, "log": str(log), "limit": file_limit, "env": env}
+        request = {"program": program, "words": words, "log": str(log), "limit": file_limit}
+        request |= {"kill_at": kill_at, "env": env}
         return Running(self, self.ask(request), log)
 
     def run(self, program: str, words: list[str], log: Path, **more) -> Running:
@@ -128,10 +132,32 @@ def child(request: dict) -> None:
     if request["limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
     os.environ.update(request["env"])
+    if request["kill_at"]:
+        kill_at_operation(request["kill_at"])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     sys.argv = [request["program"], *request["words"]]
     runpy.run_path(str(ROOT / request["program"]), run_name="__main__")
     sys.exit(0)
+
+
+def kill_at_operation(at: int) -> None:
+    """Log each file that is written, renamed or deleted from now on; SIGKILL before number `at`."""
+    count = 0
+
+    def before(event: str, given: tuple) -> None:
+        nonlocal count
+        if event == "open":
+            changes = isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR)
+        else:
+            changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+        if changes and str(given[0]) != os.devnull:
+            count += 1
+            paths = given[:2] if event == "os.rename" else given[:1]
+            os.write(2, f"operation {count}: {event} {' -> '.join(map(str, paths))}\n".encode())
+            if count == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(before)
 
 
 if __name__ == "__main__":

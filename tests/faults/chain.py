@@ -1,6 +1,7 @@
 """The four programs on a tiny data set, as stages whose results are known byte for byte.
 
-Each stage starts from the output of the stages before it, in one output folder.
+Each stage starts from the output of the stages before it, in one output folder. Passages are encoded one by
+one, so that their vectors do not depend on the others on any processor.
 """
 
 import json
@@ -16,6 +17,7 @@ from preloaded import Preloaded, Running
 from toy_world import make_world, options, train_options
 
 from torch_src.models.trained_settings import MODEL_FIELDS
+from torch_src.runtime.stamps import checksum_json, read_checked_json
 from torch_src.training.checkpoints import load_checkpoint
 
 NOT_COMPARED = {"tensorboard", "cache"}  # they contain times
@@ -45,12 +47,13 @@ class Chain:
         self.out, self.log = folder / "out", folder / "log"
         both, model = options(self.world, self.out), ["--pretrained_model_path", str(self.world / "model")]
         run = str(self.out / "res.top20")
+        encode = [*both, "--block_rows", "8", "--batch_size", "1"]
         self.stages = [
             Stage("dual_train", "do_dual_train.py", [*train_options(self.world, self.out), *EVERY_UPDATE]),
-            Stage("dual_infer", "do_dual_infer.py", [*both, "--block_rows", "8", "--topk", "20"]),
+            Stage("dual_infer", "do_dual_infer.py", [*encode, "--topk", "20"]),
             Stage(
                 "index", "do_dual_infer.py",
-                [*both, "--block_rows", "8", "--topk", "10", "--index", "IVF2,Flat", "--recall_queries", "2"],
+                [*encode, "--topk", "10", "--index", "IVF2,Flat", "--recall_queries", "2"],
             ),
             Stage(
                 "cross_train", "do_cross_train.py",
@@ -66,16 +69,24 @@ class Chain:
         self.out.mkdir()
         for stage in self.stages:
             shutil.copytree(self.out, self.before(stage))
-            begun, seen = time.monotonic(), files(self.out)
-            running = self.start(stage)
-            while running.poll() is None:
-                if not stage.first_write and files(self.out) != seen:
-                    stage.first_write = time.monotonic() - begun
-                time.sleep(0.002)
-            assert running.returncode == 0, running.output()
-            stage.seconds = time.monotonic() - begun
-            stage.results = self.contents()
+            self.measure(stage)
         shutil.copytree(self.out, self.folder / "after")
+
+    def measure(self, stage: Stage) -> None:
+        """Run the stage without faults; keep its results and how long it took."""
+        begun, seen = time.monotonic(), files(self.out)
+        running = self.start(stage)
+        while running.poll() is None:
+            if not stage.first_write and files(self.out) != seen:
+                stage.first_write = time.monotonic() - begun
+            time.sleep(0.002)
+        assert running.returncode == 0, running.output()
+        stage.seconds = time.monotonic() - begun
+        stage.results = self.contents()
+
+    def remove_vectors(self) -> None:
+        """Delete the vectors, so that all passages are encoded."""
+        shutil.rmtree(self.out / "para_emb")
 
     def before(self, stage: Stage) -> Path:
         return self.folder / f"before-{stage.name}"
@@ -96,19 +107,28 @@ class Chain:
     def contents(self) -> dict[str, bytes]:
         """Return the bytes of every result, except checkpoints (their layout is up to torch), caches, curves.
 
-        Reduced to what is protected: a block's stamp without its last line end, and of NAME_hparams.json the
-        fields that belong to the weights, since the other ones may be edited.
+        Reduced to what is protected: an intact stamp of a block without its checksum and the number of copied
+        vectors, and of NAME_hparams.json the fields that belong to the weights, since the other ones may be
+        edited.
         """
         found = {path.relative_to(self.out): path for path in self.out.rglob("*") if path.is_file()}
         kept = {name: path for name, path in found.items() if not NOT_COMPARED & set(name.parts)}
         kept = {n: p for n, p in kept.items() if "checkpoint" not in n.name and not n.name.endswith("lock")}
         contents = {str(name): path.read_bytes() for name, path in sorted(kept.items())}
-        return {name: protected(name, data) for name, data in contents.items()}
+        return {name: protected(self.out / name, data) for name, data in contents.items()}
 
     def done_work(self, stage: Stage) -> dict[str, int]:
-        """Return the work that a resumed run keeps: {finished block: its time}, {"step": updates saved}."""
-        folders = (self.out / "para_emb", self.out / "cross_scores")
-        stamps = [path for folder in folders for path in folder.glob("block-*.json")]
+        """Return the work that a resumed run keeps: {finished block: its time}, {"step": updates saved}.
+
+        Not blocks of an earlier collection, which are moved.
+        """
+        stamps = []
+        for name in ("para_emb", "cross_scores"):
+            if manifest := stage.results.get(f"{name}/manifest.json"):
+                current, found = checksum_json(json.loads(manifest)), (self.out / name).glob("block-*.json")
+                stamps += [
+                    path for path in found if (read_checked_json(path) or {}).get("manifest") == current
+                ]
         blocks = [path.with_suffix(".npy") for path in stamps if path.with_suffix(".npy").exists()]
         done = {str(block): block.stat().st_mtime_ns for block in blocks}
         checkpoint = self.out / f"{stage.name.removesuffix('_train')}_checkpoint.pt"
@@ -117,11 +137,13 @@ class Chain:
         return done
 
 
-def protected(name: str, data: bytes) -> bytes:
+def protected(path: Path, data: bytes) -> bytes:
     """Return the part of a result that damage must not change."""
-    if Path(name).match("block-*.json"):
-        return data.rstrip(b"\n")
-    if name in ("dual_hparams.json", "cross_hparams.json"):
+    if path.match("block-*.json") and (stamp := read_checked_json(path)):
+        del stamp["checksum"]
+        stamp.pop("copied", None)
+        return json.dumps(stamp).encode()
+    if path.name in ("dual_hparams.json", "cross_hparams.json"):
         try:
             settings = json.loads(data)
             return json.dumps([settings[field] for field in (*MODEL_FIELDS, "checksum")]).encode()

@@ -2,7 +2,10 @@
 
 The results must have the same bytes as without the fault, or an error must name the damaged file.
 
-    python tests/faults/fault_run.py --kills 500 --flips 100 --truncations 50 --disks 20 --seed 1
+    python tests/faults/fault_run.py --kills 500 --flips 100 --truncations 50 --disks 20 --changes 200
+
+`--changes`: kills while a changed collection is encoded, and half as many damaged old blocks (changes.py).
+The HTTP service is killed in tests/tools/test_serve_process.py.
 
 Prints the number of faults of each kind and of failures (wrong results, lost work, tracebacks); exit status 1
 with failures.
@@ -22,6 +25,7 @@ if __name__ == "__main__":  # run by path: neither the root nor tests/ is on it
     sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
 from chain import Chain, SmallDisk, Stage, files, steps
+from changes import CollectionChanges
 from preloaded import Preloaded, Running
 
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
@@ -242,6 +246,12 @@ def run(folder: Path, programs: Preloaded, given) -> FaultRun:
     faults.damages(given.flips, "byte flip")
     faults.damages(given.truncations, "truncation")
     faults.disks(given.disks)
+    if given.changes:
+        changes = CollectionChanges(faults, chain)
+        changes.prepare(given.changes)
+        changes.kills(given.changes)
+        changes.damages(given.changes // 4, "byte flip", damaged)
+        changes.damages(given.changes // 4, "truncation", damaged)
     return faults
 
 
@@ -249,7 +259,8 @@ def main() -> int:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in (("kills", 500), ("flips", 100), ("truncations", 50), ("disks", 20), ("seed", 1)):
+    counts = {"kills": 500, "flips": 100, "truncations": 50, "disks": 20, "changes": 200}
+    for name, default in {**counts, "seed": 1}.items():
         options.add_argument(f"--{name}", type=int, default=default)
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as folder, Preloaded() as programs:

@@ -151,6 +151,14 @@ def test_a_damaged_old_block_is_encoded(encode, tmp_path, name, damage):
     assert contents(store.folder) == contents(tmp_path / "fresh")
 
 
+def test_a_manifest_damaged_in_its_block_size_is_of_no_vectors(encode, tmp_path):
+    manifest = encode(OLD).manifest_path
+    damaged = manifest.read_text(encoding="utf-8").replace('"block_rows": 14', '"block_rows": 0')
+    manifest.write_text(damaged, encoding="utf-8")
+    assert encode(OLD + NEW).missing_blocks() == [] and encode.texts == 49
+    assert not (tmp_path / "emb/previous").exists()
+
+
 def test_damaged_hashes_are_a_missing_block(encode):
     store = encode(OLD)
     path = store.hashes_path(2)

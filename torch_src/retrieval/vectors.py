@@ -159,11 +159,14 @@ class VectorStore:
 
     def differs_only_in_collection(self, manifest: JsonDict) -> bool:
         """Return whether vectors of another manifest are those of this one where the texts are equal."""
+        sizes = [manifest.get("rows"), manifest.get("block_rows")]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            return False  # damaged
         old, new = (
             {name: value for name, value in fields.items() if name not in COLLECTION_FIELDS}
             for fields in (manifest, self.manifest)
         )
-        return self.hashed and set(COLLECTION_FIELDS) <= manifest.keys() and not changes(old, new)
+        return self.hashed and "collection" in manifest and not changes(old, new)
 
     def old_stores(self) -> list["VectorStore"]:
         """Return the stores in `previous` whose vectors are those of this store where the texts are equal."""
