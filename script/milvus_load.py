@@ -6,8 +6,9 @@
         --milvus_params M=32,efConstruction=200
 
 A uri that ends in .db is a file of Milvus Lite. Credentials for a server (user:password, or a key) are read
-from the environment variable MILVUS_TOKEN. A row of the Milvus collection holds row, pid and vector; the
-similarity is the inner product. The same command resumes a killed load at its block. A changed index is
+from the environment variable MILVUS_TOKEN. A row of the Milvus collection holds row, pid, vector and a hash
+of the text; the similarity is the inner product. The same command resumes a killed load at its block. When
+passages were added, removed or edited, it writes only the rows whose text or pid changed. A changed index is
 rebuilt without a new load. Vectors of different weights are never mixed: in a file the old ones are replaced,
 on a server only with --force.
 """
@@ -76,8 +77,13 @@ def read_pids(args: argparse.Namespace, store: VectorStore) -> np.ndarray | None
     return np.repeat(pids, np.diff(windows.first)) if windows else pids
 
 
-def prepare(collection: "Collection", record: dict[str, Any], pid_bytes: int, force: bool) -> None:
-    """Create the Milvus collection for this record, unless it exists."""
+def prepare(
+    collection: "Collection", record: dict[str, Any], store: VectorStore, pid_bytes: int, force: bool
+) -> bool:
+    """Create the Milvus collection for this record, unless it exists; return whether rows may have changed.
+
+    In that case its stamp is marked first, so that it is not searched until the update ends.
+    """
     if collection.exists():
         old = collection.stamp()
         if old is None:
@@ -85,14 +91,21 @@ def prepare(collection: "Collection", record: dict[str, Any], pid_bytes: int, fo
         different = changes(old["manifest"], record["manifest"])
         if old.get("pids") != record["pids"]:
             different.append(f"pids: {old.get('pids')} -> {record['pids']}")
+        if old.get("updating"):
+            different.append("an update has not ended")
         if not different and not force:
-            return
+            return False
+        if not force and collection.can_update(old["manifest"], store, pid_bytes):
+            log(f"{collection}: updating the rows that changed ({'; '.join(different)})")
+            collection.write_stamp({**record, "updating": True})
+            return True
         if different and not force and not is_milvus_file(collection.uri):
             fix = "pass --force to replace them, or another --milvus_collection to keep them"
             raise UserError(f"{collection}: contains other vectors ({'; '.join(different)}); {fix}")
         log(f"{collection}: reloading ({'; '.join(different) or '--force'})")
         collection.drop()
-    collection.create(record, record["manifest"]["hidden"], pid_bytes)
+    collection.create(record, store.hidden, pid_bytes, store.hashed)
+    return False
 
 
 def run(args: argparse.Namespace) -> None:
@@ -108,17 +121,23 @@ def run(args: argparse.Namespace) -> None:
     known = "none" if pids is None else checksum_text(b"\n".join(pids.tolist()).decode())
     collection = Collection(args.milvus_uri, args.milvus_collection)
     record = {"manifest": store.manifest, "pids": known}
-    prepare(collection, record, 0 if pids is None else pids.dtype.itemsize, args.force)
+    pid_bytes = 0 if pids is None else pids.dtype.itemsize
+    update = prepare(collection, record, store, pid_bytes, args.force)
     collection.make_index(args.milvus_index, args.milvus_params)
     collection.load()
-    start, loaded = time.monotonic(), 0
-    for first, last in fill(collection, store, pids):
-        loaded += last - first
-        speed = loaded / (time.monotonic() - start)
+    start, done, written = time.monotonic(), 0, 0
+    deleted = collection.delete_from(store.rows) if update else 0
+    for first, last, changed in fill(collection, store, pids, update):
+        done, written = done + last - first, written + changed
+        speed = done / (time.monotonic() - start)
         left = duration((store.rows - last) / speed)
-        log(f"loaded {last:,}/{store.rows:,} {unit}  {speed:,.0f} {unit}/s  eta {left}")
+        what = "compared" if update else "loaded"
+        log(f"{what} {last:,}/{store.rows:,} {unit}  {speed:,.0f} {unit}/s  eta {left}")
     collection.call("flush")  # write what is in memory to disk and to the index
-    took = f" in {duration(time.monotonic() - start)}" if loaded else ", up to date"
+    took = f" in {duration(time.monotonic() - start)}" if done else ", up to date"
+    if update:
+        collection.write_stamp(record)
+        took += f" ({written:,} written, {store.rows - written:,} kept, {deleted:,} deleted)"
     log(f"{collection}: {store.rows:,} {unit}, index {collection.index()}{took}")
 
 

@@ -21,12 +21,14 @@ from toy_world import lines, make_world, options
 from torch_src import hparams
 from torch_src.dual_infer import DualInference
 from torch_src.inference_de_hparams import InferenceDeHparams
+from torch_src.retrieval.encoding import text_hashes
 from torch_src.retrieval.engines import milvus as milvus_engine
 from torch_src.retrieval.engines.milvus import Collection, MilvusSearch, fill
 from torch_src.retrieval.engines.milvus_options import check_index, check_milvus_file, parse_params
-from torch_src.retrieval.vectors import VectorStore
+from torch_src.retrieval.vectors import TEXT_HASH, VectorStore
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import write_json
+from torch_src.runtime.stamps import checksum_text
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 64
@@ -540,6 +542,139 @@ def test_no_server(monkeypatch, capfd):
     with pytest.raises(UserError, match="http://127.0.0.1:1: no connection to Milvus"):
         Collection("http://127.0.0.1:1", "passages")
     assert "Traceback" not in capfd.readouterr().err
+
+
+def hashed_store(folder, texts: list[str], weights="a") -> tuple[VectorStore, np.ndarray, np.ndarray]:
+    """Return (vectors on disk with the hashes of these texts, the vectors, 9 queries)."""
+    draws = (np.random.default_rng(list(f"{weights} {text}".encode())) for text in texts)
+    vectors = np.stack([draw.normal(size=16) for draw in draws]).astype(np.float16)
+    stamp = {"weights": weights, **TEXT_HASH, "collection": checksum_text("\n".join(texts))}
+    store = VectorStore.create_or_continue(folder, stamp, *vectors.shape, BLOCK, print)
+    for block in range(store.block_count):
+        first, last = store.block_range(block)
+        store.write_block(block, vectors[first:last], hashes=text_hashes(texts[first:last]))
+    return store, vectors, np.random.default_rng(1).normal(size=(9, 16)).astype(np.float32)
+
+
+def load_texts(folder, lite: str, texts: list[str], pids: list[str] | None = None, weights="a"):
+    """Write the vectors of these texts and load them; return (exit status, the world)."""
+    world = hashed_store(folder, texts, weights)
+    ids = folder.parent / f"{folder.name}.json"
+    pids = pids or [f"p{row}" for row in range(len(texts))]
+    ids.write_text(json.dumps(dict(enumerate(pids))))
+    return load(folder, "--milvus_uri", lite, "--passage_ids", str(ids)), world
+
+
+def content(collection: Collection) -> list[dict]:
+    fields = ["row", "pid", milvus_engine.TEXT_HASH_FIELD, milvus_engine.FIELD]
+    return sorted(collection.read(0, 1000, fields).values(), key=lambda entry: entry["row"])
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """Return the list of the rows that each request writes."""
+    rows, put = [], Collection.put
+
+    def record(self, entries, vectors):
+        put(self, entries, vectors)
+        rows.append([entry["row"] for entry in entries])
+
+    monkeypatch.setattr(milvus_engine, "BATCH_BYTES", 40 * 4 * 16)  # 40 rows a request, two a block
+    monkeypatch.setattr(Collection, "put", record)
+    return rows
+
+
+TEXTS = [f"text {number}" for number in range(150)]
+PIDS = [f"p{number}" for number in range(150)]
+
+
+@pytest.mark.milvus
+@pytest.mark.parametrize(
+    ("texts", "pids", "rows", "deleted"),
+    [
+        ([*TEXTS, "new", "text 3"], [*PIDS, "a pid of another length", "q"], [150, 151], 0),
+        ([*TEXTS[:100], "new", *TEXTS[100:]], [*PIDS[:100], "q", *PIDS[100:]], range(100, 151), 0),
+        (TEXTS[:60], PIDS[:60], [], 90),
+        (TEXTS[5:], PIDS[5:], range(145), 5),
+        (["edited", *TEXTS[1:99], "edited, too", *TEXTS[100:]], PIDS, [0, 99], 0),
+        (TEXTS, [*PIDS[:70], "q", *PIDS[71:]], [70], 0),
+        ([TEXTS[1], TEXTS[0], *TEXTS[2:]], PIDS, [0, 1], 0),
+        (TEXTS, PIDS, [], None),
+    ],
+    ids=["appended", "inserted", "cut", "removed", "edited", "another pid", "reordered", "unchanged"],
+)
+def test_only_changed_rows_are_written(tmp_path, lite, writes, capsys, texts, pids, rows, deleted):
+    load_texts(tmp_path / "old", lite, TEXTS, PIDS)
+    writes.clear()
+    capsys.readouterr()
+    status, world = load_texts(tmp_path / "new", lite, texts, pids)
+    output = capsys.readouterr().out
+    assert status == 0 and [row for request in writes for row in request] == list(rows)
+    if deleted is None:
+        assert "up to date" in output
+    else:
+        counts = f"{len(rows)} written, {len(texts) - len(rows)} kept, {deleted} deleted"
+        assert counts in output and "rebuilding" not in output
+    search = open_search(world, lite)
+    found = search.search(world[2], 20)
+    assert all(map(np.array_equal, found, full_sort(world[1], world[2], 20)))
+    ids = ("--passage_ids", str(tmp_path / "new.json"))
+    load(world[0].folder, "--milvus_uri", lite, *ids, "--milvus_collection", "fresh")
+    fresh = Collection(lite, "fresh")
+    assert content(search.collection) == content(fresh) and search.collection.stamp() == fresh.stamp()
+
+
+@pytest.mark.milvus
+@pytest.mark.parametrize("lives", [0, 1, 2])
+def test_a_killed_update_is_not_searched_and_resumes(tmp_path, lite, writes, monkeypatch, capsys, lives):
+    load_texts(tmp_path / "old", lite, TEXTS)
+    old, put, writes[:] = open_search(hashed_store(tmp_path / "old", TEXTS), lite), Collection.put, []
+
+    def fail(self, entries, vectors):
+        if len(writes) == lives:
+            raise KeyboardInterrupt
+        put(self, entries, vectors)
+
+    texts = ["edited", *TEXTS[1:70], "edited, too", *TEXTS[71:140]]
+    with monkeypatch.context() as patch:
+        patch.setattr(Collection, "put", fail)
+        if lives < 2:
+            assert load_texts(tmp_path / "new", lite, texts)[0] == 130
+        else:  # before the last stamp
+            patch.setattr(Collection, "delete_from", lambda *_: 0)
+            assert load_texts(tmp_path / "new", lite, texts)[0] == 2
+            assert "has 150 rows (expected 140)" in capsys.readouterr().err
+    world = hashed_store(tmp_path / "new", texts)
+    with pytest.raises(UserError, match=f"an update has not ended; finish it: {LOAD} --milvus_index FLAT$"):
+        open_search(world, lite)
+    with pytest.raises(UserError, match=f"other vectors .*; load these: {LOAD} --milvus_index FLAT$"):
+        open_search((old.store, None, None), lite)
+    capsys.readouterr()
+    assert load_texts(tmp_path / "new", lite, texts)[0] == 0
+    assert [row for request in writes for row in request] == [0, 70]
+    assert f"{2 - lives} written, {138 + lives} kept" in capsys.readouterr().out
+    found = open_search(world, lite).search(world[2], 20)
+    assert all(map(np.array_equal, found, full_sort(world[1], world[2], 20)))
+    assert load_texts(tmp_path / "old", lite, TEXTS)[0] == 0  # and back
+    assert "12 written, 138 kept, 0 deleted" in capsys.readouterr().out
+
+
+@pytest.mark.milvus
+def test_an_update_keeps_the_index_and_needs_the_same_settings(tmp_path, lite, writes, capsys):
+    index = ("--milvus_index", "HNSW", "--milvus_params", "M=16,efConstruction=100")
+    load(hashed_store(tmp_path / "old", TEXTS)[0].folder, "--milvus_uri", lite, *index)
+    writes.clear()
+    world = hashed_store(tmp_path / "new", [*TEXTS, "new"])
+    assert load(world[0].folder, "--milvus_uri", lite, *index) == 0
+    assert writes == [[150]] and "rebuilding" not in capsys.readouterr().out
+    rows, _ = open_search(world, lite, "ef=200").search(world[1][150:].astype(np.float32), 5)
+    assert rows[0, 0] == 150
+    writes.clear()
+    assert load_texts(tmp_path / "pids", lite, [*TEXTS, "new"])[0] == 0  # has no field for them
+    assert "reloading (pids: none" in capsys.readouterr().out and len(sum(writes, [])) == 151
+    writes.clear()
+    assert load_texts(tmp_path / "weights", lite, TEXTS, weights="b")[0] == 0
+    assert "reloading (weights: a -> b" in capsys.readouterr().out and len(sum(writes, [])) == 150
 
 
 def start_load(folder, uri: str) -> subprocess.Popen:

@@ -1,8 +1,9 @@
 """Search on a Milvus server, or in a local file by Milvus Lite: one collection of passage vectors.
 
-A collection has the row as its primary key, the pid, and the vector in fp32: Milvus Lite has no fp16 field,
-and a server's fp16 field would round the queries, too. Two properties of the collection hold its stamp (the
-manifest of the vectors) and its index.
+A collection has the row as its primary key, the pid, 8 bytes of the hash of the text, and the vector in fp32:
+Milvus Lite has no fp16 field, and a server's fp16 field would round the queries, too. Two properties of the
+collection hold its stamp (the manifest of the vectors, and whether an update to them has yet to end) and its
+index.
 """
 
 import json
@@ -28,8 +29,10 @@ from torch_src.runtime.stamps import JsonDict, changes
 
 STAMP, INDEX = "passage_vectors.record", "passage_vectors.index"  # properties of a collection
 FIELD, INDEX_NAME = "vector", "vector_idx"
+TEXT_HASH_FIELD = "text_hash"  # INT64: the first half of a hash
+PID_BYTES = 64  # at least; longer pids may be added later
 OLDEST_SERVER = (2, 4)
-MAX_HITS = 16384  # per query: Milvus's own limit
+MAX_HITS = 16384  # per query, and rows that are read at once: Milvus's own limit
 HITS_PER_CALL = 1_000_000  # 12 bytes each; a server sends at most 64 MB
 QUERIES_PER_CALL = 1000
 BATCH_BYTES = 8 << 20  # of fp32 vectors sent at once; a server accepts at most 64 MB
@@ -101,24 +104,36 @@ class Collection:
         return dict(self.call("describe_collection").get("properties") or {})
 
     def stamp(self) -> JsonDict | None:
-        """Return the stamp (`manifest` of the vectors, `pids`); None in a collection of another program."""
+        """Return the stamp (`manifest` of the vectors, `pids`, `updating`); None for another program's."""
         try:
             found = json.loads(self.properties()[STAMP])
         except (KeyError, ValueError):
             return None
         return found if isinstance(found, dict) and isinstance(found.get("manifest"), dict) else None
 
-    def create(self, stamp: JsonDict, hidden: int, pid_bytes: int) -> None:
+    def write_stamp(self, stamp: JsonDict) -> None:
+        self.call("alter_collection_properties", {STAMP: json.dumps(stamp)})
+
+    def create(self, stamp: JsonDict, hidden: int, pid_bytes: int, hashed: bool) -> None:
         """Create the collection, empty and without an index. `pid_bytes`: of the longest pid; 0: no pids."""
         from pymilvus import DataType, MilvusClient
 
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("row", DataType.INT64, is_primary=True)
         if pid_bytes:
-            schema.add_field("pid", DataType.VARCHAR, max_length=pid_bytes)
+            schema.add_field("pid", DataType.VARCHAR, max_length=max(PID_BYTES, pid_bytes))
+        if hashed:
+            schema.add_field(TEXT_HASH_FIELD, DataType.INT64)
         schema.add_field(FIELD, DataType.FLOAT_VECTOR, dim=hidden)
         properties = {STAMP: json.dumps(stamp)}
         self.call("create_collection", schema=schema, properties=properties, consistency_level="Strong")
+
+    def can_update(self, old: JsonDict, store: VectorStore, pid_bytes: int) -> bool:
+        """Return whether vectors with the manifest `old` can become those of `store` row by row."""
+        fields = {field["name"]: field for field in self.call("describe_collection")["fields"]}
+        longest = int(fields["pid"]["params"]["max_length"]) if "pid" in fields else 0
+        fits = bool(pid_bytes) == bool(longest) and pid_bytes <= longest
+        return fits and TEXT_HASH_FIELD in fields and store.differs_only_in_collection(old)
 
     def drop(self) -> None:
         self.call("drop_collection")
@@ -155,15 +170,22 @@ class Collection:
         which = "" if first is None else f"row >= {first} and row < {last}"
         return int(self.call("query", filter=which, output_fields=["count(*)"])[0]["count(*)"])
 
-    def put(self, first: int, vectors: np.ndarray, pids: np.ndarray | None) -> None:
-        """Write the vectors (n, H) of the rows from `first` on, replacing existing ones."""
-        entries: list[dict[str, Any]] = [
-            {"row": first + at, FIELD: vector} for at, vector in enumerate(vectors.astype(np.float32))
-        ]
-        if pids is not None:
-            for entry, pid in zip(entries, pids.tolist(), strict=True):
-                entry["pid"] = pid.decode()
-        self.call("upsert", entries)
+    def read(self, first: int, last: int, fields: list[str]) -> dict[int, dict[str, Any]]:
+        """Return row -> these fields of the rows from `first` up to (not including) `last`."""
+        which = f"row >= {first} and row < {last}"
+        found = self.call("query", filter=which, output_fields=fields, limit=last - first)
+        return {entry["row"]: dict(entry) for entry in found}
+
+    def put(self, entries: list[dict[str, Any]], vectors: np.ndarray) -> None:
+        """Write rows, given by their fields and vectors (n, H), replacing existing ones."""
+        pairs = zip(entries, vectors.astype(np.float32), strict=True)
+        self.call("upsert", [{**entry, FIELD: vector} for entry, vector in pairs])
+
+    def delete_from(self, first: int) -> int:
+        """Delete the rows from `first` on and return their number."""
+        if found := self.count(first, 1 << 62):
+            self.call("delete", filter=f"row >= {first}")
+        return found
 
     def search(self, queries: np.ndarray, depth: int, params: dict) -> tuple[np.ndarray, np.ndarray]:
         """Return Milvus's (rows (B, depth) int64, scores (B, depth)); missing ones are -1 and -inf."""
@@ -180,26 +202,58 @@ class Collection:
         return rows, scores
 
 
-def fill(collection: Collection, store: VectorStore, pids: np.ndarray | None) -> Iterator[tuple[int, int]]:
-    """Write the missing blocks in order and yield the rows (first, last) of each.
+def fill(
+    collection: Collection, store: VectorStore, pids: np.ndarray | None, update: bool = False
+) -> Iterator[tuple[int, int, int]]:
+    """Write the missing blocks in order and yield the rows (first, last) of each, and how many were written.
 
-    A block that a killed load left incomplete is rewritten. UserError when rows are missing at the end.
+    A block that a killed load left incomplete is rewritten. `update`: read all rows and write those with
+    another text or pid. UserError when rows are missing at the end.
     """
-    count, batch = collection.count(), max(1, BATCH_BYTES // (4 * store.hidden))
-    if count == store.rows:
-        return
-    finished = count // store.block_rows
-    if finished and collection.count(0, finished * store.block_rows) != finished * store.block_rows:
-        finished = 0  # rows are missing in an earlier block: rewrite everything
+    count, finished = collection.count(), 0
+    batch = max(1, min(MAX_HITS, BATCH_BYTES // (4 * store.hidden)))
+    if not update:
+        if count == store.rows:
+            return
+        finished = count // store.block_rows
+        if finished and collection.count(0, finished * store.block_rows) != finished * store.block_rows:
+            finished = 0  # rows are missing in an earlier block: rewrite everything
     for block in range(finished, store.block_count):
         first, last = store.block_range(block)
-        vectors = store.read_block(block)
+        vectors, written = None, 0
+        hashes = store.read_hashes(block) if store.hashed else None
         for at in range(first, last, batch):
             end = min(last, at + batch)
-            collection.put(at, vectors[at - first : end - first], None if pids is None else pids[at:end])
-        yield first, last
+            entries = scalar_fields(
+                at, end, None if hashes is None else hashes[at - first : end - first], pids
+            )
+            if update:
+                loaded = collection.read(at, end, list(entries[0]))
+                entries = [entry for entry in entries if loaded.get(entry["row"]) != entry]
+            if entries:
+                vectors = store.read_block(block) if vectors is None else vectors
+                collection.put(entries, vectors[[entry["row"] - first for entry in entries]])
+                written += len(entries)
+        yield first, last, written
     if (count := collection.count()) != store.rows:
         raise UserError(f"{collection}: has {count:,} rows (expected {store.rows:,}); pass --force")
+
+
+def scalar_fields(
+    first: int, last: int, hashes: np.ndarray | None, pids: np.ndarray | None
+) -> list[dict[str, Any]]:
+    """Return what a collection holds of the rows from `first` up to `last`, without the vectors.
+
+    `hashes` (n, 16) uint8: of their texts; `pids` (N,): of all rows.
+    """
+    entries: list[dict[str, Any]] = [{"row": row} for row in range(first, last)]
+    if pids is not None:
+        for entry, pid in zip(entries, pids[first:last].tolist(), strict=True):
+            entry["pid"] = pid.decode()
+    if hashes is not None:
+        for entry, half in zip(entries, hashes.view("<i8")[:, 0].tolist(), strict=True):
+            entry[TEXT_HASH_FIELD] = half
+    return entries
 
 
 def index_options(index: str) -> str:
@@ -252,10 +306,15 @@ class MilvusSearch:
             raise UserError(f"{self.collection}: not created by {PROGRAM}; pass another --milvus_collection")
         loaded = stamp["manifest"]
         kept = {name: loaded[name] for name in (*NOT_COMPARED, "block_rows") if name in loaded}
-        if different := changes(loaded, {**manifest, **kept}):
-            found = f"other vectors ({'; '.join(different)})"
-            raise UserError(f"{self.collection}: {found}; load these: {load_command} --force")
-        return {**manifest, **kept}
+        manifest = {**manifest, **kept}
+        same_index = f"{load_command}{index_options(self.collection.index())}"
+        if different := changes(loaded, manifest):
+            update = VectorStore("", manifest).differs_only_in_collection(loaded)
+            fix = same_index if update else f"{load_command} --force"
+            raise UserError(f"{self.collection}: other vectors ({'; '.join(different)}); load these: {fix}")
+        if stamp.get("updating"):
+            raise UserError(f"{self.collection}: an update has not ended; finish it: {same_index}")
+        return manifest
 
     @property
     def scores(self) -> str:
