@@ -12,12 +12,15 @@ from torch_src.data.collection import PassageCollection
 from torch_src.inference import Retriever, load_dual_model
 from torch_src.models.tokenization import TokenTable
 from torch_src.models.windows import window_counts
+from torch_src.retrieval.encoding import text_hashes
 from torch_src.retrieval.faiss_gpu import IndexGpus
 from torch_src.retrieval.faiss_index import estimate, new_index
 from torch_src.retrieval.reranking import PairScorer
 from torch_src.retrieval.search import choose_kind, chunk_rows, search, state_bytes
-from torch_src.retrieval.vectors import VectorStore
+from torch_src.retrieval.vectors import COLLECTION_FIELDS, HASH_BYTES, VectorStore, new_manifest
 from torch_src.runtime.devices import search_devices
+from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import read_json
 from torch_src.runtime.log import log
 from torch_src.runtime.planning import (
     PROBED_TEXTS,
@@ -30,6 +33,8 @@ from torch_src.runtime.planning import (
 )
 
 SAMPLED_LENGTHS = 2048  # passages whose windows are counted
+SAMPLED_HASHES, HASHES_PER_READ = 1 << 16, 16  # passages that are looked up among the vectors on disk
+LOOKUP_BYTES = 32  # per vector while old ones are copied: a hash, its row, and the row of each new one
 PROBED_ON_GPU = 4096  # texts or pairs
 BYTES_PER_PAIR = 150  # on disk: one line in each of four files, and the score
 
@@ -44,7 +49,8 @@ def plan_retrieval(
     plan, hp = Plan("do_dual_infer.py"), retriever.hp
     width = retriever.width
     rows = _vector_rows(retriever)
-    encoding_ram, encoding_gpu = _plan_encoding(plan, retriever, rows)
+    stores = _stores_on_disk(retriever, rows)
+    encoding_ram, encoding_gpu = _plan_encoding(plan, retriever, rows, stores)
     index_bytes = index_gpu_bytes = saved_bytes = 0
     if hp.index:
         queries = min(queries, hp.recall_queries)
@@ -66,7 +72,9 @@ def plan_retrieval(
     ram += (16 * topk + 4 * width) * queries / 1e9  # results and queries
     plan.gpu_gb = max(gpu + state + index_gpu_bytes / 1e9, encoding_gpu)
     plan.ram_gb = max(encoding_ram, ram + index_bytes / 1e9) + UNPROBED_GB
-    plan.disk_gb = (rows * (2 * width + 8) + saved_bytes) / 1e9
+    # vectors, their hashes and offsets of the collection; old vectors stay until the new ones are complete
+    row_bytes = 2 * width + HASH_BYTES + 8 + (LOOKUP_BYTES if stores else 0)
+    plan.disk_gb = (rows * row_bytes + saved_bytes) / 1e9
     plan.advice = "lower --search_memory_gb, --bs or --block_rows"
     if retriever.device.type == "cuda":  # the search takes its GPU memory from what is free
         plan.advice = "lower --bs or --block_rows"
@@ -86,16 +94,65 @@ def _vector_rows(retriever: Retriever) -> int:
     return round(rows * float(counts.mean()))
 
 
-def _plan_encoding(plan: Plan, retriever: Retriever, rows: int) -> tuple[float, float]:
-    """Add the encoding of the collection to `rows` vectors; return its peak (memory, GPU memory) in GB."""
+def _stores_on_disk(retriever: Retriever, rows: int) -> list[VectorStore]:
+    """Return the stores whose vectors the run keeps or copies where the texts are equal."""
+    hp = retriever.hp
+    stamp = retriever.passage_stamp()
+    store = VectorStore(hp.para_emb_path, new_manifest(stamp, rows, retriever.width, hp.block_rows))
+    if hp.force:
+        return []
+    try:
+        found = read_json(store.manifest_path)
+    except UserError:
+        return store.old_stores()
+    if hp.para_emb and any(found.get(name) != store.manifest[name] for name in COLLECTION_FIELDS):
+        return []  # shared vectors are replaced only with --force
+    own = [VectorStore(store.folder, found)] if store.differs_only_in_collection(found) else []
+    return [*own, *store.old_stores()]
+
+
+def _share_on_disk(collection: PassageCollection, stores: list[VectorStore]) -> float:
+    """Return the share of the passages whose vectors are in the stores, of a sample of a large collection."""
+    count = len(collection)
+    spans = [(0, count)]
+    if count > SAMPLED_HASHES:
+        starts = evenly_spaced(count - HASHES_PER_READ, SAMPLED_HASHES // HASHES_PER_READ)
+        spans = [(start, start + HASHES_PER_READ) for start in starts]
+    texts = [text for first, last in spans for text in collection[first:last]]
+    wanted = _as_bytes(text_hashes(texts))
+    distinct, known = set(wanted), set()
+    for store in stores:
+        for block in range(store.block_count):
+            if not store.is_missing(block) and (hashes := store.read_hashes(block)) is not None:
+                known |= distinct.intersection(_as_bytes(hashes))
+    return sum(text_hash in known for text_hash in wanted) / len(wanted)
+
+
+def _as_bytes(hashes: np.ndarray) -> list[bytes]:
+    return hashes.view(f"V{HASH_BYTES}").ravel().tolist()
+
+
+def _plan_encoding(
+    plan: Plan, retriever: Retriever, rows: int, stores: list[VectorStore]
+) -> tuple[float, float]:
+    """Add the encoding of the collection to `rows` vectors, except those of texts in the stores.
+
+    Return its peak (memory, GPU memory) in GB.
+    """
     passages = len(retriever.collection)
     encoder = retriever.encoder("passage", load_dual_model(retriever.source))
     texts = [retriever.collection[row] for row in _probes(passages, retriever.device)]
     how = (encoder.tokenize_windows, encoder.encode_tokens)
     seconds, tokens = _seconds_and_tokens(retriever.device, *how, texts)
-    windows = f" in {rows:,} windows" if retriever.hp.passage_windows > 1 else ""
+    new = 1.0 - _share_on_disk(retriever.collection, stores) if stores else 1.0
+    about = "about " if passages > SAMPLED_HASHES else ""
+    what = f"{about}{round(new * passages):,} of {passages:,}" if stores else f"{passages:,}"
+    windows = f" in {round(new * rows):,} windows" if retriever.hp.passage_windows > 1 else ""
     speed = f"{tokens:.0f} tokens, {tokens / seconds:,.0f} tokens/s"
-    plan.add(f"encode {passages:,} passages{windows} ({speed})", seconds * rows)
+    plan.add(f"encode {what} passages{windows} ({speed})", seconds * new * rows)
+    if stores:
+        hashing = seconds_of(lambda: text_hashes(retriever.collection[: len(texts)])) / len(texts)
+        plan.add("find known texts (without copying their vectors)", 2 * hashing * passages)
     if windows:
         count = seconds_of(lambda: window_counts(encoder.tokenizer, texts, encoder.rules)) / len(texts)
         plan.add("count the windows", count * passages)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from toy_world import make_world, options, train_options
+from toy_world import lines, make_world, options, train_options, write
 
 from torch_src import cross_infer, cross_train, dual_infer, dual_train, inference_plan
 from torch_src.runtime import planning
@@ -53,6 +53,34 @@ def test_a_plan_does_not_change_what_is_up_to_date(world, tmp_path, capsys):
     assert "up to date" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("sampled", [None, 16])
+def test_a_plan_encodes_only_texts_without_a_vector(world, tmp_path, capsys, monkeypatch, sampled):
+    if sampled:
+        monkeypatch.setattr(inference_plan, "SAMPLED_HASHES", sampled)
+        monkeypatch.setattr(inference_plan, "HASHES_PER_READ", 1)
+    model = ["--pretrained_model_path", str(world / "model"), "--dual_params", "none"]
+    words = [*options(world, tmp_path / "out"), *model, "--dev_q", "none"]
+    assert dual_infer.main(words) == 0
+    changed = tmp_path / "data/passage-collection"
+    changed.mkdir(parents=True)
+    rows = [
+        line for part in ("part-00", "part-01") for line in lines(world / f"data/passage-collection/{part}")
+    ]
+    write(changed / "part-00", [*rows[40:], *(row.replace("\t\t", "\t\t新") for row in rows[:20])])
+    (tmp_path / "data/dev").symlink_to(world / "data/dev")
+    words += ["--data_dir", str(tmp_path / "data"), "--passage_ids", "none", "--plan"]
+    capsys.readouterr()
+    for more, expected in (
+        ([], "encode about 20 of 40 passages (" if sampled else "encode 20 of 40 passages ("),
+        (["--force"], "encode 40 passages ("),
+        (["--p_max_seq_len", "20"], "encode 40 passages ("),
+        (["--para_emb", str(tmp_path / "out/para_emb")], "encode 40 passages ("),
+    ):
+        assert dual_infer.main([*words, *more]) == 0
+        assert expected in capsys.readouterr().out
+    assert not (tmp_path / "out/para_emb/previous").exists()
+
+
 def test_a_plan_includes_the_index(world, tmp_path, capsys):
     words = [*options(world, tmp_path / "out"), "--pretrained_model_path", str(world / "model"), "--plan"]
     assert dual_infer.main([*words, "--index", "HNSW32"]) == 0
@@ -80,10 +108,14 @@ def test_a_plan_that_does_not_fit_gives_advice(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("device", "in_host_memory"), [("cpu", True), ("cuda", False)])
 def test_the_advice_for_a_search_names_the_knobs_of_its_device(monkeypatch, device, in_host_memory):
-    monkeypatch.setattr(inference_plan, "_plan_encoding", lambda plan, retriever: (1.0, 0.5))
+    monkeypatch.setattr(inference_plan, "_plan_encoding", lambda *given: (1.0, 0.5))
+    monkeypatch.setattr(inference_plan, "_stores_on_disk", lambda *given: [])
     monkeypatch.setattr(inference_plan, "memory_gb", lambda device: (1.0, 0.25))
     retriever = SimpleNamespace(
-        hp=SimpleNamespace(index=""), width=8, collection=range(9), device=torch.device(device)
+        hp=SimpleNamespace(index="", passage_windows=1),
+        width=8,
+        collection=range(9),
+        device=torch.device(device),
     )
     advice = inference_plan.plan_retrieval(retriever, 0, 10, 10).advice
     assert "--bs" in advice and ("--search_memory_gb" in advice) == in_host_memory
