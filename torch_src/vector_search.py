@@ -60,18 +60,18 @@ class VectorSearch:
     @property
     def how(self) -> str:
         """One line about the kind of search."""
+        windows = f" ({self.windows.rows:,} windows)" if self.windows else ""
         if self.index:
-            return f"approximate search ({self.hp.index})"
+            return f"approximate search ({self.hp.index}){windows}"
         is_kept = self.cache or self.in_memory
         place = "kept in memory" if is_kept else "read from disk for every question"
-        windows = f" ({self.windows.rows:,} windows)" if self.windows else ""
         return f"exact search, {self._amount} of vectors{windows} {place}"
 
     @property
     def how_zh(self) -> str:
-        if self.index:
-            return f"近似检索（{self.hp.index}）"
         windows = f"（{self.windows.rows:,} 个窗口）" if self.windows else ""
+        if self.index:
+            return f"近似检索（{self.hp.index}）{windows}"
         return f"精确检索，向量 {self._amount}{windows}，{'已放进内存' if self.cache else '每次从硬盘读取'}"
 
     @property
