@@ -294,11 +294,13 @@ def test_which_gpus(monkeypatch, capsys):
 def test_the_plan_counts_the_memory_of_an_index_on_a_gpu(monkeypatch):
     monkeypatch.setattr(inference_plan, "_plan_encoding", lambda *_: (1.0, 0.5))
     monkeypatch.setattr(inference_plan, "memory_gb", lambda device: (1.0, 0.25))
+    monkeypatch.setattr(inference_plan, "_stores_on_disk", lambda *_: [])
     hp = types.SimpleNamespace(index="IVF8,SQ8", recall_queries=0, device="cpu", passage_windows=1)
     retriever = types.SimpleNamespace(hp=hp, width=32, collection=range(10**7), device=torch.device("cpu"))
     plan = inference_plan.plan_retrieval(retriever, 5, 10, 10, fake_gpus(free=16e9))
     assert plan.gpu_gb == pytest.approx(0.25 + 0.6 + 1.0, abs=0.001)  # exact search, lists, temporary memory
-    assert plan.ram_gb == pytest.approx(1.25) and plan.disk_gb == pytest.approx(1e7 * (64 + 8 + 40) / 1e9)
+    assert plan.ram_gb == pytest.approx(1.25)
+    assert plan.disk_gb == pytest.approx(1e7 * (64 + 16 + 8 + 40) / 1e9)
     assert not plan.parts
 
 
