@@ -170,7 +170,7 @@ class CollectionChanges:
             victim = self.draw.choice(
                 sorted(path for path in found if path.is_file() and path.stat().st_size)
             )
-            if victim.parent.parent == folder:
+            if folder / "previous" in victim.parents:
                 self.faults.counts[f"{kind} after the move"] += 1
             victim.write_bytes(damaged(victim.read_bytes(), kind, self.draw))
             self.faults.counts[f"{kind} of old vectors: {victim.suffix[1:]}"] += 1
