@@ -73,6 +73,8 @@ def test_the_run_is_that_of_the_best_windows(trained, tmp_path, capsys):
     assert dual(trained, output, *WINDOWS, "--dev_q", "none") == 0
     assert "windows; no search" in capsys.readouterr().out
     assert dual(trained, output, *WINDOWS, "--plan") == 0
+    assert "encode 0 of 60 passages in 0 windows" in capsys.readouterr().out
+    assert dual(trained, tmp_path / "other", *WINDOWS, "--plan") == 0
     assert f"60 passages in {first[-1]} windows" in capsys.readouterr().out
     # more passages than there are
     assert dual(trained, output, *WINDOWS, topk=70) == 0
