@@ -33,6 +33,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("no NVIDIA GPU")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, those of real data: otherwise one process would end with them alone."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
 def pytest_collection_finish() -> None:
     """Exempt the imported libraries from garbage collection: the programs call gc.collect()."""
     gc.freeze()
