@@ -22,10 +22,13 @@ import torch_src  # noqa: F401 (first: it reports missing packages)
 
 import signal
 import subprocess
-
-import httpx
+from importlib import import_module
+from importlib.util import find_spec
 
 from script.bench.common import ROOT, make_parser
+
+# older versions of huggingface_hub need httpx instead
+httpx = import_module("httpx2" if find_spec("httpx2") else "httpx")
 
 CLIENTS, SINGLE, MANY = 32, 60, 640  # clients, and requests of a run
 

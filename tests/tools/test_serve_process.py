@@ -9,16 +9,20 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from threading import Semaphore
 
-import httpx
 import numpy as np
 import pytest
 from toy_world import ROOT, lines
 
 from torch_src import Retriever
+
+# older versions of huggingface_hub need httpx instead
+httpx = import_module("httpx2" if find_spec("httpx2") else "httpx")
 
 CLIENTS, REQUESTS = 32, 800  # 2,000 were sent once: the rest of a longer run finds nothing else
 MORE_MB = 64  # resident memory may grow by this much under load
