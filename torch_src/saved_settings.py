@@ -22,8 +22,6 @@ NOT_SAVED = (
     "plan", "workers", "encoder_engine",
 )  # fmt: skip
 RERANKER = ("pretrained_model_path", "vocab_path", "max_seq_len", "remove_spaces")
-
-
 WINDOWS = ("passage_windows", "window_stride")
 
 

@@ -107,9 +107,8 @@ class Chain:
     def contents(self) -> dict[str, bytes]:
         """Return the bytes of every result, except checkpoints (their layout is up to torch), caches, curves.
 
-        Reduced to what is protected: an intact stamp of a block without its checksum and the number of copied
-        vectors, and of NAME_hparams.json the fields that belong to the weights, since the other ones may be
-        edited.
+        Reduced to what is protected: an intact stamp of a block without its checksum, and of
+        NAME_hparams.json the fields that belong to the weights, since the other ones may be edited.
         """
         found = {path.relative_to(self.out): path for path in self.out.rglob("*") if path.is_file()}
         kept = {name: path for name, path in found.items() if not NOT_COMPARED & set(name.parts)}
@@ -141,7 +140,6 @@ def protected(path: Path, data: bytes) -> bytes:
     """Return the part of a result that damage must not change."""
     if path.match("block-*.json") and (stamp := read_checked_json(path)):
         del stamp["checksum"]
-        stamp.pop("copied", None)
         return json.dumps(stamp).encode()
     if path.name in ("dual_hparams.json", "cross_hparams.json"):
         try:

@@ -214,7 +214,7 @@ def test_a_key_is_required(service, given, capsys, monkeypatch):
 
 
 class Slow:
-    """A re-ranker that answers when it is told to."""
+    """A re-ranker that answers after `open` is set."""
 
     def __init__(self, real):
         self.real, self.hp = real, real.hp

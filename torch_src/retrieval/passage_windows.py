@@ -17,6 +17,7 @@ from torch_src.data.collection import PassageCollection
 from torch_src.models.tokenization import TextRules, TokenTable
 from torch_src.models.windows import tokenize_windows, window_counts
 from torch_src.retrieval.tokenizing import TEXTS_PER_TASK
+from torch_src.retrieval.vectors import HASH_BYTES
 from torch_src.runtime.files import atomic_write
 from torch_src.runtime.locks import waiting_lock
 from torch_src.runtime.log import log, warn
@@ -156,7 +157,7 @@ class WindowTexts:
             data, start = text.encode("utf-8"), int(starts[passage])
             for row in range(max(first, start), min(last, int(starts[passage + 1]))):
                 digests += xxhash.xxh3_128_digest(data, seed=row - start)
-        return np.frombuffer(bytes(digests), dtype=np.uint8).reshape(-1, 16)
+        return np.frombuffer(bytes(digests), dtype=np.uint8).reshape(-1, HASH_BYTES)
 
     def _passages(self, first: int, last: int) -> tuple[int, int]:
         """Return the passages (first, last + 1) of windows first..last-1."""
