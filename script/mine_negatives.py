@@ -3,6 +3,7 @@
     python script/mine_negatives.py                                            # with the retriever alone
     python script/mine_negatives.py --cross_params output/cross_params.bin     # denoised by the re-ranker
     python script/mine_negatives.py --retrieval_result output/bm25/train.top50 # from any run, such as BM25's
+    python script/mine_negatives.py --dual_params none    # with the model of do_dual_infer.py, not fine-tuned
 
 Settings: torch_src/tools/mining_hparams.py, or `--name value`; `--help` lists them. Writes to output/mined:
 dual.train.tsv, cross.train.tsv, dual.train.ids.tsv (rows, pids, ranks and scores, aligned with
@@ -23,9 +24,11 @@ from torch_src.data.kinds import RUN as RUN_KIND
 from torch_src.data.kinds import check_kinds
 from torch_src.data.passage_ids import check_length, read_passage_ids
 from torch_src.data.results import check_collection
+from torch_src.dual_hparams import MODEL_SETTINGS
 from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.inference_de_hparams import InferenceDeHparams
 from torch_src.inputs import check_named
+from torch_src.runtime.errors import UserError
 from torch_src.runtime.files import read_json, require, write_json
 from torch_src.runtime.locks import folder_lock
 from torch_src.runtime.log import log, warn
@@ -52,6 +55,14 @@ def retrieve(hp: MiningHparams, queries: Path) -> Path:
     manifest = read_json(path) if path.exists() else {}
     names = ("block_rows", "vector_dims", "encoder_engine", *WINDOWS)
     existing = {name: manifest[name] for name in names if name in manifest}  # existing vectors stay valid
+    if hp.dual_params == hparams.NONE:
+        saved = read_saved(hp.output_dir, "dual_infer_hparams.json")
+        if saved.get("dual_params") != hparams.NONE:
+            raise UserError(
+                f"--dual_params none: {hp.output_dir} has no vectors of a model as it was downloaded; "
+                "run do_dual_infer.py --dual_params none --pretrained_model_path MODEL with this folder first"
+            )
+        existing |= {name: saved[name] for name in ("pretrained_model_path", *MODEL_SETTINGS)}
     settings = InferenceDeHparams(
         dual_params=hp.dual_params_path, topk=hp.topk, bs=hp.bs, data_dir=hp.data_dir, dev_q=str(queries),
         dev_q2qid=hparams.NONE, passage_dir=hp.passage_dir_path, passage_ids=hp.passage_ids_path,

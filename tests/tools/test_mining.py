@@ -5,6 +5,7 @@ import json
 import pytest
 from toy_world import lines, make_world, options, write
 
+from script import mine_negatives
 from script.mine_negatives import against_positive
 from torch_src.data.collection import PassageCollection
 from torch_src.data.mined_files import COLUMNS, read_teacher
@@ -281,6 +282,23 @@ def test_mining_with_trained_models(trained_copy, tmp_path, program):
     program(*mine, *own)
     assert (tmp_path / "own/dual.train.tsv").read_bytes() == first
     assert "bm25.py search" in program(*mine, *own[:1], tmp_path / "nowhere", status=2)
+
+
+def test_a_model_that_was_not_trained_is_taken_from_the_settings_of_its_vectors(tmp_path, monkeypatch):
+    hp = MiningHparams(output_dir=str(tmp_path), dual_params="none", data_dir="data", topk=7)
+    with pytest.raises(UserError, match="do_dual_infer.py --dual_params none"):
+        mine_negatives.retrieve(hp, tmp_path / "mined/train.q.format")
+    of_vectors = {
+        "dual_params": "none", "pretrained_model_path": str(tmp_path / "model"), "vocab_path": None,
+        "pooling": "mean", "normalize": True, "query_prefix": "query: ", "passage_prefix": "",
+        "q_max_seq_len": 9, "p_max_seq_len": 19, "remove_spaces": False, "share_encoder": None,
+    }  # fmt: skip
+    write(tmp_path / "dual_infer_hparams.json", [json.dumps({**of_vectors, "topk": 3})])
+    searched = []
+    monkeypatch.setattr("torch_src.dual_infer.run", lambda *given: searched.append(given))
+    assert mine_negatives.retrieve(hp, tmp_path / "mined/train.q.format") == tmp_path / "mined/res.top7"
+    ((settings, topk, _),) = searched
+    assert topk == 7 and {name: getattr(settings, name) for name in of_vectors} == of_vectors
 
 
 @pytest.mark.slow
