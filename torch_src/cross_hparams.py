@@ -21,10 +21,10 @@ class CrossHparams(Training):
     epoch: int = 3  # passes over the training rows (listwise: over the positives)
     batch_size: int = 64  # pairs per micro-batch (pointwise)
     lr: float = 1e-5  # peak learning rate of AdamW
-    loss: str = "pointwise"  # pointwise: binary, the official recipe; listwise: softmax over a group
+    loss: str = "listwise"  # listwise: softmax over a group; pointwise: binary, the official recipe
 
     # model
-    dual_params: str = NONE  # start from this retriever's passage encoder; none: from pretrained_model_path
+    dual_params: str = ""  # retriever to start from; empty: output_dir/dual_params.bin if it fits; none: no
     cross_params: str = NONE  # start from this trained re-ranker, head included; none: from the others
     max_seq_len: int = 384  # tokens of query and passage together; only the passage is cut
 
@@ -44,11 +44,11 @@ class CrossHparams(Training):
     TRAIN_FILE = "train/cross.train.tsv"
     DEBUG = {
         "pretrained_model_path": TINY_ENCODER, "precision": "fp32", "epoch": 1, "lr": 2e-4,
-        "loss": "listwise", "group_size": 3, "groups_per_step": 8, "max_seq_len": 224, "dropout": 0.0,
+        "group_size": 3, "groups_per_step": 8, "max_seq_len": 224, "dropout": 0.0,
         "dev_queries": 20, "dev_depth": 20,
     }  # fmt: skip
     INPUTS = {"dual_params": "trained retriever", "cross_params": "trained re-ranker"}
-    CHOICES = {"loss": ("pointwise", "listwise")}
+    CHOICES = {"loss": ("listwise", "pointwise")}
     RANGES = {
         "max_seq_len": PAIR_LENGTH, "group_size": (2, 1000), "groups_per_step": COUNT,
         "head_lr": FROM_0, "r_drop_alpha": FROM_0, "fgm_epsilon": FROM_0,
@@ -67,5 +67,5 @@ class CrossHparams(Training):
         super().check()
         if self.r_drop_alpha and (self.loss != "pointwise" or self.fgm_epsilon):
             raise UserError("--r_drop_alpha requires --loss pointwise and no --fgm_epsilon")
-        if NONE not in (self.dual_params, self.cross_params):
+        if self.dual_params not in ("", NONE) and self.cross_params != NONE:
             raise UserError("--dual_params and --cross_params: name one model to start from")

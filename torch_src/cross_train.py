@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch_src.data.candidates import OFFICIAL
 from torch_src.data.cross_training_set import CrossBatch, CrossTrainingSet
 from torch_src.data.negative_scores import negative_scores_path, read_negative_scores, write_negative_scores
 from torch_src.inputs import check_inputs
-from torch_src.models.backbones import reranker_settings
+from torch_src.models.backbones import model_checksum, reranker_settings
 from torch_src.models.cross_encoder import (
     CrossEncoder,
     describe_reranker,
@@ -27,7 +28,13 @@ from torch_src.models.cross_encoder import (
 )
 from torch_src.models.losses import listwise_loss, pointwise_loss, r_drop_loss
 from torch_src.models.model_folder import log_overrides
-from torch_src.models.tokenization import TextRules, TokenTable, reranker_rules, tokenize_pairs
+from torch_src.models.tokenization import (
+    TextRules,
+    TokenTable,
+    reranker_rules,
+    tokenize_pairs,
+    tokenizer_checksum,
+)
 from torch_src.models.truncation import sampled, truncation_of_pairs
 from torch_src.retrieval import score_checks
 from torch_src.retrieval.reranking import PairScorer
@@ -36,7 +43,7 @@ from torch_src.runtime.files import require
 from torch_src.runtime.log import log, warn
 from torch_src.runtime.planning import evenly_spaced, seconds_per_text
 from torch_src.runtime.program import exit_status
-from torch_src.runtime.stamps import checksum_files
+from torch_src.runtime.stamps import checksum_files, is_intact, read_stamp
 from torch_src.training.dev_evaluation import DevReranking, open_dev_reranking
 from torch_src.training.distributed import Processes
 from torch_src.training.grad_cache import ChunkedForward
@@ -90,6 +97,8 @@ class CrossTask(TrainingTask):
     unit = "pairs"
 
     def __init__(self, hp: CrossHparams, setup: Setup):
+        if not hp.dual_params:
+            hp = setup.files.hp = replace(hp, dual_params=retriever_to_start_from(hp, setup))
         self.hp, self.setup, self.files = hp, setup, setup.files
         self.device, self.processes, self.chunking = setup.device, setup.processes, setup.chunking
         setup.config.num_labels = 1
@@ -298,6 +307,24 @@ class CrossTask(TrainingTask):
         return scores
 
 
+def retriever_to_start_from(hp: CrossHparams, setup: Setup) -> str:
+    """Return the finished retriever of output_dir if it was trained from the same model, else none.
+
+    A model with a trained head, or a re-ranker in --cross_params, is a better start than a retriever.
+    """
+    path = str(Path(hp.output_dir) / "dual_params.bin")
+    kind = (setup.config.architectures or [""])[0]
+    has_head = hp.cross_params != hparams.NONE or kind.endswith(("ForSequenceClassification", "ForCausalLM"))
+    if has_head or not is_intact(path):
+        return hparams.NONE
+    stamp = read_stamp(path) or {}
+    same = model_checksum(hp.pretrained_model_path), tokenizer_checksum(setup.tokenizer)
+    if (stamp.get("start"), stamp.get("tokenizer")) == same:
+        return path
+    log(f"{path}: not used as the start: trained from another model or vocabulary")
+    return hparams.NONE
+
+
 def perturb(table: Tensor, gradient: Tensor, epsilon: float) -> Tensor:
     """Return table + epsilon g / |g|; the table itself when the gradient g is zero or not finite."""
     norm = gradient.double().norm()
@@ -341,6 +368,10 @@ def settings(argv: list[str]) -> CrossHparams:
 def run(hp: CrossHparams) -> None:
     """Train unless the result is up to date."""
     hparams.announce("train the cross-encoder", hp)
+    plain = CrossHparams.defaults(hp.debug)
+    for knob in ("batch_size",) if hp.loss == "listwise" else ("group_size", "groups_per_step"):
+        if getattr(hp, knob) != getattr(plain, knob):
+            warn(f"--{knob} {getattr(hp, knob)}: has no effect with --loss {hp.loss}")
     check_inputs(hp, hp.pretrained_model_path, train_set_path="training rows")
     training_stage(hp).run()
 

@@ -18,7 +18,7 @@ RECIPES = {
         {"remove_spaces": True},
         {
             "remove_spaces": True, "loss": "pointwise", "batch_size": 256, "fgm_epsilon": 0.01,
-            "warmup_proportion": 0.0,
+            "warmup_proportion": 0.0, "dual_params": "none",
         },
     ),
     "few_queries": Recipe(
@@ -28,8 +28,7 @@ RECIPES = {
             "lr": 5e-5, "epoch": 6,
         },
         {
-            "loss": "listwise", "group_size": 5, "groups_per_step": 4, "lr": 1e-4, "head_lr": 1e-3,
-            "dropout": 0.0,
+            "groups_per_step": 4, "lr": 1e-4, "head_lr": 1e-3, "dropout": 0.0,
         },
     ),
 }  # fmt: skip

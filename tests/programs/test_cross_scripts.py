@@ -14,7 +14,7 @@ from toy_world import lines, make_model, make_world, options, write
 
 from metric import convert_recall_res_to_json, convert_rerank_res_to_json
 from script import fuse_curve, run_all
-from torch_src import cross_infer, cross_train, dual_infer
+from torch_src import cross_infer, cross_train, dual_infer, dual_train
 from torch_src.models.backbones import load_config
 from torch_src.models.cross_encoder import build_cross_encoder
 from torch_src.retrieval.reranking import PairScorer
@@ -135,6 +135,39 @@ def test_training_continues_from_another_rerankers_weights(world, capsys):
     torch.save({name: value + 1 for name, value in first.items()}, start)
     assert train(world, "--cross_params", start, *none, output="second") == 0
     assert "start_weights" in capsys.readouterr().out
+
+
+def test_training_starts_from_the_finished_retriever_of_its_folder(world, capsys):
+    none = ["--lr", "1e-9", "--weight_decay", "0", "--max_steps", "1", "--eval_every", "-1"]
+    config = load(world / "model/config.json")
+    write(world / "model/config.json", [json.dumps({**config, "architectures": ["BertModel"]})])
+    dual = [*options(world, world / "second"), "--pretrained_model_path", str(world / "model"), *none]
+    assert dual_train.main([*dual, "--batch_size", "4"]) == 0
+    retriever = world / "second/dual_params.bin"
+    stamp = (world / "second/dual_params.bin.stamp.json").read_bytes()
+    state = torch.load(retriever, weights_only=True)
+    shutil.copytree(world / "second", world / "third")
+    torch.save({name: value + 1 for name, value in state.items()}, retriever)
+
+    assert train(world, *none, output="second") == 0  # changed since it was finished
+    assert "initialized from" not in capsys.readouterr().out
+    shutil.copytree(world / "third", world / "second", dirs_exist_ok=True)
+    assert train(world, *none, output="second") == 0
+    assert "dual_params.bin: encoder initialized from its passage tower" in capsys.readouterr().out
+    trained = torch.load(world / "second/cross_params.bin", weights_only=True)
+    tower = "passage_encoder.embeddings.word_embeddings.weight"
+    assert torch.allclose(trained["bert.embeddings.word_embeddings.weight"], state[tower], atol=1e-6)
+    assert load(world / "second/cross_hparams.json")["dual_params"].endswith("second/dual_params.bin")
+    assert train(world, *none, output="second") == 0
+    assert "up to date" in capsys.readouterr().out
+    assert train(world, *none, "--dual_params", "none", output="second") == 0
+    assert "start_weights" in capsys.readouterr().out
+
+    other = {**json.loads(stamp), "start": "another"}
+    write(world / "third/dual_params.bin.stamp.json", [json.dumps(other)])
+    assert train(world, *none, output="third") == 0
+    out = capsys.readouterr().out
+    assert "trained from another model" in out and "initialized from" not in out
 
 
 def test_another_model_than_the_start_is_refused(world, capsys):

@@ -189,7 +189,8 @@ def test_fgm_keeps_the_accumulated_gradient_of_the_embeddings(world):
 
 
 def test_the_word_embeddings_are_restored_after_an_error_in_fgm(world, monkeypatch):
-    task = load(world, "cross", batch_size=4, dropout=0.0, fgm_epsilon=0.5, grad_cache_chunk=2)
+    knobs = dict(loss="pointwise", batch_size=4, dropout=0.0, fgm_epsilon=0.5, grad_cache_chunk=2)
+    task = load(world, "cross", **knobs)
     before, real, calls = task.model.word_embeddings.detach().clone(), task.model.forward, []
 
     def failing(*tensors):
