@@ -135,20 +135,11 @@ class CrossInference(Reranker):
         """Return the stamp of the logits."""
         return {
             "stage": "cross_infer",
-            **self.source.stamp,
-            **self.source.settings,
+            **self.stamp(),
             "candidates": checksum_files([self.hp.retrieval_result_path]),
             "passages": self.passages_checksum,
             **({"depth": self.hp.depth} if self.hp.depth else {}),
-            **self._windows_stamp(),
-            "precision": self.precision,
-            "device": self.device.type,
         }
-
-    def _windows_stamp(self) -> JsonDict:
-        if self.hp.passage_windows == 1:
-            return {}
-        return {"passage_windows": self.rules.windows, "window_stride": self.rules.stride}
 
     def result_stamp(self) -> JsonDict:
         """Return the stamp of the re-ranked run."""
@@ -191,7 +182,7 @@ def rerank(job: CrossInference) -> None:
     texts = job.candidates.texts_of(sampled(len(job.candidates)))
     for found in truncation_of_pairs(job.source.tokenizer, *texts, job.rules):
         found.report()
-    logits = score_candidates(job)
+    logits = score_candidates(job, job.candidates, job.output / "cross_scores", job.score_stamp())
     for path in job.outputs:
         clear_stamp(path)
     result = write_run(job, logits, pids, rows)
@@ -204,18 +195,16 @@ def rerank(job: CrossInference) -> None:
     check_scores(job, logits, pids, result)
 
 
-def score_candidates(job: CrossInference) -> np.ndarray:
-    """Return the logits (N,) float32 of all pairs; finished blocks are kept on disk."""
-    total = len(job.candidates)
+def score_candidates(job: Reranker, candidates: Candidates, folder: Path, stamp: JsonDict) -> np.ndarray:
+    """Return the logits (N,) float32 of all pairs; finished blocks are kept in `folder`."""
+    total = len(candidates)
     model = load_cross_model(job.source)  # may raise, so before scores on disk are deleted
     block_rows = min(job.hp.block_pairs, total)
-    store = ScoreStore.create_or_continue(
-        job.output / "cross_scores", job.score_stamp(), total, 1, block_rows, log, job.hp.force
-    )
+    store = ScoreStore.create_or_continue(folder, stamp, total, 1, block_rows, log, job.hp.force)
     deleted: set[int] = set()  # damaged blocks
     while True:
         if store.missing_blocks():
-            _score_blocks(job, store, model)
+            _score_blocks(job, candidates, store, model)
         else:
             log(f"{store.folder}: scores up to date ({total:,} pairs)")
         try:
@@ -224,13 +213,13 @@ def score_candidates(job: CrossInference) -> np.ndarray:
             store.delete_damaged(damage, deleted)
 
 
-def _score_blocks(job: CrossInference, store: VectorStore, model: CrossEncoder) -> None:
+def _score_blocks(job: Reranker, candidates: Candidates, store: VectorStore, model: CrossEncoder) -> None:
     scorer, missing = job.scorer(model), store.missing_blocks()
     spans = list(map(store.block_range, missing))
     total = sum(last - first for first, last in spans)
     progress = Progress(total, LOG_SECONDS, "scored", "pairs")
     workers = worker_count(-1, job.device, total)
-    scored = scorer.score_candidates(job.candidates, spans, workers, progress.add)
+    scored = scorer.score_candidates(candidates, spans, workers, progress.add)
     for block, (_, last) in zip(missing, spans, strict=True):
         logits: list[np.ndarray] = []
         for span, values, pairs in scored:

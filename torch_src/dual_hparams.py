@@ -1,10 +1,12 @@
 """Settings of do_dual_train.py. Edit a default here, or pass `--name value`. Shared: common_hparams.py."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch_src.common_hparams import Training
 from torch_src.hparams import NONE, POOLINGS, TINY_ENCODER, under
 from torch_src.runtime.errors import UserError
+from torch_src.runtime.files import to_root
 from torch_src.runtime.options import ABOVE_0, FROM_0, LENGTH
 
 # Saved in dual_hparams.json; inference reads them there and refuses other values.
@@ -39,7 +41,8 @@ class DualHparams(Training):
     hard_negatives: int = 1  # random hard negatives per query, new ones in each epoch
     temperature: float = 1.0  # scores are divided by it; 0.01 to 0.05 with normalize
     weight_decay: float = 0.0  # of AdamW, on weight matrices only (no biases, no norms)
-    distill_loss: str = "none"  # distillation of the re-ranker's scores in a mined train_set
+    distill_loss: str = "none"  # distillation of the scores of re-rankers (teacher)
+    teacher: tuple[str, ...] = ()  # files of score_training_set.py, averaged; empty: train_set's own scores
     distill_weight: float = 1.0  # weight of distill_loss
     distill_temperature: float = 1.0  # the re-ranker's logits are divided by it
     contrastive_weight: float = 1.0  # weight of the contrastive loss, with distill_loss
@@ -69,8 +72,17 @@ class DualHparams(Training):
     def saved_to(self) -> str:
         return under(self.output_dir, "", "dual_hparams.json")
 
+    @property
+    def inputs(self) -> list[str]:
+        return [*super().inputs, *self.teacher]
+
+    def to_save(self) -> dict[str, Any]:
+        return {**super().to_save(), "teacher": [to_root(path) for path in self.teacher]}
+
     def check(self) -> None:
         super().check()
+        if self.teacher and self.distill_loss == NONE:
+            raise UserError("--teacher requires --distill_loss kl or margin_mse")
         if self.distill_loss != NONE and not self.hard_negatives:
             raise UserError("--distill_loss requires --hard_negatives of at least 1")
         if self.distill_loss != NONE and not (self.distill_weight or self.contrastive_weight):

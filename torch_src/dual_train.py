@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from torch_src import hparams
 from torch_src.data.dual_training_set import DualBatch, DualTrainingSet
-from torch_src.data.mined_files import read_teacher, sidecar_path
+from torch_src.data.mined_files import read_teachers, teacher_files
 from torch_src.dual_hparams import MODEL_SETTINGS, DualHparams
 from torch_src.inputs import check_inputs
 from torch_src.models.backbones import folder_settings
@@ -105,14 +105,15 @@ class DualTask(TrainingTask):
         """Return the checksums of the collection, from which the dev pool is drawn, and of the teacher."""
         stamp = self.setup.collection_stamp() if self.hp.eval_every >= 0 else {}
         if self.hp.distill_loss != hparams.NONE:
-            stamp["teacher"] = checksum_files([sidecar_path(self.hp.train_set_path)])
+            stamp["teacher"] = checksum_files(teacher_files(self.hp.train_set_path, self.hp.teacher))
         return stamp
 
     def load(self) -> None:
         """Load training set, dev set and model."""
         hp, setup = self.hp, self.setup
-        teacher = None if hp.distill_loss == hparams.NONE else read_teacher(hp.train_set_path)
-        self.data = DualTrainingSet(hp.train_set_path, self.rules["passage"].clean, teacher)
+        self.data = DualTrainingSet(hp.train_set_path, self.rules["passage"].clean)
+        if hp.distill_loss != hparams.NONE:
+            self.data.teacher = read_teachers(hp.train_set_path, hp.teacher, self.data.rows)
         self.batches_per_epoch = self.data.steps_per_epoch(hp.batch_size)
         self.make_batch = DualBatches(hp, self.data, setup.tokenizer, self.rules, self.processes)
         log(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")

@@ -225,8 +225,10 @@ def knob_help(
         option = f"  --{name}, --no_{name}"
     else:
         kind = field.type if isinstance(field.type, type) else typing.get_args(field.type)[0]
-        option = f"  --{name} " + (f"{{{','.join(choices)}}}" if choices else kind.__name__.upper())
-    facts = [] if default is None or default == "" else [f"default {default}"]
+        word = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
+        several = f" [{word} ...]" if typing.get_origin(field.type) is tuple else ""
+        option = f"  --{name} {word}{several}"
+    facts = [] if default in (None, "", ()) else [f"default {default}"]
     facts += [limit_text(*limits)] if limits and len(limits) == 2 else []
     width = max(60, shutil.get_terminal_size((110, 0)).columns) - HELP_COLUMN
     text = f"{comment} ({'; '.join(facts)})" if facts else comment
@@ -272,6 +274,8 @@ def describe(hp: Hparams) -> list[str]:
 
 def option_text(value: object) -> str:
     """Return a value as on the command line, quoted when it has spaces or is empty."""
+    if isinstance(value, tuple):
+        return " ".join(map(option_text, value)) or "''"
     text = "unset" if value is None else str(value)
     return text if text and text == "".join(text.split()) else repr(text)
 

@@ -25,6 +25,7 @@ from torch_src.retrieval.hits import Hit
 from torch_src.retrieval.reranking import PairScorer
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.log import log, silent
+from torch_src.runtime.stamps import JsonDict
 from torch_src.saved_settings import reranker_settings
 
 
@@ -63,6 +64,17 @@ class Reranker:
             reranker = Reranker(reranker_settings(str(path), {**options, **hardware}), own_process=False)
             reranker.own_scorer  # noqa: B018 (loads the weights)
         return reranker
+
+    def stamp(self) -> JsonDict:
+        """Return what decides the logit of a pair."""
+        windows = {"passage_windows": self.rules.windows, "window_stride": self.rules.stride}
+        return {
+            **self.source.stamp,
+            **self.source.settings,
+            **(windows if self.hp.passage_windows > 1 else {}),
+            "precision": self.precision,
+            "device": self.device.type,
+        }
 
     def scorer(self, model: CrossEncoder) -> PairScorer:
         """Return the scorer of this model, which is moved to the device."""

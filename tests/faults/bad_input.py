@@ -128,7 +128,7 @@ READERS: dict[str, tuple[str, bytes, Callable, dict[str, bytes]]] = {
     "scores": ("cross_scores.txt", b"3.14159203\n-1e-05\n", lambda path: list(read_scores(path)), {}),
     "teacher": (
         SIDECAR, text("\t".join(COLUMNS), "3\tp3\t\t\t4\t5\tp5\t1\t8\t-5"),
-        lambda path: read_teacher(path.with_name("dual.train.tsv")), {},
+        lambda path: read_teacher(path.with_name("dual.train.tsv"), path), {},
     ),
     "settings": ("dual_hparams.json", b'{"epoch": 3, "prefix": "\xe9\x97\xae"}', read_json, {}),
     "stamp": (

@@ -49,7 +49,7 @@ def test_help_shows_every_knob_with_comment_default_and_choices(settings, capsys
         shown = " ".join(lines[at : at + 2])
         group, comment = comments[field.name]
         assert group in hparams.GROUPS and comment in shown
-        assert field.default in (None, "") or f"default {field.default}" in shown
+        assert field.default in (None, "", ()) or f"default {field.default}" in shown
         assert all(choice in shown for choice in inherited(settings, "CHOICES").get(field.name, ()))
     first = [line for line in lines if line.endswith(":") and not line.startswith(" ")][0]
     assert first == "main options:"
@@ -209,6 +209,7 @@ def test_a_value_out_of_range_exits_with_2(capsys):
     [
         ("--early_stop 2 --eval_every -1", "--early_stop"),
         ("--distill_loss kl --hard_negatives 0", "--distill_loss"),
+        ("--teacher a.tsv", "--teacher requires --distill_loss"),
         ("--batch_size 1 --hard_negatives 0", "--batch_size"),
     ],
 )
@@ -221,6 +222,16 @@ def test_values_at_their_limits_are_accepted():
     assert train("--eval_every", "-1", "--warmup_proportion", "1", "--q_max_seq_len", "3").eval_every == -1
     assert train("--dropout", "0", "--hard_negatives", "0", "--warmup_proportion", "0").dropout == 0
     assert infer("--pooling", "mean", "--topk", "1", "--bs", "1").pooling == "mean"
+
+
+def test_an_option_of_several_values(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hp = train("--distill_loss", "kl", "--teacher", "a b.tsv", "c.tsv", "--lr", "0.1")
+    assert hp.teacher == ("a b.tsv", "c.tsv") and hp.lr == 0.1 and train().teacher == ()
+    assert hp.to_save()["teacher"] == [str(tmp_path / "a b.tsv"), str(tmp_path / "c.tsv")]
+    assert set(hp.teacher) <= set(hp.inputs)
+    assert "teacher 'a b.tsv' c.tsv ('')" in hparams.describe(hp)
+    assert "--teacher STR [STR ...]" in hparams.help_text(DualHparams)
 
 
 def test_only_changed_settings_are_printed_with_their_defaults(capsys):
@@ -251,7 +262,10 @@ def test_save_writes_all_settings_the_commit_and_more(tmp_path, monkeypatch):
     hparams.save(hp, tmp_path / "new" / "hp.json", steps=7)
     saved = json.loads((tmp_path / "new" / "hp.json").read_text(encoding="utf-8"))
     commit = hparams.commit()  # empty in an unpacked archive
-    assert saved == {**dataclasses.asdict(hp), "steps": 7, "commit": commit} and "\n" not in commit
+    assert (
+        saved == {**dataclasses.asdict(hp), "teacher": [], "steps": 7, "commit": commit}
+        and "\n" not in commit
+    )
     monkeypatch.setattr(hparams, "ROOT", tmp_path)
     assert hparams.commit() == ""
 

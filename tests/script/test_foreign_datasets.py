@@ -438,8 +438,9 @@ def test_flagembedding_scores_are_a_teachers_logits(convert, tmp_path):
     rows = [{"query": "蒸鱼", "pos": [FISH], "neg": [PORK, RICE], "pos_scores": [5.5], "neg_scores": [-1, 2]},
             {"query": "炖肉", "pos": [PORK], "neg": [RICE]}]  # fmt: skip
     found = convert("flagembedding", put(tmp_path, rows, "t.jsonl"))
-    assert read_teacher(found.folder / "train/dual.train.tsv").tolist()[:2] == [[5.5, -1], [5.5, 2]]
-    sidecar = [line.split("\t") for line in lines(found.folder / "train/dual.train.ids.tsv")]
+    train, path = (found.folder / "train" / name for name in ("dual.train.tsv", "dual.train.ids.tsv"))
+    assert read_teacher(train, path).tolist()[:2] == [[5.5, -1], [5.5, 2]]
+    sidecar = [line.split("\t") for line in lines(path)]
     assert sidecar[0] == COLUMNS and len(sidecar) == len(found.dual) + 1
     pid = next(pid for pid, text in found.passages.items() if text == FISH)
     assert sidecar[1][:5] == ["0", pid, "", "", "5.5"] and sidecar[3][4] == ""

@@ -8,9 +8,9 @@ from toy_world import lines, make_world, options, write
 from script import mine_negatives
 from script.mine_negatives import against_positive
 from torch_src.data.collection import PassageCollection
-from torch_src.data.mined_files import COLUMNS, read_teacher
+from torch_src.data.mined_files import COLUMNS
 from torch_src.runtime.errors import UserError
-from torch_src.runtime.stamps import checksum_files, write_stamp
+from torch_src.runtime.stamps import checksum_files
 from torch_src.tools import mining, mining_inputs
 from torch_src.tools.mining import Miner, Rules
 from torch_src.tools.mining_hparams import MiningHparams
@@ -335,21 +335,3 @@ def test_dropped_texts_are_not_added_back_from_the_training_file(tmp_path):
     [(_, positives, negatives)] = miner.mine(tmp_path / "run", logits)
     assert [x.text for x in positives] == ["文3", "文5"]  # once, though the collection has it twice
     assert [x.text for x in negatives] == ["文7", "旧1"] and miner.counts.promoted == 1
-
-
-def test_teacher_scores_of_other_rows_are_refused(tmp_path):
-    train, sidecar = tmp_path / "dual.train.tsv", tmp_path / mining.SIDECAR
-    row = "\t".join(["", "", "", "", "1.5", "", "", "", "", "-2"])
-    write(train, ["q\t\tp\t\tn\t0", "q\t\tp\t\tm\t0"])
-    write(sidecar, ["\t".join(COLUMNS), row, row])
-    assert read_teacher(str(train)).tolist() == [[1.5, -2], [1.5, -2]]  # without stamps: taken as they are
-    for path in (train, sidecar):
-        write_stamp(path, {"stage": "mine_negatives", "topk": 5})
-    assert len(read_teacher(str(train))) == 2
-    write_stamp(sidecar, {"stage": "mine_negatives", "topk": 9})
-    with pytest.raises(UserError, match="another mining"):
-        read_teacher(str(train))
-    write_stamp(sidecar, {"stage": "mine_negatives", "topk": 5})
-    write(train, ["q\t\tp\t\tm\t0", "q\t\tp\t\tn\t0"])  # the same number of rows in another order
-    with pytest.raises(UserError, match="changed since it was mined.*mine again, or.*delete"):
-        read_teacher(str(train))

@@ -364,6 +364,50 @@ def test_distillation_with_cached_gradients(world, tmp_path, kind, share, more):
     assert apart(gradients(without, 2), gradients(kept, 2)) > 1e-2
 
 
+TEACHERS = (lambda text: len(text) % 11 / 2, lambda text: float(text.count("，") - text.count("的")))
+
+
+def softmax(values: list[float]) -> np.ndarray:
+    powers = np.exp(np.array(values) - max(values))
+    return powers / powers.sum()
+
+
+@pytest.mark.parametrize("kind", ["kl", "margin_mse"])
+def test_a_querys_scores_meet_those_of_its_teachers(world, tmp_path, kind):
+    """The loss of two epochs, 4 negatives a query, against teachers that are functions of the text."""
+    rows = [line.split("\t") for line in lines(world / "data/train/dual.train.tsv")]
+    for name, logit in zip("ab", TEACHERS, strict=True):
+        scored = [f"{logit(row[2])}\t{logit(row[4])}" for row in rows]
+        write(tmp_path / name, ["positive_logit\tnegative_logit", *scored])
+    task = load(
+        world, "dual", batch_size=6, hard_negatives=4, distill_loss=kind, distill_temperature=2.0,
+        contrastive_weight=0.0, normalize=True, temperature=0.02, dropout=0.0, pooling="mean",
+        share_encoder=True, teacher=(str(tmp_path / "a"), str(tmp_path / "b")),
+    )  # fmt: skip
+    seen = set()
+    for epoch in (0, 1):
+        batch, losses = task.make_batch((epoch, 0)), []
+        queries = task.embed("query", batch, batch.queries).outputs.detach().numpy()
+        passages = task.embed("passage", batch, batch.passages).outputs.detach().numpy()
+        for at, query in enumerate(batch.source.queries):
+            columns = [column for column in batch.source.lists[at].tolist() if column >= 0]
+            texts = [batch.source.passages[column] for column in columns]
+            own = [row for row in rows if row[0] == query]
+            assert texts[0] in {row[2] for row in own} and set(texts[1:]) <= {row[4] for row in own}
+            assert len(texts) == 1 + min(4, len({row[4] for row in own}))
+            student = passages[columns] @ queries[at] / 0.02
+            teacher = [sum(logit(text) for logit in TEACHERS) / 2 / 2.0 for text in texts]
+            if kind == "kl":
+                p, q = softmax(teacher), softmax(student)
+                losses.append((p * np.log(p / q)).sum())
+            else:
+                gaps = (student[0] - student[1:]) - (teacher[0] - np.array(teacher[1:]))
+                losses.append((gaps**2).mean())
+            seen |= set(texts)
+        assert task.forward(batch).loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
+    assert len(seen) > 40
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kl", "margin_mse"])
 def test_distillation_alone_fits_the_teacher(world, tmp_path, kind):

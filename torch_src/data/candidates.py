@@ -1,4 +1,4 @@
-"""Candidates to re-rank: a run with the collection, or auxiliary/*.res.tsv with its *.res.id_map.tsv."""
+"""Pairs to score: a run with the collection, auxiliary/*.res.tsv with its id map, or training rows."""
 
 from array import array
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from torch_src.data.collection import PassageCollection
+from torch_src.data.dual_training_set import DualTrainingSet
 from torch_src.data.formats import candidates_by_query, run_by_query
 from torch_src.data.lines import FilePath, FormatError
 from torch_src.data.results import check_collection
@@ -21,6 +22,17 @@ def official_ids_path(path: str) -> str:
     return path.removesuffix(OFFICIAL) + OFFICIAL_IDS
 
 
+@dataclass(frozen=True)
+class TrainingTexts:
+    """The passages of training rows: 2 * row is the row's positive, 2 * row + 1 its negative."""
+
+    data: DualTrainingSet
+
+    def __getitem__(self, place: int) -> str:
+        _, *passages = self.data.file.read([place // 2])[0]
+        return passages[place % 2]
+
+
 @dataclass
 class Candidates:
     """N (query, passage) pairs in file order; the pairs of a query are adjacent.
@@ -30,18 +42,20 @@ class Candidates:
 
     queries: list[str]  # distinct, in file order
     query_of: np.ndarray  # (N,) int32: index into queries
-    rows: np.ndarray  # (N,) int64: global rows; -1 in the official files
+    rows: np.ndarray  # (N,) int64: global rows; -1 in the official files; places in the training file
     scores: np.ndarray  # (N,) float32: the retriever's; -rank in the official files, which have no scores
     pids: np.ndarray | None  # (N,) bytes; None for a run (its rows identify the passages)
     qids: list[str] | None  # of queries; None for a run
-    texts: PassageCollection | list[str]  # by row for a run; by pair for the official files and for a list
+    texts: PassageCollection | TrainingTexts | list[str]  # by row; by pair for official files and for a list
 
     def __len__(self) -> int:
         return len(self.query_of)
 
     def passages(self, first: int, last: int) -> list[str]:
         """Return the texts of pairs first..last-1."""
-        if self.pids is not None or isinstance(self.texts, list):
+        if isinstance(self.texts, list) or (
+            self.pids is not None and not isinstance(self.texts, TrainingTexts)
+        ):
             return self.texts[first:last]
         return [self.texts[row] for row in self.rows[first:last].tolist()]
 
@@ -98,6 +112,23 @@ def open_candidates(
         pairs.queries.append(query)
     pairs.check_not_empty(path)
     return pairs.candidates(None, None, collection)
+
+
+def training_pairs(data: DualTrainingSet) -> tuple[Candidates, np.ndarray]:
+    """Return the distinct (query, passage) pairs of the rows, and the pairs (rows, 2) int64 of each row."""
+    pair_of = np.empty((data.rows, 2), dtype=np.int64)
+    query_of, places, count = [], [], 0
+    for query, group in enumerate(data.groups):
+        hashes = np.stack([data.positive_hash[group], data.negative_hash[group]], axis=1)
+        _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
+        pair_of[group] = count + which.reshape(hashes.shape)
+        places.append(2 * group[first // 2] + first % 2)
+        query_of.append(np.full(len(first), query, dtype=np.int32))
+        count += len(first)
+    queries = [data.file.read([int(group[0])])[0].query for group in data.groups]
+    scores, texts = np.zeros(count, dtype=np.float32), TrainingTexts(data)
+    pairs = Candidates(queries, np.concatenate(query_of), np.concatenate(places), scores, None, None, texts)
+    return pairs, pair_of
 
 
 def _open_official(path: str, cache_dir: FilePath | None) -> Candidates:

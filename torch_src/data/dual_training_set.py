@@ -25,19 +25,16 @@ class DualBatch:
 
 
 class DualTrainingSet:
-    """dual.train.tsv grouped by query. Holds hashes and offsets (about 40 bytes per row), not texts."""
+    """dual.train.tsv grouped by query. Holds hashes and offsets (about 40 bytes per row), not texts.
 
-    def __init__(
-        self,
-        path: FilePath,
-        clean: Callable[[str], str] = lambda text: text,
-        teacher: np.ndarray | None = None,
-    ):
-        """Read the file once; texts are compared after `clean`.
+    teacher (rows, 2) float32: a re-ranker's logits of each row's positive and negative, NaN if unknown.
+    """
 
-        teacher (rows, 2) float32: a re-ranker's logits of each row's positive and negative, NaN if unknown.
-        """
-        self.path, self.teacher = path, teacher
+    teacher: np.ndarray | None = None
+
+    def __init__(self, path: FilePath, clean: Callable[[str], str] = lambda text: text):
+        """Read the file once; texts are compared after `clean`."""
+        self.path = path
 
         def hashes(row: DualRow) -> tuple[int, ...]:
             return tuple(text_hash(clean(text)) for text in row)
@@ -47,8 +44,6 @@ class DualTrainingSet:
         self.groups = group_rows(self.query_hash)
         self.rows = len(self.file)
         self.queries = len(self.groups)  # distinct
-        if teacher is not None and len(teacher) != self.rows:
-            raise UserError(f"{path}: {self.rows:,} rows, but {len(teacher):,} rows of a teacher's scores")
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Return the number of full batches; the queries that are left over differ in each epoch."""

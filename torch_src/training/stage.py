@@ -55,11 +55,12 @@ PROBED_UPDATES = 3  # that a plan measures, after one warm-up
 PROBED_UNITS = 32  # queries, groups or pairs of such an update on a CPU; a whole batch may take half an hour
 
 # Settings that change paths or log lines, but not the weights of a run. `grad_cache_chunk` and
-# `tokens_per_batch` are stamped as the user gave them; what was chosen for -1 and 0 is in the checkpoint.
+# `tokens_per_batch` are stamped as the user gave them; what was chosen for -1 and 0 is in the checkpoint. The
+# files of `teacher` are stamped by their checksums.
 NOT_STAMPED = {
     "data_dir", "train_set", "dev_set", "passage_dir", "passage_ids", "dev_candidates", "output_dir",
     "log_every", "save_every_minutes", "pretrained_model_path", "dual_params", "cross_params", "vocab_path",
-    "recipe", "force", "debug", "threads", "device", "plan",
+    "recipe", "force", "debug", "threads", "device", "plan", "teacher",
 }  # fmt: skip
 
 
