@@ -262,10 +262,8 @@ def test_save_writes_all_settings_the_commit_and_more(tmp_path, monkeypatch):
     hparams.save(hp, tmp_path / "new" / "hp.json", steps=7)
     saved = json.loads((tmp_path / "new" / "hp.json").read_text(encoding="utf-8"))
     commit = hparams.commit()  # empty in an unpacked archive
-    assert (
-        saved == {**dataclasses.asdict(hp), "teacher": [], "steps": 7, "commit": commit}
-        and "\n" not in commit
-    )
+    wanted = {**dataclasses.asdict(hp), "teacher": [], "steps": 7, "commit": commit}
+    assert saved == wanted and "\n" not in commit
     monkeypatch.setattr(hparams, "ROOT", tmp_path)
     assert hparams.commit() == ""
 

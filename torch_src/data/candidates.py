@@ -53,11 +53,10 @@ class Candidates:
 
     def passages(self, first: int, last: int) -> list[str]:
         """Return the texts of pairs first..last-1."""
-        if isinstance(self.texts, list) or (
-            self.pids is not None and not isinstance(self.texts, TrainingTexts)
-        ):
-            return self.texts[first:last]
-        return [self.texts[row] for row in self.rows[first:last].tolist()]
+        by_row = self.pids is None and not isinstance(self.texts, list)
+        if by_row or isinstance(self.texts, TrainingTexts):
+            return [self.texts[row] for row in self.rows[first:last].tolist()]
+        return self.texts[first:last]
 
     def texts_of(self, pairs: list[int]) -> tuple[list[str], list[str]]:
         """Return (queries, passages) of these pairs."""
