@@ -34,7 +34,7 @@ for file in $chosen ${more:-}; do
         echo "ERROR milvus-lite installs faiss-cpu, which breaks the faiss-gpu in .venv; see requirements-milvus.txt" >&2
         exit 2
     fi
-    sum=$(cat "$file" requirements-base.txt requirements-demo.txt | cksum)
+    sum=$(cat "$file" requirements-base.txt requirements-demo.txt requirements-lora.txt | cksum)
     if [ "$(cat ".venv/installed-$file" 2>/dev/null)" != "$sum" ]; then
         echo "installing $file"
         $python -m pip install --quiet --disable-pip-version-check -r "$file" || {

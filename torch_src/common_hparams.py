@@ -154,6 +154,8 @@ class Training(TrainRows, DevAnswers, PlannedJob):
     # model
     remove_spaces: bool = False  # remove ASCII spaces from every text, as the official baseline does
     dropout: float | None = None  # of layers and attention; unset: as in the model's config.json
+    lora_rank: int = 0  # LoRA: train only updates of this rank (alpha 2 x rank, no dropout); 0: all weights
+    lora_targets: str = "all"  # linear layers that get them, e.g. query,value; all: every one of the encoder
 
     # optimization
     accumulation_steps: int = 1  # micro-batches per update; adds no in-batch negatives (batch_size does)
@@ -185,7 +187,7 @@ class Training(TrainRows, DevAnswers, PlannedJob):
         "grad_cache_chunk": (-1, 10**6), "accumulation_steps": COUNT, "max_steps": STEPS_OR_OFF,
         "warmup_proportion": SHARE, "max_grad_norm": ABOVE_0, "ema_decay": (0, 0.999999),
         "eval_every": (-1, 10**8), "early_stop": COUNT_OR_OFF, "save_every_minutes": (0, 10**6),
-        "log_every": STEPS, "tokens_per_batch": STEPS_OR_OFF,
+        "lora_rank": (0, 4096), "log_every": STEPS, "tokens_per_batch": STEPS_OR_OFF,
     }  # fmt: skip
 
     @classmethod
@@ -210,3 +212,5 @@ class Training(TrainRows, DevAnswers, PlannedJob):
         super().check()
         if self.early_stop and self.eval_every < 0:
             raise UserError("--early_stop requires evaluations on dev (--eval_every 0 or more)")
+        if self.lora_targets != type(self).lora_targets and not self.lora_rank:
+            raise UserError(f"--lora_targets {self.lora_targets} requires --lora_rank of at least 1, e.g. 16")

@@ -26,6 +26,7 @@ from torch_src.models.cross_encoder import (
     start_from_reranker,
     start_from_retriever,
 )
+from torch_src.models.lora import add_adapters, describe_adapters, load_merged, merged_state
 from torch_src.models.losses import listwise_loss, pointwise_loss, r_drop_loss
 from torch_src.models.model_folder import log_overrides
 from torch_src.models.tokenization import (
@@ -162,6 +163,10 @@ class CrossTask(TrainingTask):
             checkpoint_activations(self.model.model)
         if hp.head_lr:
             self.peak_lr = dict.fromkeys(self.model.random_parameters, hp.head_lr)
+        if hp.lora_rank:
+            random = [name.removeprefix("model.") for name in self.model.random_parameters]
+            add_adapters(self.model.model, hp.lora_rank, hp.lora_targets, hp.seed, setup.precision, random)
+            log(describe_adapters(self.model, hp.lora_rank))
         self.model.to(self.device)
 
     def forward(self, batch: CrossInputs) -> Output:
@@ -210,12 +215,15 @@ class CrossTask(TrainingTask):
         gradient is zero or not finite, the embeddings are unchanged.
         """
         table = self.model.word_embeddings
+        trained = table.requires_grad  # with LoRA the table is frozen
+        table.requires_grad_()
         logits = self.logits(batch, 0)
         scale = FGM_LOSS_SCALE if self.setup.precision == "fp16" else 1.0
         (self.loss(logits.outputs, batch)[0] * scale).backward()
         accumulated, table.grad = table.grad, None
         logits.backward(inputs=[table])
         gradient, table.grad = table.grad, accumulated
+        table.requires_grad_(trained)
         assert gradient is not None
         return perturb(table.detach(), self.processes.all_reduce_sum_(gradient), self.hp.fgm_epsilon)
 
@@ -254,7 +262,7 @@ class CrossTask(TrainingTask):
 
     def save(self) -> str:
         """Write cross_params.bin and the files beside it."""
-        return self.files.save(self.model.model.state_dict())
+        return self.files.save(merged_state(self.model.model))
 
     def saved_checksum(self) -> str | None:
         """Return the checksum of cross_params.bin."""
@@ -296,7 +304,7 @@ class CrossTask(TrainingTask):
     def _score_negatives(self, weights: str) -> np.ndarray:
         """Load the best weights, score some training negatives, write and return the scores."""
         state = torch.load(self.hp.params_path, map_location=self.device, weights_only=True)
-        self.model.model.load_state_dict(state)
+        load_merged(self.model.model, state)
         rows = np.flatnonzero(self.data.labels == 0)
         rows = np.random.default_rng([self.hp.seed, 3]).permutation(rows)[:SAMPLED_NEGATIVES]
         sample = self.data.file.read(rows.tolist())

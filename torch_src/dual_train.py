@@ -23,6 +23,7 @@ from torch_src.models.dual_encoder import (
     shorten,
     vector_width,
 )
+from torch_src.models.lora import add_adapters, describe_adapters
 from torch_src.models.losses import contrastive_loss, contrastive_scores, distillation_loss
 from torch_src.models.model_folder import log_overrides
 from torch_src.models.tokenization import LENGTHS, TextRules, TokenTable, exclude_prompt, retriever_rules
@@ -132,11 +133,15 @@ class DualTask(TrainingTask):
             )
         start = (hp.pretrained_model_path, setup.config, hp.pooling, hp.seed)
         backbone, query_backbone = load_backbone(*start), load_query_backbone(*start)
-        if hp.gradient_checkpointing:
-            for tower in filter(None, (backbone, query_backbone)):
+        for tower in filter(None, (backbone, query_backbone)):
+            if hp.gradient_checkpointing:
                 checkpoint_activations(tower)
+            if hp.lora_rank:
+                add_adapters(tower, hp.lora_rank, hp.lora_targets, hp.seed, setup.precision)
         options = (hp.share_encoder, hp.pooling, hp.normalize, query_backbone)
         self.model = DualEncoder(backbone, *options).to(self.device)
+        if hp.lora_rank:
+            log(describe_adapters(self.model, hp.lora_rank))
 
     def _report_truncation(self) -> None:
         """Log which shares of the training texts are truncated; they are saved with the weights."""

@@ -123,9 +123,9 @@ def test_the_advice_for_a_search_names_the_knobs_of_its_device(monkeypatch, devi
 
 def test_arithmetic():
     assert evenly_spaced(5) == [0, 1, 2, 3, 4] and evenly_spaced(100, 3) == [0, 49, 99]
-    layer = torch.nn.Linear(1000, 1000, bias=False)  # 4 MB
-    assert np.isclose(checkpoint_gb(layer, averaged=False), 0.004 * 10)
-    assert np.isclose(checkpoint_gb(layer, averaged=True), 0.004 * 13)
+    assert np.isclose(checkpoint_gb(4_000_000, 4_000_000, averaged=False), 0.004 * 10)
+    assert np.isclose(checkpoint_gb(4_000_000, 4_000_000, averaged=True), 0.004 * 13)
+    assert np.isclose(checkpoint_gb(4_000_000, 1000, averaged=False), 0.004 + 3 * 3e-6)
     # the whole takes 6 GB above 2, 0.9 x 5 GB leave 2.5
     assert np.isclose(fitting_fraction(2.0, 8.0, 5.0), 2.5 / 6)
     assert fitting_fraction(2.0, 8.0, 1.0) == 0 and fitting_fraction(2.0, 8.0, 99.0) == 1

@@ -60,6 +60,7 @@ def test_state_of_a_run():
     assert state_bytes(model, "bf16", True) == 4 * (3 * 1100 + 1000) + 2 * 1100 + 4 * 1100
     model[0].weight.requires_grad_(False)
     assert state_bytes(model, "fp32", False) == 4 * (3 * 100 + 100)
+    assert state_bytes(model, "bf16", True) == 4 * (3 * 100 + 100) + 2 * 100 + 4 * 100
 
 
 def test_the_measured_activations_are_those_counted_by_hand():

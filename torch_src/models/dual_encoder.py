@@ -1,6 +1,5 @@
 """The dual encoder: two towers, any transformers.AutoModel encoder, each pooled to one vector per text."""
 
-import copy
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 
 from torch_src.models.backbones import ENCODERS, WEIGHT_ERRORS, load_pretrained, probe_ids
+from torch_src.models.lora import copy_with_adapters, merged_state
 from torch_src.models.model_folder import is_decoder, read_model_folder
 from torch_src.models.tokenization import LENGTHS
 from torch_src.runtime.devices import at_least_float32
@@ -45,7 +45,8 @@ class DualEncoder(nn.Module):
         if query_backbone is not None and share_encoder:
             raise UserError("--share_encoder: the model has two different towers; pass --no_share_encoder")
         self.query_encoder = query_backbone or backbone
-        self.passage_encoder = backbone if share_encoder or query_backbone else copy.deepcopy(backbone)
+        own = share_encoder or query_backbone is not None
+        self.passage_encoder = backbone if own else copy_with_adapters(backbone)
         self.pooling, self.normalize = pooling, normalize
 
     def tower(self, side: str) -> PreTrainedModel:
@@ -57,11 +58,13 @@ class DualEncoder(nn.Module):
         return embed(self.tower(side), input_ids, attention_mask, self.pooling, self.normalize, skipped)
 
     def stored_state(self) -> dict[str, Tensor]:
-        """Return the state dict with each weight once: a shared tower's under the query's names."""
-        state = self.state_dict()
+        """Return the state dict with each weight once: a shared tower's under the query's names.
+
+        Adapters are merged.
+        """
         if self.query_encoder is self.passage_encoder:
-            return {name: value for name, value in state.items() if not name.startswith(PASSAGE)}
-        return state
+            return {QUERY + name: value for name, value in merged_state(self.query_encoder).items()}
+        return merged_state(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *given: Any, **options: Any) -> Any:
         """Load the weights; a shared tower's under either name, UserError where two copies differ."""

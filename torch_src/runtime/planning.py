@@ -102,10 +102,12 @@ def memory_gb(device: torch.device) -> tuple[float, float]:
     return peak_memory_gb(torch.device("cpu")), gpu
 
 
-def checkpoint_gb(model: torch.nn.Module, averaged: bool) -> float:
-    """Return the disk space of a training in 10^9 bytes: weights, two checkpoints, one being written."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
-    return weights + 3 * weights * (4 if averaged else 3)
+def checkpoint_gb(saved: int, trained: int, averaged: bool) -> float:
+    """Return the disk space of a training in 10^9 bytes: weights, two checkpoints, one being written.
+
+    saved, trained: bytes of all weights and of those that a checkpoint holds with their moments.
+    """
+    return (saved + 3 * trained * (4 if averaged else 3)) / 1e9
 
 
 def fitting_fraction(base_gb: float, peak_gb: float, free_gb: float) -> float:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import xxhash
+from torch import Tensor, nn
 
 from torch_src.runtime.errors import UserError, first_line
 from torch_src.runtime.files import atomic_write
@@ -32,6 +33,17 @@ def save_tensors(path: str | Path, state: dict[str, Any], **options: Any) -> Non
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Write the checkpoint and keep the last one as the previous; after a failure both are unchanged."""
     save_tensors(path, {**state, "xxh3": checksum(state)}, keep_old=previous(path))
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict without frozen weights, which are those that the training started from."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what trained_state returned."""
+    model.load_state_dict({**model.state_dict(), **state})
 
 
 def checksum(state: Any) -> str:

@@ -83,12 +83,14 @@ def probe_inputs(texts: int, tokens: int, device: torch.device) -> tuple[Tensor,
 
 
 def state_bytes(model: nn.Module, precision: str, averaged: bool) -> int:
-    """Return the bytes that training adds to the weights: gradients, AdamW's two moments, copies."""
-    sizes = [p.numel() * p.element_size() for p in model.parameters()]
+    """Return the bytes that training adds to the weights: gradients, AdamW's two moments, copies.
+
+    Frozen weights add nothing: with LoRA and 16 bits they are loaded as such.
+    """
     trained = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
-    low = sum(sizes) // 2 if precision != "fp32" else 0
+    low = sum(trained) // 2 if precision != "fp32" else 0
     # the gradient of a weight is complete before it is added to that of the other chunks
-    return 3 * sum(trained) + averaged * sum(sizes) + low + max(trained, default=0)
+    return 3 * sum(trained) + averaged * sum(trained) + low + max(trained, default=0)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -36,32 +36,33 @@ def parameter_groups(
 
 
 class Ema:
-    """Exponential moving average of the weights: shadow = decay * shadow + (1 - decay) * live.
+    """Exponential moving average of the trained weights: shadow = decay * shadow + (1 - decay) * live.
 
     Updated after each update of the live weights (Polyak and Juditsky 1992). Evaluation and saving use the
     shadow, through `applied`; training continues with the live weights.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.model, self.decay = model, decay
-        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.decay = decay
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.shadow = {name: p.detach().clone() for name, p in self.trained.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Update the averaged weights."""
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.trained.items():
             self.shadow[name].lerp_(parameter, 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Give the model the shadow weights within the block."""
-        live = {name: p.data for name, p in self.model.named_parameters()}
-        for name, parameter in self.model.named_parameters():
+        live = {name: p.data for name, p in self.trained.items()}
+        for name, parameter in self.trained.items():
             parameter.data = self.shadow[name]
         try:
             yield
         finally:
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in self.trained.items():
                 parameter.data = live[name]
 
     def load(self, shadow: dict[str, Tensor]) -> None:

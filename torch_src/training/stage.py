@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from torch_src.data.candidates import OFFICIAL, official_ids_path
 from torch_src.data.collection import PassageCollection
 from torch_src.models.backbones import check_fits, load_config, model_checksum
+from torch_src.models.lora import import_peft, merged_bytes
 from torch_src.models.tokenization import TextRules, load_tokenizer, save_tokenizer, tokenizer_checksum
 from torch_src.models.trained_settings import model_fields_intact, write_trained_settings
 from torch_src.models.truncation import Truncation
@@ -166,6 +167,8 @@ class Setup:
         make_rules: Callable[[PretrainedConfig], dict[str, TextRules]],
     ):
         self.name, self.hp = name, hp
+        if hp.lora_rank:
+            import_peft()  # before data and model are loaded
         self.device = choose_device(hp.device)
         if hp.deterministic:
             make_deterministic(self.device)
@@ -192,7 +195,8 @@ class Setup:
     def stamp(self) -> dict[str, Any]:
         """Return what decides the weights of both models: settings, model to start from, files."""
         hp = self.hp
-        settings = {k: v for k, v in dataclasses.asdict(hp).items() if k not in NOT_STAMPED}
+        unused = set() if hp.lora_rank else {"lora_rank", "lora_targets"}
+        settings = {k: v for k, v in dataclasses.asdict(hp).items() if k not in NOT_STAMPED | unused}
         dev = [hp.dev_set_path, hp.dev_candidates_path]
         if hp.dev_candidates_path.endswith(OFFICIAL):
             dev.append(official_ids_path(hp.dev_candidates_path))
@@ -358,7 +362,8 @@ class TrainingStage:
             name = f"{trainer.schedule.evaluations} dev evaluations ({duration(each)} each)"
             plan.add(name, each * trainer.schedule.evaluations)
         plan.ram_gb, plan.gpu_gb = memory_gb(self.device)
-        plan.disk_gb = checkpoint_gb(task.model, bool(self.hp.ema_decay))
+        trained = sum(p.numel() * p.element_size() for p in task.model.parameters() if p.requires_grad)
+        plan.disk_gb = checkpoint_gb(merged_bytes(task.model), trained, bool(self.hp.ema_decay))
         smaller = self._fitting_fraction(base, (plan.ram_gb, plan.gpu_gb))
         plan.advice = f"try {task.chunking.scaled(smaller, task.texts_per_batch).options}"
         if plan.too_large:

@@ -22,7 +22,12 @@ from torch_src.runtime.prefetch import one_ahead, prepared_by_workers
 from torch_src.runtime.progress import close_live_line, line_due, live_line
 from torch_src.runtime.signals import StopSignals
 from torch_src.runtime.stamps import differences
-from torch_src.training.checkpoints import load_checkpoint, save_checkpoint
+from torch_src.training.checkpoints import (
+    load_checkpoint,
+    load_trained_state,
+    save_checkpoint,
+    trained_state,
+)
 from torch_src.training.distributed import Processes
 from torch_src.training.grad_cache import ChunkedForward, Chunking
 from torch_src.training.optimizer import Ema, lr_factor, parameter_groups
@@ -362,7 +367,7 @@ class Trainer:
             state = {
                 "stamp": self.stamp,
                 "progress": asdict(self.progress),
-                "model": self.task.model.state_dict(),
+                "model": trained_state(self.task.model),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "ema": self.ema.shadow if self.ema is not None else {},
@@ -385,7 +390,7 @@ class Trainer:
         )
         if state is None:
             return
-        self.task.model.load_state_dict(state["model"])
+        load_trained_state(self.task.model, state["model"])
         for group in state["optimizer"]["param_groups"]:
             group["fused"] = self.fused  # the device may be another one
         self.optimizer.load_state_dict(state["optimizer"])
