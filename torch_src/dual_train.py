@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -115,6 +116,7 @@ class DualTask(TrainingTask):
         self.data = DualTrainingSet(hp.train_set_path, self.rules["passage"].clean)
         if hp.distill_loss != hparams.NONE:
             self.data.teacher = read_teachers(hp.train_set_path, hp.teacher, self.data.rows)
+            log(describe_teacher(self.data.teacher))
         self.batches_per_epoch = self.data.steps_per_epoch(hp.batch_size)
         self.make_batch = DualBatches(hp, self.data, setup.tokenizer, self.rules, self.processes)
         log(f"{self.data.rows:,} training rows, {self.data.queries:,} distinct queries")
@@ -251,6 +253,17 @@ class DualTask(TrainingTask):
                 f"dev MRR@10 {progress.best:.4f} is not above {progress.untrained:.4f} before training: "
                 "try a lower --lr, a --temperature below 1 with --normalize, or more epochs"
             )
+
+
+def describe_teacher(teacher: np.ndarray) -> str:
+    """Return the share of rows that a teacher knows, and how far apart it ranks positives and negatives."""
+    margins = teacher[:, 0] - teacher[:, 1]
+    known = margins[~np.isnan(margins)]
+    low, middle, high = np.quantile(known, [0.05, 0.5, 0.95])
+    return (
+        f"teacher: knows {len(known):,} of {len(teacher):,} rows; its logit of the positive is higher in "
+        f"{100 * np.mean(known > 0):.0f}%, by {middle:.1f} (median; 5% {low:.1f}, 95% {high:.1f})"
+    )
 
 
 def training_stage(hp: DualHparams) -> TrainingStage:

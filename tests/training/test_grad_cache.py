@@ -13,6 +13,7 @@ from torch_src.cross_hparams import CrossHparams
 from torch_src.cross_train import training_stage as cross_stage
 from torch_src.data.mined_files import COLUMNS
 from torch_src.dual_hparams import DualHparams
+from torch_src.dual_train import describe_teacher
 from torch_src.dual_train import training_stage as dual_stage
 from torch_src.models.losses import contrastive_loss, contrastive_scores, listwise_loss, pointwise_loss
 from torch_src.models.tokenization import TokenTable
@@ -406,6 +407,12 @@ def test_a_querys_scores_meet_those_of_its_teachers(world, tmp_path, kind):
             seen |= set(texts)
         assert task.forward(batch).loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
     assert len(seen) > 40
+
+
+def test_the_log_shows_how_far_apart_a_teacher_ranks():
+    teacher = np.array([[3, 1], [2, np.nan], [0, 1], [4, 0]], dtype=np.float32)
+    found = describe_teacher(teacher)
+    assert "3 of 4 rows" in found and "67%, by 2.0 (median" in found
 
 
 @pytest.mark.slow
