@@ -110,6 +110,9 @@ def export_cross(args: argparse.Namespace, to: Path) -> dict[str, Any]:
     found = find_trained_model(hp, "cross", hp.cross_params_path, CROSS_FIXED)
     encoder = load_cross_model(found)
     report_truncation(hp.cross_params_path, "cross")
+    if encoder.takes_types:  # by default transformers passes the segment ids of few tokenizers to the model
+        names = ["input_ids", "token_type_ids", "attention_mask"]
+        found.tokenizer.model_input_names = found.tokenizer.init_kwargs["model_input_names"] = names
     template, length = template_of(found.config), pair_rules(found).max_tokens(found.tokenizer)
     prompt = template.before if template and template.special_tokens else ""
     with tempfile.TemporaryDirectory() as folder:

@@ -130,13 +130,16 @@ def test_an_exported_folder_is_a_warm_start(exported):
             assert torch.equal(value, stored), (side, name)
 
 
-def test_cross_encoder_scores_are_the_same(tmp_path):
+@pytest.mark.parametrize("kind", ["vocab.txt", "tokenizer.json"])
+def test_cross_encoder_scores_are_the_same(kind, tmp_path, tiny_encoder):
+    """Of the tokenizers only that of a vocab.txt returns segment ids unless it is told to."""
     from sentence_transformers import CrossEncoder
 
     world = make_world(tmp_path)
-    both, model = options(world, world / "out"), ["--pretrained_model_path", str(world / "model")]
+    start = world / "model" if kind == "vocab.txt" else tiny_encoder
+    both, model = options(world, world / "out"), ["--pretrained_model_path", str(start)]
     assert dual_infer.main([*both, *model, "--dual_params", "none"], topk=10) == 0
-    short = ["--epoch", "1", "--batch_size", "16", "--max_seq_len", "96", "--lr", "1e-3"]
+    short = ["--epoch", "1", "--batch_size", "16", "--max_seq_len", "96", "--lr", "1e-3", "--max_steps", "4"]
     assert cross_train.main([*both, *model, *short]) == 0
     assert cross_infer.main([*both, "--retrieval_result", str(world / "out/res.top10")]) == 0
     results = [
