@@ -1,10 +1,18 @@
-"""The notebooks of examples/, executed with short trainings in a copy of the repository."""
+"""examples/: the notebooks, executed with short trainings in a copy of the repository, and the program."""
 
 import json
+import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 from doc_commands import ROOT
+from toy_world import options
+
+from metric.convert_recall_res_to_json import main as convert
+from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result
+from script import export_model
+from torch_src import cross_infer, cross_train
 
 NOTEBOOKS = sorted(path.name for path in (ROOT / "examples").glob("*.ipynb"))
 SHORT = "--max_steps 2 --batch_size 8"
@@ -74,3 +82,36 @@ def test_the_notebook_that_loads_the_exports_elsewhere(tmp_path, programs, monke
     printed = capsys.readouterr().out
     scores = [line for line in printed.splitlines() if line.startswith("[")]  # of retriever and re-ranker
     assert len(scores) == 2 and all(len(line.split()) == 2 for line in scores), printed
+
+
+def our_figures(data: Path, run: Path, topk: int) -> list[float]:
+    """Return the measures of a run by the programs of metric/."""
+    maps = [data / "dev/q2qid.dev.json", data / "passage-collection/passage2id.map.json"]
+    assert convert([*map(str, [*maps, run]), str(topk), str(run.with_suffix(".json"))]) == 0
+    metrics = compute_metrics(load_reference(data / "dev/dev.json"), load_result(run.with_suffix(".json")))
+    return [metrics[name] for name in MEASURES]
+
+
+@pytest.mark.tools
+def test_mteb_computes_our_figures(trained_copy, capsys):
+    pytest.importorskip("mteb", reason="not installed: mteb (requirements-mteb.txt)")
+    data, output = trained_copy / "data", trained_copy / "output"
+    evaluate = runpy.run_path(str(ROOT / "examples/evaluate_with_mteb.py"))["main"]
+    model, same = str(trained_copy / "model"), options(trained_copy, output)
+    words = ["--pretrained_model_path", model, "--batch_size", "8", "--max_seq_len", "96"]
+    assert cross_train.main([*same, *words, "--max_steps", "2"]) == 0
+    run = ["--retrieval_result", str(output / "res.top10"), "--topk", "5", "--depth", "5"]
+    assert cross_infer.main([*same, *run]) == 0
+    for kind, run, topk, more in (
+        ("dual", "res.top10", 10, []),
+        ("cross", "res.rerank5", 5, ["--run", str(output / "res.top10"), "--depth", "5"]),
+    ):
+        folder = str(output / "export" / kind)
+        assert export_model.main([kind, "--output_dir", str(output), "--to", folder]) == 0
+        capsys.readouterr()
+        assert evaluate(["--data_dir", str(data), "--model", folder, *more]) == 0
+        theirs = json.loads(capsys.readouterr().out.splitlines()[-1])
+        ours = our_figures(data, output / run, topk)
+        if kind == "dual":  # their search has more passages
+            del theirs["recall@50"], ours[2]
+        assert list(theirs.values()) == pytest.approx(ours, abs=1e-4)
