@@ -44,7 +44,7 @@ def run(world: str, result: Path, kind: str, **knobs: object) -> None:
 
     def summed(model) -> None:
         real_sum(model)
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
 
     trainer.update, processes.all_reduce_gradients = update, summed
     history = trainer.run().history

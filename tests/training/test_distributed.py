@@ -32,6 +32,8 @@ WORLDS = {
     "dual": dict(kind="dual", batch_size=7, normalize=True, temperature=0.05, pooling="mean"),
     "dual-untied-cached": dict(kind="dual", batch_size=8, grad_cache_chunk=2, accumulation_steps=2),
     "cross": dict(kind="cross", batch_size=7, loss="pointwise", fgm_epsilon=0.1),
+    "cross-lora": dict(kind="cross", batch_size=7, loss="pointwise", fgm_epsilon=0.1, lora_rank=4),
+    "dual-lora": dict(kind="dual", batch_size=7, lora_rank=4, grad_cache_chunk=2),
     "cross-listwise-cached": dict(
         kind="cross", loss="listwise", groups_per_step=3, group_size=3, grad_cache_chunk=2
     ),
