@@ -132,7 +132,7 @@ def test_an_exported_folder_is_a_warm_start(exported):
 
 @pytest.mark.parametrize("kind", ["vocab.txt", "tokenizer.json"])
 def test_cross_encoder_scores_are_the_same(kind, tmp_path, tiny_encoder):
-    """Of the tokenizers only that of a vocab.txt returns segment ids unless it is told to."""
+    """By default only a tokenizer that was made from a vocab.txt returns segment ids."""
     from sentence_transformers import CrossEncoder
 
     world = make_world(tmp_path)

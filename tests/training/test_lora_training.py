@@ -1,12 +1,12 @@
 """Training with LoRA: frozen weights stay; chunks, FGM, checkpoints, stamps and 16 bits work with them."""
 
-import contextlib
 import shutil
 
 import pytest
 import torch
 from toy_world import ROOT, make_world
 from training.test_grad_cache import apart, backward, flat, gradients, load, on_host, stage
+from training.test_memory import run_until
 from training.test_update import Casts
 from transformers import AutoConfig, AutoModel, Qwen3Config, Qwen3Model
 
@@ -123,18 +123,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(world, tmp_path, kind, more):
     def run(name, until=9):
         where = dict(output_dir=str(tmp_path / name), max_steps=4, grad_cache_chunk=2)
         made = stage(world, kind, double=False, **where, **KINDS[kind], **more)
-        trainer = made.trainer(tmp_path / name, {})
-        update = trainer.update
-
-        def counted(step, batches):
-            if step == until:
-                trainer._save_checkpoint()
-                raise KeyboardInterrupt
-            return update(step, batches)
-
-        trainer.update = counted
-        with contextlib.suppress(KeyboardInterrupt):
-            trainer.run()
+        run_until(made.trainer(tmp_path / name, {}), until)
         return tmp_path / name / f"{kind}_params.bin"
 
     whole = run("whole").read_bytes()

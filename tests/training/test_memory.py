@@ -138,6 +138,21 @@ def test_the_most_tokens_of_a_batch(world):
     assert task.max_batch_tokens == 12 * 64 and outputs.shape == (2,) and tokens == 2 * 64
 
 
+def run_until(trainer, until: int) -> None:
+    """Run the trainer; at update `until` save a checkpoint and end the run."""
+    update = trainer.update
+
+    def counted(step, batches):
+        if step == until:
+            trainer._save_checkpoint()
+            raise KeyboardInterrupt
+        return update(step, batches)
+
+    trainer.update = counted
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.run()
+
+
 def run_and_resume(world, folder, capsys, monkeypatch, device) -> list[torch.Tensor]:
     """Return weights after a whole run, after a killed and resumed one, and with more memory all along.
 
@@ -150,17 +165,7 @@ def run_and_resume(world, folder, capsys, monkeypatch, device) -> list[torch.Ten
         made = stage(world, "dual", double=False, **knobs)
         made.load()
         trainer = made.trainer(folder / name, {})
-        update = trainer.update
-
-        def counted(step, batches):
-            if step == until:
-                trainer._save_checkpoint()
-                raise KeyboardInterrupt
-            return update(step, batches)
-
-        trainer.update = counted
-        with contextlib.suppress(KeyboardInterrupt):
-            trainer.run()
+        run_until(trainer, until)
         weights = [p.detach().cpu().flatten() for p in trainer.task.model.parameters()]
         return torch.cat(weights), trainer.task.chunking
 
