@@ -21,12 +21,13 @@ from torch_src.inputs import check_inputs
 from torch_src.models.backbones import model_checksum, reranker_settings
 from torch_src.models.cross_encoder import (
     CrossEncoder,
+    build_cross_encoder,
     describe_reranker,
     load_cross_encoder,
     start_from_reranker,
     start_from_retriever,
 )
-from torch_src.models.lora import add_adapters, describe_adapters, load_merged, merged_state
+from torch_src.models.lora import add_adapters, check_targets, describe_adapters, load_merged, merged_state
 from torch_src.models.losses import listwise_loss, pointwise_loss, r_drop_loss
 from torch_src.models.model_folder import log_overrides
 from torch_src.models.tokenization import (
@@ -103,6 +104,8 @@ class CrossTask(TrainingTask):
         self.hp, self.setup, self.files = hp, setup, setup.files
         self.device, self.processes, self.chunking = setup.device, setup.processes, setup.chunking
         setup.config.num_labels = 1
+        if hp.lora_rank:
+            check_targets(lambda: build_cross_encoder(setup.config).model, hp.lora_targets)
         self.rules = setup.rules["max_seq_len"]
         log(describe_reranker(asdict(hp), setup.config))
         self.listwise = hp.loss == "listwise"

@@ -17,6 +17,7 @@ from torch_src.inputs import check_inputs
 from torch_src.models.backbones import folder_settings
 from torch_src.models.dual_encoder import (
     DualEncoder,
+    build_backbone,
     describe_retriever,
     load_backbone,
     load_query_backbone,
@@ -24,7 +25,7 @@ from torch_src.models.dual_encoder import (
     shorten,
     vector_width,
 )
-from torch_src.models.lora import add_adapters, describe_adapters
+from torch_src.models.lora import add_adapters, check_targets, describe_adapters
 from torch_src.models.losses import contrastive_loss, contrastive_scores, distillation_loss
 from torch_src.models.model_folder import log_overrides
 from torch_src.models.tokenization import LENGTHS, TextRules, TokenTable, exclude_prompt, retriever_rules
@@ -90,6 +91,8 @@ class DualTask(TrainingTask):
         self.texts_per_batch = hp.batch_size * (2 + hp.hard_negatives)
         if hp.normalize and hp.temperature >= 1:
             warn("--normalize with a --temperature of 1 or more: scores in [-1, 1] are too flat to learn")
+        if hp.lora_rank:
+            check_targets(lambda: build_backbone(setup.config, hp.pooling), hp.lora_targets)
         self.rules = {side: setup.rules[knob] for side, knob in LENGTHS.items()}
         if not pools_prompt(setup.config):
             self.rules = {side: exclude_prompt(rules, setup.tokenizer) for side, rules in self.rules.items()}

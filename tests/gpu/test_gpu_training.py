@@ -21,6 +21,11 @@ pytestmark = pytest.mark.gpu
 CUDA = "cuda"
 
 
+def require_peft(rank: int) -> None:
+    if rank:
+        pytest.importorskip("peft")
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"), train_queries=24)
@@ -52,9 +57,11 @@ def test_shared_casts_of_the_weights_give_the_gradient_of_one_chunk(world, kind,
     assert apart(gradients(cached), gradients(kept)) < 1e-2  # the same dropout
 
 
+@pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_every_precision_learns(world, tmp_path, precision):
-    knobs = dict(batch_size=8, lr=1e-3, epoch=8, log_every=2)
+def test_every_precision_learns(world, tmp_path, precision, rank):
+    require_peft(rank)
+    knobs = dict(batch_size=8, lr=1e-2 if rank else 1e-3, epoch=8, log_every=2, lora_rank=rank)
     made = stage(world, "dual", double=False, device=CUDA, precision=precision, **knobs)
     losses = [entry["loss"] for entry in made.trainer(tmp_path, {}).run().history]
     assert losses[-1] < losses[0]
@@ -71,9 +78,11 @@ def long_world(tmp_path):
     return world
 
 
-def test_killed_and_resumed_ends_in_the_same_bytes(programs, long_world):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_killed_and_resumed_ends_in_the_same_bytes(programs, long_world, rank):
+    require_peft(rank)
     options = "--device cuda --deterministic --precision bf16 --p_max_seq_len 256 --dropout 0.1"
-    options += " --epoch 4 --save_every_minutes 1e-9 --log_every 1"
+    options += f" --epoch 4 --save_every_minutes 1e-9 --log_every 1 --lora_rank {rank}"
 
     def words(name: str) -> list[str]:
         return [*train_options(long_world, long_world / name), *options.split()]

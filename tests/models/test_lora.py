@@ -8,8 +8,10 @@ from torch import nn
 from torch_src.models import lora
 from torch_src.models.dual_encoder import DualEncoder, embed, sentence_layers
 from torch_src.models.lora import (
+    ALL,
     adapted_layers,
     add_adapters,
+    check_targets,
     copy_with_adapters,
     load_merged,
     merged_bytes,
@@ -196,6 +198,7 @@ FAMILIES = {
 def test_families_train_each_adapter_and_merge(kind):
     sizes, count = FAMILIES[kind]
     plain = small(kind, **sizes) if kind != "T5" else small(kind, **sizes).encoder
+    check_targets(lambda: type(plain)(plain.config), ALL)
     model = randomize(adapted(copy_of(plain)))
     assert len(adapted_layers(model)) == count
     twin = copy_with_adapters(model)

@@ -19,9 +19,9 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def command(world, kind: str, name: str) -> tuple[str, list[str]]:
+def command(world, kind: str, name: str, extra: str = "") -> tuple[str, list[str]]:
     """A run of a second or two that writes a checkpoint after every update: its program and options."""
-    clock = "--save_every_minutes 1e-9 --dropout 0.1 --log_every 1"
+    clock = f"--save_every_minutes 1e-9 --dropout 0.1 --log_every 1 {extra}"
     if kind == "dual":
         more = "--epoch 6 --ema_decay 0.9 --grad_cache_chunk 4"
         return "do_dual_train.py", [*train_options(world, world / name), *more.split(), *clock.split()]
@@ -47,26 +47,29 @@ def results(folder, kind: str) -> list[bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dual", "cross"])
+@pytest.mark.parametrize(
+    ("kind", "extra"), [("dual", ""), ("cross", ""), ("dual", "--lora_rank 4 --no_share_encoder")]
+)
 @pytest.mark.parametrize("kills", [3])
-def test_killed_at_random_moments(programs, world, kind, kills):
-    whole, name, log = f"{kind}-whole", f"{kind}-{kills}", world / "log"
+def test_killed_at_random_moments(programs, world, kind, extra, kills):
+    lora = "-lora" if extra else ""
+    whole, name, log = f"{kind}{lora}-whole", f"{kind}{lora}-{kills}", world / "log"
     if not (world / whole).exists():
-        assert programs.run(*command(world, kind, whole), log).returncode == 0
+        assert programs.run(*command(world, kind, whole, extra), log).returncode == 0
     draw, statuses = random.Random(kills), []
     for at in range(kills):
-        process = programs.start(*command(world, kind, name), log)
+        process = programs.start(*command(world, kind, name, extra), log)
         wait_for(process, "epoch ", "dev step")  # the run's first update, or evaluation
         time.sleep(draw.random() * 0.15)
         process.send_signal(SIGNALS[at % 3])
         statuses.append(process.wait())
-    done = programs.run(*command(world, kind, name), log)
+    done = programs.run(*command(world, kind, name, extra), log)
     assert done.returncode == 0, done.output()
     assert "starting from the beginning" not in done.output()
     assert results(world / name, kind) == results(world / whole, kind)
     # -SIGTERM: received before or after the training loop, where there is nothing to save
     assert set(statuses) <= {-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT, 0}
-    assert "up to date" in programs.run(*command(world, kind, name), log).output()
+    assert "up to date" in programs.run(*command(world, kind, name, extra), log).output()
 
 
 @pytest.mark.slow

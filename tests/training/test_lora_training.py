@@ -189,6 +189,12 @@ def test_a_missing_library_is_named_before_anything_is_loaded(world, monkeypatch
     load(world, "dual", batch_size=6)
 
 
+@pytest.mark.parametrize("kind", ["dual", "cross"])
+def test_layers_that_there_are_not_are_named_before_the_data_are_read(world, kind):
+    with pytest.raises(UserError, match=r"^--lora_targets q_proj: .*there are: query, key, value, dense"):
+        stage(world, kind, train_set="missing.tsv", lora_rank=4, lora_targets="q_proj")
+
+
 @pytest.fixture(scope="module")
 def qwen(world, tmp_path_factory):
     """The same world with a tiny decoder, as Qwen3-Embedding is one."""

@@ -9,7 +9,7 @@ The saved weights are W + 2 B A, those of a model without adapters.
 import copy
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +35,12 @@ Model = TypeVar("Model", bound=nn.Module)
 def import_peft() -> Any:
     """Return the module peft; UserError when it is not installed."""
     return import_library("peft", "requirements-lora.txt")
+
+
+def check_targets(build: Callable[[], PreTrainedModel], targets: str) -> None:
+    """UserError for layers that cannot get adapters in the model that `build` makes; no weights are made."""
+    with torch.device("meta"):
+        _targets(build().base_model, targets)
 
 
 def add_adapters(
