@@ -141,11 +141,36 @@ class PlannedJob(Job):
 
 
 @dataclass(frozen=True)
-class Training(TrainRows, DevAnswers, PlannedJob):
-    """Training of either model."""
+class WithRecipe(Hparams):
+    """A program whose defaults can be replaced by a named set."""
 
     # main options
     recipe: str = "default"  # named set of defaults (recipes.py), which options override
+
+    STAGE: ClassVar[str] = ""  # the program, as a field of Recipe
+    CHOICES = {"recipe": tuple(RECIPES)}
+
+    @classmethod
+    def recipe_values(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        name = options.get("recipe", cls.recipe)
+        check_choice("recipe", name, tuple(RECIPES))
+        return getattr(RECIPES[name], cls.STAGE)
+
+    @classmethod
+    def more_help(cls) -> list[str]:
+        lines = ["", "recipes:"]
+        for name, recipe in RECIPES.items():
+            lines += [f"  {name}: {recipe.purpose}"]
+            values = getattr(recipe, cls.STAGE)
+            lines += [f"    {values_text(values)}"] if values else []
+        return lines
+
+
+@dataclass(frozen=True)
+class Training(TrainRows, DevAnswers, PlannedJob, WithRecipe):
+    """Training of either model."""
+
+    # main options
     grad_cache_chunk: int = -1  # texts or pairs per forward pass (GradCache); -1: from free memory; 0: off
 
     # data paths
@@ -177,8 +202,6 @@ class Training(TrainRows, DevAnswers, PlannedJob):
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     deterministic: bool = False  # bitwise reproducible on CUDA, or an error; slower; runs on a CPU always are
 
-    MODEL: ClassVar[str] = ""  # dual or cross, in a recipe
-    CHOICES = {"recipe": tuple(RECIPES)}
     INPUTS = {
         "dev_candidates_path": "candidates", "pretrained_model_path": "model", "vocab_path": "vocabulary",
     }  # fmt: skip
@@ -189,20 +212,6 @@ class Training(TrainRows, DevAnswers, PlannedJob):
         "eval_every": (-1, 10**8), "early_stop": COUNT_OR_OFF, "save_every_minutes": (0, 10**6),
         "lora_rank": (0, 4096), "log_every": STEPS, "tokens_per_batch": STEPS_OR_OFF,
     }  # fmt: skip
-
-    @classmethod
-    def recipe_values(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        name = options.get("recipe", cls.recipe)
-        check_choice("recipe", name, tuple(RECIPES))
-        return getattr(RECIPES[name], cls.MODEL)
-
-    @classmethod
-    def more_help(cls) -> list[str]:
-        lines = ["", "recipes:"]
-        for name, recipe in RECIPES.items():
-            lines += [f"  {name}: {recipe.purpose}"]
-            lines += [f"    {values_text(values)}"] if (values := getattr(recipe, cls.MODEL)) else []
-        return lines
 
     @property
     def dev_candidates_path(self) -> str:

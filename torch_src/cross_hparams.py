@@ -40,7 +40,7 @@ class CrossHparams(Training):
     dev_queries: int = 500  # first queries of dev_candidates to re-rank
     dev_depth: int = 50  # candidates per query to re-rank
 
-    MODEL = "cross"
+    STAGE = "cross_train"
     TRAIN_FILE = "train/cross.train.tsv"
     DEBUG = {
         "pretrained_model_path": TINY_ENCODER, "precision": "fp32", "epoch": 1, "lr": 2e-4,

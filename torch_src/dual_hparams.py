@@ -50,7 +50,7 @@ class DualHparams(Training):
     # evaluation
     dev_random_passages: int = 20000  # random passages added to those of dev_candidates
 
-    MODEL = "dual"
+    STAGE = "dual_train"
     DEBUG = {
         # the prefixes are those of the model's folder
         "pretrained_model_path": TINY_ENCODER, "share_encoder": True, "pooling": "mean", "normalize": True,

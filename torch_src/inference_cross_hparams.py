@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from torch_src.common_hparams import DevAnswers, PlannedJob, QueryIds
+from torch_src.common_hparams import DevAnswers, PlannedJob, QueryIds, WithRecipe
 from torch_src.hparams import NONE, under
 from torch_src.runtime.errors import UserError
 from torch_src.runtime.options import AT_MOST_ALL, COUNT, COUNT_OR_OFF, FROM_0, PAIR_LENGTH, STRIDE, WINDOWS
 
 
 @dataclass(frozen=True)
-class InferenceCrossHparams(QueryIds, DevAnswers, PlannedJob):
+class InferenceCrossHparams(QueryIds, DevAnswers, PlannedJob, WithRecipe):
     """Re-rank: output/res.top50 + output/cross_params.bin -> output/res.rerank50, output/cross_res.json."""
 
     # main options
@@ -31,6 +31,7 @@ class InferenceCrossHparams(QueryIds, DevAnswers, PlannedJob):
     fuse_retriever_weight: float = 0.0  # weight of the retriever's score, standardized per query; 0: off
     block_pairs: int = 65536  # pairs per score file, the unit of writing and resuming
 
+    STAGE = "cross_infer"
     DEBUG = {"precision": "fp32", "depth": 20}
     INPUTS = {
         "retrieval_result_path": "candidates", "cross_params_path": "trained re-ranker",

@@ -1,18 +1,19 @@
-"""Named sets of defaults for the training programs: `--recipe NAME`. An option overrides its recipe."""
+"""Named sets of defaults: `--recipe NAME`. An option overrides its recipe."""
 
 from typing import Any, NamedTuple
 
 
 class Recipe(NamedTuple):
-    """The settings of both trainings that differ from those in dual_hparams.py and cross_hparams.py."""
+    """The settings of each program that differ from those in its *_hparams.py."""
 
     purpose: str
-    dual: dict[str, Any]
-    cross: dict[str, Any]
+    dual_train: dict[str, Any]
+    cross_train: dict[str, Any]
+    cross_infer: dict[str, Any]
 
 
 RECIPES = {
-    "default": Recipe("the settings as they are in the files", {}, {}),
+    "default": Recipe("the settings as they are in the files", {}, {}, {}),
     "official": Recipe(
         "as the baseline of DuReader-retrieval: spaces removed; pointwise, 256 pairs an update, FGM",
         {"remove_spaces": True},
@@ -20,6 +21,7 @@ RECIPES = {
             "remove_spaces": True, "loss": "pointwise", "batch_size": 256, "fgm_epsilon": 0.01,
             "warmup_proportion": 0.0, "dual_params": "none",
         },
+        {},
     ),
     "few_queries": Recipe(
         "about a thousand training queries and an encoder tuned for retrieval (E5, BGE, GTE, ...)",
@@ -30,6 +32,7 @@ RECIPES = {
         {
             "groups_per_step": 4, "lr": 1e-4, "head_lr": 1e-3, "dropout": 0.0,
         },
+        {"fuse_retriever_weight": 2.0},
     ),
 }  # fmt: skip
 
@@ -41,8 +44,10 @@ def values_text(values: dict[str, Any]) -> str:
 
 def table() -> list[str]:
     """Return the recipes as the lines of a Markdown table."""
-    lines = ["| recipe | for | do_dual_train.py | do_cross_train.py |", "|---|---|---|---|"]
-    for name, recipe in RECIPES.items():
-        dual, cross = (f"`{values_text(side)}`" if side else "" for side in (recipe.dual, recipe.cross))
-        lines.append(f"| `{name}` | {recipe.purpose} | {dual} | {cross} |")
+    programs = Recipe._fields[1:]
+    names = " | ".join(f"do_{program}.py" for program in programs)
+    lines = [f"| recipe | for | {names} |", f"|---|---{'|---' * len(programs)}|"]
+    for name, (purpose, *settings) in RECIPES.items():
+        texts = (f"`{values_text(values)}`" if values else "" for values in settings)
+        lines.append(f"| `{name}` | {purpose} | {' | '.join(texts)} |")
     return lines

@@ -45,6 +45,11 @@ EVALUATIONS = 4
 ALL = 1_000_000
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#777777", "#e69f00", "#000000")  # Okabe and Ito
 MARKERS = "os^vDXP"
+LABELS = {
+    "listwise": "listwise, groups of 8", "groups of 2": "listwise, groups of 2",
+    "groups of 16": "listwise, groups of 16", "one rate": "8, head at the same rate",
+    "encoder": "8, from the pretrained encoder", "re-ranker": "8, from a trained re-ranker",
+}  # fmt: skip
 
 
 def variants(pairs: int, reranker: str) -> dict[str, dict[str, Any]]:
@@ -127,18 +132,20 @@ def mean_curve(curves: list[dict[int, float]]) -> dict[int, float]:
 
 
 def draw(path: str, retriever: float, curves: dict[str, list[dict[int, float]]]) -> None:
-    """Write the curves as a picture: means of the seeds, bars from the lowest to the highest."""
+    """Write the curves as a picture: means of the seeds; bars from the lowest to the highest, if several."""
     plt = import_library("matplotlib.pyplot", "requirements-demo.txt")
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "curves", "font.size": 10})
-    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(7.6, 3.6), constrained_layout=True)
     for (name, seeds), color, marker in zip(curves.items(), COLORS, MARKERS, strict=False):
         mean = mean_curve(seeds)
         below = [value - min(curve[pairs] for curve in seeds) for pairs, value in mean.items()]
         above = [max(curve[pairs] for curve in seeds) - value for pairs, value in mean.items()]
-        line = {"color": color, "marker": marker, "markersize": 4, "label": name}
-        axes.errorbar(list(mean), list(mean.values()), yerr=(below, above), capsize=2, **line)
+        bars = (below, above) if len(seeds) > 1 else None
+        line = {"color": color, "marker": marker, "markersize": 4, "label": LABELS.get(name, name)}
+        axes.errorbar(list(mean), list(mean.values()), yerr=bars, capsize=2, **line)
     axes.axhline(retriever, color="#444444", linestyle="--", label="the retriever's order")
     axes.set(xlabel="pairs seen in training", ylabel="dev MRR@10, re-ranked")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, metadata={"Date": None} if path.endswith("svg") else None)

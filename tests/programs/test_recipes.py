@@ -4,12 +4,14 @@ import dataclasses
 
 import pytest
 
+from script.run_all import split_options
 from torch_src import hparams
 from torch_src.cross_hparams import CrossHparams
 from torch_src.dual_hparams import DualHparams
+from torch_src.inference_cross_hparams import InferenceCrossHparams
 from torch_src.recipes import RECIPES
 
-PROGRAMS = {"dual": DualHparams, "cross": CrossHparams}
+PROGRAMS = {"dual_train": DualHparams, "cross_train": CrossHparams, "cross_infer": InferenceCrossHparams}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -31,6 +33,14 @@ def test_options_and_the_models_folder_override_a_recipe_which_overrides_debug()
 def test_an_unknown_recipe_is_refused(capsys):
     with pytest.raises(hparams.UserError, match="--recipe best: expected one of default, official"):
         hparams.parse(CrossHparams, ["--recipe", "best"])
+
+
+def test_few_queries_add_the_retrievers_score_in_every_way_to_start_them():
+    words = split_options(["--recipe", "few_queries"])
+    assert hparams.parse(InferenceCrossHparams, words["cross_infer"]).fuse_retriever_weight == 2
+    words = split_options(["--recipe", "few_queries", "--fuse_retriever_weight", "0"])
+    assert hparams.parse(InferenceCrossHparams, words["cross_infer"]).fuse_retriever_weight == 0
+    assert "--recipe" not in words["dual_infer"]
 
 
 def test_help_lists_the_recipes(capsys):

@@ -38,7 +38,7 @@ def below_retriever(reranked: float, retriever: float) -> str | None:
     return (
         f"re-ranked MRR@10 {reranked:.4f} is below the retriever's {retriever:.4f} on the same candidates: "
         "train longer, on negatives from the retriever's own results (script/mine_negatives.py), from its "
-        "encoder (--dual_params), with --loss listwise; or fuse both scores (--fuse_retriever_weight)"
+        "encoder (--dual_params), with --loss listwise; or fuse both scores (--fuse_retriever_weight 2)"
     )
 
 
