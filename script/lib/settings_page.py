@@ -44,15 +44,7 @@ def rows() -> dict[str, dict[tuple[str, str, str], list[str]]]:
 
 def page() -> str:
     """Return the page in Markdown."""
-    lines = [
-        HEAD,
-        "## Recipes",
-        "",
-        "`--recipe NAME` of the programs that train and re-rank:",
-        "",
-        *recipes.table(),
-        "",
-    ]
+    lines = [HEAD, "## Recipes", "", "`--recipe NAME` in training and re-ranking:", "", *recipes.table(), ""]
     for group, options in rows().items():
         lines += [
             f"## {group.capitalize()}",
