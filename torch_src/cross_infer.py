@@ -273,7 +273,8 @@ def check_scores(job: CrossInference, logits: np.ndarray, pids: np.ndarray, resu
             before[qid] = [pid.decode() for pid in pids[span]][: job.hp.topk]
     retriever, reranked = (compute_metrics(reference, lists)["MRR@10"] for lists in (before, result))
     log(f"MRR@10 of the candidates in the retriever's order {retriever:.4f}, re-ranked {reranked:.4f}")
-    if warning := score_checks.below_retriever(reranked, retriever):
+    fused = job.hp.fuse_retriever_weight > 0
+    if warning := score_checks.below_retriever(reranked, retriever, fused):
         warn(warning)
     if warning := _easy_negatives(job, logits, pids, reference):
         warn(warning)

@@ -80,6 +80,11 @@ def test_below_the_retriever(reranked, retriever, warns):
         )
 
 
+def test_fused_scores_below_the_retriever_name_the_tool_for_another_weight():
+    warning = below_retriever(0.4, 0.5, fused=True)
+    assert "script/fuse_curve.py" in warning and "--fuse_retriever_weight 2" not in warning
+
+
 def test_negatives_that_score_far_below_the_candidates_warn():
     draw = np.random.default_rng(0)
     warning = negatives_too_easy(draw.normal(-6, 1, 500), draw.normal(0, 1, 500))

@@ -31,14 +31,17 @@ def collapsed(scores: np.ndarray, spans: list[slice]) -> str | None:
     return None
 
 
-def below_retriever(reranked: float, retriever: float) -> str | None:
-    """Return a warning when re-ranking lowers MRR@10."""
+def below_retriever(reranked: float, retriever: float, fused: bool = False) -> str | None:
+    """Return a warning when re-ranking, `fused` with the retriever's scores or alone, lowers MRR@10."""
     if reranked >= retriever:
         return None
+    fusion = "fuse both scores (--fuse_retriever_weight 2)"
+    if fused:
+        fusion = "choose another --fuse_retriever_weight by script/fuse_curve.py"
     return (
         f"re-ranked MRR@10 {reranked:.4f} is below the retriever's {retriever:.4f} on the same candidates: "
         "train longer, on negatives from the retriever's own results (script/mine_negatives.py), from its "
-        "encoder (--dual_params), with --loss listwise; or fuse both scores (--fuse_retriever_weight 2)"
+        f"encoder (--dual_params), with --loss listwise; or {fusion}"
     )
 
 
