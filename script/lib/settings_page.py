@@ -31,9 +31,9 @@ def rows() -> dict[str, dict[tuple[str, str, str], list[str]]]:
     """Return {group: {(option, default, text): programs}} as declared."""
     found: dict[str, dict[tuple[str, str, str], list[str]]] = {group: {} for group in GROUPS}
     for program, settings in PROGRAMS.items():
-        debug = inherited(settings, "DEBUG")
+        comments, debug = knob_comments(settings), inherited(settings, "DEBUG")
         for field in dataclasses.fields(settings):
-            group, text = knob_comments(settings)[field.name]
+            group, text = comments[field.name]
             default = f"`{option_text(field.default)}`" if field.default != "" else "empty"
             if field.name in debug:
                 default += f"; with `--debug` `{option_text(debug[field.name])}`"

@@ -28,7 +28,7 @@ TEXTS = ["银杏生长较慢", "火星有两颗卫星", "蒸鱼要先去腥", "�
 def given(trained, tiny_encoder) -> dict:
     return {
         "output_dir": str(trained / "output"), "reranker": str(tiny_encoder), "threads": 1,
-        "precision": "fp32", "max_texts": 8, "max_chars": 100,
+        "precision": "fp32", "max_texts": 8, "max_chars": 100, "topk": 12,
     }  # fmt: skip
 
 
