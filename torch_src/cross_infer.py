@@ -234,15 +234,21 @@ def _score_blocks(job: Reranker, candidates: Candidates, store: VectorStore, mod
 def write_run(job: CrossInference, logits: np.ndarray, pids: np.ndarray, rows: np.ndarray) -> QidLists:
     """Write res.rerank{k} and cross_res.json; return the content of the latter."""
     scores = fuse(job.candidates, logits, job.hp.fuse_retriever_weight)
-    result: QidLists = {qid: [] for qids in job.qids.values() for qid in qids or ()}
     with atomic_write(job.run_path) as file:
         for query, order in rank_pairs(job.candidates, scores):
-            best = order[: job.hp.topk]
-            for number, pair in enumerate(best.tolist(), start=1):
+            for number, pair in enumerate(order[: job.hp.topk].tolist(), start=1):
                 file.write(format_run_row(RunRow(query, int(rows[pair]), number, float(scores[pair]))))
-            for qid in job.qids[query] or ():
-                result[qid] = [pid.decode() for pid in pids[best]]
+    result = ranked_pids(job, scores, pids)
     write_result(job.output / RESULT, result.items())
+    return result
+
+
+def ranked_pids(job: CrossInference, scores: np.ndarray, pids: np.ndarray) -> QidLists:
+    """Return {qid: the pids of its first topk candidates by score}; ties keep the order of the retriever."""
+    result: QidLists = {qid: [] for qids in job.qids.values() for qid in qids or ()}
+    for query, order in rank_pairs(job.candidates, scores):
+        for qid in job.qids[query] or ():
+            result[qid] = [pid.decode() for pid in pids[order[: job.hp.topk]]]
     return result
 
 
@@ -267,12 +273,13 @@ def check_scores(job: CrossInference, logits: np.ndarray, pids: np.ndarray, resu
     if not any(qid in reference for qid in result):
         log(f"{job.hp.dev_set_path} contains none of these queries; no metrics")
         return
-    before: QidLists = {qid: [] for qid in result}
-    for query, span in spans:
-        for qid in job.qids[query] or ():
-            before[qid] = [pid.decode() for pid in pids[span]][: job.hp.topk]
-    retriever, reranked = (compute_metrics(reference, lists)["MRR@10"] for lists in (before, result))
+
+    def mrr(scores: np.ndarray) -> float:
+        return compute_metrics(reference, ranked_pids(job, scores, pids))["MRR@10"]
+
+    retriever, reranked = mrr(np.zeros(len(logits))), compute_metrics(reference, result)["MRR@10"]
     log(f"MRR@10 of the candidates in the retriever's order {retriever:.4f}, re-ranked {reranked:.4f}")
+    log(score_checks.fused_metrics(lambda weight: mrr(fuse(job.candidates, logits, weight))))
     fused = job.hp.fuse_retriever_weight > 0
     if warning := score_checks.below_retriever(reranked, retriever, fused):
         warn(warning)

@@ -39,7 +39,7 @@ from torch_src.models.tokenization import (
 )
 from torch_src.models.truncation import sampled, truncation_of_pairs
 from torch_src.retrieval import score_checks
-from torch_src.retrieval.reranking import PairScorer
+from torch_src.retrieval.reranking import PairScorer, fuse
 from torch_src.runtime.devices import tensors_to, token_budget
 from torch_src.runtime.files import require
 from torch_src.runtime.log import log, warn
@@ -283,15 +283,17 @@ class CrossTask(TrainingTask):
         """Warn of collapsed scores, a re-ranker below its retriever, negatives that are too easy."""
         if self.dev is None:
             return
+        dev, candidates = self.dev, self.dev.candidates
         negatives = self._score_negatives(progress.best_weights)
-        scores = self.scorer().score_all(self.dev.candidates)
-        reranked, retriever = self.dev.metrics(scores), self.dev.metrics(self.dev.candidates.scores)
+        scores = self.scorer().score_all(candidates)
+        reranked, retriever = dev.metrics(scores), dev.metrics(candidates.scores)
         order = f"in the retriever's order {retriever['MRR@10']:.4f}, re-ranked {reranked['MRR@10']:.4f}"
-        log(f"MRR@10 of the dev candidates ({len(self.dev.candidates.queries):,} queries): {order}")
+        log(f"MRR@10 of the dev candidates ({len(candidates.queries):,} queries): {order}")
+        log(score_checks.fused_metrics(lambda w: dev.metrics(fuse(candidates, scores, w))["MRR@10"]))
         warnings = (
-            score_checks.collapsed(scores, [span for _, span in self.dev.candidates.spans()]),
+            score_checks.collapsed(scores, [span for _, span in candidates.spans()]),
             score_checks.below_retriever(reranked["MRR@10"], retriever["MRR@10"]),
-            score_checks.negatives_too_easy(negatives, self.dev.irrelevant_scores(scores)),
+            score_checks.negatives_too_easy(negatives, dev.irrelevant_scores(scores)),
         )
         for warning in filter(None, warnings):
             warn(warning)

@@ -261,16 +261,18 @@ def test_the_official_candidates_give_the_same_ranking(world):
 
 @pytest.mark.slow
 def test_training_and_inference_print_the_same_dev_metrics(trained, capsys):
-    """Training evaluates on the run that inference re-ranks, so both print the same metrics."""
+    """Training evaluates on the run that inference re-ranks, so both print the same, fused as well."""
     assert train(trained, "--force", output="again") == 0
     log = capsys.readouterr().out
     kept = re.search(r"in the retriever's order ([\d.]+), re-ranked ([\d.]+)", log).groups()
+    fused = re.search(r"--fuse_retriever_weight (0.5 gives .*)", log)[1]
     assert f"dev re-ranking: {QUERIES} queries, {QUERIES * DEPTH} pairs" in log
     params = trained / "again/cross_params.bin"
     run = ["--retrieval_result", str(trained / "output/res.top50"), "--cross_params", str(params)]
     assert infer(trained, *run, output="again") == 0
     log = capsys.readouterr().out
     assert re.search(r"in the retriever.s order ([\d.]+), re-ranked ([\d.]+)", log).groups() == kept
+    assert re.search(r"--fuse_retriever_weight (0.5 gives .*)", log)[1] == fused
     assert params.read_bytes() == (trained / "output/cross_params.bin").read_bytes()  # same seed, same bytes
 
 
@@ -354,6 +356,14 @@ def test_fusion_with_a_large_weight_has_the_retrievers_order(world):
     assert {q: [row for row, *_ in f] for q, f in after.items()} == {
         q: [row for row, *_ in f] for q, f in before.items()
     }
+
+
+@pytest.mark.parametrize("weight", ["0.5", "2"])
+def test_the_printed_gain_of_a_weight_is_that_of_a_run_with_it(world, capsys, weight):
+    assert infer(world, "--force") == 0
+    printed = re.search(rf"{weight} gives ([\d.]+)", capsys.readouterr().out)[1]
+    assert infer(world, "--fuse_retriever_weight", weight) == 0
+    assert re.search(r"re-ranked ([\d.]+)", capsys.readouterr().out)[1] == printed
 
 
 @pytest.mark.slow
