@@ -38,7 +38,8 @@ def read_pairs(run: str, scores: str, id_map: str) -> tuple[list[str], np.ndarra
     if stamp.get("candidates") not in (None, checksum_files([run])):
         raise UserError(f"{scores}: not the scores of {run}; run do_cross_infer.py again")
     check_same_candidates(scores, id_map)
-    retriever = np.array([row.score for row in read_run(run)])
+    depth = stamp.get("depth") or np.inf  # do_cross_infer.py --depth scores the first of each query
+    retriever = np.array([row.score for row in read_run(run) if row.rank <= depth])
     logits = np.array(list(read_scores(scores)))
     ids = list(read_id_map(id_map))
     if not len(retriever) == len(logits) == len(ids):

@@ -761,6 +761,17 @@ def test_fuse_curve_of_the_programs_own_files(trained, capsys):
     assert first == f"{metrics['MRR@10']:.4f}"
 
 
+def test_fuse_curve_of_the_first_candidates(world, capsys):
+    """With --depth the scores are those of the first candidates of each query."""
+    output = world / "output"
+    assert infer(world, "--depth", "3") == 0
+    metrics = re.search(r"re-ranked ([\d.]+)", capsys.readouterr().out)[1]
+    files = [f"--run={output}/res.top50", f"--scores={output}/cross_scores.txt"]
+    files += [f"--id_map={output}/cross_id_map.tsv", f"--reference={world}/data/dev/dev.json"]
+    assert fuse_curve.main(files) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[1] == metrics
+
+
 def test_fuse_curve_refuses_files_that_are_not_aligned(curve_files, tmp_path, capsys):
     write(tmp_path / "scores", ["0", "1", "0"])
     refused(capsys, fuse_curve.main(curve_files), f"4 lines in {tmp_path / 'run'}, 3 in")
