@@ -1,6 +1,7 @@
 """do_cross_train.py: train/cross.train.tsv -> output/cross_params.bin, cross_hparams.json, cross_model/."""
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -101,6 +102,10 @@ class CrossTask(TrainingTask):
     def __init__(self, hp: CrossHparams, setup: Setup):
         if not hp.dual_params:
             hp = setup.files.hp = replace(hp, dual_params=retriever_to_start_from(hp, setup))
+        if hp.plan:  # a start that is not trained yet changes neither time nor memory
+            starts = {"dual_params": hp.dual_params, "cross_params": hp.cross_params}
+            missing: dict[str, Any] = {k: hparams.NONE for k, v in starts.items() if not os.path.exists(v)}
+            hp = replace(hp, **missing)
         self.hp, self.setup, self.files = hp, setup, setup.files
         self.device, self.processes, self.chunking = setup.device, setup.processes, setup.chunking
         setup.config.num_labels = 1
@@ -159,13 +164,15 @@ class CrossTask(TrainingTask):
             )
         self.model = load_cross_encoder(hp.pretrained_model_path, setup.config, hp.seed, trained=False)
         if hp.dual_params != hparams.NONE:
-            start_from_retriever(self.model, hp.dual_params)
+            start_from_retriever(self.model, hp.dual_params, hp.pretrained_model_path, setup.tokenizer)
         if hp.cross_params != hparams.NONE:
             start_from_reranker(self.model, hp.cross_params, hp.pretrained_model_path, setup.tokenizer)
         if hp.gradient_checkpointing:
             checkpoint_activations(self.model.model)
         if hp.head_lr:
             self.peak_lr = dict.fromkeys(self.model.random_parameters, hp.head_lr)
+            if not self.peak_lr:
+                log(f"--head_lr {hp.head_lr}: has no effect, since no weights are randomly initialized")
         if hp.lora_rank:
             random = [name.removeprefix("model.") for name in self.model.random_parameters]
             add_adapters(self.model.model, hp.lora_rank, hp.lora_targets, hp.seed, setup.precision, random)

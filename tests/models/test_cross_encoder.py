@@ -560,7 +560,7 @@ def test_fusion_by_hand():
     assert orders(candidates, fused)[0] == [0, 1, 2, 3]  # the tie of the second and third by rank
 
 
-def test_the_encoder_starts_from_the_retrievers_passage_tower(tiny_config, tmp_path):
+def test_the_encoder_starts_from_the_retrievers_passage_tower(tiny_config, tokenizer, tmp_path):
     dual = DualEncoder(BertModel(tiny_config, add_pooling_layer=False), False, "cls", False)
     with torch.no_grad():
         for parameter in dual.query_encoder.parameters():
@@ -568,30 +568,30 @@ def test_the_encoder_starts_from_the_retrievers_passage_tower(tiny_config, tmp_p
     torch.save(dual.state_dict(), tmp_path / "dual_params.bin")
     cross = build_cross_encoder(tiny_config)
     pooler = cross.model.bert.pooler.dense.weight.clone()
-    start_from_retriever(cross, str(tmp_path / "dual_params.bin"))
+    start_from_retriever(cross, str(tmp_path / "dual_params.bin"), "model", tokenizer)
     for name, value in dual.passage_encoder.state_dict().items():
         assert torch.equal(cross.model.bert.state_dict()[name], value), name
     assert torch.equal(cross.model.bert.pooler.dense.weight, pooler)
 
 
-def test_the_encoder_starts_from_a_shared_encoder(tiny_config, tmp_path):
+def test_the_encoder_starts_from_a_shared_encoder(tiny_config, tokenizer, tmp_path):
     dual = DualEncoder(BertModel(tiny_config, add_pooling_layer=False), True, "cls", False)
     torch.save(dual.stored_state(), tmp_path / "dual_params.bin")
     cross = build_cross_encoder(tiny_config)
-    start_from_retriever(cross, str(tmp_path / "dual_params.bin"))
+    start_from_retriever(cross, str(tmp_path / "dual_params.bin"), "model", tokenizer)
     for name, value in dual.passage_encoder.state_dict().items():
         assert torch.equal(cross.model.bert.state_dict()[name], value), name
 
 
-def test_weights_that_are_no_retriever_are_refused(tiny_config, tmp_path):
+def test_weights_that_are_no_retriever_are_refused(tiny_config, tokenizer, tmp_path):
     cross = build_cross_encoder(tiny_config)
     torch.save(cross.model.state_dict(), tmp_path / "cross_params.bin")
     with pytest.raises(UserError, match="has no passage_encoder"):
-        start_from_retriever(cross, str(tmp_path / "cross_params.bin"))
+        start_from_retriever(cross, str(tmp_path / "cross_params.bin"), "model", tokenizer)
     other = BertModel(BertConfig(**{**tiny_config.to_dict(), "hidden_size": 16}), add_pooling_layer=False)
     torch.save(DualEncoder(other, True, "cls", False).state_dict(), tmp_path / "dual_params.bin")
     with pytest.raises(UserError, match="dual_params.bin: .*shapes"):
-        start_from_retriever(cross, str(tmp_path / "dual_params.bin"))
+        start_from_retriever(cross, str(tmp_path / "dual_params.bin"), "model", tokenizer)
     torch.save(torch.zeros(3), tmp_path / "tensor.bin")
     with pytest.raises(UserError, match="not a state dict"):
-        start_from_retriever(cross, str(tmp_path / "tensor.bin"))
+        start_from_retriever(cross, str(tmp_path / "tensor.bin"), "model", tokenizer)

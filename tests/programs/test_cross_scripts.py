@@ -163,6 +163,11 @@ def test_training_starts_from_the_finished_retriever_of_its_folder(world, capsys
     assert train(world, *none, "--dual_params", "none", output="second") == 0
     assert "start_weights" in capsys.readouterr().out
 
+    vocab = lines(world / "model/vocab.txt")
+    write(world / "vocab.txt", [*vocab[:-2], vocab[-1], vocab[-2]])
+    swapped = ["--dual_params", str(retriever), "--vocab_path", str(world / "vocab.txt")]
+    refused(capsys, train(world, *none, *swapped, output="fourth"), "dual_params.bin", "another vocabulary")
+
     other = {**json.loads(stamp), "start": "another"}
     write(world / "third/dual_params.bin.stamp.json", [json.dumps(other)])
     assert train(world, *none, output="third") == 0
@@ -183,6 +188,20 @@ def test_another_model_than_the_start_is_refused(world, capsys):
     refused(capsys, status, "another tokenizer")
     (world / "output/cross_hparams.json").unlink()
     refused(capsys, train(world, *start, output="second"), "cross_hparams.json")
+
+
+def test_a_plan_needs_no_start_that_is_not_trained_yet(world, capsys):
+    for knob in ("--dual_params", "--cross_params"):
+        start = [knob, str(world / "later/params.bin")]
+        assert train(world, *start, "--plan", "--eval_every", "-1", output="second") == 0
+        assert "plan of do_cross_train.py" in capsys.readouterr().out
+        refused(capsys, train(world, *start, output="second"), "params.bin: no such file")
+
+
+def test_a_learning_rate_of_a_head_that_is_trained_already_is_logged(world, capsys):
+    short = ["--max_steps", "1", "--eval_every", "-1", "--head_lr", "1e-3"]
+    assert train(world, *short, output="second") == 0
+    assert "--head_lr 0.001: has no effect" in capsys.readouterr().out
 
 
 def test_inference_writes_all_its_files(trained):

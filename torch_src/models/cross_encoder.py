@@ -235,8 +235,19 @@ def describe_reranker(settings: Mapping[str, Any], config: PretrainedConfig) -> 
     return "; ".join(parts)
 
 
-def start_from_retriever(encoder: CrossEncoder, path: str) -> None:
-    """Load the passage tower of a trained retriever (dual_params.bin) into the encoder below the head."""
+def start_from_retriever(
+    encoder: CrossEncoder, path: str, model_path: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Load the passage tower of a trained retriever (dual_params.bin) into the encoder below the head.
+
+    UserError when the retriever has other shapes or another vocabulary than the encoder of `model_path`.
+    """
+    folder = Path(path).with_name("dual_model")
+    if folder.exists() and load_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{path}: trained with another vocabulary than that of {model_path}; "
+            "pass the --pretrained_model_path and --vocab_path that it was trained with"
+        )
     state = read_weights(path, "do_dual_train.py")
     prefix = "passage_encoder."
     shared = "query_encoder."  # of a shared encoder, which is stored once
