@@ -168,6 +168,12 @@ def run(argv: list[str], start_program: Callable[[list[str]], None] | None = Non
     infer = hparams.parse(InferenceDeHparams, options["dual_infer"])
     cross = hparams.parse(CrossHparams, options["cross_train"])
     rerank = hparams.parse(InferenceCrossHparams, options["cross_infer"])
+    trains = STAGES.index(first) <= STAGES.index("cross_train")
+    if trains and cross.cross_params != hparams.NONE and cross.cross_params == rerank.cross_params:
+        raise UserError(
+            f"--cross_params {cross.cross_params}: cross_infer would use this start of cross_train, not the "
+            "trained re-ranker; pass --cross_train.cross_params"
+        )
     if infer.topk and not rerank.retrieval_result:
         options["cross_infer"] += ["--retrieval_result", str(Path(infer.output_dir) / f"res.top{infer.topk}")]
     if infer.plan:
