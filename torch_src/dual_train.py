@@ -126,6 +126,11 @@ class DualTask(TrainingTask):
         self._report_truncation()
         negatives = hp.batch_size * (1 + hp.hard_negatives) - 1
         log(f"each query is compared with {negatives} negatives in a batch (fewer with duplicate texts)")
+        if hp.hard_negatives and (short := self.data.short_queries(hp.hard_negatives)):
+            log(
+                f"{short:,} of {self.data.queries:,} queries have fewer than {hp.hard_negatives} hard "
+                "negatives: they add what they have"
+            )
         if hp.eval_every >= 0:
             self.dev = open_dev_retrieval(
                 hp.dev_set_path,

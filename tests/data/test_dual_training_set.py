@@ -97,6 +97,12 @@ def test_a_query_with_several_positives_draws_each_of_them_and_each_negative(tmp
     assert negatives == {f"n{at}" for at in range(8)}
 
 
+def test_queries_with_fewer_distinct_negatives_than_wanted(tmp_path):
+    rows = [("甲", "p", "n0"), ("甲", "p", "n1"), ("甲", "p", "n1"), ("甲", "q", "p"), ("乙", "x", "y")]
+    data = DualTrainingSet(write(tmp_path / "t.tsv", rows))
+    assert [data.short_queries(wanted) for wanted in range(5)] == [0, 0, 1, 2, 2]
+
+
 def test_distinct_positives_are_equally_likely_for_any_number_of_rows(tmp_path):
     rows = [("甲", "often", f"n{at}") for at in range(50)] + [("甲", "once", "n50")]
     data = DualTrainingSet(write(tmp_path / "t.tsv", rows))

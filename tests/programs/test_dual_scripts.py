@@ -268,6 +268,14 @@ def test_long_passage_is_cut_and_counted(world, capsys):
     assert "% truncated" in capsys.readouterr().out
 
 
+def test_fewer_hard_negatives_than_asked_for_are_counted(world, capsys):
+    short = ["--max_steps", "1", "--eval_every", "-1", "--batch_size", "4", "--force"]
+    assert train(world, *short, "--hard_negatives", "1") == 0
+    assert "hard negatives:" not in capsys.readouterr().out
+    assert train(world, *short, "--hard_negatives", "40") == 0
+    assert "24 of 24 queries have fewer than 40 hard negatives" in capsys.readouterr().out
+
+
 def test_empty_training_file(world, capsys):
     write(world / "data/train/dual.train.tsv", [])
     refused(capsys, world, train(world), "dual.train.tsv: contains no training rows")

@@ -54,6 +54,10 @@ class DualTrainingSet:
             )
         return self.queries // batch_size
 
+    def short_queries(self, hard_negatives: int) -> int:
+        """Return how many queries have fewer distinct negatives than `hard_negatives`."""
+        return sum(len(self._negatives(group)) < hard_negatives for group in self.groups)
+
     def batch(self, seed: int, epoch: int, step: int, batch_size: int, hard_negatives: int) -> DualBatch:
         """Return the batch of (epoch, step), both from 0: distinct queries, each with random passages."""
         order = np.random.default_rng([seed, epoch, 0]).permutation(self.queries)
@@ -65,10 +69,14 @@ class DualTrainingSet:
         """Return (row of the positive, rows of up to `wanted` distinct negatives, no known positives)."""
         positives = np.unique(self.positive_hash[group], return_index=True)[1]
         positive = group[positives[random.integers(len(positives))]]
-        texts, negatives = np.unique(self.negative_hash[group], return_index=True)
-        negatives = negatives[~np.isin(texts, self.positive_hash[group])]
+        negatives = self._negatives(group)
         chosen = random.permutation(len(negatives))[:wanted]
         return int(positive), [int(group[negatives[index]]) for index in chosen]
+
+    def _negatives(self, group: np.ndarray) -> np.ndarray:
+        """Return the places in the group of its negatives, each text once; a positive is never a negative."""
+        texts, negatives = np.unique(self.negative_hash[group], return_index=True)
+        return negatives[~np.isin(texts, self.positive_hash[group])]
 
     def _assemble(self, groups: list[np.ndarray], drawn: list[tuple[int, list[int]]]) -> DualBatch:
         positives = [positive for positive, _ in drawn]
