@@ -62,7 +62,7 @@ def retrieve(hp: MiningHparams, queries: Path) -> Path:
                 f"--dual_params none: {hp.output_dir} has no vectors of a model as it was downloaded; "
                 "run do_dual_infer.py --dual_params none --pretrained_model_path MODEL with this folder first"
             )
-        existing |= {name: saved[name] for name in ("pretrained_model_path", *MODEL_SETTINGS)}
+        existing |= {name: saved[name] for name in ("pretrained_model_path", "seed", *MODEL_SETTINGS)}
     settings = InferenceDeHparams(
         dual_params=hp.dual_params_path, topk=hp.topk, bs=hp.bs, data_dir=hp.data_dir, dev_q=str(queries),
         dev_q2qid=hparams.NONE, passage_dir=hp.passage_dir_path, passage_ids=hp.passage_ids_path,

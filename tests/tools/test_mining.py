@@ -292,6 +292,7 @@ def test_a_model_that_was_not_trained_is_taken_from_the_settings_of_its_vectors(
         "dual_params": "none", "pretrained_model_path": str(tmp_path / "model"), "vocab_path": None,
         "pooling": "mean", "normalize": True, "query_prefix": "query: ", "passage_prefix": "",
         "q_max_seq_len": 9, "p_max_seq_len": 19, "remove_spaces": False, "share_encoder": None,
+        "seed": 7,
     }  # fmt: skip
     write(tmp_path / "dual_infer_hparams.json", [json.dumps({**of_vectors, "topk": 3})])
     searched = []
