@@ -99,8 +99,11 @@ def test_a_sidecar_of_another_mining_is_refused(train, tmp_path):
         write_stamp(file, {"stage": "mine_negatives", "topk": 5})
     assert len(read_teacher(train, path)) == 3
     write_stamp(path, {"stage": "mine_negatives", "topk": 9})
-    with pytest.raises(UserError, match="another mining"):
+    with pytest.raises(UserError, match=f"{SIDECAR}: from another mining run than .*{train.name}"):
         read_teacher(train, path)
+    other = teacher(tmp_path, "a.tsv", *["1\t2"] * 3)  # without a stamp
+    with pytest.raises(UserError, match="a.tsv: .*score the rows with script/score_training_set.py"):
+        read_teacher(train, other)
     write_stamp(path, {"stage": "mine_negatives", "topk": 5})
     write(train, [f"q\t\tp\t\t{negative}\t0" for negative in "mno"])  # the same rows in another order
     with pytest.raises(UserError, match="changed since it was mined.*mine again, or.*delete"):

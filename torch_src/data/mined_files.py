@@ -91,7 +91,8 @@ def read_teacher(train_set: FilePath, path: FilePath) -> np.ndarray:
             logits.append(logit if column else np.nan)
     teacher = np.array(logits, dtype=np.float32).reshape(-1, 2)
     if not _known(teacher).any():
-        raise UserError(f"{path}: no row with a teacher's scores; mine with --cross_params")
+        fix = "mine with --cross_params, or score the rows with script/score_training_set.py"
+        raise UserError(f"{path}: no row with a teacher's scores of both passages; {fix}")
     return teacher
 
 
@@ -111,15 +112,15 @@ def _require_match(train_set: FilePath, path: FilePath) -> None:
         raise UserError(f"{path}: the scores of another training file than {train_set}; score this one")
 
 
-def _require_same_mining(*files: FilePath) -> None:
+def _require_same_mining(train_set: FilePath, path: FilePath) -> None:
     """UserError when stamps show that a file was changed or that the files are from different mining runs."""
-    stamped = [file for file in files if stamp_path(file).exists()]
+    stamped = [file for file in (train_set, path) if stamp_path(file).exists()]
     changed = [file for file in stamped if not is_intact(file)]
     stamps = [{**(read_stamp(file) or {}), CHECKSUM: ""} for file in stamped]
     if changed or len(stamped) == 1 or any(stamp != stamps[0] for stamp in stamps):
-        what = "changed since it was mined" if changed else "from another mining run than the file beside it"
+        what = "changed since it was mined" if changed else f"from another mining run than {train_set}"
         paths = " and ".join(str(stamp_path(file)) for file in stamped)
         raise UserError(
-            f"{[*changed, files[0]][0]}: {what}, so the teacher's scores may not match the rows; "
-            f"mine again, or delete {paths} if the lines do match"
+            f"{[*changed, path][0]}: {what}, so the teacher's scores may not match the rows; mine again, "
+            f"or score the rows with script/score_training_set.py, or delete {paths} if the lines do match"
         )
