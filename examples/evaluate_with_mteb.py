@@ -24,11 +24,22 @@ import torch_src  # noqa: F401 (first: it reports missing packages)
 from torch_src.data.collection import PassageCollection
 from torch_src.data.formats import read_dev, read_q2qid, run_by_query
 from torch_src.data.passage_ids import check_length, read_passage_ids
+from torch_src.runtime.errors import UserError
 from torch_src.runtime.libraries import import_library
 from torch_src.runtime.options import OptionParser, positive_int
 from torch_src.runtime.program import exit_status
 
 MEASURES = {"MRR@10": "mrr_at_10", "recall@1": "hit_rate_at_1", "recall@50": "hit_rate_at_50"}
+
+
+def first_pids(run: Path, depth: int, qids: dict[str, str], pids: list[str]) -> dict[str, list[str]]:
+    """Return {qid: its first passages} of a run; UserError for a run of other queries or passages."""
+    found = {}
+    for query, rows in run_by_query(run):
+        if query not in qids or max(row.row for row in rows) >= len(pids):
+            raise UserError(f"{run}: of other data (query {query!r}); pass a run of the dev queries")
+        found[qids[query]] = [pids[row.row] for row in rows[:depth]]
+    return found
 
 
 def make_task(data_dir: Path, run: Path | None = None, depth: int = 50) -> Any:
@@ -50,8 +61,6 @@ def make_task(data_dir: Path, run: Path | None = None, depth: int = 50) -> Any:
     pids = [pid.decode() for pid in read_passage_ids(pid_path).tolist()]
     check_length(pid_path, len(pids), len(collection))
     qids = read_q2qid(dev / "q2qid.dev.json")
-    lists = run_by_query(run) if run else ()
-    ranked = {qids[query]: [pids[row.row] for row in rows[:depth]] for query, rows in lists}
     task = OwnRetrieval()
     dev_data = {
         "corpus": Dataset.from_dict({"id": pids, "text": collection[:]}),
@@ -59,7 +68,7 @@ def make_task(data_dir: Path, run: Path | None = None, depth: int = 50) -> Any:
         "relevant_docs": {
             query.qid: dict.fromkeys(query.answers, 1) for query in read_dev(dev / "dev.json", texts=False)
         },
-        "top_ranked": ranked or None,
+        "top_ranked": first_pids(run, depth, qids, pids) if run else None,
     }
     task.dataset = {"default": {"dev": dev_data}}
     task.data_loaded = True

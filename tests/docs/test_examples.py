@@ -13,6 +13,7 @@ from metric.convert_recall_res_to_json import main as convert
 from metric.evaluation import MEASURES, compute_metrics, load_reference, load_result
 from script import export_model
 from torch_src import cross_infer, cross_train, dual_infer, dual_train
+from torch_src.runtime.errors import UserError
 
 NOTEBOOKS = sorted(path.name for path in (ROOT / "examples").glob("*.ipynb"))
 SHORT = "--max_steps 2 --batch_size 8"
@@ -90,6 +91,15 @@ def our_figures(data: Path, run: Path, topk: int) -> list[float]:
     assert convert([*map(str, [*maps, run]), str(topk), str(run.with_suffix(".json"))]) == 0
     metrics = compute_metrics(load_reference(data / "dev/dev.json"), load_result(run.with_suffix(".json")))
     return [metrics[name] for name in MEASURES]
+
+
+def test_a_run_of_other_data_is_refused_by_the_mteb_example(tmp_path):
+    first_pids = runpy.run_path(str(ROOT / "examples/evaluate_with_mteb.py"))["first_pids"]
+    (tmp_path / "run").write_text("a\t1\t1\t2\na\t0\t2\t1\n")
+    assert first_pids(tmp_path / "run", 1, {"a": "q1"}, ["p0", "p1"]) == {"q1": ["p1"]}
+    for qids, pids in (({"b": "q1"}, ["p0", "p1"]), ({"a": "q1"}, ["p0"])):
+        with pytest.raises(UserError, match="run: of other data .query 'a'"):
+            first_pids(tmp_path / "run", 1, qids, pids)
 
 
 @pytest.mark.tools
