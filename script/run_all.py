@@ -80,6 +80,16 @@ def has_knob(settings: type[hparams.Hparams], knob: str) -> bool:
     return knob.removeprefix("no_") in {field.name for field in dataclasses.fields(settings)}
 
 
+def check_starts(argv: list[str], first: str) -> None:
+    """UserError for a start of cross_train that would also replace a model that these stages train."""
+    for kind in ("dual", "cross"):
+        if f"--{kind}_params" in argv and STAGES.index(first) <= STAGES.index(f"{kind}_train"):
+            raise UserError(
+                f"--{kind}_params: {kind}_infer would not use the model that {kind}_train trains; pass "
+                f"--cross_train.{kind}_params for the start of the re-ranker, or --from {kind}_infer"
+            )
+
+
 def check_data(train_sets: list[str], hp: InferenceDeHparams, dev_set: str) -> None:
     """UserError unless the input files exist and their ids fit together; check_data.py checks every line."""
     check_inputs(hp, None, passage_dir_path="passages", dev_q_path="queries")
@@ -164,16 +174,11 @@ def run(argv: list[str], start_program: Callable[[list[str]], None] | None = Non
         if first not in STAGES:
             raise UserError(f"--from {first}: expected one of {', '.join(STAGES)}")
     options = split_options(argv)
+    check_starts(argv, first)
     dual = hparams.parse(DualHparams, options["dual_train"])
     infer = hparams.parse(InferenceDeHparams, options["dual_infer"])
     cross = hparams.parse(CrossHparams, options["cross_train"])
     rerank = hparams.parse(InferenceCrossHparams, options["cross_infer"])
-    trains = STAGES.index(first) <= STAGES.index("cross_train")
-    if trains and cross.cross_params != hparams.NONE and cross.cross_params == rerank.cross_params:
-        raise UserError(
-            f"--cross_params {cross.cross_params}: cross_infer would use this start of cross_train, not the "
-            "trained re-ranker; pass --cross_train.cross_params"
-        )
     if infer.topk and not rerank.retrieval_result:
         options["cross_infer"] += ["--retrieval_result", str(Path(infer.output_dir) / f"res.top{infer.topk}")]
     if infer.plan:

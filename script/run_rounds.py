@@ -46,6 +46,11 @@ class Rounds:
     def __init__(self, count: int, denoise: bool, argv: list[str]):
         self.count, self.denoise = count, denoise
         self.options = split_options(argv, STAGES)
+        if "--dual_params" in argv:
+            raise UserError(
+                "--dual_params: a round searches and mines with the retriever that it trains; pass "
+                "--cross_train.dual_params for the start of the re-ranker"
+            )
         for name, settings in STAGES.items():
             hparams.parse(settings, self.options[name])  # UserError before the first stage, not hours later
         self.infer = hparams.parse(InferenceDeHparams, self.options["dual_infer"])

@@ -736,8 +736,10 @@ def test_has_knob():
 def test_run_all_refuses_bad_options_before_the_first_stage(capsys):
     refused(capsys, run_all.main(["--from", "cross"]), "--from cross: expected one of check, dual_train")
     refused(capsys, run_all.main(["--debug", "--epochs", "3"]), "--epochs: no program")
-    start = ["--debug", "--cross_params", "start.bin"]
-    refused(capsys, run_all.main(start), "start.bin", "--cross_train.cross_params")
+    for kind in ("dual", "cross"):
+        start = ["--debug", f"--{kind}_params", "none"]
+        refused(capsys, run_all.main(start), f"--cross_train.{kind}_params")
+        run_all.check_starts(start, f"{kind}_infer")
 
 
 # ---- fuse_curve.py, by hand: 甲 is right once the weight is 0.5 or more, 乙 as long as it is below 1.5

@@ -27,7 +27,9 @@ def test_two_rounds_the_second_on_the_files_mined_by_the_first(tmp_path, quick_c
     assert again.count("up to date") > 7 and "epoch 1/1" not in again
 
 
-@pytest.mark.parametrize("words", [[], ["--debug"], ["0"], ["2", "--no_such_knob", "1"]])
+@pytest.mark.parametrize(
+    "words", [[], ["--debug"], ["0"], ["2", "--no_such_knob", "1"], ["2", "--dual_params", "none"]]
+)
 def test_malformed_commands_are_named(capsys, words):
     assert run_rounds.main(words) == 2
     error = capsys.readouterr().err
