@@ -81,8 +81,9 @@ class DualHparams(Training):
 
     def check(self) -> None:
         super().check()
-        if self.teacher and self.distill_loss == NONE:
-            raise UserError("--teacher requires --distill_loss kl or margin_mse")
+        for knob in ("teacher", "distill_weight", "distill_temperature", "contrastive_weight"):
+            if self.distill_loss == NONE and getattr(self, knob) != getattr(type(self), knob):
+                raise UserError(f"--{knob} requires --distill_loss kl or margin_mse")
         if self.distill_loss != NONE and not self.hard_negatives:
             raise UserError("--distill_loss requires --hard_negatives of at least 1")
         if self.distill_loss != NONE and not (self.distill_weight or self.contrastive_weight):

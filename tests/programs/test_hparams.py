@@ -210,6 +210,7 @@ def test_a_value_out_of_range_exits_with_2(capsys):
         ("--early_stop 2 --eval_every -1", "--early_stop"),
         ("--distill_loss kl --hard_negatives 0", "--distill_loss"),
         ("--teacher a.tsv", "--teacher requires --distill_loss"),
+        ("--distill_temperature 2", "--distill_temperature requires --distill_loss"),
         ("--batch_size 1 --hard_negatives 0", "--batch_size"),
     ],
 )
