@@ -51,8 +51,10 @@ class Rounds:
                 "--dual_params: a round searches and mines with the retriever that it trains; pass "
                 "--cross_train.dual_params for the start of the re-ranker"
             )
-        for name, settings in STAGES.items():
-            hparams.parse(settings, self.options[name])  # UserError before the first stage, not hours later
+        for name, settings in STAGES.items():  # UserError before the first stage, not hours later
+            hp = hparams.parse(settings, self.options[name])
+            if getattr(hp, "plan", False):
+                raise UserError("--plan: not of rounds; sh script/run_all.sh --plan prints what one takes")
         self.infer = hparams.parse(InferenceDeHparams, self.options["dual_infer"])
         self.dev_set = hparams.parse(DualHparams, self.options["dual_train"]).dev_set_path
         default = from_root(DEFAULT_OUTPUT + ("_debug" if self.infer.debug else ""))

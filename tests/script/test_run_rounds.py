@@ -28,9 +28,11 @@ def test_two_rounds_the_second_on_the_files_mined_by_the_first(tmp_path, quick_c
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--debug"], ["0"], ["2", "--no_such_knob", "1"], ["2", "--dual_params", "none"]]
+    "words",
+    [[], ["--debug"], ["0"], ["2", "--no_such_knob", "1"], ["2", "--dual_params", "none"], ["2", "--plan"]],
 )
 def test_malformed_commands_are_named(capsys, words):
     assert run_rounds.main(words) == 2
     error = capsys.readouterr().err
     assert " ERROR " in error and "Traceback" not in error
+    assert all(word in error for word in words[1:2])
