@@ -335,7 +335,10 @@ def retriever_to_start_from(hp: CrossHparams, setup: Setup) -> str:
     path = str(Path(hp.output_dir) / "dual_params.bin")
     kind = (setup.config.architectures or [""])[0]
     has_head = hp.cross_params != hparams.NONE or kind.endswith(("ForSequenceClassification", "ForCausalLM"))
-    if has_head or not is_intact(path):
+    if has_head or not os.path.exists(path):
+        return hparams.NONE
+    if not is_intact(path):
+        log(f"{path}: not used as the start: its training is not finished, or it was changed since")
         return hparams.NONE
     stamp = read_stamp(path) or {}
     same = model_checksum(hp.pretrained_model_path), tokenizer_checksum(setup.tokenizer)
