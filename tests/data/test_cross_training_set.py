@@ -154,9 +154,9 @@ def test_a_positive_without_negatives_forms_no_group(tmp_path):
     data = opened(tmp_path / "t.tsv", rows)
     assert data.queries == 4 and data.steps_per_epoch(2, listwise=True) == 1
     assert data.steps_per_epoch(8, listwise=False) == 1
-    with pytest.raises(UserError, match="only 2 positives with negatives, fewer than one batch of 3"):
+    with pytest.raises(UserError, match="only 2 positives with negatives, .* of 3; lower --groups_per_step"):
         data.steps_per_epoch(3, listwise=True)
-    with pytest.raises(UserError, match="only 8 rows, fewer than one batch of 9"):
+    with pytest.raises(UserError, match="only 8 rows, .* of 9; lower --batch_size"):
         data.steps_per_epoch(9, listwise=False)
 
 

@@ -61,9 +61,11 @@ class CrossTrainingSet:
 
     def steps_per_epoch(self, units: int, listwise: bool) -> int:
         """Return the number of full batches of `units` pairs, or of `units` positives when listwise."""
-        count, name = (len(self.groups), "positives with negatives") if listwise else (self.rows, "rows")
+        count, name, knob = self.rows, "rows", "batch_size"
+        if listwise:
+            count, name, knob = len(self.groups), "positives with negatives", "groups_per_step"
         if units > count:
-            message = f"only {count} {name}, fewer than one batch of {units}; lower the batch size"
+            message = f"only {count} {name}, fewer than one batch of {units}; lower --{knob}"
             raise UserError(f"{self.path}: {message}")
         return count // units
 
