@@ -437,7 +437,7 @@ class _StoreFolder:
         if shared:
             raise UserError(
                 f"{self.folder}: the vectors belong to another run ({reason}); "
-                "omit --para_emb, name another folder, or pass --force to replace them"
+                "name another folder (--para_emb), or pass --force to replace them"
             )
         if not self.store.locks.only_reader():
             raise UserError(
