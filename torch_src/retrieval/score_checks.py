@@ -6,7 +6,7 @@ import numpy as np
 
 FLAT = 1e-3  # standard deviation of a query's logits below which they count as equal
 TIED = 0.5  # fraction of candidates with the score of another candidate of their query
-WEIGHTS = (0.5, 1.0, 2.0)  # of the retriever's score, in the report of fused_metrics
+FUSION_WEIGHTS = (0.5, 1.0, 2.0)  # of the retriever's score, for fused_metrics
 TOO_EASY = 1.0  # largest gap between irrelevant candidates and training negatives, in standard deviations
 
 
@@ -50,7 +50,7 @@ def below_retriever(reranked: float, retriever: float, fused: bool = False) -> s
 
 def fused_metrics(mrr: Callable[[float], float]) -> str:
     """Return a line on what --fuse_retriever_weight gives; mrr(weight): MRR@10 of the fused scores."""
-    figures = ", ".join(f"{weight:g} gives {mrr(weight):.4f}" for weight in WEIGHTS)
+    figures = ", ".join(f"{weight:g} gives {mrr(weight):.4f}" for weight in FUSION_WEIGHTS)
     return f"MRR@10 with the retriever's score added: --fuse_retriever_weight {figures}"
 
 
