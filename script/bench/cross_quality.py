@@ -37,9 +37,9 @@ LR, LENGTH = 5e-5, 384
 def settings(args: argparse.Namespace, output: str) -> CrossHparams:
     return CrossHparams(
         pretrained_model_path=args.model, data_dir=args.data_dir, output_dir=output, seed=args.seed, lr=LR,
-        train_set=args.train_set, dev_candidates=args.run, batch_size=args.batch, max_seq_len=LENGTH,
-        dropout=0.0, weight_decay=0.0, warmup_proportion=0.0, max_steps=args.steps, log_every=1,
-        dev_queries=args.queries, dev_depth=args.depth, precision="fp32",
+        train_set=args.train_set, dev_candidates=args.run, loss="pointwise", batch_size=args.batch,
+        max_seq_len=LENGTH, dropout=0.0, weight_decay=0.0, warmup_proportion=0.0, max_steps=args.steps,
+        log_every=1, dev_queries=args.queries, dev_depth=args.depth, precision="fp32",
     )  # fmt: skip
 
 
