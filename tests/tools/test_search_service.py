@@ -419,7 +419,7 @@ def world(both_trained, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def service(both_trained) -> SearchService:
-    return service_of(both_trained, bm25="none")
+    return service_of(both_trained, bm25="none", precision="fp32")  # as the programs; auto may be bf16
 
 
 def queries(world: Path) -> list[str]:
@@ -495,7 +495,8 @@ def test_a_folder_as_reranker(world):
     assert states(service) == {**ALL, "reranked": "ready"} and service.reranker_weight == 2
     saved = [*options(world, world / "zero"), "--cross_params", "none", *model[2:], "--max_seq_len", "99"]
     assert cross_infer.main(saved) == 0
-    service = SearchService({"output_dir": str(world / "zero"), "threads": 1, "bm25": "none"})
+    more = {"threads": 1, "bm25": "none", "precision": "fp32"}
+    service = SearchService({"output_dir": str(world / "zero"), **more})
     service.refresh()
     query = queries(world)[0]
     same_ranking(service.answer(query, "reranked").hits, world / "zero/res.rerank50", query)
