@@ -39,6 +39,7 @@ from torch_src.runtime.log import log, warn
 # names of the labels of a classifier with two, where they are not LABEL_0 (irrelevant) and LABEL_1
 RELEVANT, IRRELEVANT = {"relevant", "positive", "yes", "true"}, {"irrelevant", "negative", "no", "false"}
 ENCODER_LAYER = re.compile(r"\blayers?\.\d+\.")  # linear layers outside of these belong to the head
+SAME_MODEL = "pass the --pretrained_model_path and --vocab_path that it was trained with"  # a fix
 
 
 class Float32Linear(nn.Linear):
@@ -244,10 +245,7 @@ def start_from_retriever(
     """
     folder = Path(path).with_name("dual_model")
     if folder.exists() and load_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"{path}: trained with another vocabulary than that of {model_path}; "
-            "pass the --pretrained_model_path and --vocab_path that it was trained with"
-        )
+        raise UserError(f"{path}: trained with another vocabulary than that of {model_path}; {SAME_MODEL}")
     state = read_weights(path, "do_dual_train.py")
     prefix = "passage_encoder."
     shared = "query_encoder."  # of a shared encoder, which is stored once
@@ -277,13 +275,12 @@ def start_from_reranker(
     settings = Path(path).with_name("cross_hparams.json")
     trained = read_json(require(settings, f"settings of {Path(path).name}", "train the re-ranker again"))
     folder = Path(path).with_name("cross_model")
-    fix = "pass the --pretrained_model_path and --vocab_path that it was trained with"
     if trained.get("tokenizer") != tokenizer_checksum(tokenizer):
-        raise UserError(f"{path}: trained with another tokenizer than that of {model_path}; {fix}")
+        raise UserError(f"{path}: trained with another tokenizer than that of {model_path}; {SAME_MODEL}")
     if folder.exists() and architecture(load_config(str(folder), kind="cross")) != architecture(
         load_config(model_path, kind="cross")
     ):
-        raise UserError(f"{path}: trained with another configuration than that of {model_path}; {fix}")
+        raise UserError(f"{path}: trained with another configuration than that of {model_path}; {SAME_MODEL}")
     load_weights(path, encoder.model, "do_cross_train.py")
     encoder.random_parameters = []
     log(f"{path}: encoder and head initialized from it")
